@@ -1,0 +1,2 @@
+//! `ringway-bench`: the lab.
+fn main() {}

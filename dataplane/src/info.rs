@@ -1,0 +1,159 @@
+//! What a [`crate::Switch`] tells about itself: snapshots, all counters since the port was added.
+//!
+//! Rx and Tx are from the switch's point of view: what a guest transmits is our Rx. Bytes are L2
+//! bytes without the FCS and without virtio-net headers.
+
+use std::time::Duration;
+
+use ringway_bridge::{DropCounts, MacAddr, PortId};
+
+use crate::switch::{PortConfig, PortName};
+
+/// Whether frames can pass through a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortState {
+    /// No front-end is connected, no queue is started, or the interface is down.
+    Down,
+    /// At least one queue pair passes frames.
+    Up,
+}
+
+/// Frames and bytes of a port or queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortCounters {
+    /// Frames taken from the port.
+    pub rx_frames: u64,
+    /// L2 bytes taken from the port.
+    pub rx_bytes: u64,
+    /// Frames delivered to the port, each flooded copy counted.
+    pub tx_frames: u64,
+    /// L2 bytes delivered to the port.
+    pub tx_bytes: u64,
+    /// Frames from this port that found no destination or broke a rule, by reason.
+    pub rx_drops: DropCounts,
+    /// Frames meant for this port that it could not take, by reason.
+    pub tx_drops: DropCounts,
+}
+
+/// A port in a listing.
+#[derive(Clone, Debug)]
+pub struct PortInfo {
+    /// Its name.
+    pub name: PortName,
+    /// Its slot; reused after removal.
+    pub id: PortId,
+    /// What it was configured with.
+    pub config: PortConfig,
+    /// Whether frames pass.
+    pub state: PortState,
+    /// Its counters since it was added.
+    pub counters: PortCounters,
+    /// MAC addresses learned or configured behind it.
+    pub fdb_entries: u32,
+}
+
+/// One queue pair of a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueInfo {
+    /// Number of the pair, from 0.
+    pub index: u16,
+    /// The guest's transmit ring (our Rx) is started.
+    pub rx_started: bool,
+    /// The guest's receive ring (our Tx) is started.
+    pub tx_started: bool,
+    /// The front-end has enabled the pair.
+    pub enabled: bool,
+    /// Entries of the guest's transmit ring, 0 while it is stopped or for a tap.
+    pub rx_size: u16,
+    /// Entries of the guest's receive ring, 0 while it is stopped or for a tap.
+    pub tx_size: u16,
+    /// The worker that polls the pair.
+    pub worker: u16,
+    /// Frames taken from this pair.
+    pub rx_frames: u64,
+    /// Frames delivered to this pair.
+    pub tx_frames: u64,
+    /// Calls (interrupts) sent to the guest.
+    pub calls: u64,
+    /// Bursts put off because another worker held the ring.
+    pub contended: u64,
+}
+
+/// All that `port show` tells.
+#[derive(Clone, Debug)]
+pub struct PortDetail {
+    /// What the listing tells.
+    pub info: PortInfo,
+    /// Its queue pairs in order.
+    pub queues: Vec<QueueInfo>,
+    /// Names of the virtio features in effect (`VIRTIO_NET_F_MRG_RXBUF`, …), or for a tap of its
+    /// offloads.
+    pub features: Vec<&'static str>,
+    /// Names of the vhost-user protocol features in effect.
+    pub protocol_features: Vec<&'static str>,
+    /// Times that a front-end connected.
+    pub connections: u64,
+    /// Guest memory that is mapped, in bytes.
+    pub mapped_bytes: u64,
+    /// Guest memory regions that are mapped.
+    pub memory_regions: u32,
+    /// Why the last session ended or the device broke, if it did.
+    pub last_error: Option<String>,
+    /// L3 MTU in effect: configured, or told by the front-end.
+    pub mtu: Option<u16>,
+}
+
+/// A row of the forwarding database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FdbEntryInfo {
+    /// The address.
+    pub mac: MacAddr,
+    /// The port behind which it is.
+    pub port: PortName,
+    /// Configured, so never aged or moved.
+    pub is_static: bool,
+    /// Since a frame from it was last seen; zero for static entries.
+    pub age: Duration,
+}
+
+/// A worker thread.
+#[derive(Clone, Debug)]
+pub struct WorkerInfo {
+    /// Its number, from 0.
+    pub index: u16,
+    /// The CPU it is pinned to, or `None` if it could not be pinned.
+    pub cpu: Option<usize>,
+    /// Source queues it polls.
+    pub queues: u32,
+    /// Of these, how many are in its active list now.
+    pub active_queues: u32,
+    /// Time spent in turns that moved frames.
+    pub busy: Duration,
+    /// Time spent polling without finding a frame.
+    pub polling: Duration,
+    /// Time asleep.
+    pub asleep: Duration,
+    /// Turns of the loop.
+    pub turns: u64,
+    /// Bursts that held frames.
+    pub bursts: u64,
+    /// Frames taken from source queues.
+    pub frames: u64,
+    /// Times it slept in epoll.
+    pub sleeps: u64,
+}
+
+/// Frames from one port to another.
+#[derive(Clone, Debug)]
+pub struct PairCounters {
+    /// The source.
+    pub from: PortName,
+    /// The destination.
+    pub to: PortName,
+    /// Frames delivered, each flooded copy counted.
+    pub frames: u64,
+    /// L2 bytes delivered.
+    pub bytes: u64,
+    /// Frames for this destination that it could not take, by reason.
+    pub drops: DropCounts,
+}
