@@ -17,9 +17,9 @@ pub const MAX_FDB_CAPACITY: usize = 1 << 24;
 /// Fewest buckets (4 KiB): a tiny database has so much room that no bucket overflows.
 const MIN_BUCKETS: usize = 64;
 
-/// Buckets swept between two releases of the lock: 256 KiB, some ten microseconds during which
+/// Buckets swept between two releases of the lock: 64 KiB, some ten microseconds during which
 /// workers learn no new address.
-const SWEEP_BUCKETS: usize = 4096;
+const SWEEP_BUCKETS: usize = 1024;
 
 /// The limit of a port that has none.
 const UNLIMITED: u32 = u32::MAX;

@@ -1,6 +1,7 @@
 //! Forwarding of bursts: from frame heads to one mask of frames per destination.
 
 use crate::fdb::{FdbConfig, Probe};
+use crate::frame::{is_group, is_link_local, is_station};
 use crate::{DropReason, Fdb, FrameHead, Learned, MAX_BURST, MAX_PORTS, PortId, Tick};
 
 /// What a bridge is made from: that of its forwarding database.
@@ -88,15 +89,16 @@ impl Bridge {
     fn split_runs(&self, burst: &Burst<'_>, runs: &mut Vec<Run>) {
         let heads = &burst.heads[..burst.heads.len().min(MAX_BURST)];
         let mut touched = 0;
-        let mut current = Run::default();
+        let mut current = Run {
+            src: Probe::unhashed(0),
+            dst: Probe::unhashed(0),
+            mask: 0,
+        };
         for (i, head) in heads.iter().enumerate() {
             let bit = 1 << i & burst.valid;
-            if bit == 0 {
-                continue;
-            }
-            let same_src = head.src == current.head.src && current.mask != 0;
-            let same_dst = head.dst == current.head.dst && current.mask != 0;
-            if same_src && same_dst {
+            let same_src = head.src == current.src.mac();
+            let same_dst = head.dst == current.dst.mac();
+            if same_src & same_dst | (bit == 0) {
                 current.mask |= bit;
                 continue;
             }
@@ -107,11 +109,12 @@ impl Bridge {
                 current.src = self.fdb.probe(head.src);
                 touched ^= self.fdb.touch(current.src);
             }
-            if !same_dst && !head.is_to_group() {
+            if is_group(head.dst) {
+                current.dst = Probe::unhashed(head.dst);
+            } else if !same_dst {
                 current.dst = self.fdb.probe(head.dst);
                 touched ^= self.fdb.touch(current.dst);
             }
-            current.head = *head;
             current.mask = bit;
         }
         if current.mask != 0 {
@@ -130,27 +133,27 @@ impl Bridge {
         previous: &mut Known,
         learned: &mut LearnCounts,
     ) -> Result<Option<PortId>, DropReason> {
-        let head = &run.head;
-        if !head.is_from_station() {
+        let (src, dst) = (run.src.mac(), run.dst.mac());
+        if !is_station(src) {
             return Err(DropReason::BadSource);
         }
-        if head.is_to_link_local() {
+        if is_link_local(dst) {
             return Err(DropReason::LinkLocal);
         }
-        if head.src != previous.src {
-            previous.src = head.src;
+        if src != previous.src {
+            previous.src = src;
             let result = self.fdb.learn_probe(run.src, in_port, now);
             learned.count(result);
             // Its look-up may have changed, also by the refresh of an expired entry.
-            if result != Learned::Refreshed || head.src == previous.dst {
+            if result != Learned::Refreshed || src == previous.dst {
                 previous.dst = u64::MAX;
             }
         }
-        if head.is_to_group() {
+        if is_group(dst) {
             return Ok(None);
         }
-        if head.dst != previous.dst {
-            previous.dst = head.dst;
+        if dst != previous.dst {
+            previous.dst = dst;
             previous.port = self.fdb.lookup_probe(run.dst, now);
         }
         match previous.port {
@@ -161,11 +164,10 @@ impl Bridge {
 }
 
 /// Successive frames of one source and destination.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Run {
-    head: FrameHead,
     src: Probe,
-    /// Unset for a group.
+    /// Not hashed for a group.
     dst: Probe,
     mask: u64,
 }

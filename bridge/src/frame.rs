@@ -49,24 +49,24 @@ impl FrameHead {
             l2_bytes,
         })
     }
+}
 
-    /// Whether the destination is multicast or broadcast.
-    #[inline]
-    pub const fn is_to_group(&self) -> bool {
-        self.dst & GROUP_BIT != 0
-    }
+/// Whether a MAC in the low 48 bits is multicast or broadcast.
+#[inline]
+pub(crate) const fn is_group(mac: u64) -> bool {
+    mac & GROUP_BIT != 0
+}
 
-    /// Whether the destination is one that bridges do not forward (IEEE 802.1Q, 8.6.3).
-    #[inline]
-    pub const fn is_to_link_local(&self) -> bool {
-        self.dst & MAC_BITS & !0xf == LINK_LOCAL
-    }
+/// Whether a MAC in the low 48 bits is one that bridges do not forward (IEEE 802.1Q, 8.6.3).
+#[inline]
+pub(crate) const fn is_link_local(mac: u64) -> bool {
+    mac & MAC_BITS & !0xf == LINK_LOCAL
+}
 
-    /// Whether the source can be a station: neither a group address nor zero.
-    #[inline]
-    pub const fn is_from_station(&self) -> bool {
-        self.src & GROUP_BIT == 0 && self.src & MAC_BITS != 0
-    }
+/// Whether a MAC in the low 48 bits can be a station's: neither a group address nor zero.
+#[inline]
+pub(crate) const fn is_station(mac: u64) -> bool {
+    mac & GROUP_BIT == 0 && mac & MAC_BITS != 0
 }
 
 /// The transport protocols that offloads know.
@@ -223,16 +223,13 @@ mod tests {
 
     #[test]
     fn addresses_are_classified() {
-        let station = "02:00:00:00:00:01";
-        assert!(head(station, station).is_from_station());
-        assert!(!head(station, "00:00:00:00:00:00").is_from_station());
-        assert!(!head(station, "01:00:00:00:00:01").is_from_station());
-        assert!(head("ff:ff:ff:ff:ff:ff", station).is_to_group());
-        assert!(head("33:33:00:00:00:01", station).is_to_group());
-        assert!(!head("fe:ff:ff:ff:ff:ff", station).is_to_group());
-        assert!(head("01:80:c2:00:00:00", station).is_to_link_local());
-        assert!(head("01:80:c2:00:00:0f", station).is_to_link_local());
-        assert!(!head("01:80:c2:00:00:10", station).is_to_link_local());
-        assert!(!head("01:80:c2:00:01:00", station).is_to_link_local());
+        let mac = |text: &str| text.parse::<MacAddr>().unwrap().to_u64();
+        assert!(is_station(mac("02:00:00:00:00:01")) && is_station(mac("fe:ff:ff:ff:ff:ff")));
+        assert!(!is_station(0) && !is_station(mac("01:00:00:00:00:01")));
+        assert!(is_group(mac("ff:ff:ff:ff:ff:ff")) && is_group(mac("33:33:00:00:00:01")));
+        assert!(!is_group(mac("fe:ff:ff:ff:ff:ff")));
+        assert!(is_link_local(mac("01:80:c2:00:00:00")) && is_link_local(mac("01:80:c2:00:00:0f")));
+        assert!(!is_link_local(mac("01:80:c2:00:00:10")));
+        assert!(!is_link_local(mac("01:80:c2:00:01:00")));
     }
 }

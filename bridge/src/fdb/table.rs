@@ -107,6 +107,23 @@ pub(crate) struct Probe {
     buckets: [u32; 2],
 }
 
+impl Probe {
+    /// A probe that is never looked up, for group addresses.
+    #[inline]
+    pub(crate) fn unhashed(mac: u64) -> Self {
+        Self {
+            key: mac & MAC | OCCUPIED,
+            buckets: [0; 2],
+        }
+    }
+
+    /// The address in the low 48 bits.
+    #[inline]
+    pub(crate) fn mac(self) -> u64 {
+        self.key & MAC
+    }
+}
+
 /// Four entries: exactly one cache line, so that a look-up misses the cache once, at most twice.
 #[derive(Debug, Default)]
 #[repr(align(64))]
@@ -199,7 +216,7 @@ pub(super) struct Table {
     buckets: Box<[Bucket]>,
     /// `buckets.len()`: below 2^32, for the range reduction.
     bucket_count: u32,
-    seed: [u64; 2],
+    seed: [u64; 3],
 }
 
 impl Table {
@@ -208,8 +225,12 @@ impl Table {
         Self {
             buckets: (0..bucket_count).map(|_| Bucket::default()).collect(),
             bucket_count,
-            // An odd multiplier: no bit of the key is multiplied away.
-            seed: [split_mix(seed), split_mix(!seed) | 1],
+            // Odd multipliers: no bit of the key is multiplied away.
+            seed: [
+                split_mix(seed),
+                split_mix(!seed) | 1,
+                split_mix(split_mix(seed)) | 1,
+            ],
         }
     }
 
@@ -217,21 +238,19 @@ impl Table {
         self.buckets.len()
     }
 
-    /// Hashes a MAC: one wide multiplication by secrets, so that a guest can't choose addresses that
-    /// meet in a bucket. Touches no bucket.
+    /// Hashes a MAC with secrets, so that a guest can't choose addresses that meet in a bucket.
+    /// Touches no bucket.
+    ///
+    /// Two wide multiplications: after one, the candidate buckets of consecutive addresses go in
+    /// step, and a database that is 9/10 full of them had no room for the next.
     #[inline]
     pub(super) fn probe(&self, mac: u64) -> Probe {
         self.probe_key(mac & MAC | OCCUPIED)
     }
 
     #[inline]
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "folds the product and splits the hash"
-    )]
     fn probe_key(&self, key: u64) -> Probe {
-        let product = u128::from(key ^ self.seed[0]) * u128::from(self.seed[1]);
-        let hash = product as u64 ^ (product >> 64) as u64;
+        let hash = fold(fold(key ^ self.seed[0], self.seed[1]), self.seed[2]);
         let range = u64::from(self.bucket_count);
         let first = (((hash >> 32) * range) >> 32) as u32;
         let second = (((hash & 0xffff_ffff) * range) >> 32) as u32;
@@ -257,16 +276,22 @@ impl Table {
 
     /// The key's slot and entry. A displacement from the second bucket to the first during the
     /// look-up can hide an entry; under the mutex the answer is exact.
-    #[inline]
+    #[inline(always)]
     pub(super) fn find(&self, probe: Probe) -> Option<(Slot<'_>, Entry)> {
         for bucket in probe.buckets {
             let bucket = &self.buckets[bucket as usize];
-            for (key, value) in bucket.keys.iter().zip(&bucket.values) {
-                if key.load(Ordering::Relaxed) == probe.key {
-                    let slot = Slot { key, value };
-                    if let Some(entry) = slot.read(probe.key) {
-                        return Some((slot, entry));
-                    }
+            // All four without a branch: which slot it is can't be predicted.
+            let hits = bucket.keys.iter().enumerate().fold(0, |hits, (i, key)| {
+                hits | usize::from(key.load(Ordering::Relaxed) == probe.key) << i
+            });
+            if hits != 0 {
+                let i = hits.trailing_zeros() as usize % SLOTS;
+                let slot = Slot {
+                    key: &bucket.keys[i],
+                    value: &bucket.values[i],
+                };
+                if let Some(entry) = slot.read(probe.key) {
+                    return Some((slot, entry));
                 }
             }
         }
@@ -275,8 +300,9 @@ impl Table {
 
     /// Stores an entry whose key is absent; false if there is no room. The caller holds the mutex.
     ///
-    /// Goes to the emptier candidate bucket; where both are full, to the place of an entry that can
-    /// move to its other bucket. At half load that one step fails about never.
+    /// Goes to the first candidate bucket that has room, so that at half load 19 look-ups of 20 need
+    /// no second one; where both are full, to the place of an entry that can move to its other
+    /// bucket. At half load that one step fails about never.
     pub(super) fn insert(&self, probe: Probe, entry: Entry) -> bool {
         let slot = self
             .vacancy(probe.buckets)
@@ -306,19 +332,10 @@ impl Table {
     }
 
     fn vacancy(&self, buckets: [u32; 2]) -> Option<Slot<'_>> {
-        let vacant = |bucket: u32| {
-            let vacant = |slot: &Slot<'_>| slot.key.load(Ordering::Relaxed) == 0;
-            let mut slots = self.slots(bucket as usize).filter(vacant);
-            let first = slots.next();
-            (first, first.map_or(0, |_| 1 + slots.count()))
-        };
-        let (first, first_count) = vacant(buckets[0]);
-        let (second, second_count) = vacant(buckets[1]);
-        if first_count >= second_count {
-            first
-        } else {
-            second
-        }
+        let mut slots = buckets
+            .into_iter()
+            .flat_map(|bucket| self.slots(bucket as usize));
+        slots.find(|slot| slot.key.load(Ordering::Relaxed) == 0)
     }
 
     /// Frees a slot of two full buckets. The entry is in both places for a moment and never in none,
@@ -340,6 +357,14 @@ impl Table {
         }
         None
     }
+}
+
+/// The halves of the wide product, folded into one.
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "takes the halves apart")]
+fn fold(a: u64, b: u64) -> u64 {
+    let product = u128::from(a) * u128::from(b);
+    product as u64 ^ (product >> 64) as u64
 }
 
 /// One output of SplitMix64: spreads a seed over all bits.
