@@ -4,7 +4,7 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
@@ -20,17 +20,15 @@ use crate::memory::{GuestMemory, RegionSpec};
 /// Longest wait for something that must happen.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Serialises the tests that count this process's fds with those that open many.
-static FD_COUNT: Mutex<()> = Mutex::new(());
-
-/// Held by every test that opens fds, so that a test that counts them sees only its own.
-pub(super) fn fd_lock() -> MutexGuard<'static, ()> {
-    FD_COUNT.lock().unwrap_or_else(|error| error.into_inner())
-}
-
-/// Fds of this process that name `kind`, as "anon_inode:[eventfd]".
-pub(super) fn open_fds() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
+/// Fds of this process that are memfds of this name; a name of its own keeps each test's count
+/// apart from tests that run at the same time.
+pub(super) fn open_memfds(name: &str) -> usize {
+    let link = format!("/memfd:{name} (deleted)");
+    std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .filter(|target| target.as_os_str() == link.as_str())
+        .count()
 }
 
 /// What a session did.
@@ -192,8 +190,8 @@ pub(super) fn event() -> OwnedFd {
 }
 
 /// A file of `size` bytes.
-pub(super) fn memfd(size: u64) -> OwnedFd {
-    let file = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+pub(super) fn memfd(name: &str, size: u64) -> OwnedFd {
+    let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, size).unwrap();
     file
 }
