@@ -1,4 +1,5 @@
 //! Header offsets against etherparse: packets that it builds, whole, truncated and damaged.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use etherparse::{
     IpAuthHeader, IpHeaders, IpNumber, Ipv4Extensions, Ipv4Header, Ipv6Extensions,
