@@ -1,5 +1,6 @@
 //! Guest memory, virtqueues, vhost-user sessions, ports and poll-mode workers.
 
+pub mod driver;
 mod info;
 mod memory;
 mod switch;
