@@ -4,6 +4,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
@@ -91,7 +92,6 @@ pub enum FdbError {
 /// A look-up that races with a change may miss an entry (the frame is flooded), and never finds
 /// another address's port. Ports in entries are not checked to exist: remove a port from the
 /// workers first and then [`purge`](Self::purge_port) it.
-#[derive(Debug)]
 pub struct Fdb {
     table: Table,
     capacity: usize,
@@ -104,7 +104,6 @@ pub struct Fdb {
 ///
 /// All counters are written under the mutex and read without it as hints, so Relaxed is enough: the
 /// mutex orders the writers, and the exact answer is taken with it held.
-#[derive(Debug)]
 #[repr(align(128))]
 struct Shared {
     writer: Mutex<()>,
@@ -253,8 +252,9 @@ impl Fdb {
         self.ageing_ticks.store(ticks, Ordering::Relaxed);
     }
 
-    /// Calls `visit(mac, port, is_static, last_seen)` for every entry, expired ones included.
-    /// Takes no lock: entries that change meanwhile may be seen twice or not at all.
+    /// Calls `visit(mac, port, is_static, last_seen)` for every entry, expired ones included; static
+    /// ones were seen at tick 0. Takes no lock: entries that change meanwhile may be visited twice or
+    /// not at all.
     pub fn for_each(&self, mut visit: impl FnMut(MacAddr, PortId, bool, Tick)) {
         self.table.for_each(|mac, entry| {
             visit(
@@ -356,6 +356,16 @@ impl Fdb {
             fdb: self,
             _guard: guard,
         })
+    }
+}
+
+impl fmt::Debug for Fdb {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Fdb")
+            .field("len", &self.len())
+            .field("capacity", &self.capacity)
+            .field("ageing_ticks", &self.ageing_ticks)
+            .finish_non_exhaustive()
     }
 }
 

@@ -87,6 +87,7 @@ impl Bridge {
     /// their way into the cache before the first look-up waits for one.
     #[inline]
     fn split_runs(&self, burst: &Burst<'_>, runs: &mut Vec<Run>) {
+        debug_assert!(burst.heads.len() <= MAX_BURST, "frames beyond the masks");
         let heads = &burst.heads[..burst.heads.len().min(MAX_BURST)];
         let mut touched = 0;
         let mut current = Run {
@@ -180,7 +181,7 @@ struct Known {
 }
 
 /// The ports that take part in forwarding, in the order of joining.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Members {
     bitmap: Box<[u64]>,
     list: Vec<PortId>,
@@ -237,6 +238,16 @@ impl Members {
     }
 }
 
+impl Clone for Members {
+    /// Unlike a derived one, with room for [`MAX_PORTS`] again.
+    fn clone(&self) -> Self {
+        let mut copy = Self::new();
+        copy.bitmap.copy_from_slice(&self.bitmap);
+        copy.list.extend_from_slice(&self.list);
+        copy
+    }
+}
+
 impl Default for Members {
     fn default() -> Self {
         Self::new()
@@ -244,14 +255,14 @@ impl Default for Members {
 }
 
 /// What became of a burst; the scratch of one worker, to be used again and again.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Decisions {
     runs: Vec<Run>,
     result: Lists,
 }
 
 /// Lists of masks. Between bursts all of `masks` is zero.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Lists {
     /// By port: the frames that go to it alone.
     masks: Box<[u64]>,

@@ -1,4 +1,5 @@
 //! The forwarding database against a naive map.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::HashMap;
 

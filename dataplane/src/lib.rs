@@ -4,6 +4,7 @@ mod burst;
 mod copy;
 mod features;
 mod housekeeping;
+pub mod driver;
 mod info;
 mod memory;
 mod net_header;

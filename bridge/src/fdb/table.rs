@@ -117,6 +117,11 @@ impl Probe {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn key(self) -> u64 {
+        self.key
+    }
+
     /// The address in the low 48 bits.
     #[inline]
     pub(crate) fn mac(self) -> u64 {
@@ -125,7 +130,7 @@ impl Probe {
 }
 
 /// Four entries: exactly one cache line, so that a look-up misses the cache once, at most twice.
-#[derive(Debug, Default)]
+#[derive(Default)]
 #[repr(align(64))]
 struct Bucket {
     keys: [AtomicU64; SLOTS],
@@ -142,10 +147,24 @@ pub(super) struct Slot<'a> {
 }
 
 impl Slot<'_> {
+    #[cfg(test)]
+    pub(super) fn value(&self) -> &AtomicU64 {
+        self.value
+    }
+
     /// The entry if the slot holds `key`. Steps R1 to R3 of the [protocol](self).
     #[inline]
     fn read(self, key: u64) -> Option<Entry> {
-        let first = self.value.load(Ordering::Acquire); // R1, pairs with W1 and W5
+        self.finish_read(self.start_read(), key)
+    }
+
+    #[inline]
+    pub(super) fn start_read(self) -> u64 {
+        self.value.load(Ordering::Acquire) // R1, pairs with W1 and W5
+    }
+
+    #[inline]
+    pub(super) fn finish_read(self, first: u64, key: u64) -> Option<Entry> {
         if self.key.load(Ordering::Acquire) != key {
             return None; // R2, pairs with W2
         }
@@ -211,7 +230,6 @@ impl Slot<'_> {
 }
 
 /// The buckets and the seed of their hash.
-#[derive(Debug)]
 pub(super) struct Table {
     buckets: Box<[Bucket]>,
     /// `buckets.len()`: below 2^32, for the range reduction.

@@ -203,6 +203,69 @@ fn entries_displaced_within_the_table_are_still_found() {
 }
 
 #[test]
+fn a_slot_reused_during_a_lookup_is_a_miss() {
+    let fdb = Fdb::with_buckets(config(1), 1, 2);
+    let probe = |n| fdb.probe(mac(n).to_u64());
+    let key = probe(1).key();
+    fdb.learn(mac(1), port(1), NOW);
+    let (slot, entry) = fdb.table.find(probe(1)).unwrap();
+    let is_there = |n| {
+        let found = fdb.table.find(probe(n));
+        found.is_some_and(|(other, _)| std::ptr::eq(other.value(), slot.value()))
+    };
+    let other = (2..100).find(|n| {
+        fdb.remove(mac(*n - 1));
+        fdb.learn(mac(*n), port(2), NOW);
+        is_there(*n)
+    });
+    let other = mac(other.unwrap());
+
+    let first = slot.start_read();
+    assert_eq!(
+        slot.finish_read(first, key),
+        None,
+        "the slot was another's all along"
+    );
+    fdb.remove(other);
+    fdb.learn(mac(1), port(1), NOW);
+    assert!(is_there(1));
+    assert_eq!(
+        slot.finish_read(first, key),
+        None,
+        "the slot was another's at first"
+    );
+
+    let first = slot.start_read();
+    assert_eq!(
+        slot.finish_read(first, key).map(Entry::port),
+        Some(entry.port())
+    );
+    fdb.remove(mac(1));
+    assert_eq!(slot.finish_read(first, key), None, "removed meanwhile");
+    fdb.learn(other, port(2), NOW);
+    assert_eq!(slot.finish_read(first, key), None, "another's by now");
+    fdb.remove(other);
+    fdb.learn(mac(1), port(3), NOW);
+    assert_eq!(slot.finish_read(first, key), None, "another's meanwhile");
+}
+
+#[test]
+fn a_lookup_during_a_refresh_or_move_finds_the_entry() {
+    let fdb = Fdb::new(config(8));
+    fdb.learn(mac(1), port(1), NOW);
+    let probe = fdb.probe(mac(1).to_u64());
+    let (slot, _) = fdb.table.find(probe).unwrap();
+    let first = slot.start_read();
+    fdb.learn(mac(1), port(1), Tick(2000));
+    assert!(slot.finish_read(first, probe.key()).is_some());
+    fdb.learn(mac(1), port(2), Tick(2000));
+    assert_eq!(
+        slot.finish_read(first, probe.key()).map(Entry::port),
+        Some(port(2))
+    );
+}
+
+#[test]
 fn a_slot_reused_during_a_refresh_is_left_alone() {
     let fdb = Fdb::with_buckets(config(1), 1, 2);
     fdb.learn(mac(1), port(1), NOW);
