@@ -2,9 +2,9 @@
 
 mod burst;
 mod copy;
+pub mod driver;
 mod features;
 mod housekeeping;
-pub mod driver;
 mod info;
 mod memory;
 mod net_header;

@@ -112,7 +112,9 @@ impl Forwarder {
         };
         self.bridge
             .forward(&self.members, now.tick, &heads, &mut self.decisions);
-        let flooded = self.decisions.flooded();
+        // Frames with several destinations can't wait: those that have them would get them twice.
+        let is_wire = self.members.len() <= 2;
+        let flooded = if is_wire { 0 } else { self.decisions.flooded() };
         // Pass 1: copy. Frames that may wait are noted with their destination.
         let mut waiting = 0;
         for at in 0..self.decisions.destinations().len() {
