@@ -67,6 +67,7 @@ struct Port<D: Device> {
     connections: u64,
     /// The last reason why no connection came about; told only when it changes.
     connect_error: Option<Errno>,
+    /// Shared with the sessions.
     log: LogLimit,
 }
 
@@ -331,8 +332,9 @@ impl<D: Device> Reactor<D> {
         if let Some(suppressed) = port.log.pass(Instant::now()) {
             span.in_scope(|| tracing::info!(suppressed, "front-end connected"));
         }
+        let device = Arc::clone(&port.device);
         port.link = Some(Link {
-            session: Session::new(Arc::clone(&port.device), OFFERED_FEATURES),
+            session: Session::new(device, OFFERED_FEATURES, port.log.clone()),
             connection: Connection::new(socket),
             token,
             span,
