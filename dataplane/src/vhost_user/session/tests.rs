@@ -218,7 +218,7 @@ fn a_call_fd_reaches_a_started_ring_at_once() {
     fixture.ok(Request::SetVringCall(VringFd { index: 0, fd }));
     assert_eq!(
         fixture.calls(),
-        [Call::CallFd(0, true), Call::CallFd(0, false)]
+        [Call::Interrupt(0, true), Call::Interrupt(0, false)]
     );
 }
 
