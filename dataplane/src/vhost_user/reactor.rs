@@ -368,7 +368,7 @@ impl<D: Device> Reactor<D> {
     fn retry_later(&mut self, id: PortId) {
         if let Some(port) = self.ports.get_mut(&id) {
             let delay = port.delay;
-            port.delay = (delay * 2).min(RECONNECT_MAX);
+            port.delay = next_delay(delay);
             self.set_timer(id, delay);
         }
     }
@@ -413,6 +413,11 @@ impl<D: Device> Reactor<D> {
         // A second at most is ever asked for, so this can't fail.
         Timespec::try_from(wait).ok()
     }
+}
+
+/// The delay after `delay`, when another try to connect has failed.
+fn next_delay(delay: Duration) -> Duration {
+    (delay * 2).min(RECONNECT_MAX)
 }
 
 /// The port that a token belongs to.
@@ -490,5 +495,22 @@ impl<D: Device> Link<D> {
         )];
         let now = Timespec::default();
         poll(&mut fds, Some(&now)).is_ok_and(|count| count > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reconnect_delays_grow_to_a_bound_below_two_seconds() {
+        let delays: Vec<_> =
+            std::iter::successors(Some(RECONNECT_MIN), |delay| Some(next_delay(*delay)))
+                .take(20)
+                .collect();
+        assert_eq!(delays[0], Duration::from_millis(20));
+        assert_eq!(delays[1], Duration::from_millis(40));
+        assert_eq!(delays[19], Duration::from_secs(1));
+        assert!(delays.is_sorted());
     }
 }
