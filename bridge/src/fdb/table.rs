@@ -367,9 +367,12 @@ impl Table {
             let Some(to) = self.vacancy(self.probe_key(key).buckets) else {
                 continue;
             };
-            to.occupy(key, Entry(slot.value.load(Ordering::Relaxed)));
-            if let Some(last) = slot.vacate(|_| true) {
-                to.replace(last); // a refresh may have come in between
+            let copy = Entry(slot.value.load(Ordering::Relaxed));
+            to.occupy(key, copy);
+            if let Some(last) = slot.vacate(|_| true)
+                && last.seen() != copy.seen()
+            {
+                to.replace(last); // a refresh came in between
             }
             return Some(slot);
         }

@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use super::*;
 
@@ -180,6 +181,7 @@ fn a_database_can_be_filled_to_its_capacity_with_addresses_of_any_pattern() {
             assert_eq!(fdb.learn(MacAddr([0xf2; 6]), port(1), NOW), Learned::Full);
             assert!((1..=CAPACITY).all(|n| fdb.lookup(address(n), NOW) == Some(port(1))));
             assert_eq!(fdb.count(port(1)), CAPACITY);
+            assert_eq!(fdb.age(Tick(NOW.0 + AGEING + 1)), 60_000);
         }
     }
 }
@@ -283,6 +285,18 @@ fn a_slot_reused_during_a_refresh_is_left_alone() {
 }
 
 #[test]
+fn an_entry_refreshed_during_its_removal_is_judged_again() {
+    let fdb = Fdb::new(config(8));
+    fdb.learn(mac(1), port(1), NOW);
+    let (slot, _) = fdb.table.find(fdb.probe(mac(1).to_u64())).unwrap();
+    let refresh = |entry: Entry| slot.refresh(entry, Tick(2000));
+    let aged = slot.vacate(|entry| entry.seen() == NOW && refresh(entry));
+    assert_eq!(aged, None, "in use again");
+    let flushed = slot.vacate(|entry| slot.refresh(entry, Tick(3000)));
+    assert_eq!(flushed.map(Entry::seen), Some(Tick(3000)));
+}
+
+#[test]
 fn a_refresh_of_a_moved_entry_does_not_move_it_back() {
     let fdb = Fdb::new(config(8));
     fdb.learn(mac(1), port(1), NOW);
@@ -351,7 +365,7 @@ fn concurrent_use_never_shows_a_port_of_another_station() {
                     3 => drop(fdb.remove(mac(n.into()))),
                     _ => drop(fdb.add_static(mac(n.into()), port(n))),
                 }
-                std::thread::yield_now();
+                std::thread::sleep(Duration::from_micros(50));
             }
         });
         for learner in learners {

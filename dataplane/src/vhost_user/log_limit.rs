@@ -1,5 +1,6 @@
 //! A bound on log lines that a front-end can cause.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Lines in one period; more would let a front-end fill the disk.
@@ -8,9 +9,13 @@ const LINES: u32 = 5;
 /// How long the count lasts.
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Lets [`LINES`] lines pass in each [`PERIOD`] and counts the others.
+/// Lets [`LINES`] lines pass in each [`PERIOD`] and counts the others. Clones share the count: a
+/// port has one for all of its sessions, so that to reconnect gains nothing.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LogLimit(Arc<Mutex<State>>);
+
 #[derive(Debug, Default)]
-pub(crate) struct LogLimit {
+struct State {
     since: Option<Instant>,
     lines: u32,
     suppressed: u64,
@@ -19,19 +24,20 @@ pub(crate) struct LogLimit {
 impl LogLimit {
     /// Whether a line may be logged at `now`: `Some` with the number of lines left out since the
     /// last one that passed.
-    pub(crate) fn pass(&mut self, now: Instant) -> Option<u64> {
-        let fresh = self
+    pub(crate) fn pass(&self, now: Instant) -> Option<u64> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = state
             .since
             .is_none_or(|since| now.saturating_duration_since(since) >= PERIOD);
         if fresh {
-            self.since = Some(now);
-            self.lines = 0;
+            state.since = Some(now);
+            state.lines = 0;
         }
-        if self.lines < LINES {
-            self.lines += 1;
-            Some(std::mem::take(&mut self.suppressed))
+        if state.lines < LINES {
+            state.lines += 1;
+            Some(std::mem::take(&mut state.suppressed))
         } else {
-            self.suppressed += 1;
+            state.suppressed += 1;
             None
         }
     }
@@ -43,12 +49,12 @@ mod tests {
 
     #[test]
     fn lines_beyond_the_limit_are_counted_and_told_later() {
-        let mut limit = LogLimit::default();
+        let limit = LogLimit::default();
         let start = Instant::now();
         for _ in 0..LINES {
             assert_eq!(limit.pass(start), Some(0));
         }
-        assert_eq!(limit.pass(start), None);
+        assert_eq!(limit.clone().pass(start), None);
         assert_eq!(limit.pass(start + PERIOD / 2), None);
         assert_eq!(limit.pass(start + PERIOD), Some(2));
         assert_eq!(limit.pass(start + PERIOD), Some(0));

@@ -67,6 +67,7 @@ struct Port<D: Device> {
     connections: u64,
     /// The last reason why no connection came about; told only when it changes.
     connect_error: Option<Errno>,
+    /// Shared with the sessions.
     log: LogLimit,
 }
 
@@ -331,8 +332,9 @@ impl<D: Device> Reactor<D> {
         if let Some(suppressed) = port.log.pass(Instant::now()) {
             span.in_scope(|| tracing::info!(suppressed, "front-end connected"));
         }
+        let device = Arc::clone(&port.device);
         port.link = Some(Link {
-            session: Session::new(Arc::clone(&port.device), OFFERED_FEATURES),
+            session: Session::new(device, OFFERED_FEATURES, port.log.clone()),
             connection: Connection::new(socket),
             token,
             span,
@@ -366,7 +368,7 @@ impl<D: Device> Reactor<D> {
     fn retry_later(&mut self, id: PortId) {
         if let Some(port) = self.ports.get_mut(&id) {
             let delay = port.delay;
-            port.delay = (delay * 2).min(RECONNECT_MAX);
+            port.delay = next_delay(delay);
             self.set_timer(id, delay);
         }
     }
@@ -411,6 +413,11 @@ impl<D: Device> Reactor<D> {
         // A second at most is ever asked for, so this can't fail.
         Timespec::try_from(wait).ok()
     }
+}
+
+/// The delay after `delay`, when another try to connect has failed.
+fn next_delay(delay: Duration) -> Duration {
+    (delay * 2).min(RECONNECT_MAX)
 }
 
 /// The port that a token belongs to.
@@ -488,5 +495,22 @@ impl<D: Device> Link<D> {
         )];
         let now = Timespec::default();
         poll(&mut fds, Some(&now)).is_ok_and(|count| count > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reconnect_delays_grow_to_a_bound_below_two_seconds() {
+        let delays: Vec<_> =
+            std::iter::successors(Some(RECONNECT_MIN), |delay| Some(next_delay(*delay)))
+                .take(20)
+                .collect();
+        assert_eq!(delays[0], Duration::from_millis(20));
+        assert_eq!(delays[1], Duration::from_millis(40));
+        assert_eq!(delays[19], Duration::from_secs(1));
+        assert!(delays.is_sorted());
     }
 }

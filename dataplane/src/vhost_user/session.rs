@@ -141,8 +141,8 @@ pub(crate) struct Session<D: Device> {
 
 impl<D: Device> Session<D> {
     /// A session of a front-end that has just connected; `offered` are the virtio features that it
-    /// may choose from, as a rule [`OFFERED_FEATURES`].
-    pub(crate) fn new(device: Arc<D>, offered: u64) -> Self {
+    /// may choose from, as a rule [`OFFERED_FEATURES`]; `log` bounds what it can have logged.
+    pub(crate) fn new(device: Arc<D>, offered: u64, log: LogLimit) -> Self {
         let rings = usize::from(device.queue_pairs()) * 2;
         device.connected();
         Self {
@@ -155,7 +155,7 @@ impl<D: Device> Session<D> {
             regions: Vec::new(),
             rings: (0..rings).map(|_| Ring::default()).collect(),
             open: true,
-            log: LogLimit::default(),
+            log,
         }
     }
 
@@ -558,14 +558,14 @@ impl<D: Device> Session<D> {
         }
     }
 
-    fn refuse(&mut self, reason: &str) -> Answer {
+    fn refuse(&self, reason: &str) -> Answer {
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             tracing::warn!(reason, suppressed, "request refused");
         }
         Answer::Refused
     }
 
-    fn ring_failed(&mut self, error: &RingError) -> Answer {
+    fn ring_failed(&self, error: &RingError) -> Answer {
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             tracing::warn!(%error, suppressed, "ring stopped");
         }

@@ -50,7 +50,7 @@ pub(super) enum Call {
     },
     Stop(u16),
     Enable(u16, bool),
-    SetCall(u16, bool),
+    Interrupt(u16, bool),
     Mtu(u16),
     Announce(MacAddr),
 }
@@ -160,7 +160,7 @@ impl Device for TestDevice {
     }
 
     fn set_ring_call(&self, index: u16, call: Option<OwnedFd>) -> Result<(), RingError> {
-        self.note(Call::SetCall(index, call.is_some()));
+        self.note(Call::Interrupt(index, call.is_some()));
         let mut state = self.state.lock().unwrap();
         state.started.get_mut(&index).unwrap().call = call;
         Ok(())

@@ -29,7 +29,7 @@ impl Fixture {
 
     fn fresh() -> Self {
         let (device, seen) = TestDevice::new(2);
-        let session = Session::new(Arc::clone(&device), OFFERED_FEATURES);
+        let session = Session::new(Arc::clone(&device), OFFERED_FEATURES, LogLimit::default());
         Self {
             device,
             seen,
@@ -218,7 +218,7 @@ fn a_call_fd_reaches_a_started_ring_at_once() {
     fixture.ok(Request::SetVringCall(VringFd { index: 0, fd }));
     assert_eq!(
         fixture.calls(),
-        [Call::SetCall(0, true), Call::SetCall(0, false)]
+        [Call::Interrupt(0, true), Call::Interrupt(0, false)]
     );
 }
 
