@@ -29,7 +29,7 @@ pub use frontend::{
     WANTED_PROTOCOL_FEATURES, encode,
 };
 pub use guest::{Guest, GuestConfig, GuestError, NET_HEADER_BYTES, Received};
-pub use lane::{Direction, Lane, LaneShape, UsedSlot};
+pub use lane::{Direction, Lane, LaneShape, RingArea, UsedSlot};
 pub use memory::{
     DriverMemory, DriverMemoryError, HUGE_PAGE_BYTES, RegionLayout, RegionView, Window,
 };
@@ -40,3 +40,6 @@ pub use queue::{
     RingSetupError, Segment, Used,
 };
 pub use split::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, SplitArea, SplitDesc, SplitRing};
+
+#[cfg(test)]
+mod tests;

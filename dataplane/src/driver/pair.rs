@@ -42,7 +42,10 @@ impl Buffers {
         let addr = self.addr(buffer);
         if header_apart && len > HEADER_LEN {
             vec![
-                Segment { addr, len: HEADER_LEN },
+                Segment {
+                    addr,
+                    len: HEADER_LEN,
+                },
                 Segment {
                     addr: addr + u64::from(HEADER_LEN),
                     len: len - HEADER_LEN,
