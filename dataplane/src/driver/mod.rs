@@ -21,6 +21,7 @@ mod memory;
 mod packed;
 mod pair;
 mod queue;
+mod session;
 mod split;
 
 pub use event::{EventFd, wait_any};
@@ -39,6 +40,7 @@ pub use queue::{
     AddError, Calls, DESC_BYTES, DeviceFault, Layout, MAX_QUEUE_SIZE, Ring, RingOptions, RingPlace,
     RingSetupError, Segment, Used,
 };
+pub use session::{DeviceStart, RingStart};
 pub use split::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, SplitArea, SplitDesc, SplitRing};
 
 #[cfg(test)]
