@@ -10,13 +10,14 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::event::{EventFd, wait_any};
 use super::features::{
-    VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use super::frontend::{Frontend, FrontendError, WANTED_PROTOCOL_FEATURES};
 use super::memory::{DriverMemory, DriverMemoryError, HUGE_PAGE_BYTES, RegionLayout};
 use super::pair::{RxQueue, TxQueue};
 use super::queue::{AddError, DeviceFault, Layout, Ring, RingOptions, RingSetupError};
+use super::session::{DeviceStart, RingStart};
 
 /// Bytes of the header in front of every frame (virtio 1.3, 5.1.6, with num_buffers).
 pub const NET_HEADER_BYTES: usize = 12;
@@ -26,11 +27,6 @@ const INDIRECT_BUFFERS: u16 = 40;
 
 /// How long [`Guest::send`] waits for room before it gives up.
 const SEND_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Device status bits (virtio 1.3, 2.1): acknowledge, driver.
-const STATUS_DRIVER: u8 = 3;
-/// And features_ok, driver_ok.
-const STATUS_RUNNING: u8 = 15;
 
 /// What a guest is like. The features that it implies are required of the back-end.
 #[derive(Clone, Debug)]
@@ -457,19 +453,8 @@ impl Guest {
     /// # Errors
     /// The back-end closed the socket, or refused and said so.
     pub fn resume(&mut self) -> Result<(), GuestError> {
-        for pair in 0..self.config.queue_pairs {
-            let index = u32::from(pair) * 2;
-            let (frontend, memory) = (&mut self.frontend, &self.memory);
-            let queue = &self.receive[usize::from(pair)];
-            let (kick, call) = (Some(queue.kick()), Some(queue.call()));
-            frontend.start_ring(index, memory, queue.ring().place(), kick, call)?;
-            let queue = &self.transmit[usize::from(pair)];
-            let (kick, call) = (Some(queue.kick()), Some(queue.call()));
-            frontend.start_ring(index + 1, memory, queue.ring().place(), kick, call)?;
-        }
-        for index in 0..u32::from(self.config.queue_pairs) * 2 {
-            self.frontend.enable_ring(index, true)?;
-        }
+        let rings = ring_starts(&self.receive, &self.transmit);
+        self.frontend.start_rings(&self.memory, &rings)?;
         Ok(())
     }
 
@@ -489,14 +474,22 @@ impl Guest {
             let offered = pairs;
             return Err(GuestError::QueuePairs { offered, wanted });
         }
-        if let Some(mtu) = self.config.mtu {
-            frontend.set_mtu(mtu)?;
-        }
-        frontend.set_status(STATUS_DRIVER)?;
-        frontend.set_features(required | offered & VHOST_USER_F_PROTOCOL_FEATURES)?;
-        frontend.share_memory(&self.memory)?;
-        self.resume()?;
-        self.frontend.set_status(STATUS_RUNNING)?;
+        let device = DeviceStart {
+            features: required,
+            mtu: self.config.mtu,
+            memory: &self.memory,
+            rings: ring_starts(&self.receive, &self.transmit),
+        };
+        frontend.start_device(offered, &device)?;
         Ok(())
     }
+}
+
+/// Receive and transmit ring of each pair in turn, where the driver's account stands.
+fn ring_starts<'a>(receive: &'a [RxQueue], transmit: &'a [TxQueue]) -> Vec<RingStart<'a>> {
+    receive
+        .iter()
+        .zip(transmit)
+        .flat_map(|(rx, tx)| [rx.start(), tx.start()])
+        .collect()
 }

@@ -44,6 +44,15 @@ pub struct LaneShape {
     pub per_slot: u16,
 }
 
+/// The memory of a lane's ring, for tests that break rules.
+#[derive(Clone, Copy, Debug)]
+pub enum RingArea<'a> {
+    /// A split ring.
+    Split(&'a SplitArea),
+    /// A packed ring.
+    Packed(&'a PackedArea),
+}
+
 #[derive(Debug)]
 enum Area {
     Split {
@@ -136,6 +145,14 @@ impl Lane {
         match &self.area {
             Area::Split { ring, .. } => ring.place(),
             Area::Packed { ring, .. } => ring.place(),
+        }
+    }
+
+    /// The ring's memory, for tests that break rules.
+    pub fn area(&self) -> RingArea<'_> {
+        match &self.area {
+            Area::Split { ring, .. } => RingArea::Split(ring),
+            Area::Packed { ring, .. } => RingArea::Packed(ring),
         }
     }
 

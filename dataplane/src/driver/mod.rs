@@ -21,6 +21,7 @@ mod memory;
 mod packed;
 mod pair;
 mod queue;
+mod session;
 mod split;
 
 pub use event::{EventFd, wait_any};
@@ -29,7 +30,7 @@ pub use frontend::{
     WANTED_PROTOCOL_FEATURES, encode,
 };
 pub use guest::{Guest, GuestConfig, GuestError, NET_HEADER_BYTES, Received};
-pub use lane::{Direction, Lane, LaneShape, UsedSlot};
+pub use lane::{Direction, Lane, LaneShape, RingArea, UsedSlot};
 pub use memory::{
     DriverMemory, DriverMemoryError, HUGE_PAGE_BYTES, RegionLayout, RegionView, Window,
 };
@@ -39,4 +40,8 @@ pub use queue::{
     AddError, Calls, DESC_BYTES, DeviceFault, Layout, MAX_QUEUE_SIZE, Ring, RingOptions, RingPlace,
     RingSetupError, Segment, Used,
 };
+pub use session::{DeviceStart, RingStart};
 pub use split::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, SplitArea, SplitDesc, SplitRing};
+
+#[cfg(test)]
+mod tests;

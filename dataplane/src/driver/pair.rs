@@ -9,6 +9,7 @@ use super::event::EventFd;
 use super::guest::{GuestConfig, GuestError, NET_HEADER_BYTES, Received};
 use super::memory::{DriverMemory, Window};
 use super::queue::{AddError, Calls, Ring, Segment, Used};
+use super::session::RingStart;
 
 /// [`NET_HEADER_BYTES`] as the length of a descriptor.
 const HEADER_LEN: u32 = 12;
@@ -118,6 +119,15 @@ impl RxQueue {
     /// Device to driver.
     pub fn call(&self) -> &EventFd {
         &self.call
+    }
+
+    /// Its ring and events as a session starts them.
+    pub(super) fn start(&self) -> RingStart<'_> {
+        RingStart {
+            place: self.ring.place(),
+            kick: &self.kick,
+            call: &self.call,
+        }
     }
 
     /// Takes what the device has used, without making frames of it.
@@ -244,6 +254,15 @@ impl TxQueue {
     /// Device to driver.
     pub fn call(&self) -> &EventFd {
         &self.call
+    }
+
+    /// Its ring and events as a session starts them.
+    pub(super) fn start(&self) -> RingStart<'_> {
+        RingStart {
+            place: self.ring.place(),
+            kick: &self.kick,
+            call: &self.call,
+        }
     }
 
     /// Frees the buffers of what the device has used.
