@@ -51,6 +51,8 @@ impl StartedRing {
 #[derive(Debug, Default)]
 pub(crate) struct QueueState {
     pub(crate) started: Option<StartedRing>,
+    /// Where a ring stood that a worker stopped, for the GET_VRING_BASE to come.
+    stopped_at: Option<u16>,
 }
 
 /// One virtqueue.
@@ -271,7 +273,7 @@ impl VhostPort {
         let index = self.index_of(queue);
         warn!(port = %self.base.name, ring = index, "ring stopped: {why}");
         self.set_last_error(Some(format!("ring {index} stopped: {why}")));
-        self.take_started(queue, index, state);
+        state.stopped_at = self.take_started(queue, index, state);
     }
 
     fn index_of(&self, queue: &VhostQueue) -> u16 {
@@ -364,7 +366,7 @@ impl Device for VhostPort {
                     unsafe { started.ring.relocate(at, Arc::clone(&memory)) };
                 }
                 Err(error) => {
-                    self.take_started(queue, index, &mut state);
+                    state.stopped_at = self.take_started(queue, index, &mut state);
                     result = Err(error);
                 }
             }
@@ -409,6 +411,7 @@ impl Device for VhostPort {
         let binding = self.transmit_binding(index);
         let mut state = queue.lock();
         self.take_started(queue, index, &mut state);
+        state.stopped_at = None;
         if let (Some(kick), Some(binding)) = (&started.kick, binding) {
             let watched = binding.worker.watch(kick.as_fd(), binding.token);
             watched.map_err(|source| RingError::Fd {
@@ -434,7 +437,9 @@ impl Device for VhostPort {
 
     fn stop_ring(&self, index: u16) -> Option<u32> {
         let queue = self.queue(index)?;
-        let base = self.take_started(queue, index, &mut queue.lock())?;
+        let mut state = queue.lock();
+        let stopped_at = state.stopped_at.take();
+        let base = self.take_started(queue, index, &mut state).or(stopped_at)?;
         info!(port = %self.base.name, ring = index, next_avail = base, "ring stopped");
         Some(u32::from(base))
     }

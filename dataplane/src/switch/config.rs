@@ -124,13 +124,19 @@ pub struct IdleConfig {
     pub patience: Duration,
 }
 
+impl IdleConfig {
+    /// Long enough to bridge the gaps of a TCP flow, short enough that a packet a millisecond
+    /// costs a third of a core at most.
+    pub const DEFAULT: Self = Self {
+        spin: Duration::from_micros(50),
+        pause: Duration::from_micros(250),
+        patience: Duration::from_millis(1),
+    };
+}
+
 impl Default for IdleConfig {
     fn default() -> Self {
-        Self {
-            spin: Duration::from_micros(20),
-            pause: Duration::from_micros(80),
-            patience: Duration::from_millis(1),
-        }
+        Self::DEFAULT
     }
 }
 

@@ -19,4 +19,3 @@ mod test_device;
 pub(crate) use device::{Device, RingAddresses, RingError, RingStart};
 pub(crate) use endpoint::Endpoint;
 pub(crate) use server::SessionThread;
-pub(crate) use session::{OFFERED_FEATURES, OFFERED_PROTOCOL_FEATURES};

@@ -1,4 +1,9 @@
 //! A switch with synthetic guests on real vhost-user sockets.
+#![allow(
+    clippy::unwrap_used,
+    dead_code,
+    reason = "helpers of tests, not all used by each"
+)]
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -75,6 +80,20 @@ impl Lab {
 
     pub fn counters(&self, port: &str) -> PortCounters {
         self.switch.port(&name(port)).unwrap().info.counters
+    }
+
+    /// Waits until a port's count of drops is `expected`: counters of a source follow those of the
+    /// destination by the rest of a burst.
+    pub fn eventually_dropped(
+        &self,
+        port: &str,
+        count: impl Fn(PortCounters) -> u64,
+        expected: u64,
+    ) {
+        eventually("the drops are counted", || {
+            count(self.counters(port)) >= expected
+        });
+        assert_eq!(count(self.counters(port)), expected);
     }
 
     /// Asserts that every frame received was delivered or dropped for a reason. `extra_copies` is
