@@ -16,21 +16,21 @@ use ringway_dataplane::{
 use tempfile::TempDir;
 
 /// How long anything may take that should happen at once.
-pub const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
 /// A running switch and the folder of its sockets.
-pub struct Lab {
-    pub switch: Switch,
+pub(crate) struct Lab {
+    pub(crate) switch: Switch,
     folder: TempDir,
 }
 
 impl Lab {
     /// A switch with one worker on the first CPU that this process may use.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::with_config(|_| {})
     }
 
-    pub fn with_config(change: impl FnOnce(&mut SwitchConfig)) -> Self {
+    pub(crate) fn with_config(change: impl FnOnce(&mut SwitchConfig)) -> Self {
         let cpu = core_affinity::get_core_ids().unwrap()[0].id;
         let mut config = SwitchConfig {
             worker_cpus: vec![cpu],
@@ -48,16 +48,20 @@ impl Lab {
         }
     }
 
-    pub fn socket(&self, port: &str) -> PathBuf {
+    pub(crate) fn socket(&self, port: &str) -> PathBuf {
         self.folder.path().join(format!("{port}.sock"))
     }
 
     /// Adds a vhost-user port with up to 8 queue pairs that listens.
-    pub fn add_port(&self, port: &str) -> PathBuf {
+    pub(crate) fn add_port(&self, port: &str) -> PathBuf {
         self.add_port_with(port, |_| {})
     }
 
-    pub fn add_port_with(&self, port: &str, change: impl FnOnce(&mut PortConfig)) -> PathBuf {
+    pub(crate) fn add_port_with(
+        &self,
+        port: &str,
+        change: impl FnOnce(&mut PortConfig),
+    ) -> PathBuf {
         let path = self.socket(port);
         let mut config = PortConfig {
             kind: PortKind::VhostUser {
@@ -73,18 +77,18 @@ impl Lab {
     }
 
     /// Adds a port and connects a guest to it.
-    pub fn guest(&self, port: &str, config: GuestConfig) -> Guest {
+    pub(crate) fn guest(&self, port: &str, config: GuestConfig) -> Guest {
         let path = self.add_port(port);
         Guest::connect(&path, config).unwrap()
     }
 
-    pub fn counters(&self, port: &str) -> PortCounters {
+    pub(crate) fn counters(&self, port: &str) -> PortCounters {
         self.switch.port(&name(port)).unwrap().info.counters
     }
 
     /// Waits until a port's count of drops is `expected`: counters of a source follow those of the
     /// destination by the rest of a burst.
-    pub fn eventually_dropped(
+    pub(crate) fn eventually_dropped(
         &self,
         port: &str,
         count: impl Fn(PortCounters) -> u64,
@@ -99,7 +103,7 @@ impl Lab {
     /// Asserts that every frame received was delivered or dropped for a reason. `extra_copies` is
     /// what floods to several ports made of one frame. Counters of a source follow those of the
     /// destination by the rest of a burst, hence the wait.
-    pub fn assert_conserved(&self, ports: &[&str], extra_copies: u64) {
+    pub(crate) fn assert_conserved(&self, ports: &[&str], extra_copies: u64) {
         eventually("received + copies = sent + dropped", || {
             let all: Vec<_> = ports.iter().map(|port| self.counters(port)).collect();
             let received: u64 = all.iter().map(|c| c.rx_frames).sum();
@@ -113,12 +117,12 @@ impl Lab {
     }
 }
 
-pub fn name(port: &str) -> PortName {
+pub(crate) fn name(port: &str) -> PortName {
     port.parse().unwrap()
 }
 
 /// Waits until `condition` holds.
-pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(
@@ -131,7 +135,7 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// An Ethernet frame of `bytes` from station `from` to station `to` (0xff: broadcast), filled with
 /// a pattern that depends on `seed`.
-pub fn frame(to: u8, from: u8, bytes: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn frame(to: u8, from: u8, bytes: usize, seed: u64) -> Vec<u8> {
     let mut frame = Vec::with_capacity(bytes);
     frame.extend(mac(to));
     frame.extend(mac(from));
@@ -155,6 +159,6 @@ fn mac(station: u8) -> [u8; 6] {
 }
 
 /// Receives one frame or fails.
-pub fn receive(guest: &mut Guest) -> Received {
+pub(crate) fn receive(guest: &mut Guest) -> Received {
     guest.recv(DEADLINE).unwrap().expect("a frame")
 }
