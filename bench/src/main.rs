@@ -1,2 +1,37 @@
 //! `ringway-bench`: the lab.
-fn main() {}
+
+mod lab;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Measures ringway on real guests, next to what it replaces.
+#[derive(Debug, Parser)]
+#[command(name = "ringway-bench", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot two QEMU guests and a host tap on ringwayd and run ping and iperf3 between them
+    Lab(Box<lab::LabArgs>),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Lab(args) => lab::run(*args),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            if let Some(hint) = lab::hint_of(&error) {
+                eprintln!("hint: {hint}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,4 +1,5 @@
 //! The control server over real sockets, with clients that misbehave.
+#![expect(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -32,23 +32,28 @@ pub struct Args {
         long,
         value_name = "PATH",
         global = true,
+        help_heading = EVERYWHERE,
         env = "RINGWAY_CONTROL"
     )]
     #[arg(default_value = crate::config::DEFAULT_CONTROL)]
     pub socket: PathBuf,
 
     /// Print one JSON object (docs/control-api.schema.json), also for errors: {"error": …}
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = EVERYWHERE)]
     pub json: bool,
 
     /// How long the daemon may take to answer
-    #[arg(long, value_name = "SECONDS", global = true, default_value = "10", value_parser = timeout)]
+    #[arg(long, value_name = "SECONDS", global = true, help_heading = EVERYWHERE)]
+    #[arg(default_value = "10", value_parser = timeout)]
     pub timeout: Duration,
 
     /// What to operate on
     #[command(subcommand)]
     pub noun: Noun,
 }
+
+/// Heading of the options that all commands have.
+const EVERYWHERE: &str = "Options of all commands";
 
 const AFTER_HELP: &str = "\
 Examples:

@@ -268,7 +268,7 @@ pub(super) fn drops(drops: &Drops) -> String {
 
 fn field(out: &mut dyn Write, name: &str, value: &str) -> fmt::Result {
     let value = if value.is_empty() { NONE } else { value };
-    writeln!(out, "  {name:<15}{value}")
+    writeln!(out, "  {name:<16}{value}")
 }
 
 fn optional(value: Option<impl fmt::Display>) -> String {

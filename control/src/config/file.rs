@@ -51,6 +51,7 @@ struct FdbSection {
 struct IdleSection {
     spin_us: Option<u64>,
     pause_us: Option<u64>,
+    patience_us: Option<u64>,
 }
 
 /// Parses `text`, which is read twice: for the values, and for where they are.
@@ -139,6 +140,12 @@ fn check(file: File, places: &Places<'_>) -> Result<Config, ConfigError> {
         idle: IdleConfig {
             spin: check_idle("spin_us", file.idle.spin_us, DEFAULT_IDLE.spin, places)?,
             pause: check_idle("pause_us", file.idle.pause_us, DEFAULT_IDLE.pause, places)?,
+            patience: check_idle(
+                "patience_us",
+                file.idle.patience_us,
+                DEFAULT_IDLE.patience,
+                places,
+            )?,
         },
         ports,
     })

@@ -32,12 +32,8 @@ pub const DEFAULT_FDB_CAPACITY: usize = 16_384;
 /// JSON.
 pub const MAX_FDB_CAPACITY: usize = 1 << 20;
 
-/// When workers go to sleep unless told: long enough to bridge the gaps of a TCP flow, short enough
-/// that a packet a millisecond costs a third of a core at most.
-pub const DEFAULT_IDLE: IdleConfig = IdleConfig {
-    spin: Duration::from_micros(50),
-    pause: Duration::from_micros(250),
-};
+/// When workers go to sleep unless told.
+pub const DEFAULT_IDLE: IdleConfig = IdleConfig::DEFAULT;
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]

@@ -267,7 +267,10 @@ mod tests {
 
     #[test]
     fn absent_parameters_are_an_empty_object() {
-        assert!(read_params::<PortList>(None).is_ok());
+        assert_eq!(
+            read_params::<PortList>(None).unwrap(),
+            crate::api::NoParams {}
+        );
         assert!(read_params::<PortShow>(None).is_err());
     }
 

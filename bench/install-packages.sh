@@ -1,0 +1,149 @@
+#!/bin/sh
+# Installs what `ringway-bench lab` needs on Debian 12 or later: QEMU, iperf3, busybox and a few
+# tools by name, and a cloud kernel that is unpacked into the cache and never installed.
+# Safe to run again; it returns at once when nothing is missing.
+set -eu
+
+tools="qemu-system-x86 iperf3 busybox-static iproute2 xz-utils kmod util-linux"
+lock_seconds=120
+cache=${XDG_CACHE_HOME:-${HOME:?}/.cache}/ringway
+kernels=$cache/kernel
+codename=$(. /etc/os-release 2>/dev/null && echo "${VERSION_CODENAME:-}")
+
+die() {
+    echo "install-packages: $1" >&2
+    exit 1
+}
+
+say() {
+    echo "install-packages: $1" >&2
+}
+
+installed() {
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+missing_tools() {
+    for name in $tools; do
+        # busybox-static and busybox exclude each other; only the static one can be an initramfs.
+        installed "$name" || printf '%s ' "$name"
+    done
+}
+
+apt() {
+    DEBIAN_FRONTEND=noninteractive apt-get -q -y -o "DPkg::Lock::Timeout=$lock_seconds" "$@"
+}
+
+# The machine's own entry for the release, with another suite: mirror and key stay as they are.
+# Prints nothing if there is none.
+own_entry_with_suite() {
+    for file in /etc/apt/sources.list.d/*.sources; do
+        [ -f "$file" ] || continue
+        awk -v release="$codename" -v suite="$1" '
+            BEGIN { RS = ""; FS = "\n" }
+            {
+                ours = 0; off = 0
+                for (i = 1; i <= NF; i++) {
+                    if ($i ~ "^Suites:.*[ \t]" release "([ \t]|$)") ours = 1
+                    if (tolower($i) ~ /^enabled:[ \t]*no/) off = 1
+                }
+                if (!ours || off) next
+                for (i = 1; i <= NF; i++) {
+                    if ($i ~ /^#/) continue
+                    if ($i ~ /^Suites:/) $i = "Suites: " suite
+                    if ($i ~ /^Types:/) $i = "Types: deb"
+                    print $i
+                }
+                exit
+            }' "$file"
+    done | sed '/^Types:/{x;s/^/x/;/^xx/{x;Q};x}'
+}
+
+own_line_with_suite() {
+    cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null |
+        sed -n "s/^\(deb[ \t].*[ \t]\)$codename\([ \t].*\)\$/\1$1\2/p" | head -n 1
+}
+
+known_suite() {
+    apt-cache policy | grep -q "[ ,=]$1[/,]"
+}
+
+add_suite() {
+    list=/etc/apt/sources.list.d/ringway-$1
+    entry=$(own_entry_with_suite "$1")
+    if [ -n "$entry" ]; then
+        printf '%s\n' "$entry" >"$list.sources"
+        say "added the suite $1 in $list.sources"
+        return
+    fi
+    entry=$(own_line_with_suite "$1")
+    [ -n "$entry" ] || die "no source entry for $codename to copy; add the suite $1 to apt's sources and run this again"
+    printf '%s\n' "$entry" >"$list.list"
+    say "added the suite $1 in $list.list"
+}
+
+# Debian 12's own QEMU is too old for reconnect-ms and conflicts with the qemu-utils of backports.
+refresh_lists() {
+    [ -z "${refreshed:-}" ] || return 0
+    suite=
+    if [ "$codename" = bookworm ]; then
+        suite=$codename-backports
+        if ! known_suite "$suite"; then
+            add_suite "$suite"
+        fi
+    fi
+    say "reading package lists"
+    apt update >&2 || die "apt-get update failed; check this machine's apt sources and network"
+    refreshed=yes
+}
+
+# The package that linux-image-cloud-amd64 stands for, newest suite first.
+concrete_kernel() {
+    apt-cache ${suite:+-t "$suite"} depends --important linux-image-cloud-amd64 2>/dev/null |
+        sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1
+}
+
+unpack_kernel() {
+    refresh_lists
+    package=$(concrete_kernel)
+    if [ -z "$package" ] && [ -n "$suite" ]; then
+        suite=
+        package=$(concrete_kernel)
+    fi
+    [ -n "$package" ] || die "apt knows no linux-image-cloud-amd64; check this machine's apt sources"
+    mkdir -p "$kernels"
+    work=$(mktemp -d "$kernels/.unpack.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    trap 'exit 130' INT TERM
+    chmod 755 "$work"
+    say "downloading $package (unpacked into the cache, not installed)"
+    (cd "$work" && apt ${suite:+-t "$suite"} -o APT::Sandbox::User=root download "$package" >&2) ||
+        die "downloading $package failed; check the network and run this again"
+    dpkg-deb -x "$work"/*.deb "$work/root"
+    rm -f "$work"/*.deb
+    rm -rf "${kernels:?}/$package"
+    mv "$work/root" "$kernels/$package"
+    ln -sfn "$package" "$kernels/current"
+}
+
+have_kernel() {
+    ls "$kernels"/current/boot/vmlinuz-* >/dev/null 2>&1
+}
+
+missing=$(missing_tools)
+if [ -z "$missing" ] && have_kernel; then
+    exit 0
+fi
+command -v apt-get >/dev/null 2>&1 && command -v dpkg-deb >/dev/null 2>&1 ||
+    die "no apt here: install QEMU 9.2 or later, iperf3, a static busybox, iproute2, xz and kmod, and unpack a Debian cloud kernel into $kernels/current"
+[ "$(id -u)" = 0 ] || die "needs root to install ${missing:-a guest kernel}: run it with sudo -E"
+
+if [ -n "$missing" ]; then
+    refresh_lists
+    say "installing $missing"
+    # shellcheck disable=SC2086  # a list of names
+    apt ${suite:+-t "$suite"} install --no-install-recommends $missing >&2 ||
+        die "installing $missing failed; see apt's message above"
+fi
+have_kernel || unpack_kernel
+say "all there"

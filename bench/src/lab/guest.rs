@@ -1,0 +1,285 @@
+//! A QEMU guest: its process, its boot, its monitor.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::accel::Accel;
+use super::console::{Answer, Console};
+use super::image::Image;
+use super::netns::NetNs;
+use super::process::{Kept, find, tied};
+
+/// The QEMU program.
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
+
+/// Memory of a guest: iperf3 needs tens of megabytes, the rest is socket buffers.
+const MEMORY: &str = "512M";
+
+/// How long QEMU waits before it connects again to a back-end that went away.
+const RECONNECT_MS: u32 = 200;
+
+/// Names of the two guests in all output.
+pub(crate) const NAMES: [&str; 2] = ["a", "b"];
+
+/// The host's address on the lab's network.
+pub(crate) const HOST_ADDRESS: &str = "10.77.0.254";
+
+/// The host's MAC address on the lab's network.
+pub(crate) const HOST_MAC: &str = "52:54:00:77:00:fe";
+
+/// The address of guest 0 or 1 on the lab's network.
+pub(crate) fn address(index: usize) -> String {
+    format!("10.77.0.{}", index + 1)
+}
+
+/// What the guest's NIC is plugged into.
+#[derive(Clone, Debug)]
+pub(crate) enum Nic {
+    /// No NIC.
+    None,
+    /// A vhost-user back-end that listens.
+    VhostUser { socket: PathBuf },
+    /// A tap interface that exists, without the kernel's vhost.
+    Tap { interface: String },
+}
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub(crate) struct GuestSpec {
+    /// 0 or 1: gives name, MAC and IP address.
+    pub(crate) index: usize,
+    /// Queue pairs, and as many vCPUs.
+    pub(crate) queue_pairs: u16,
+    /// L3 MTU.
+    pub(crate) mtu: u16,
+    pub(crate) nic: Nic,
+    pub(crate) accel: Accel,
+}
+
+/// A guest that was started.
+pub(crate) struct Guest {
+    process: Kept,
+    console: Console,
+    monitor: PathBuf,
+    accel: Accel,
+}
+
+impl Guest {
+    /// Starts QEMU, in `namespace` if one is given. Logs and sockets go to `folder`. Returns at
+    /// once: call [`Guest::wait_ready`]. To be called from the main thread.
+    pub(crate) fn start(
+        spec: &GuestSpec,
+        image: &Image,
+        folder: &Path,
+        namespace: Option<&NetNs>,
+    ) -> Result<Guest> {
+        let name = NAMES[spec.index];
+        let sockets = Sockets {
+            serial: folder.join(format!("{name}.serial")),
+            monitor: folder.join(format!("{name}.qmp")),
+            log: folder.join(format!("{name}-console.log")),
+        };
+        for stale in [&sockets.serial, &sockets.monitor] {
+            let _ = std::fs::remove_file(stale);
+        }
+        let qemu = find(QEMU)?;
+        let mut command = match namespace {
+            Some(namespace) => namespace.inside_tied(qemu)?,
+            None => tied(qemu),
+        };
+        arguments(&mut command, spec, image, &sockets);
+        let process = Kept::spawn(&mut command, &folder.join(format!("{name}-qemu.log")))?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(folder.join(format!("{name}-commands.log")))?;
+        let mut guest = Guest {
+            console: Console::connect(&sockets.serial, log, Instant::now() + CONNECT_TIMEOUT)
+                .with_context(|| last_line(&folder.join(format!("{name}-qemu.log"))))?,
+            process,
+            monitor: sockets.monitor,
+            accel: spec.accel,
+        };
+        guest.check_alive()?;
+        Ok(guest)
+    }
+
+    /// Waits for the shell, after start or reboot.
+    pub(crate) fn wait_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + self.accel.boot_timeout();
+        self.wait_ready_until(deadline)
+    }
+
+    pub(crate) fn wait_ready_until(&mut self, deadline: Instant) -> Result<()> {
+        loop {
+            if self.console.poll_ready()? {
+                return Ok(());
+            }
+            self.check_alive()?;
+            if Instant::now() >= deadline {
+                bail!("the guest did not reach its shell in time");
+            }
+        }
+    }
+
+    /// Runs a command; its exit status must be 0.
+    pub(crate) fn run(&mut self, command: &str, timeout: Duration) -> Result<String> {
+        let answer = self.try_run(command, timeout)?;
+        if answer.status != 0 {
+            bail!(
+                "guest command `{command}`: status {}: {}",
+                answer.status,
+                answer.text.trim()
+            );
+        }
+        Ok(answer.text)
+    }
+
+    /// Runs a command whatever its exit status.
+    pub(crate) fn try_run(&mut self, command: &str, timeout: Duration) -> Result<Answer> {
+        self.console.run(command, timeout)
+    }
+
+    /// Reboots from inside and waits for the shell.
+    pub(crate) fn reboot(&mut self) -> Result<()> {
+        self.console.send("reboot -f")?;
+        self.wait_ready()
+    }
+
+    /// Resets the machine from outside (QMP `system_reset`) and waits for the shell.
+    pub(crate) fn reset(&mut self) -> Result<()> {
+        monitor_command(&self.monitor, "system_reset")?;
+        self.wait_ready()
+    }
+
+    /// Takes the NIC's driver away, gives it back and configures the NIC again.
+    pub(crate) fn rebind_driver(&mut self) -> Result<()> {
+        let command = "d=$(basename $(readlink /sys/class/net/eth0/device)); \
+                       cd /sys/bus/virtio/drivers/virtio_net && \
+                       echo $d >unbind && sleep 0.2 && echo $d >bind && netup";
+        self.run(command, Duration::from_secs(20)).map(drop)
+    }
+
+    /// Kills QEMU with SIGKILL.
+    pub(crate) fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    fn check_alive(&mut self) -> Result<()> {
+        match self.process.ended()? {
+            Some(status) => bail!("QEMU ended: {status}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Nothing of the guest is worth a clean end.
+        self.process.kill();
+    }
+}
+
+/// QEMU opens its sockets before it does anything slow.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+struct Sockets {
+    serial: PathBuf,
+    monitor: PathBuf,
+    log: PathBuf,
+}
+
+fn arguments(command: &mut Command, spec: &GuestSpec, image: &Image, sockets: &Sockets) {
+    let pairs = spec.queue_pairs;
+    command.args(["-M", "q35", "-display", "none", "-nodefaults", "-m", MEMORY]);
+    command.args(spec.accel.qemu_arguments());
+    command.args(["-smp", &pairs.to_string()]);
+    command.args([
+        "-object",
+        &format!("memory-backend-memfd,id=mem,size={MEMORY},share=on"),
+        "-numa",
+        "node,memdev=mem",
+    ]);
+    command
+        .arg("-serial")
+        .arg(format!("file:{}", sockets.log.display()));
+    for (option, path) in [("-serial", &sockets.serial), ("-qmp", &sockets.monitor)] {
+        command
+            .arg(option)
+            .arg(format!("unix:{},server=on,wait=off", path.display()));
+    }
+    let netdev = match &spec.nic {
+        Nic::None => None,
+        Nic::VhostUser { socket } => {
+            command.arg("-chardev").arg(format!(
+                "socket,id=backend,path={},reconnect-ms={RECONNECT_MS}",
+                socket.display()
+            ));
+            Some(format!("vhost-user,id=net,chardev=backend,queues={pairs}"))
+        }
+        Nic::Tap { interface } => Some(format!(
+            "tap,id=net,ifname={interface},script=no,downscript=no,vhost=off,queues={pairs}"
+        )),
+    };
+    let mut line = "console=ttyS0 quiet panic=0 mitigations=off ipv6.disable=1".to_owned();
+    if let Some(netdev) = netdev {
+        command.arg("-netdev").arg(netdev);
+        command.arg("-device").arg(format!(
+            "virtio-net-pci,netdev=net,mac={},mq={},vectors={},host_mtu={},romfile=",
+            mac(spec.index),
+            if pairs > 1 { "on" } else { "off" },
+            2 * pairs + 2,
+            spec.mtu
+        ));
+        line += &format!(" rw.ip={}/24 rw.mtu={}", address(spec.index), spec.mtu);
+    }
+    command
+        .arg("-kernel")
+        .arg(&image.kernel)
+        .arg("-initrd")
+        .arg(&image.initramfs);
+    command.arg("-append").arg(line);
+}
+
+fn mac(index: usize) -> String {
+    format!("52:54:00:77:00:{:02x}", index + 1)
+}
+
+/// One command to QEMU's monitor (QMP).
+fn monitor_command(path: &Path, name: &str) -> Result<()> {
+    let stream = UnixStream::connect(path).context("connecting to QEMU's monitor")?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut writer = stream.try_clone()?;
+    let mut lines = BufReader::new(stream).lines();
+    lines.next().context("QEMU's monitor said nothing")??;
+    for command in ["qmp_capabilities", name] {
+        writeln!(writer, "{}", serde_json::json!({ "execute": command }))?;
+        loop {
+            let line = lines
+                .next()
+                .context("QEMU's monitor closed the connection")??;
+            let answer: serde_json::Value = serde_json::from_str(&line)?;
+            if answer.get("return").is_some() {
+                break;
+            }
+            if let Some(error) = answer.get("error") {
+                bail!("QEMU's monitor refused {command}: {error}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn last_line(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines()
+        .last()
+        .unwrap_or("QEMU printed nothing")
+        .to_owned()
+}

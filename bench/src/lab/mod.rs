@@ -1,0 +1,225 @@
+//! `ringway-bench lab`: two QEMU guests and the host on ringwayd, measured by ping and iperf3.
+//!
+//! The way of a run: [`image`] makes what the guests boot, [`accel`] decides between KVM and TCG,
+//! [`topology`] builds a switch with its guests in a [`netns`], [`measure`] runs one test on it,
+//! [`report`] prints them all. [`scenario`] holds the acceptance runs. Whatever is started is
+//! ended by a `Drop`, also after Ctrl-C ([`interrupt`]).
+
+mod accel;
+mod console;
+mod cpio;
+mod daemon;
+mod guest;
+mod image;
+mod interrupt;
+mod measure;
+mod netns;
+mod options;
+mod process;
+mod progress;
+mod report;
+mod scenario;
+mod topology;
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+pub(crate) use options::LabArgs;
+
+use measure::measure;
+use options::Plan;
+use progress::Progress;
+use report::{Machine, Report, Sample};
+use topology::{Base, Shape, Switch, Topology};
+
+/// What to do about anything that a package brings.
+const INSTALL_HINT: &str = "run bench/install-packages.sh as root";
+
+/// An error that knows what the operator can do about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+struct Hinted {
+    what: String,
+    hint: String,
+}
+
+fn hinted(what: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
+    Hinted {
+        what: what.into(),
+        hint: hint.into(),
+    }
+    .into()
+}
+
+/// The hint of an error, if it has one.
+pub(crate) fn hint_of(error: &anyhow::Error) -> Option<&str> {
+    error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<Hinted>())
+        .map(|error| &*error.hint)
+}
+
+/// Runs the lab. The exit code is that of a failure when a measurement or a scenario failed.
+///
+/// # Errors
+/// If the lab can't do its work: something is missing, a guest doesn't boot, Ctrl-C.
+pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
+    interrupt::install()?;
+    if !rustix::process::geteuid().is_root() {
+        return Err(hinted(
+            "the lab needs root for its network namespace and taps",
+            "run it with sudo -E",
+        ));
+    }
+    let plan = args.plan()?;
+    let folder = tempfile::Builder::new().prefix("ringway-lab-").tempdir()?;
+    let outcome = run_in(&plan, folder.path());
+    let failed = !matches!(&outcome, Ok(true));
+    if failed || plan.keep_logs {
+        let kept = folder.keep();
+        eprintln!("logs: {}", kept.display());
+    }
+    outcome.map(|good| {
+        if good {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }
+    })
+}
+
+/// Whether everything passed.
+fn run_in(plan: &Plan, folder: &Path) -> Result<bool> {
+    let started = Instant::now();
+    let progress = Progress::new(plan.steps());
+    process::find(guest::QEMU)?;
+    process::find("iperf3")?;
+    netns::NetNs::remove_stale();
+    let revision = if plan.needs_ringway() {
+        Some(plan.programs.check()?)
+    } else {
+        None
+    };
+    progress.step("preparing the guest image");
+    let cache = image::cache_folder()?;
+    let image = image::prepare(&cache)?;
+    let (accel, reason) = accel::choose(plan.accel, &image, &cache, folder, |text| {
+        progress.step(text)
+    })?;
+    progress.say(&format!("guests run on {} ({reason})", accel.name()));
+    let machine = Machine::describe(&image, accel, reason, revision)?;
+    let base = Base {
+        image,
+        accel,
+        programs: plan.programs.clone(),
+        folder: folder.to_owned(),
+    };
+    if !plan.scenarios.is_empty() {
+        return scenario::run_all(plan, &base, machine, &progress);
+    }
+    let mut samples = Vec::new();
+    for shape in plan.shapes() {
+        measure_shape(plan, shape, &base, &progress, &mut samples)?;
+    }
+    progress.finish();
+    let report = Report::new(machine, samples, started.elapsed());
+    if plan.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", report.table());
+    }
+    Ok(report.all_passed())
+}
+
+/// Boots the guests on every switch and runs all tests, alternating between the switches. Those
+/// that don't run are booted and silent.
+fn measure_shape(
+    plan: &Plan,
+    shape: Shape,
+    base: &Base,
+    progress: &Progress,
+    samples: &mut Vec<Sample>,
+) -> Result<()> {
+    let mut sets = Vec::new();
+    for &switch in &plan.switches {
+        progress.step(&format!("booting two guests on {}", label(switch, shape)));
+        let started = Instant::now();
+        let mut topology = Topology::new(switch, shape, base)?;
+        topology.boot()?;
+        let seconds = started.elapsed().as_secs_f32();
+        progress.say(&format!(
+            "{}: both guests up after {seconds:.1} s",
+            label(switch, shape)
+        ));
+        sets.push(topology);
+    }
+    for pair in 0..plan.pairs {
+        for &test in &plan.tests {
+            for topology in &mut sets {
+                progress.step(&format!(
+                    "{}, {}",
+                    label(topology.switch, shape),
+                    test.name()
+                ));
+                let outcome = measure(topology, test, plan.effort);
+                interrupt::check()?;
+                let sample = Sample::new(topology.switch, shape, test, pair, outcome);
+                progress.say(&sample.line());
+                samples.push(sample);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn label(switch: Switch, shape: Shape) -> String {
+    format!(
+        "{}, {} queue pair(s), MTU {}",
+        switch.name(),
+        shape.queue_pairs,
+        shape.mtu_bytes
+    )
+}
+
+/// The middle of the values; the mean of the two middle ones if their number is even, 0 for none.
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => 0.0,
+        count if count % 2 == 1 => values[middle],
+        _ => (values[middle - 1] + values[middle]) / 2.0,
+    }
+}
+
+/// First line of what a program prints, for versions.
+fn first_line(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = process::run_ok(
+        Command::new(program).args(arguments),
+        Duration::from_secs(10),
+    )?;
+    let line = output.stdout.lines().next().context("it printed nothing")?;
+    Ok(line.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn median_of_odd_even_and_none() {
+        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(median(&mut []), 0.0);
+    }
+
+    #[test]
+    fn a_hint_survives_context() {
+        let error = hinted("iperf3 is missing", INSTALL_HINT).context("preparing");
+        assert_eq!(hint_of(&error), Some(INSTALL_HINT));
+        assert_eq!(hint_of(&anyhow::anyhow!("other")), None);
+    }
+}

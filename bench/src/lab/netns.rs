@@ -1,0 +1,147 @@
+//! A network namespace of the host's side: what the lab makes lives in it and goes with it.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::process::{find, run_ok, tied};
+use super::{INSTALL_HINT, hinted};
+
+/// Names of the lab's namespaces: the prefix, the lab's pid, a tag.
+const PREFIX: &str = "ringway-lab-";
+
+/// Where iproute2 keeps its names.
+const NAMES: &str = "/run/netns";
+
+/// Bound on each `ip` command.
+const IP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A named namespace, removed when dropped.
+pub(crate) struct NetNs {
+    name: String,
+}
+
+impl NetNs {
+    /// Makes an empty namespace with only its loopback up and IPv6 off: router solicitations and
+    /// duplicate address detection would be noise in the measurements.
+    pub(crate) fn create(tag: &str) -> Result<NetNs> {
+        let name = format!("{PREFIX}{}-{tag}", std::process::id());
+        run_ok(ip()?.args(["netns", "add", &name]), IP_TIMEOUT).map_err(|error| {
+            hinted(format!("{error:#}"), "the lab needs root: run it with sudo")
+        })?;
+        let namespace = NetNs { name };
+        namespace.ip(&["link", "set", "lo", "up"])?;
+        let quiet = "for f in all default; do \
+                     [ ! -w /proc/sys/net/ipv6/conf/$f/disable_ipv6 ] || \
+                     echo 1 >/proc/sys/net/ipv6/conf/$f/disable_ipv6; done";
+        run_ok(namespace.inside("sh")?.args(["-c", quiet]), IP_TIMEOUT)?;
+        Ok(namespace)
+    }
+
+    /// Removes what labs left behind that were killed before they could.
+    pub(crate) fn remove_stale() {
+        let Ok(entries) = std::fs::read_dir(NAMES) else {
+            return;
+        };
+        for name in entries.flatten().map(|entry| entry.file_name()) {
+            let name = name.to_string_lossy().into_owned();
+            if owner_of(&name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+                drop(NetNs { name });
+            }
+        }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Path by which a thread can enter.
+    pub(crate) fn path(&self) -> PathBuf {
+        Path::new(NAMES).join(&self.name)
+    }
+
+    /// `ip ARGUMENTS…` inside.
+    pub(crate) fn ip(&self, arguments: &[&str]) -> Result<String> {
+        let output = run_ok(ip()?.args(["-n", &self.name]).args(arguments), IP_TIMEOUT)?;
+        Ok(output.stdout)
+    }
+
+    /// A program inside. The pid stays the program's: `ip netns exec` execs.
+    pub(crate) fn inside(&self, program: impl AsRef<Path>) -> Result<Command> {
+        let mut command = ip()?;
+        command
+            .args(["netns", "exec", &self.name])
+            .arg(program.as_ref());
+        Ok(command)
+    }
+
+    /// As [`NetNs::inside`], for a program that must not outlive the lab.
+    pub(crate) fn inside_tied(&self, program: impl AsRef<Path>) -> Result<Command> {
+        let tied = tied(program);
+        let mut command = self.inside(find("setpriv")?)?;
+        command.args(tied.get_args());
+        Ok(command)
+    }
+
+    /// Lets `action` run on a thread inside this namespace.
+    pub(crate) fn on_thread<T: Send>(
+        &self,
+        action: impl FnOnce() -> Result<T> + Send,
+    ) -> Result<T> {
+        use std::os::fd::AsFd;
+        let file = std::fs::File::open(self.path())
+            .with_context(|| format!("opening {}", self.path().display()))?;
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                rustix::thread::move_into_link_name_space(
+                    file.as_fd(),
+                    Some(rustix::thread::LinkNameSpaceType::Network),
+                )?;
+                action()
+            });
+            thread
+                .join()
+                .map_err(|_| anyhow::anyhow!("a thread of the lab panicked"))?
+        })
+    }
+}
+
+impl Drop for NetNs {
+    fn drop(&mut self) {
+        // Not by `process::run`, which gives up after Ctrl-C.
+        if let Ok(mut command) = ip() {
+            let _ = command
+                .args(["netns", "del", &self.name])
+                .stderr(Stdio::null())
+                .process_group(0)
+                .status();
+        }
+    }
+}
+
+fn ip() -> Result<Command> {
+    match find("ip") {
+        Ok(path) => Ok(Command::new(path)),
+        Err(_) => Err(hinted("ip (iproute2) is missing", INSTALL_HINT)),
+    }
+}
+
+/// The pid in the name of a lab's namespace.
+fn owner_of(name: &str) -> Option<u32> {
+    name.strip_prefix(PREFIX)?.split('-').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_the_lab_have_an_owner() {
+        assert_eq!(owner_of("ringway-lab-412-ringway"), Some(412));
+        assert_eq!(owner_of("ringway-lab-"), None);
+        assert_eq!(owner_of("someone-else"), None);
+    }
+}

@@ -1,0 +1,262 @@
+//! The command line of the lab, and the plan that it amounts to.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::accel::AccelChoice;
+use super::daemon::Programs;
+use super::measure::{Effort, Test, TestGroup};
+use super::scenario::Scenario;
+use super::topology::{Shape, Switch};
+
+/// Queue pairs beyond the vCPUs of any guest here make no sense.
+const MAX_QUEUE_PAIRS: i64 = 16;
+
+/// Options of `ringway-bench lab`.
+///
+/// Without options: one and two queue pairs at MTU 1500 and 9000, all tests, three seconds each.
+#[derive(Debug, Args)]
+pub(crate) struct LabArgs {
+    /// Queue pairs of each guest, also its vCPUs [default: 1,2; with --quick or --baseline: 1]
+    #[arg(long, value_delimiter = ',', value_name = "N,…",
+          value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUE_PAIRS))]
+    queues: Vec<u16>,
+
+    /// L3 MTU of every port [default: 1500,9000; with --quick or --baseline: 1500]
+    #[arg(long, value_delimiter = ',', value_name = "BYTES,…",
+          value_parser = clap::value_parser!(u16).range(576..=9216))]
+    mtu: Vec<u16>,
+
+    /// Length of each iperf3 run [default: 3; with --quick: 1]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=600))]
+    seconds: Option<u32>,
+
+    /// With --baseline: how often every test runs on both, in turns
+    #[arg(long, value_name = "N", default_value_t = 3,
+          value_parser = clap::value_parser!(u32).range(1..=100))]
+    pairs: u32,
+
+    /// Boot a second set of guests on QEMU tap + Linux bridge (no vhost) and print the ratios
+    #[arg(long)]
+    baseline: bool,
+
+    /// Measure QEMU tap + Linux bridge alone, without ringwayd
+    #[arg(long, conflicts_with_all = ["baseline", "scenario"])]
+    baseline_only: bool,
+
+    /// What to measure
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "TEST,…",
+        default_value = "ping,tcp,udp"
+    )]
+    tests: Vec<TestGroup>,
+
+    /// Offered rate of the UDP test, Mbit/s of payload
+    #[arg(long, value_name = "MBIT", default_value_t = 10)]
+    udp_rate: u32,
+
+    /// One shape and one-second runs: proves that it works, says little about speed
+    #[arg(long)]
+    quick: bool,
+
+    /// Run acceptance scenarios instead; exit code 1 if one fails
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "NAME,…",
+        conflicts_with = "baseline"
+    )]
+    scenario: Vec<Scenario>,
+
+    /// What the guests run on
+    #[arg(long, value_enum, default_value_t = AccelChoice::Auto)]
+    accel: AccelChoice,
+
+    /// CPUs of ringwayd's workers [default: the last CPU]
+    #[arg(long, value_name = "LIST")]
+    worker_cpus: Option<String>,
+
+    /// The daemon [default: beside this program]
+    #[arg(long, value_name = "PATH")]
+    ringwayd: Option<PathBuf>,
+
+    /// The operator's tool [default: beside this program]
+    #[arg(long, value_name = "PATH")]
+    ringway: Option<PathBuf>,
+
+    /// Print one JSON object instead of the table
+    #[arg(long)]
+    json: bool,
+
+    /// Keep the logs also when all is well
+    #[arg(long)]
+    keep_logs: bool,
+}
+
+/// What to do, with every default filled in.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    queues: Vec<u16>,
+    mtus: Vec<u16>,
+    pub(crate) pairs: u32,
+    pub(crate) switches: Vec<Switch>,
+    pub(crate) tests: Vec<Test>,
+    pub(crate) effort: Effort,
+    pub(crate) scenarios: Vec<Scenario>,
+    pub(crate) accel: AccelChoice,
+    pub(crate) programs: Programs,
+    pub(crate) json: bool,
+    pub(crate) keep_logs: bool,
+}
+
+impl LabArgs {
+    pub(crate) fn plan(self) -> Result<Plan> {
+        let one_shape = self.quick || self.baseline;
+        let or = |given: Vec<u16>, one: u16, two: u16| match given {
+            given if !given.is_empty() => given,
+            _ if one_shape => vec![one],
+            _ => vec![one, two],
+        };
+        let mut tests: Vec<Test> = self
+            .tests
+            .iter()
+            .flat_map(|group| group.tests())
+            .copied()
+            .collect();
+        tests.sort();
+        tests.dedup();
+        let switches = match (self.baseline, self.baseline_only) {
+            (true, _) => vec![Switch::Ringway, Switch::LinuxBridge],
+            (_, true) => vec![Switch::LinuxBridge],
+            _ => vec![Switch::Ringway],
+        };
+        Ok(Plan {
+            queues: or(self.queues, 1, 2),
+            mtus: or(self.mtu, 1500, 9000),
+            pairs: if self.baseline { self.pairs } else { 1 },
+            switches,
+            tests,
+            effort: Effort {
+                seconds: self.seconds.unwrap_or(if self.quick { 1 } else { 3 }),
+                udp_mbit_per_s: self.udp_rate,
+            },
+            scenarios: Scenario::expand(&self.scenario),
+            accel: self.accel,
+            programs: Programs {
+                ringwayd: self.ringwayd.map_or_else(|| beside("ringwayd"), Ok)?,
+                ringway: self.ringway.map_or_else(|| beside("ringway"), Ok)?,
+                worker_cpus: self.worker_cpus.unwrap_or_else(last_cpu),
+            },
+            json: self.json,
+            keep_logs: self.keep_logs,
+        })
+    }
+}
+
+impl Plan {
+    pub(crate) fn shapes(&self) -> Vec<Shape> {
+        let mut shapes = Vec::new();
+        for &queue_pairs in &self.queues {
+            for &mtu_bytes in &self.mtus {
+                shapes.push(Shape {
+                    queue_pairs,
+                    mtu_bytes,
+                });
+            }
+        }
+        shapes
+    }
+
+    pub(crate) fn needs_ringway(&self) -> bool {
+        self.switches.contains(&Switch::Ringway) || !self.scenarios.is_empty()
+    }
+
+    /// Steps of the progress bar, about.
+    pub(crate) fn steps(&self) -> u64 {
+        if !self.scenarios.is_empty() {
+            return 1 + self.scenarios.len() as u64;
+        }
+        let tests = self.tests.len() as u64 * u64::from(self.pairs);
+        1 + self.shapes().len() as u64 * self.switches.len() as u64 * (1 + tests)
+    }
+}
+
+fn beside(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding this program's folder")?;
+    Ok(own.with_file_name(name))
+}
+
+/// Guests prefer the first CPUs no more than the last; the kernel's own work prefers CPU 0.
+fn last_cpu() -> String {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    (cpus - 1).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: LabArgs,
+    }
+
+    fn plan(words: &[&str]) -> Plan {
+        let words = ["lab"].iter().chain(words);
+        Cli::try_parse_from(words)
+            .expect("valid options")
+            .args
+            .plan()
+            .expect("a plan")
+    }
+
+    #[test]
+    fn default_is_every_shape_on_ringway_once() {
+        let plan = plan(&[]);
+        assert_eq!(plan.shapes().len(), 4);
+        assert_eq!(plan.switches, [Switch::Ringway]);
+        assert_eq!((plan.pairs, plan.tests.len()), (1, 7));
+    }
+
+    #[test]
+    fn baseline_alternates_on_one_shape_unless_told() {
+        let plan = plan(&["--baseline", "--queues", "2", "--tests", "tcp,tcp-guests"]);
+        assert_eq!(
+            plan.shapes(),
+            [Shape {
+                queue_pairs: 2,
+                mtu_bytes: 1500
+            }]
+        );
+        assert_eq!(plan.switches, [Switch::Ringway, Switch::LinuxBridge]);
+        assert_eq!(
+            (plan.pairs, plan.tests.len()),
+            (3, 4),
+            "a test named twice runs once"
+        );
+    }
+
+    #[test]
+    fn baseline_only_needs_no_daemon() {
+        assert!(!plan(&["--baseline-only"]).needs_ringway());
+        assert!(plan(&["--scenario", "idle"]).needs_ringway());
+    }
+
+    #[test]
+    fn bad_values_are_usage_errors() {
+        for words in [
+            ["lab", "--queues", "0"],
+            ["lab", "--mtu", "90000"],
+            ["lab", "--tests", "x"],
+        ] {
+            assert!(Cli::try_parse_from(words).is_err(), "{words:?}");
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Two guests and the host on one switch: ringwayd, or what it is compared with.
+//!
+//! ```text
+//!   guest a (10.77.0.1) --+-- switch --+-- guest b (10.77.0.2)
+//!                         |            |
+//!                         +-- host (10.77.0.254), in a namespace of its own
+//! ```
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use super::accel::Accel;
+use super::daemon::{Daemon, Programs};
+use super::guest::{self, Guest, GuestSpec, HOST_ADDRESS, HOST_MAC, Nic};
+use super::image::Image;
+use super::netns::NetNs;
+
+/// The interface of the host on ringwayd.
+const TAP: &str = "rw0";
+
+/// The bridge of the baseline, which is also the host's interface there.
+const BRIDGE: &str = "br0";
+
+/// What carries the frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Switch {
+    /// ringwayd: vhost-user ports and a tap.
+    Ringway,
+    /// QEMU's tap back-end and a Linux bridge, without the kernel's vhost.
+    LinuxBridge,
+}
+
+impl Switch {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Switch::Ringway => "ringway",
+            Switch::LinuxBridge => "linux bridge",
+        }
+    }
+}
+
+/// Queue pairs and MTU of every port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Shape {
+    pub(crate) queue_pairs: u16,
+    pub(crate) mtu_bytes: u16,
+}
+
+/// What all sets of guests share.
+#[derive(Clone, Debug)]
+pub(crate) struct Base {
+    pub(crate) image: Image,
+    pub(crate) accel: Accel,
+    pub(crate) programs: Programs,
+    /// Logs and sockets.
+    pub(crate) folder: PathBuf,
+}
+
+/// A switch with its host interface and up to two guests. Fields are dropped in this order:
+/// guests, switch, namespace.
+pub(crate) struct Topology {
+    pub(crate) switch: Switch,
+    guests: [Option<Guest>; 2],
+    daemon: Option<Daemon>,
+    pub(crate) namespace: NetNs,
+    pub(crate) shape: Shape,
+    base: Base,
+    folder: PathBuf,
+}
+
+impl Topology {
+    /// Builds switch and host interface; no guest yet.
+    pub(crate) fn new(switch: Switch, shape: Shape, base: &Base) -> Result<Topology> {
+        let tag = match switch {
+            Switch::Ringway => "ringway",
+            Switch::LinuxBridge => "bridge",
+        };
+        let folder = base.folder.join(format!(
+            "{tag}-q{}-mtu{}",
+            shape.queue_pairs, shape.mtu_bytes
+        ));
+        std::fs::create_dir_all(&folder)?;
+        let mut topology = Topology {
+            switch,
+            guests: [None, None],
+            daemon: None,
+            namespace: NetNs::create(tag)?,
+            shape,
+            base: base.clone(),
+            folder,
+        };
+        match switch {
+            Switch::Ringway => topology.start_daemon()?,
+            Switch::LinuxBridge => topology.make_bridge()?,
+        }
+        Ok(topology)
+    }
+
+    /// Boots both guests side by side and waits for both.
+    pub(crate) fn boot(&mut self) -> Result<()> {
+        for index in 0..2 {
+            self.start_guest(index)?;
+        }
+        for index in 0..2 {
+            self.wait_guest(index)?;
+        }
+        Ok(())
+    }
+
+    /// Starts QEMU; the guest is not up yet.
+    pub(crate) fn start_guest(&mut self, index: usize) -> Result<()> {
+        let name = guest::NAMES[index];
+        let nic = match self.switch {
+            Switch::Ringway => Nic::VhostUser {
+                socket: self.port_socket(name),
+            },
+            Switch::LinuxBridge => Nic::Tap {
+                interface: tap_of(index),
+            },
+        };
+        let spec = GuestSpec {
+            index,
+            queue_pairs: self.shape.queue_pairs,
+            mtu: self.shape.mtu_bytes,
+            nic,
+            accel: self.base.accel,
+        };
+        self.guests[index] = None;
+        let guest = Guest::start(&spec, &self.base.image, &self.folder, Some(&self.namespace))
+            .with_context(|| format!("guest {name} on {}", self.switch.name()))?;
+        self.guests[index] = Some(guest);
+        Ok(())
+    }
+
+    /// Waits until a started guest takes commands.
+    pub(crate) fn wait_guest(&mut self, index: usize) -> Result<()> {
+        let (name, switch) = (guest::NAMES[index], self.switch.name());
+        self.guest(index)?
+            .wait_ready()
+            .with_context(|| format!("booting guest {name} on {switch}"))
+    }
+
+    pub(crate) fn guest(&mut self, index: usize) -> Result<&mut Guest> {
+        self.guests[index]
+            .as_mut()
+            .with_context(|| format!("guest {} is not started", guest::NAMES[index]))
+    }
+
+    /// The daemon; an error on the baseline.
+    pub(crate) fn daemon(&self) -> Result<&Daemon> {
+        self.daemon.as_ref().context("this switch has no daemon")
+    }
+
+    /// Kills the daemon with SIGKILL.
+    pub(crate) fn kill_daemon(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.kill();
+        }
+    }
+
+    /// Starts the daemon and adds the three ports.
+    pub(crate) fn start_daemon(&mut self) -> Result<()> {
+        let daemon = Daemon::start(&self.base.programs, &self.namespace, &self.folder)?;
+        let Shape {
+            queue_pairs,
+            mtu_bytes,
+        } = self.shape;
+        let (queues, mtu) = (queue_pairs.to_string(), mtu_bytes.to_string());
+        let sizes = ["--queues", &queues, "--mtu", &mtu];
+        for name in guest::NAMES {
+            let socket = self.port_socket(name);
+            let socket = socket.to_string_lossy();
+            let words = ["port", "add", name, "vhost-user", "--listen", &*socket];
+            daemon.ringway(&[&words[..], &sizes].concat())?;
+        }
+        let words = ["port", "add", "host", "tap", "--ifname", TAP];
+        daemon.ringway(&[&words[..], &sizes].concat())?;
+        self.daemon = Some(daemon);
+        self.configure_host(TAP)
+    }
+
+    /// A path for the socket of a vhost-user port.
+    pub(crate) fn port_socket(&self, port: &str) -> PathBuf {
+        self.folder.join(format!("{port}.sock"))
+    }
+
+    fn make_bridge(&self) -> Result<()> {
+        self.namespace
+            .ip(&["link", "add", BRIDGE, "type", "bridge", "stp_state", "0"])?;
+        for index in 0..2 {
+            let tap = tap_of(index);
+            let mut words = vec!["tuntap", "add", "dev", &tap, "mode", "tap", "vnet_hdr"];
+            if self.shape.queue_pairs > 1 {
+                words.push("multi_queue");
+            }
+            self.namespace.ip(&words)?;
+            let mtu = self.shape.mtu_bytes.to_string();
+            self.namespace
+                .ip(&["link", "set", &tap, "mtu", &mtu, "master", BRIDGE, "up"])?;
+        }
+        self.configure_host(BRIDGE)
+    }
+
+    fn configure_host(&self, interface: &str) -> Result<()> {
+        let mtu = self.shape.mtu_bytes.to_string();
+        let address = format!("{HOST_ADDRESS}/24");
+        self.namespace
+            .ip(&["link", "set", interface, "address", HOST_MAC, "mtu", &mtu])?;
+        self.namespace.ip(&["link", "set", interface, "up"])?;
+        self.namespace
+            .ip(&["addr", "replace", &address, "dev", interface])?;
+        Ok(())
+    }
+}
+
+fn tap_of(index: usize) -> String {
+    format!("tap{index}")
+}
