@@ -333,7 +333,7 @@ mod tests {
     fn a_batch_is_bounded_in_requests_and_in_bytes() {
         let many = format!("[{}]", vec!["1"; MAX_BATCH + 1].join(","));
         assert_eq!(code(&many), i64::from(ErrorKind::BatchTooLarge.code()));
-        let big = vec![r#"{"jsonrpc":"2.0","id":1,"method":"big"}"#; 5].join(",");
+        let big = [r#"{"jsonrpc":"2.0","id":1,"method":"big"}"#; 5].join(",");
         let answers = ask(&format!("[{big}]")).unwrap();
         assert!(answers[2]["result"].is_string());
         assert_eq!(answers[3]["error"]["data"]["kind"], "batch_too_large");

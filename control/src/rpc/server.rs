@@ -52,8 +52,24 @@ impl Server {
     /// # Errors
     /// A thread or a socket can't be made.
     pub fn start(socket: ControlSocket, handler: Arc<Handler>) -> io::Result<Self> {
+        Self::start_with_timeout(socket, handler, WRITE_TIMEOUT)
+    }
+
+    /// As [`Server::start`], with another time than [`WRITE_TIMEOUT`].
+    ///
+    /// # Errors
+    /// A thread or a socket can't be made.
+    pub fn start_with_timeout(
+        socket: ControlSocket,
+        handler: Arc<Handler>,
+        write_timeout: Duration,
+    ) -> io::Result<Self> {
         let (wake, woken) = UnixStream::pair()?;
-        let connections = Arc::new(Connections::default());
+        let connections = Arc::new(Connections {
+            table: Mutex::default(),
+            closed: Condvar::new(),
+            write_timeout,
+        });
         let shared = Arc::clone(&connections);
         let acceptor = thread::Builder::new()
             .name("control".into())
@@ -68,6 +84,11 @@ impl Server {
     /// How many connections are open.
     pub fn connections(&self) -> usize {
         self.connections.lock().open.len()
+    }
+
+    /// Waits until no connection is open.
+    pub fn wait_until_idle(&self) {
+        self.connections.wait_until_none(self.connections.lock());
     }
 
     /// Stops accepting, removes the socket's file, lets running requests finish for a moment, and
@@ -95,10 +116,11 @@ impl Drop for Server {
 }
 
 /// The open connections, each with a handle by which to close it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Connections {
     table: Mutex<Table>,
     closed: Condvar,
+    write_timeout: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -123,14 +145,16 @@ impl Connections {
         let wait = self
             .closed
             .wait_timeout_while(table, GRACE, |table| !table.open.is_empty());
-        let (mut table, _) = wait.unwrap_or_else(PoisonError::into_inner);
+        let (table, _) = wait.unwrap_or_else(PoisonError::into_inner);
         shut(&table, Shutdown::Both);
-        while !table.open.is_empty() {
-            table = self
-                .closed
-                .wait(table)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+        self.wait_until_none(table);
+    }
+
+    fn wait_until_none(&self, table: MutexGuard<'_, Table>) {
+        let none = self
+            .closed
+            .wait_while(table, |table| !table.open.is_empty());
+        drop(none.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
@@ -219,7 +243,8 @@ fn admit(
         .stack_size(STACK)
         .spawn(move || {
             let registered = registered;
-            span.in_scope(|| serve(stream, &*handler));
+            let write_timeout = registered.connections.write_timeout;
+            span.in_scope(|| serve(&stream, &*handler, write_timeout));
             drop(handler);
             drop(registered);
         })?;
@@ -252,16 +277,16 @@ fn refuse(mut stream: &UnixStream) -> io::Result<()> {
     stream.write_all(line.as_bytes())
 }
 
-fn serve(stream: UnixStream, handler: &Handler) {
+fn serve(stream: &UnixStream, handler: &Handler, write_timeout: Duration) {
     tracing::debug!("connected");
-    let mut lines = Lines::new(&stream, MAX_LINE);
+    let mut lines = Lines::new(stream, MAX_LINE);
     loop {
         let response = match lines.next_line() {
             Ok(Some(line)) => codec::answer(line, handler),
             Ok(None) => break,
             Err(LineError::TooLong { max }) => {
                 tracing::warn!("dropped: sent a line of more than {max} bytes");
-                let _ = send(&stream, codec::error_line(&too_long(max)));
+                let _ = send(stream, codec::error_line(&too_long(max)), write_timeout);
                 break;
             }
             Err(LineError::Io(error)) => {
@@ -270,7 +295,7 @@ fn serve(stream: UnixStream, handler: &Handler) {
             }
         };
         if let Some(response) = response
-            && let Err(error) = send(&stream, response)
+            && let Err(error) = send(stream, response, write_timeout)
         {
             tracing::warn!(%error, "dropped: does not read its answers");
             break;
@@ -287,10 +312,10 @@ fn too_long(max: usize) -> ApiError {
     )
 }
 
-/// Writes all of `response` and a newline within [`WRITE_TIMEOUT`].
-fn send(mut stream: &UnixStream, mut response: String) -> io::Result<()> {
+/// Writes all of `response` and a newline within `timeout`.
+fn send(mut stream: &UnixStream, mut response: String, timeout: Duration) -> io::Result<()> {
     response.push('\n');
-    let deadline = Instant::now() + WRITE_TIMEOUT;
+    let deadline = Instant::now() + timeout;
     let mut rest = response.as_bytes();
     while !rest.is_empty() {
         let left = deadline.saturating_duration_since(Instant::now());
