@@ -1,0 +1,107 @@
+//! End to end: two QEMU guests and the host's tap through the real daemon.
+//!
+//! Needs root, QEMU and what else `bench/install-packages.sh` installs, and the daemon and its
+//! tool built by the same command (`cargo nextest run --workspace`). Whatever is missing fails the
+//! test with the lab's own line: a skipped test would look like a passed one.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// The lab bounds each of its steps; one run takes about 30 s on two cores.
+fn lab(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ringway-bench"))
+        .arg("lab")
+        .args(arguments)
+        .output()
+        .expect("ringway-bench starts")
+}
+
+/// A program of the workspace, built beside this crate's own.
+fn sibling(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_ringway-bench")).with_file_name(name);
+    assert!(
+        path.is_file(),
+        "{} is not built: run the tests of the whole workspace (`cargo nextest run --workspace`)",
+        path.display()
+    );
+    path
+}
+
+fn report(output: &Output) -> Value {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "the lab failed:\n{stderr}");
+    serde_json::from_slice(&output.stdout).expect("the lab prints one JSON object")
+}
+
+#[test]
+fn guests_and_host_talk_through_ringwayd() {
+    let (ringwayd, ringway) = (sibling("ringwayd"), sibling("ringway"));
+    let output = lab(&[
+        "--quick",
+        "--json",
+        "--tests",
+        "ping,tcp",
+        "--ringwayd",
+        &ringwayd.to_string_lossy(),
+        "--ringway",
+        &ringway.to_string_lossy(),
+    ]);
+    let report = report(&output);
+    let samples = report["samples"].as_array().expect("samples");
+    assert_eq!(samples.len(), 6, "two pings, TCP in four directions");
+    for sample in samples {
+        assert_eq!(sample["switch"], "ringway", "{sample}");
+        assert!(sample.get("error").is_none(), "{sample}");
+        match sample["kind"].as_str() {
+            Some("ping") => assert!(sample["received"].as_u64() > Some(0), "{sample}"),
+            Some("tcp") => assert!(sample["bits_per_second"].as_f64() > Some(0.0), "{sample}"),
+            other => panic!("unexpected kind {other:?}: {sample}"),
+        }
+    }
+    assert_eq!(leftovers(), Vec::<String>::new(), "namespaces are removed");
+}
+
+/// The reference works by itself: what fails above and passes here is ringwayd's.
+#[test]
+fn guests_talk_through_the_linux_bridge() {
+    let output = lab(&[
+        "--baseline-only",
+        "--quick",
+        "--json",
+        "--tests",
+        "ping,tcp-guests",
+    ]);
+    let report = report(&output);
+    assert_eq!(report["samples"].as_array().map(Vec::len), Some(3));
+    assert!(report["machine"]["accel"].is_string());
+}
+
+#[test]
+fn a_daemon_that_does_not_exist_is_one_line_and_a_hint() {
+    let output = lab(&["--quick", "--ringwayd", "/nonexistent/ringwayd"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("error: /nonexistent/ringwayd does not exist"),
+        "{stderr}"
+    );
+    assert!(stderr.contains("hint: build the workspace"), "{stderr}");
+}
+
+/// Namespaces of labs that no longer run.
+fn leftovers() -> Vec<String> {
+    let names = std::fs::read_dir("/run/netns")
+        .into_iter()
+        .flatten()
+        .flatten();
+    names
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.starts_with("ringway-lab-"))
+        .filter(|name| {
+            let pid = name.split('-').nth(2).unwrap_or_default();
+            !Path::new("/proc").join(pid).exists()
+        })
+        .collect()
+}
