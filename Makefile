@@ -1,0 +1,35 @@
+# `make demo` and `make test` install what is missing (Debian packages, as root) and do the rest.
+
+CARGO ?= cargo
+
+.PHONY: all demo test lint packages nextest schema clean
+
+all:
+	$(CARGO) build --release --locked
+
+# Two QEMU guests and the host talk to each other through ringwayd.
+demo: packages all
+	target/release/ringway-bench lab --queues 1 --mtu 1500 --seconds 3
+
+# Everything that CI runs.
+test: packages nextest lint
+	$(CARGO) build --locked --workspace --bins
+	$(CARGO) test --locked --workspace --doc --quiet
+	$(CARGO) nextest run --locked --workspace
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+packages:
+	@sh bench/install-packages.sh
+
+nextest:
+	@$(CARGO) nextest --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-nextest
+
+# The control API's schema, after a change of its types.
+schema:
+	RINGWAY_UPDATE_SCHEMA=1 $(CARGO) test --locked -p ringway-control committed_schema
+
+clean:
+	$(CARGO) clean
