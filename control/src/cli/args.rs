@@ -112,6 +112,7 @@ pub enum PortVerb {
     #[command(after_help = ADD_HELP)]
     Add {
         /// Name: 1 to 63 of A-Z a-z 0-9 . _ -, starting with a letter or digit
+        #[arg(value_parser = port_name)]
         name: PortName,
         /// What is behind the port
         #[command(subcommand)]
@@ -120,6 +121,7 @@ pub enum PortVerb {
     /// Delete a port: its socket, interface and guest memory are gone afterwards
     Del {
         /// The port
+        #[arg(value_parser = port_name)]
         name: PortName,
         /// Succeed also if there is no such port
         #[arg(long)]
@@ -131,6 +133,7 @@ pub enum PortVerb {
     /// Show one port with its queue pairs, features and drops by reason
     Show {
         /// The port
+        #[arg(value_parser = port_name)]
         name: PortName,
     },
 }
@@ -241,7 +244,7 @@ pub enum FdbVerb {
     /// List the entries
     List {
         /// Only those of this port
-        #[arg(long, value_name = "PORT")]
+        #[arg(long, value_name = "PORT", value_parser = port_name)]
         port: Option<PortName>,
     },
     /// Add a static entry, or make a learned one static: it neither ages nor moves
@@ -249,6 +252,7 @@ pub enum FdbVerb {
         /// The address, as 52:54:00:00:00:01
         mac: MacAddr,
         /// The port behind which it is
+        #[arg(value_parser = port_name)]
         port: PortName,
     },
     /// Delete an entry, static or learned
@@ -259,7 +263,7 @@ pub enum FdbVerb {
     /// Forget learned entries; static ones stay
     Flush {
         /// Only those of this port
-        #[arg(long, value_name = "PORT")]
+        #[arg(long, value_name = "PORT", value_parser = port_name)]
         port: Option<PortName>,
     },
 }
@@ -281,10 +285,10 @@ pub enum WorkerVerb {
 #[command(after_help = MEASURE_HELP)]
 pub struct MeasureArgs {
     /// Only what comes from this port
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, value_name = "PORT", value_parser = port_name)]
     pub from: Option<PortName>,
     /// Only what goes to this port
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, value_name = "PORT", value_parser = port_name)]
     pub to: Option<PortName>,
     /// How long; 0 until interrupted
     #[arg(short, long, value_name = "SECONDS", default_value = "10", value_parser = duration)]
@@ -315,6 +319,10 @@ Examples:
   ringway measure
   ringway measure --from vm1 --to vm2 -t 60 -i 10 -j
   ringway measure --to vm2 --min 1.5G && echo fast enough";
+
+fn port_name(text: &str) -> Result<PortName, &'static str> {
+    text.parse().map_err(|_| crate::config::PORT_NAME_HINT)
+}
 
 fn timeout(text: &str) -> Result<Duration, String> {
     match duration(text) {

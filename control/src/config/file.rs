@@ -378,8 +378,13 @@ persist = false
     }
 
     #[test]
-    fn the_sample_file_is_valid() {
+    fn the_sample_file_is_valid_and_shows_the_defaults() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/ringway.toml");
-        Config::load(&path).unwrap();
+        let config = Config::load(&path).unwrap();
+        assert_eq!(config.control, Some(super::super::DEFAULT_CONTROL.into()));
+        let defaults = Config::default();
+        assert_eq!(config.idle, defaults.idle);
+        assert_eq!(config.fdb_ageing, defaults.fdb_ageing);
+        assert_eq!(config.fdb_capacity, defaults.fdb_capacity);
     }
 }

@@ -4,6 +4,7 @@ mod args;
 mod service;
 
 use std::fmt;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -124,6 +125,7 @@ fn init_logging(format: LogFormat) {
         .from_env_lossy();
     let logger = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => logger.init(),

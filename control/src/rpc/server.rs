@@ -278,7 +278,7 @@ fn refuse(mut stream: &UnixStream) -> io::Result<()> {
 }
 
 fn serve(stream: &UnixStream, handler: &Handler, write_timeout: Duration) {
-    tracing::debug!("connected");
+    tracing::info!("connected");
     let mut lines = Lines::new(stream, MAX_LINE);
     loop {
         let response = match lines.next_line() {

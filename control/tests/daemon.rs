@@ -1,0 +1,352 @@
+//! The binary `ringwayd`: what it checks, what it refuses, and a run with real ports.
+#![expect(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use ringway_control::api::{
+    DaemonInfo, FdbAdd, FdbAddParams, FdbFlush, FdbFlushParams, FdbList, FdbListParams,
+    FdbListResult, KindName, MeasureSample, NoParams, PortAdd, PortAddParams, PortDel,
+    PortDelParams, PortList, PortSettings, PortShow, PortShowParams, WorkerList, WorkerShow,
+    WorkerShowParams,
+};
+use ringway_control::rpc::{CallError, Client};
+use rustix::process::{Pid, Signal, kill_process};
+
+struct Place {
+    directory: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn config(&self, text: &str) -> PathBuf {
+        let path = self.path("ringway.toml");
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn ringwayd(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ringwayd"));
+        command.env_remove("RUST_LOG").env_remove("NOTIFY_SOCKET");
+        command
+            .arg("--control")
+            .arg(self.path("control.sock"))
+            .args(args);
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.ringwayd(args).output().unwrap()
+    }
+
+    /// Starts the daemon and waits for READY=1.
+    fn start(&self, args: &[&str]) -> Running {
+        let notify = UnixDatagram::bind(self.path("notify.sock")).unwrap();
+        let mut command = self.ringwayd(args);
+        command.env("NOTIFY_SOCKET", self.path("notify.sock"));
+        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let running = Running {
+            child,
+            notify,
+            control: self.path("control.sock"),
+        };
+        assert_eq!(running.notification(), "READY=1\n");
+        running
+    }
+}
+
+struct Running {
+    child: Child,
+    notify: UnixDatagram,
+    control: PathBuf,
+}
+
+impl Running {
+    fn notification(&self) -> String {
+        let timeout = std::time::Duration::from_secs(20);
+        self.notify.set_read_timeout(Some(timeout)).unwrap();
+        let mut buffer = [0; 100];
+        let n = self.notify.recv(&mut buffer).unwrap();
+        String::from_utf8(buffer[..n].to_vec()).unwrap()
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.control, std::time::Duration::from_secs(10)).unwrap()
+    }
+
+    fn stop(mut self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        assert_eq!(self.notification(), "STOPPING=1\n");
+        let stderr = self.child.stderr.take().unwrap();
+        let log: Vec<_> = BufReader::new(stderr).lines().map(Result::unwrap).collect();
+        assert_eq!(self.child.wait().unwrap().code(), Some(0), "{log:?}");
+        assert!(!self.control.exists());
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn error(output: &Output) -> String {
+    let text = String::from_utf8(output.stderr.clone()).unwrap();
+    // Log lines may precede the error.
+    let at = text
+        .find("ringwayd: error: ")
+        .unwrap_or_else(|| panic!("no error: {text}"));
+    let error = text[at..].to_owned();
+    assert_eq!(error.lines().count(), 2, "{error}");
+    assert!(
+        error.lines().nth(1).unwrap().starts_with("  hint: "),
+        "{error}"
+    );
+    error
+}
+
+fn vm(name: &str, listen: &Path) -> String {
+    let listen = listen.display();
+    format!("[ports.{name}]\nkind = \"vhost-user\"\nlisten = \"{listen}\"\nqueues = 2\n")
+}
+
+#[test]
+fn check_accepts_the_sample_file_and_makes_nothing() {
+    let place = Place::new();
+    let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/ringway.toml");
+    let output = place.run(&["--check", "--config", sample.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(output.stdout.starts_with(b"ok: 3 ports"));
+    assert!(!place.path("control.sock").exists());
+}
+
+#[test]
+fn check_tells_file_line_key_and_near_miss() {
+    let place = Place::new();
+    let path = place.config("[ports.vm1]\nkind = \"vhost-user\"\nquees = 2\n");
+    let output = place.run(&["--check", "--config", path.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    let expected = format!(
+        "ringwayd: error: {}:3: unknown key `quees`\n  hint: did you mean `queues`?\n",
+        path.display()
+    );
+    assert_eq!(error(&output), expected);
+}
+
+#[test]
+fn refusals_exit_with_1_and_leave_nothing() {
+    let place = Place::new();
+    let binary = place.path("binary");
+    std::fs::write(&binary, b"\xff\xfe").unwrap();
+    let cases: [(&[&str], &str); 5] = [
+        (&["--worker-cpus", "1023"], "CPU 1023 does not exist"),
+        (&["--config", "/nonexistent.toml"], "can't be read"),
+        (&["--config", "/"], "can't be read"),
+        (&["--config", binary.to_str().unwrap()], "utf-8"),
+        (&["--control", "/nonexistent/x.sock"], "can't listen at"),
+    ];
+    for (args, what) in cases {
+        let mut command = place.ringwayd(&[]);
+        if args[0] == "--control" {
+            command = Command::new(env!("CARGO_BIN_EXE_ringwayd"));
+        }
+        let output = command.args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        assert!(
+            error(&output).contains(what),
+            "{args:?}: {}",
+            error(&output)
+        );
+        assert!(!place.path("control.sock").exists());
+    }
+}
+
+#[test]
+fn usage_errors_exit_with_2() {
+    for args in [
+        ["--worker-cpus", "3-1"],
+        ["--worker-cpus", "0-99999999999"],
+        ["--log-format", "xml"],
+        ["--frob", "x"],
+        ["extra", "words"],
+    ] {
+        let output = Place::new().run(&args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        error(&output);
+    }
+}
+
+#[test]
+fn a_socket_that_is_taken_is_refused_and_left_alone() {
+    let place = Place::new();
+    let path = place.path("control.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let output = place.run(&[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(error(&output).contains("a live process listens there"));
+    assert!(path.exists());
+    drop(listener);
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "precious").unwrap();
+    let output = place.run(&[]);
+    assert!(error(&output).contains("a file that is no socket"));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+}
+
+#[test]
+fn a_port_that_can_not_be_added_takes_those_before_it_along() {
+    let place = Place::new();
+    let taken = place.path("taken.sock");
+    std::fs::write(&taken, "precious").unwrap();
+    let first = place.path("vm1.sock");
+    let path = place.config(&(vm("vm1", &first) + &vm("vm2", &taken)));
+    let output = place.run(&["--config", path.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(error(&output).contains("port vm2: "), "{}", error(&output));
+    assert!(!first.exists() && !place.path("control.sock").exists());
+    assert_eq!(std::fs::read_to_string(&taken).unwrap(), "precious");
+}
+
+#[test]
+fn a_run_with_ports_from_the_file_and_over_the_socket() {
+    let place = Place::new();
+    let vm1 = place.path("vm1.sock");
+    let vm2 = place.path("vm2.sock");
+    let path = place.config(&vm("vm1", &vm1));
+    let running = place.start(&["--config", path.to_str().unwrap()]);
+    let mut client = running.client();
+    assert_eq!(
+        client.call::<DaemonInfo>(&NoParams {}).unwrap().pid,
+        running.child.id()
+    );
+
+    let add = PortAddParams {
+        name: "vm2".into(),
+        config: PortSettings {
+            listen: Some(vm2.clone()),
+            ..PortSettings::new(KindName::VhostUser)
+        },
+    };
+    let added = client.call::<PortAdd>(&add).unwrap();
+    assert_eq!(added.config.queues, Some(8));
+    refused("port_exists", client.call::<PortAdd>(&add));
+    let ports = client.call::<PortList>(&NoParams {}).unwrap().ports;
+    let names: Vec<_> = ports.iter().map(|port| port.name.as_str()).collect();
+    assert_eq!(names, ["vm1", "vm2"]);
+    assert_eq!(ports[0].config.queues, Some(2));
+    assert!(vm1.exists() && vm2.exists());
+
+    let workers = client.call::<WorkerList>(&NoParams {}).unwrap().workers;
+    assert_eq!(workers.len(), 1);
+    let index = 7;
+    refused(
+        "no_such_worker",
+        client.call::<WorkerShow>(&WorkerShowParams { index }),
+    );
+    let sample = client.call::<MeasureSample>(&NoParams {}).unwrap();
+    assert_eq!(sample.ports.len(), 2);
+    assert!(sample.ports.iter().all(|port| port.added_monotonic_ns > 0));
+
+    let del = PortDelParams {
+        name: "vm2".into(),
+        if_exists: false,
+    };
+    assert!(client.call::<PortDel>(&del).unwrap().deleted);
+    assert!(!vm2.exists());
+    refused("no_such_port", client.call::<PortDel>(&del));
+    let show = PortShowParams { name: "vm2".into() };
+    refused("no_such_port", client.call::<PortShow>(&show));
+    let del = PortDelParams {
+        if_exists: true,
+        ..del
+    };
+    assert!(!client.call::<PortDel>(&del).unwrap().deleted);
+    running.stop(Signal::TERM);
+    assert!(!vm1.exists());
+}
+
+#[test]
+fn static_entries_of_the_forwarding_database() {
+    let place = Place::new();
+    let path = place.config(&vm("vm1", &place.path("vm1.sock")));
+    let running = place.start(&["--config", path.to_str().unwrap()]);
+    let mut client = running.client();
+    let add = |mac: &str, port: &str| FdbAddParams {
+        mac: mac.into(),
+        port: port.into(),
+    };
+    client
+        .call::<FdbAdd>(&add("52:54:00:00:00:01", "vm1"))
+        .unwrap();
+    refused(
+        "no_such_port",
+        client.call::<FdbAdd>(&add("52:54:00:00:00:02", "vm9")),
+    );
+    refused(
+        "fdb_refused",
+        client.call::<FdbAdd>(&add("01:00:5e:00:00:01", "vm1")),
+    );
+    refused(
+        "invalid_params",
+        client.call::<FdbAdd>(&add("52:54", "vm1")),
+    );
+    client
+        .call::<FdbFlush>(&FdbFlushParams { port: None })
+        .unwrap();
+    let port = Some("vm1".into());
+    let FdbListResult { entries } = client.call::<FdbList>(&FdbListParams { port }).unwrap();
+    assert_eq!(entries.len(), 1);
+    assert!(entries[0].is_static);
+    let port = Some("vm9".into());
+    refused(
+        "no_such_port",
+        client.call::<FdbList>(&FdbListParams { port }),
+    );
+    running.stop(Signal::INT);
+}
+
+fn refused<T: std::fmt::Debug>(expected: &str, result: Result<T, CallError>) {
+    match result {
+        Err(CallError::Refused { kind, hint, .. }) => {
+            assert_eq!(kind, expected);
+            assert!(!hint.is_empty());
+        }
+        other => panic!("{expected}: {other:?}"),
+    }
+}
+
+#[test]
+fn a_daemon_killed_with_9_can_be_started_again_at_once() {
+    let place = Place::new();
+    let vm1 = place.path("vm1.sock");
+    let path = place.config(&vm("vm1", &vm1));
+    let args = ["--config", path.to_str().unwrap()];
+    let mut running = place.start(&args);
+    running.child.kill().unwrap();
+    running.child.wait().unwrap();
+    assert!(place.path("control.sock").exists() && vm1.exists());
+    std::fs::remove_file(place.path("notify.sock")).unwrap();
+    let running = place.start(&args);
+    assert_eq!(
+        running
+            .client()
+            .call::<PortList>(&NoParams {})
+            .unwrap()
+            .ports
+            .len(),
+        1
+    );
+    running.stop(Signal::TERM);
+}
