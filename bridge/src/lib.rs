@@ -1,8 +1,25 @@
 //! The pure half of ringway: decides where frames go, and does no I/O.
+//!
+//! ```text
+//!  first bytes --FrameHead::parse--> heads --Bridge::forward--> Decisions
+//!                                              |        ^         destinations (port, mask)
+//!                                        learn |        | look up drops (reason, mask)
+//!                                              v        |
+//!                                             Fdb (shared by all workers)
+//! ```
+//!
+//! There is no clock (time is a [`Tick`] argument), no socket, and no allocation after
+//! construction: a worker calls [`Bridge::forward`] once per burst.
 #![forbid(unsafe_code)]
 
 mod drop_reason;
+mod fdb;
+mod forward;
+mod frame;
 mod types;
 
 pub use drop_reason::{DropCounts, DropReason};
+pub use fdb::{Fdb, FdbConfig, FdbError, Learned, MAX_FDB_CAPACITY};
+pub use forward::{Bridge, BridgeConfig, Burst, Decisions, LearnCounts, Members};
+pub use frame::{FrameHead, Headers, L4Protocol, MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS};
 pub use types::{MAX_BURST, MAX_PORTS, MacAddr, ParseMacError, PortId, Tick};

@@ -24,6 +24,14 @@ impl PortId {
         }
     }
 
+    /// The port whose low bits are `bits`; for numbers that came from a `PortId`.
+    pub(crate) const fn from_bits(bits: u16) -> Self {
+        const { assert!(MAX_PORTS.is_power_of_two() && MAX_PORTS <= 1 << 16) };
+        #[expect(clippy::cast_possible_truncation, reason = "asserted above")]
+        const MASK: u16 = (MAX_PORTS - 1) as u16;
+        Self(bits & MASK)
+    }
+
     /// The slot as an index into per-port tables.
     pub const fn index(self) -> usize {
         self.0 as usize
@@ -47,6 +55,13 @@ impl Tick {
     /// Ticks from `earlier` to `self`.
     pub const fn since(self, earlier: Self) -> u32 {
         self.0.wrapping_sub(earlier.0)
+    }
+
+    /// Ticks from `earlier` to `self`, or 0 if `earlier` is the later one: workers read the clock
+    /// independently, so that an entry may have been refreshed in this worker's future.
+    pub(crate) const fn age_of(self, earlier: Self) -> u32 {
+        let age = self.since(earlier);
+        if age > u32::MAX / 2 { 0 } else { age }
     }
 }
 

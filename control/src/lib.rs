@@ -1,1 +1,22 @@
-//! The control plane of ringway.
+//! The control plane of ringway: the daemon `ringwayd` and the operator's tool `ringway`.
+//!
+//! ```text
+//! ringway (cli) --- rpc::Client ---\ Unix socket, one JSON-RPC 2.0 message a line
+//!                                   >--- rpc::Server --- daemon::Service --- Switch
+//! any other client ----------------/                 ringwayd (daemon, config)
+//! ```
+//!
+//! - [`api`] is what goes over the socket: methods, parameters, results, error kinds. Its schema is
+//!   `docs/control-api.schema.json`.
+//! - [`rpc`] carries it: codec, server, client. It knows no method.
+//! - [`config`] reads the daemon's TOML file.
+//! - [`daemon`] and [`cli`] are the two programs.
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod rpc;
+mod suggest;
+mod usage;

@@ -1,10 +1,19 @@
 //! Guest memory, virtqueues, vhost-user sessions, ports and poll-mode workers.
 
+mod burst;
+mod copy;
+pub mod driver;
+mod features;
+mod housekeeping;
 mod info;
 mod memory;
+mod net_header;
+mod port;
+mod ring;
 mod switch;
-#[expect(dead_code, unused_imports, reason = "wired up next")]
+mod topology;
 mod vhost_user;
+mod worker;
 
 pub use info::{
     FdbEntryInfo, PairCounters, PortCounters, PortDetail, PortInfo, PortState, QueueInfo,

@@ -1,2 +1,5 @@
-//! The operator tool.
-fn main() {}
+//! The operator's tool.
+
+fn main() -> std::process::ExitCode {
+    ringway_control::cli::main()
+}

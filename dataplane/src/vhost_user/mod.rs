@@ -1,5 +1,21 @@
 //! The vhost-user back-end: codec and state machine without sockets, and a thin socket shell.
+//!
+//!     socket --bytes, fds--> message --Request--> session --> Device
+//!        ^                      ^                    |
+//!        +-------- Reply -------+--------------------+        server: one thread for all of them
 
 mod device;
+mod endpoint;
+mod log_limit;
+mod message;
+mod reactor;
+mod ring;
+mod server;
+mod session;
+mod socket;
+#[cfg(test)]
+mod test_device;
 
 pub(crate) use device::{Device, RingAddresses, RingError, RingStart};
+pub(crate) use endpoint::Endpoint;
+pub(crate) use server::SessionThread;

@@ -1,0 +1,446 @@
+//! The forwarding database: which port a MAC address was last seen behind.
+
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, TryLockError};
+
+use crate::{MAX_PORTS, MacAddr, PortId, Tick};
+pub(crate) use table::Probe;
+use table::{Entry, Slot, Table};
+
+/// Most entries that a database can be made for: half a gigabyte of buckets.
+pub const MAX_FDB_CAPACITY: usize = 1 << 24;
+
+/// Fewest buckets (4 KiB): a tiny database has so much room that no bucket overflows.
+const MIN_BUCKETS: usize = 64;
+
+/// Buckets swept between two releases of the lock: 64 KiB, some ten microseconds during which
+/// workers learn no new address.
+const SWEEP_BUCKETS: usize = 1024;
+
+/// The limit of a port that has none.
+const UNLIMITED: u32 = u32::MAX;
+
+/// What a database is made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FdbConfig {
+    /// Most entries, learned and static; clamped to 1..=[`MAX_FDB_CAPACITY`]. Takes 32 bytes each.
+    pub capacity: usize,
+    /// A learned entry is forgotten when it was not seen for more than so many ticks; from 2^31 on
+    /// it never is.
+    pub ageing_ticks: u32,
+    /// Secret of the hash, to be drawn at random: keeps guests from choosing colliding addresses.
+    pub seed: u64,
+}
+
+/// What [`Fdb::learn`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Learned {
+    /// The address was unknown and is now known.
+    New,
+    /// The address was known behind the port, and is now known to be in use.
+    Refreshed,
+    /// The address was learned behind another port and moved here.
+    Moved {
+        /// The port that it left.
+        from: PortId,
+    },
+    /// The address is pinned to another port; nothing changed.
+    Static,
+    /// The port has as many learned addresses as it may; nothing changed.
+    LimitReached,
+    /// The database is full; nothing changed.
+    Full,
+    /// Another thread was writing; nothing changed, and the next frame will do it.
+    Busy,
+    /// Group addresses and zero can't be learned; nothing changed.
+    NotUnicast,
+}
+
+/// Why a static entry was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FdbError {
+    /// The address has the group bit.
+    #[error("{mac} is a group address: an entry needs the address of one station")]
+    GroupAddress {
+        /// The address.
+        mac: MacAddr,
+    },
+    /// The address is `00:00:00:00:00:00`.
+    #[error("00:00:00:00:00:00 is no station's address")]
+    ZeroAddress,
+    /// There is no room.
+    #[error("the forwarding database is full: it holds {len} entries and was made for {capacity}")]
+    Full {
+        /// Entries that it holds.
+        len: usize,
+        /// Entries that it was made for.
+        capacity: usize,
+    },
+}
+
+/// The forwarding database, one for all workers, shared by reference.
+///
+/// Look-ups, and learning what is known already, take no lock and, within one tick, store nothing.
+/// What changes the set of entries takes a mutex: workers only try it, control threads wait for it.
+/// The ordering of every access is explained at the protocol of a slot (`fdb/table.rs`).
+///
+/// A look-up that races with a change may miss an entry (the frame is flooded), and never finds
+/// another address's port. Ports in entries are not checked to exist: remove a port from the
+/// workers first and then [`purge`](Self::purge_port) it.
+pub struct Fdb {
+    table: Table,
+    capacity: usize,
+    ageing_ticks: AtomicU32,
+    limits: Box<[AtomicU32]>,
+    shared: Shared,
+}
+
+/// What writers change, apart from the fields that every look-up reads.
+///
+/// All counters are written under the mutex and read without it as hints, so Relaxed is enough: the
+/// mutex orders the writers, and the exact answer is taken with it held.
+#[repr(align(128))]
+struct Shared {
+    writer: Mutex<()>,
+    len: AtomicUsize,
+    counts: Box<[AtomicU32]>,
+}
+
+impl Fdb {
+    /// An empty database: allocates all that it will ever use.
+    pub fn new(config: FdbConfig) -> Self {
+        let capacity = config.capacity.clamp(1, MAX_FDB_CAPACITY);
+        // Four slots a bucket, half of them for entries.
+        let buckets = capacity.div_ceil(2).max(MIN_BUCKETS);
+        Self::with_buckets(config, capacity, u32::try_from(buckets).unwrap_or(u32::MAX))
+    }
+
+    fn with_buckets(config: FdbConfig, capacity: usize, buckets: u32) -> Self {
+        let per_port = |value: u32| (0..MAX_PORTS).map(|_| AtomicU32::new(value)).collect();
+        Self {
+            table: Table::new(buckets, config.seed),
+            capacity,
+            ageing_ticks: AtomicU32::new(config.ageing_ticks),
+            limits: per_port(UNLIMITED),
+            shared: Shared {
+                writer: Mutex::new(()),
+                len: AtomicUsize::new(0),
+                counts: per_port(0),
+            },
+        }
+    }
+
+    /// The port that `mac` is behind; `None` if unknown or not seen for longer than the ageing.
+    #[inline]
+    pub fn lookup(&self, mac: MacAddr, now: Tick) -> Option<PortId> {
+        self.lookup_probe(self.probe(mac.to_u64()), now)
+    }
+
+    /// Notes that `mac` was seen behind `port` at `now`. Never blocks.
+    ///
+    /// An expired entry that was not swept yet is an entry: it counts, is refreshed, and moves.
+    #[inline]
+    pub fn learn(&self, mac: MacAddr, port: PortId, now: Tick) -> Learned {
+        match check_unicast(mac) {
+            Ok(()) => self.learn_probe(self.probe(mac.to_u64()), port, now),
+            Err(_) => Learned::NotUnicast,
+        }
+    }
+
+    /// Pins `mac` to `port`: it neither moves nor ages. Takes over an entry of the address, learned
+    /// or static. Limits of ports don't apply.
+    ///
+    /// # Errors
+    /// The address is none of a station, or the database is full.
+    pub fn add_static(&self, mac: MacAddr, port: PortId) -> Result<(), FdbError> {
+        check_unicast(mac)?;
+        let probe = self.probe(mac.to_u64());
+        let entry = Entry::new(port, true, Tick::default());
+        let writer = self.lock();
+        let stored = match self.table.find(probe) {
+            Some((slot, old)) => {
+                writer.replace(slot, old, entry);
+                true
+            }
+            None => writer.insert(probe, entry),
+        };
+        if stored {
+            Ok(())
+        } else {
+            Err(FdbError::Full {
+                len: self.len(),
+                capacity: self.capacity,
+            })
+        }
+    }
+
+    /// Removes the entry of `mac`, learned or static; whether there was one.
+    pub fn remove(&self, mac: MacAddr) -> bool {
+        let probe = self.probe(mac.to_u64());
+        let writer = self.lock();
+        self.table
+            .find(probe)
+            .is_some_and(|(slot, _)| writer.vacate(slot, |_| true))
+    }
+
+    /// Removes the learned entries, of `port` only if given; how many.
+    pub fn flush(&self, port: Option<PortId>) -> usize {
+        let all = 0..self.table.bucket_count();
+        self.lock().sweep(all, |entry| {
+            !entry.is_static() && port.is_none_or(|port| entry.port() == port)
+        })
+    }
+
+    /// Removes all entries of `port`, static ones too; how many. For ports that go away: by then no
+    /// worker may learn behind the port.
+    pub fn purge_port(&self, port: PortId) -> usize {
+        let all = 0..self.table.bucket_count();
+        self.lock().sweep(all, |entry| entry.port() == port)
+    }
+
+    /// Removes the entries that expired by `now`; how many. To be called about once a second: look-ups
+    /// ignore what expired, but it takes room until it is swept.
+    ///
+    /// Lets go of the lock now and then; an entry that moves within the table meanwhile is left to
+    /// the next sweep.
+    pub fn age(&self, now: Tick) -> usize {
+        let ageing = self.ageing_ticks.load(Ordering::Relaxed);
+        let end = self.table.bucket_count();
+        (0..end)
+            .step_by(SWEEP_BUCKETS)
+            .map(|start| {
+                let chunk = start..end.min(start + SWEEP_BUCKETS);
+                self.lock()
+                    .sweep(chunk, |entry| entry.is_expired(now, ageing))
+            })
+            .sum()
+    }
+
+    /// Bounds the learned entries of `port`; `None` lifts the bound. What is above a new bound stays
+    /// until it ages.
+    pub fn set_limit(&self, port: PortId, limit: Option<u32>) {
+        self.limits[port.index()].store(limit.unwrap_or(UNLIMITED), Ordering::Relaxed);
+    }
+
+    /// Learned entries of `port`, including expired ones that were not swept yet.
+    pub fn count(&self, port: PortId) -> u32 {
+        self.shared.counts[port.index()].load(Ordering::Relaxed)
+    }
+
+    /// All entries, static ones and expired ones that were not swept yet included.
+    pub fn len(&self) -> usize {
+        self.shared.len.load(Ordering::Relaxed)
+    }
+
+    /// Whether there is no entry.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Most entries.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Replaces the ageing: see [`FdbConfig::ageing_ticks`].
+    pub fn set_ageing(&self, ticks: u32) {
+        self.ageing_ticks.store(ticks, Ordering::Relaxed);
+    }
+
+    /// Calls `visit(mac, port, is_static, last_seen)` for every entry, expired ones included; static
+    /// ones were seen at tick 0. Takes no lock: entries that change meanwhile may be visited twice or
+    /// not at all.
+    pub fn for_each(&self, mut visit: impl FnMut(MacAddr, PortId, bool, Tick)) {
+        self.table.for_each(|mac, entry| {
+            visit(
+                MacAddr::from_u64(mac),
+                entry.port(),
+                entry.is_static(),
+                entry.seen(),
+            );
+        });
+    }
+
+    /// Hashes a MAC (low 48 bits) for the functions below.
+    #[inline]
+    pub(crate) fn probe(&self, mac: u64) -> Probe {
+        self.table.probe(mac)
+    }
+
+    /// Starts the cache miss of a look-up that follows; the result means nothing.
+    #[inline]
+    pub(crate) fn touch(&self, probe: Probe) -> u64 {
+        self.table.touch(probe)
+    }
+
+    #[inline]
+    pub(crate) fn lookup_probe(&self, probe: Probe, now: Tick) -> Option<PortId> {
+        let (_, entry) = self.table.find(probe)?;
+        let ageing = self.ageing_ticks.load(Ordering::Relaxed);
+        (!entry.is_expired(now, ageing)).then(|| entry.port())
+    }
+
+    /// [`learn`](Self::learn) for an address that is known to be a station's.
+    #[inline]
+    pub(crate) fn learn_probe(&self, probe: Probe, port: PortId, now: Tick) -> Learned {
+        let found = self.table.find(probe);
+        if let Some((slot, entry)) = found
+            && let Some(learned) = learn_known(slot, entry, port, now)
+        {
+            return learned;
+        }
+        self.learn_change(probe, port, now, found.is_some())
+    }
+
+    /// Learns a new address or moves a known one.
+    #[cold]
+    fn learn_change(&self, probe: Probe, port: PortId, now: Tick, known: bool) -> Learned {
+        // Before the lock, or a guest that invents addresses would keep the others from it.
+        if self.is_at_limit(port) {
+            return Learned::LimitReached;
+        }
+        if !known && self.len() >= self.capacity {
+            return Learned::Full;
+        }
+        let Some(writer) = self.try_lock() else {
+            return Learned::Busy;
+        };
+        let found = self.table.find(probe);
+        if let Some(learned) = found.and_then(|(slot, entry)| learn_known(slot, entry, port, now)) {
+            return learned; // another worker was faster
+        }
+        if self.is_at_limit(port) {
+            return Learned::LimitReached;
+        }
+        let entry = Entry::new(port, false, now);
+        match found {
+            Some((slot, old)) => {
+                writer.replace(slot, old, entry);
+                Learned::Moved { from: old.port() }
+            }
+            None if writer.insert(probe, entry) => Learned::New,
+            None => Learned::Full,
+        }
+    }
+
+    fn is_at_limit(&self, port: PortId) -> bool {
+        self.count(port) >= self.limits[port.index()].load(Ordering::Relaxed)
+    }
+
+    /// For control threads: waits. A poisoned lock is taken: every step leaves the table consistent.
+    fn lock(&self) -> Writer<'_> {
+        let guard = self
+            .shared
+            .writer
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        Writer {
+            fdb: self,
+            _guard: guard,
+        }
+    }
+
+    /// For workers: doesn't wait.
+    fn try_lock(&self) -> Option<Writer<'_>> {
+        let guard = match self.shared.writer.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Writer {
+            fdb: self,
+            _guard: guard,
+        })
+    }
+}
+
+impl fmt::Debug for Fdb {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Fdb")
+            .field("len", &self.len())
+            .field("capacity", &self.capacity)
+            .field("ageing_ticks", &self.ageing_ticks)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The right to change the set of entries; keeps the counters in step.
+struct Writer<'a> {
+    fdb: &'a Fdb,
+    _guard: MutexGuard<'a, ()>,
+}
+
+impl Writer<'_> {
+    fn insert(&self, probe: Probe, entry: Entry) -> bool {
+        let stored = self.fdb.len() < self.fdb.capacity && self.fdb.table.insert(probe, entry);
+        if stored {
+            self.fdb.shared.len.fetch_add(1, Ordering::Relaxed);
+            self.count_in(entry);
+        }
+        stored
+    }
+
+    fn replace(&self, slot: Slot<'_>, old: Entry, new: Entry) {
+        slot.replace(new);
+        self.count_out(old);
+        self.count_in(new);
+    }
+
+    fn vacate(&self, slot: Slot<'_>, condemned: impl Fn(Entry) -> bool) -> bool {
+        let removed = slot.vacate(condemned);
+        if let Some(entry) = removed {
+            self.fdb.shared.len.fetch_sub(1, Ordering::Relaxed);
+            self.count_out(entry);
+        }
+        removed.is_some()
+    }
+
+    fn sweep(&self, buckets: std::ops::Range<usize>, condemned: impl Fn(Entry) -> bool) -> usize {
+        buckets
+            .flat_map(|bucket| self.fdb.table.slots(bucket))
+            .filter(|slot| self.vacate(*slot, &condemned))
+            .count()
+    }
+
+    fn count_in(&self, entry: Entry) {
+        if !entry.is_static() {
+            self.fdb.shared.counts[entry.port().index()].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn count_out(&self, entry: Entry) {
+        if !entry.is_static() {
+            self.fdb.shared.counts[entry.port().index()].fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Learns an address that has an entry, unless it has to move.
+#[inline]
+fn learn_known(slot: Slot<'_>, entry: Entry, port: PortId, now: Tick) -> Option<Learned> {
+    if entry.port() != port {
+        return entry.is_static().then_some(Learned::Static);
+    }
+    // A tick from this worker's future stays.
+    let is_current = entry.is_static() || now.age_of(entry.seen()) == 0;
+    if is_current || slot.refresh(entry, now) {
+        Some(Learned::Refreshed)
+    } else {
+        Some(Learned::Busy)
+    }
+}
+
+fn check_unicast(mac: MacAddr) -> Result<(), FdbError> {
+    if mac.is_group() {
+        Err(FdbError::GroupAddress { mac })
+    } else if mac.to_u64() == 0 {
+        Err(FdbError::ZeroAddress)
+    } else {
+        Ok(())
+    }
+}

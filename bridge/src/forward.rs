@@ -1,0 +1,401 @@
+//! Forwarding of bursts: from frame heads to one mask of frames per destination.
+
+use crate::fdb::{FdbConfig, Probe};
+use crate::frame::{is_group, is_link_local, is_station};
+use crate::{DropReason, Fdb, FrameHead, Learned, MAX_BURST, MAX_PORTS, PortId, Tick};
+
+/// What a bridge is made from: that of its forwarding database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BridgeConfig {
+    /// See [`FdbConfig::capacity`].
+    pub fdb_capacity: usize,
+    /// See [`FdbConfig::ageing_ticks`].
+    pub ageing_ticks: u32,
+    /// See [`FdbConfig::seed`].
+    pub seed: u64,
+}
+
+/// A learning bridge, one for all workers, shared by reference.
+#[derive(Debug)]
+pub struct Bridge {
+    fdb: Fdb,
+}
+
+/// Frames that a port delivered together.
+#[derive(Clone, Copy, Debug)]
+pub struct Burst<'a> {
+    /// The port that the frames came from.
+    pub in_port: PortId,
+    /// Their heads, at most [`MAX_BURST`]; bit i of each mask is the frame of `heads[i]`.
+    pub heads: &'a [FrameHead],
+    /// The frames to forward. Others, runts for example, are skipped and in no result; bits without
+    /// a head are ignored.
+    pub valid: u64,
+}
+
+impl Bridge {
+    /// A bridge that knows no address.
+    pub fn new(config: BridgeConfig) -> Self {
+        let BridgeConfig {
+            fdb_capacity: capacity,
+            ageing_ticks,
+            seed,
+        } = config;
+        Self {
+            fdb: Fdb::new(FdbConfig {
+                capacity,
+                ageing_ticks,
+                seed,
+            }),
+        }
+    }
+
+    /// The forwarding database.
+    pub fn fdb(&self) -> &Fdb {
+        &self.fdb
+    }
+
+    /// Learns the sources of a burst and decides where each frame goes; replaces what is in `out`.
+    ///
+    /// The result is that of one frame after the other. Each valid frame ends up
+    /// - in the mask of one destination, or
+    /// - in [`Decisions::flooded`] and the masks of all members but `burst.in_port`, or
+    /// - in the mask of one drop.
+    ///
+    /// Destinations are members, and never `burst.in_port`. The source of a dropped
+    /// [`DropReason::LinkLocal`] frame is not learned.
+    pub fn forward(&self, members: &Members, now: Tick, burst: &Burst<'_>, out: &mut Decisions) {
+        out.clear();
+        self.split_runs(burst, &mut out.runs);
+        let Decisions { runs, result } = out;
+        let mut previous = Known {
+            src: u64::MAX,
+            dst: u64::MAX,
+            port: None,
+        };
+        for run in runs.iter() {
+            match self.decide(run, burst.in_port, now, &mut previous, &mut result.learned) {
+                Ok(Some(port)) if members.contains(port) => result.deliver(port, run.mask),
+                Ok(_) => result.flood(members, burst.in_port, run.mask),
+                Err(reason) => result.drop(reason, run.mask),
+            }
+        }
+        result.finish();
+    }
+
+    /// Groups successive frames of one source and destination, and has the buckets of all of them on
+    /// their way into the cache before the first look-up waits for one.
+    #[inline]
+    fn split_runs(&self, burst: &Burst<'_>, runs: &mut Vec<Run>) {
+        debug_assert!(burst.heads.len() <= MAX_BURST, "frames beyond the masks");
+        let heads = &burst.heads[..burst.heads.len().min(MAX_BURST)];
+        let mut touched = 0;
+        let mut current = Run {
+            src: Probe::unhashed(0),
+            dst: Probe::unhashed(0),
+            mask: 0,
+        };
+        for (i, head) in heads.iter().enumerate() {
+            let bit = 1 << i & burst.valid;
+            let same_src = head.src == current.src.mac();
+            let same_dst = head.dst == current.dst.mac();
+            if same_src & same_dst | (bit == 0) {
+                current.mask |= bit;
+                continue;
+            }
+            if current.mask != 0 {
+                runs.push(current);
+            }
+            if !same_src {
+                current.src = self.fdb.probe(head.src);
+                touched ^= self.fdb.touch(current.src);
+            }
+            if is_group(head.dst) {
+                current.dst = Probe::unhashed(head.dst);
+            } else if !same_dst {
+                current.dst = self.fdb.probe(head.dst);
+                touched ^= self.fdb.touch(current.dst);
+            }
+            current.mask = bit;
+        }
+        if current.mask != 0 {
+            runs.push(current);
+        }
+        std::hint::black_box(touched);
+    }
+
+    /// Where the frames of a run go: a port, or all (`None`).
+    #[inline]
+    fn decide(
+        &self,
+        run: &Run,
+        in_port: PortId,
+        now: Tick,
+        previous: &mut Known,
+        learned: &mut LearnCounts,
+    ) -> Result<Option<PortId>, DropReason> {
+        let (src, dst) = (run.src.mac(), run.dst.mac());
+        if !is_station(src) {
+            return Err(DropReason::BadSource);
+        }
+        if is_link_local(dst) {
+            return Err(DropReason::LinkLocal);
+        }
+        if src != previous.src {
+            previous.src = src;
+            let result = self.fdb.learn_probe(run.src, in_port, now);
+            learned.count(result);
+            // Its look-up may have changed, also by the refresh of an expired entry.
+            if result != Learned::Refreshed || src == previous.dst {
+                previous.dst = u64::MAX;
+            }
+        }
+        if is_group(dst) {
+            return Ok(None);
+        }
+        if dst != previous.dst {
+            previous.dst = dst;
+            previous.port = self.fdb.lookup_probe(run.dst, now);
+        }
+        match previous.port {
+            Some(port) if port == in_port => Err(DropReason::SamePort),
+            port => Ok(port),
+        }
+    }
+}
+
+/// Successive frames of one source and destination.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    src: Probe,
+    /// Not hashed for a group.
+    dst: Probe,
+    mask: u64,
+}
+
+/// What the run before found out: no address is `u64::MAX`.
+struct Known {
+    src: u64,
+    dst: u64,
+    port: Option<PortId>,
+}
+
+/// The ports that take part in forwarding, in the order of joining.
+#[derive(Debug)]
+pub struct Members {
+    bitmap: Box<[u64]>,
+    list: Vec<PortId>,
+}
+
+impl Members {
+    /// No ports; room for [`MAX_PORTS`].
+    pub fn new() -> Self {
+        Self {
+            bitmap: vec![0; MAX_PORTS.div_ceil(64)].into_boxed_slice(),
+            list: Vec::with_capacity(MAX_PORTS),
+        }
+    }
+
+    /// Adds a port; false if it is there already.
+    pub fn add(&mut self, port: PortId) -> bool {
+        let is_new = !self.contains(port);
+        if is_new {
+            self.bitmap[port.index() / 64] |= 1 << (port.index() % 64);
+            self.list.push(port);
+        }
+        is_new
+    }
+
+    /// Removes a port; false if it is not there.
+    pub fn remove(&mut self, port: PortId) -> bool {
+        let was_there = self.contains(port);
+        if was_there {
+            self.bitmap[port.index() / 64] &= !(1 << (port.index() % 64));
+            self.list.retain(|member| *member != port);
+        }
+        was_there
+    }
+
+    /// Whether a port is there.
+    #[inline]
+    pub fn contains(&self, port: PortId) -> bool {
+        self.bitmap[port.index() / 64] >> (port.index() % 64) & 1 != 0
+    }
+
+    /// The ports, in the order of joining.
+    pub fn iter(&self) -> impl Iterator<Item = PortId> + '_ {
+        self.list.iter().copied()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+}
+
+impl Clone for Members {
+    /// Unlike a derived one, with room for [`MAX_PORTS`] again.
+    fn clone(&self) -> Self {
+        let mut copy = Self::new();
+        copy.bitmap.copy_from_slice(&self.bitmap);
+        copy.list.extend_from_slice(&self.list);
+        copy
+    }
+}
+
+impl Default for Members {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What became of a burst; the scratch of one worker, to be used again and again.
+#[derive(Debug)]
+pub struct Decisions {
+    runs: Vec<Run>,
+    result: Lists,
+}
+
+/// Lists of masks. Between bursts all of `masks` is zero.
+#[derive(Debug)]
+struct Lists {
+    /// By port: the frames that go to it alone.
+    masks: Box<[u64]>,
+    destinations: Vec<(PortId, u64)>,
+    drops: Vec<(DropReason, u64)>,
+    flooded: u64,
+    learned: LearnCounts,
+}
+
+impl Decisions {
+    /// Scratch for bursts of up to [`MAX_BURST`] frames to up to [`MAX_PORTS`] ports: about 100 KiB,
+    /// of which a burst touches 8 bytes for each port that it goes to.
+    pub fn new() -> Self {
+        Self {
+            runs: Vec::with_capacity(MAX_BURST),
+            result: Lists {
+                masks: vec![0; MAX_PORTS].into_boxed_slice(),
+                destinations: Vec::with_capacity(MAX_PORTS),
+                drops: Vec::with_capacity(DropReason::ALL.len()),
+                flooded: 0,
+                learned: LearnCounts::default(),
+            },
+        }
+    }
+
+    /// The ports that frames go to and the frames of each (never 0), in the order of first
+    /// appearance.
+    pub fn destinations(&self) -> &[(PortId, u64)] {
+        &self.result.destinations
+    }
+
+    /// The reasons for which frames are dropped and the frames of each (never 0), in the order of
+    /// first appearance.
+    pub fn drops(&self) -> &[(DropReason, u64)] {
+        &self.result.drops
+    }
+
+    /// The frames that go to all members but the one that they came from.
+    pub fn flooded(&self) -> u64 {
+        self.result.flooded
+    }
+
+    /// What learning the sources changed, and why it did not.
+    pub fn learned(&self) -> LearnCounts {
+        self.result.learned
+    }
+
+    /// Forgets the last burst.
+    pub fn clear(&mut self) {
+        self.runs.clear();
+        self.result.destinations.clear();
+        self.result.drops.clear();
+        self.result.flooded = 0;
+        self.result.learned = LearnCounts::default();
+    }
+}
+
+impl Default for Decisions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Lists {
+    #[inline]
+    fn deliver(&mut self, port: PortId, frames: u64) {
+        let mask = &mut self.masks[port.index()];
+        // Once a frame is flooded, every member is listed.
+        if *mask == 0 && self.flooded == 0 {
+            self.destinations.push((port, 0));
+        }
+        *mask |= frames;
+    }
+
+    /// Lists the members on the first flooded frame of the burst; their masks get the flooded frames
+    /// in the end, since all that is listed then is flooded to.
+    fn flood(&mut self, members: &Members, in_port: PortId, frames: u64) {
+        if members.len() == usize::from(members.contains(in_port)) {
+            return self.drop(DropReason::NoDestination, frames);
+        }
+        if self.flooded == 0 {
+            for port in members.iter().filter(|port| *port != in_port) {
+                if self.masks[port.index()] == 0 {
+                    self.destinations.push((port, 0));
+                }
+            }
+        }
+        self.flooded |= frames;
+    }
+
+    fn drop(&mut self, reason: DropReason, frames: u64) {
+        match self.drops.iter_mut().find(|(listed, _)| *listed == reason) {
+            Some((_, mask)) => *mask |= frames,
+            None => self.drops.push((reason, frames)),
+        }
+    }
+
+    #[inline]
+    fn finish(&mut self) {
+        for (port, mask) in &mut self.destinations {
+            *mask = std::mem::take(&mut self.masks[port.index()]) | self.flooded;
+        }
+    }
+}
+
+/// Results of learning the sources of a burst that changed something or should have. Successive
+/// frames of one source count once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LearnCounts {
+    /// [`Learned::New`]
+    pub new: u32,
+    /// [`Learned::Moved`]
+    pub moved: u32,
+    /// [`Learned::Static`]: a station uses an address that is pinned to another port.
+    pub pinned_elsewhere: u32,
+    /// [`Learned::LimitReached`]
+    pub limit_reached: u32,
+    /// [`Learned::Full`]
+    pub full: u32,
+    /// [`Learned::Busy`]
+    pub busy: u32,
+}
+
+impl LearnCounts {
+    fn count(&mut self, result: Learned) {
+        match result {
+            Learned::Refreshed | Learned::NotUnicast => {}
+            Learned::New => self.new += 1,
+            Learned::Moved { .. } => self.moved += 1,
+            Learned::Static => self.pinned_elsewhere += 1,
+            Learned::LimitReached => self.limit_reached += 1,
+            Learned::Full => self.full += 1,
+            Learned::Busy => self.busy += 1,
+        }
+    }
+}

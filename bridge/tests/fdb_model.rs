@@ -1,0 +1,184 @@
+//! The forwarding database against a naive map.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+use ringway_bridge::{Fdb, FdbConfig, Learned, MacAddr, PortId, Tick};
+
+const CAPACITY: usize = 6;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Learn(MacAddr, PortId),
+    AddStatic(MacAddr, PortId),
+    Remove(MacAddr),
+    Flush(Option<PortId>),
+    Purge(PortId),
+    Age,
+    Wait(u32),
+    SetLimit(PortId, Option<u32>),
+    SetAgeing(u32),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Entry {
+    port: PortId,
+    is_static: bool,
+    seen: u32,
+}
+
+struct Model {
+    entries: HashMap<MacAddr, Entry>,
+    limits: HashMap<PortId, u32>,
+    ageing: u32,
+    now: u32,
+}
+
+impl Model {
+    fn lookup(&self, mac: MacAddr) -> Option<PortId> {
+        let is_fresh = |e: &&Entry| e.is_static || self.now - e.seen <= self.ageing;
+        self.entries.get(&mac).filter(is_fresh).map(|e| e.port)
+    }
+
+    fn count(&self, port: PortId) -> u32 {
+        let learned = |e: &&Entry| e.port == port && !e.is_static;
+        u32::try_from(self.entries.values().filter(learned).count()).unwrap()
+    }
+
+    fn learn(&mut self, mac: MacAddr, port: PortId) -> Learned {
+        let entry = Entry {
+            port,
+            is_static: false,
+            seen: self.now,
+        };
+        let old = self.entries.get(&mac).copied();
+        match old {
+            Some(old) if old.port == port && old.is_static => return Learned::Refreshed,
+            Some(old) if old.is_static => return Learned::Static,
+            Some(old) if old.port == port => {
+                self.entries.insert(mac, entry);
+                return Learned::Refreshed;
+            }
+            _ => {}
+        }
+        if self
+            .limits
+            .get(&port)
+            .is_some_and(|limit| self.count(port) >= *limit)
+        {
+            return Learned::LimitReached;
+        }
+        if old.is_none() && self.entries.len() == CAPACITY {
+            return Learned::Full;
+        }
+        self.entries.insert(mac, entry);
+        old.map_or(Learned::New, |old| Learned::Moved { from: old.port })
+    }
+
+    fn add_static(&mut self, mac: MacAddr, port: PortId) -> bool {
+        let fits = self.entries.contains_key(&mac) || self.entries.len() < CAPACITY;
+        if fits {
+            self.entries.insert(
+                mac,
+                Entry {
+                    port,
+                    is_static: true,
+                    seen: 0,
+                },
+            );
+        }
+        fits
+    }
+
+    fn remove_if(&mut self, condemned: impl Fn(&Entry) -> bool) -> usize {
+        let before = self.entries.len();
+        self.entries.retain(|_, entry| !condemned(entry));
+        before - self.entries.len()
+    }
+}
+
+fn macs() -> impl Iterator<Item = MacAddr> {
+    (1..=10).map(|n| MacAddr([2, 0, 0, 0, 0, n]))
+}
+
+fn ports() -> impl Iterator<Item = PortId> {
+    [0, 1, 77, 4095].into_iter().filter_map(PortId::new)
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let mac = || prop::sample::select(macs().collect::<Vec<_>>());
+    let port = || prop::sample::select(ports().collect::<Vec<_>>());
+    let step = prop_oneof![
+        12 => (mac(), port()).prop_map(|(mac, port)| Step::Learn(mac, port)),
+        2 => (mac(), port()).prop_map(|(mac, port)| Step::AddStatic(mac, port)),
+        1 => mac().prop_map(Step::Remove),
+        1 => prop::option::of(port()).prop_map(Step::Flush),
+        1 => port().prop_map(Step::Purge),
+        1 => Just(Step::Age),
+        3 => (0..20u32).prop_map(Step::Wait),
+        1 => (port(), prop::option::of(0..4u32)).prop_map(|(p, limit)| Step::SetLimit(p, limit)),
+        1 => (0..40u32).prop_map(Step::SetAgeing),
+    ];
+    prop::collection::vec(step, 1..80)
+}
+
+proptest! {
+    #[test]
+    fn the_database_behaves_like_a_map(steps in steps(), seed: u64) {
+        let fdb = Fdb::new(FdbConfig { capacity: CAPACITY, ageing_ticks: 20, seed });
+        let (entries, limits) = Default::default();
+        let mut model = Model { entries, limits, ageing: 20, now: 5 };
+        for step in steps {
+            let now = Tick(model.now);
+            match step.clone() {
+                Step::Learn(mac, port) => {
+                    prop_assert_eq!(fdb.learn(mac, port, now), model.learn(mac, port));
+                }
+                Step::AddStatic(mac, port) => {
+                    let stored = fdb.add_static(mac, port).is_ok();
+                    prop_assert_eq!(stored, model.add_static(mac, port));
+                }
+                Step::Remove(mac) => {
+                    prop_assert_eq!(fdb.remove(mac), model.entries.remove(&mac).is_some());
+                }
+                Step::Flush(port) => {
+                    let removed = model
+                        .remove_if(|e| !e.is_static && port.is_none_or(|port| e.port == port));
+                    prop_assert_eq!(fdb.flush(port), removed);
+                }
+                Step::Purge(port) => {
+                    prop_assert_eq!(fdb.purge_port(port), model.remove_if(|e| e.port == port));
+                }
+                Step::Age => {
+                    let (now, ageing) = (model.now, model.ageing);
+                    let removed = model.remove_if(|e| !e.is_static && now - e.seen > ageing);
+                    prop_assert_eq!(fdb.age(Tick(now)), removed);
+                }
+                Step::Wait(ticks) => model.now += ticks,
+                Step::SetLimit(port, limit) => {
+                    fdb.set_limit(port, limit);
+                    model.limits.remove(&port);
+                    model.limits.extend(limit.map(|limit| (port, limit)));
+                }
+                Step::SetAgeing(ticks) => {
+                    fdb.set_ageing(ticks);
+                    model.ageing = ticks;
+                }
+            }
+            let now = Tick(model.now);
+            for mac in macs() {
+                prop_assert_eq!(fdb.lookup(mac, now), model.lookup(mac), "{:?} {}", &step, mac);
+            }
+            for port in ports() {
+                prop_assert_eq!(fdb.count(port), model.count(port), "{:?} {:?}", &step, port);
+            }
+            let mut entries = HashMap::new();
+            fdb.for_each(|mac, port, is_static, seen| {
+                entries.insert(mac, Entry { port, is_static, seen: seen.0 });
+            });
+            prop_assert_eq!(fdb.len(), entries.len());
+            prop_assert_eq!(&entries, &model.entries);
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Error kinds and their JSON-RPC codes.
+
+use ringway_dataplane::SwitchError;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What went wrong: the stable name of an error, in `error.data.kind`. The codes of the first five
+/// are JSON-RPC's own; all others are in -32099 to -32000, which JSON-RPC leaves to servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The line is no JSON.
+    ParseError,
+    /// The JSON is no JSON-RPC 2.0 request.
+    InvalidRequest,
+    /// There is no such method.
+    MethodNotFound,
+    /// The parameters are not those of the method.
+    InvalidParams,
+    /// The daemon failed in a way that it does not understand.
+    InternalError,
+    /// The name is taken.
+    PortExists,
+    /// There is no port of that name.
+    NoSuchPort,
+    /// All slots are taken.
+    TooManyPorts,
+    /// The path of a vhost-user socket can't be used.
+    SocketPath,
+    /// The tap can't be created or attached.
+    Tap,
+    /// The forwarding database has no such entry.
+    NoSuchFdbEntry,
+    /// The forwarding database can't take the entry.
+    FdbRefused,
+    /// There is no worker of that number.
+    NoSuchWorker,
+    /// There is no such CPU, or it is not allowed to the daemon.
+    NoSuchCpu,
+    /// The list of worker CPUs is empty or names one twice.
+    BadWorkerCpus,
+    /// A system call failed.
+    System,
+    /// Refused for a reason that has no kind of its own yet.
+    Refused,
+    /// All connections of the control socket are taken.
+    TooManyConnections,
+    /// A line is longer than the server takes; it closes the connection.
+    LineTooLong,
+    /// A batch has more requests, or would have a longer answer, than the server takes.
+    BatchTooLarge,
+}
+
+impl ErrorKind {
+    /// Every kind, in declaration order.
+    pub const ALL: [Self; 20] = [
+        Self::ParseError,
+        Self::InvalidRequest,
+        Self::MethodNotFound,
+        Self::InvalidParams,
+        Self::InternalError,
+        Self::PortExists,
+        Self::NoSuchPort,
+        Self::TooManyPorts,
+        Self::SocketPath,
+        Self::Tap,
+        Self::NoSuchFdbEntry,
+        Self::FdbRefused,
+        Self::NoSuchWorker,
+        Self::NoSuchCpu,
+        Self::BadWorkerCpus,
+        Self::System,
+        Self::Refused,
+        Self::TooManyConnections,
+        Self::LineTooLong,
+        Self::BatchTooLarge,
+    ];
+
+    /// The kind as `error.code` (JSON-RPC 2.0, 5.1).
+    pub const fn code(self) -> i32 {
+        match self {
+            Self::ParseError => -32700,
+            Self::InvalidRequest => -32600,
+            Self::MethodNotFound => -32601,
+            Self::InvalidParams => -32602,
+            Self::InternalError => -32603,
+            Self::PortExists => -32001,
+            Self::NoSuchPort => -32002,
+            Self::TooManyPorts => -32003,
+            Self::SocketPath => -32004,
+            Self::Tap => -32005,
+            Self::NoSuchFdbEntry => -32010,
+            Self::FdbRefused => -32011,
+            Self::NoSuchWorker => -32020,
+            Self::NoSuchCpu => -32021,
+            Self::BadWorkerCpus => -32022,
+            Self::System => -32030,
+            Self::Refused => -32031,
+            Self::TooManyConnections => -32040,
+            Self::LineTooLong => -32041,
+            Self::BatchTooLarge => -32042,
+        }
+    }
+}
+
+/// A refusal: what, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// The kind.
+    pub kind: ErrorKind,
+    /// One line that says what is wrong.
+    pub message: String,
+    /// One line that says what to do.
+    pub hint: String,
+}
+
+impl ApiError {
+    /// An error of `kind`.
+    pub fn new(kind: ErrorKind, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+            hint: hint.into(),
+        }
+    }
+}
+
+impl From<SwitchError> for ApiError {
+    fn from(error: SwitchError) -> Self {
+        let kind = match &error {
+            SwitchError::NoSuchCpu { .. } => ErrorKind::NoSuchCpu,
+            SwitchError::BadWorkerCpus { .. } => ErrorKind::BadWorkerCpus,
+            SwitchError::PortExists { .. } => ErrorKind::PortExists,
+            SwitchError::NoSuchPort { .. } => ErrorKind::NoSuchPort,
+            SwitchError::TooManyPorts => ErrorKind::TooManyPorts,
+            SwitchError::SocketPath { .. } => ErrorKind::SocketPath,
+            SwitchError::Tap { .. } => ErrorKind::Tap,
+            SwitchError::NoSuchFdbEntry { .. } => ErrorKind::NoSuchFdbEntry,
+            SwitchError::FdbRefused { .. } => ErrorKind::FdbRefused,
+            SwitchError::System { .. } => ErrorKind::System,
+            _ => ErrorKind::Refused,
+        };
+        Self::new(kind, error.to_string(), error.hint())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn codes_are_unique_and_within_the_documented_ranges() {
+        let codes: BTreeSet<i32> = ErrorKind::ALL.iter().map(|kind| kind.code()).collect();
+        assert_eq!(codes.len(), ErrorKind::ALL.len());
+        for code in codes {
+            let standard = matches!(code, -32700 | -32603..=-32600);
+            assert!(standard || (-32099..=-32000).contains(&code), "{code}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_the_switch_keeps_its_text_and_hint() {
+        let error = ApiError::from(SwitchError::NoSuchPort {
+            name: "vm1".parse().unwrap(),
+        });
+        assert_eq!(error.kind, ErrorKind::NoSuchPort);
+        assert_eq!(error.message, "there is no port vm1");
+        assert_eq!(error.hint, "`ringway port list` shows the ports");
+    }
+}

@@ -1,0 +1,410 @@
+//! A port's settings: one shape for the API, the configuration file and what is reported back.
+
+use std::path::{Path, PathBuf};
+
+use ringway_dataplane::{MAX_QUEUE_PAIRS, PortConfig, PortKind, QueuePairs, SocketSpec};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Queue pairs that a guest may use when nothing else is said: an upper bound that costs nothing
+/// until the guest starts them, and what guests of up to eight vCPUs ask for.
+pub const DEFAULT_VHOST_USER_QUEUES: u16 = 8;
+
+/// Queue pairs of a tap when nothing else is said: each is an open file that is polled.
+pub const DEFAULT_TAP_QUEUES: u16 = 1;
+
+/// Least MTU: IPv4's (RFC 791), and what Linux takes for Ethernet devices.
+pub const MIN_MTU: u16 = 68;
+
+/// Greatest MTU that Linux takes for virtio-net and tap: 65,535 less room for the header.
+pub const MAX_MTU: u16 = 65_521;
+
+/// Longest path of a Unix socket: `sun_path` has 108 bytes, one for the closing NUL (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+
+/// Longest interface name: IFNAMSIZ is 16 with the closing NUL.
+const MAX_IFNAME: usize = 15;
+
+/// What is behind a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum KindName {
+    /// A guest, through a vhost-user socket: `listen` or `connect`, `queues`, `mtu`, `fdb_limit`.
+    VhostUser,
+    /// A tap interface of the host: `ifname`, `queues`, `mtu`, `persist`, `fdb_limit`.
+    Tap,
+}
+
+impl KindName {
+    /// The kind as it is written.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::VhostUser => "vhost-user",
+            Self::Tap => "tap",
+        }
+    }
+}
+
+/// A port's settings. Which fields belong to which kind is said at [`KindName`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortSettings {
+    /// What is behind the port.
+    pub kind: KindName,
+    /// vhost-user: absolute path of the socket at which to wait for the front-end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<PathBuf>,
+    /// vhost-user: absolute path of the front-end's socket to connect to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connect: Option<PathBuf>,
+    /// tap: name of the interface; created if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ifname: Option<String>,
+    /// Queue pairs, 1 to 64; for vhost-user (default 8) the most that the guest may use, for a tap
+    /// (default 1) the number to open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 64))]
+    pub queues: Option<u16>,
+    /// L3 MTU in bytes, 68 to 65521; absent takes the front-end's or the interface's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 68, max = 65521))]
+    pub mtu: Option<u16>,
+    /// tap: leave the interface in place when the port goes (default false).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub persist: Option<bool>,
+    /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub fdb_limit: Option<u32>,
+}
+
+/// A setting that can't be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {reason}")]
+pub struct SettingError {
+    /// The field.
+    pub field: &'static str,
+    /// What is wrong with it.
+    pub reason: String,
+    /// What to do.
+    pub hint: String,
+}
+
+impl SettingError {
+    fn new(field: &'static str, reason: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self {
+            field,
+            reason: reason.into(),
+            hint: hint.into(),
+        }
+    }
+}
+
+impl PortSettings {
+    /// Settings of `kind` with nothing else said.
+    pub fn new(kind: KindName) -> Self {
+        Self {
+            kind,
+            listen: None,
+            connect: None,
+            ifname: None,
+            queues: None,
+            mtu: None,
+            persist: None,
+            fdb_limit: None,
+        }
+    }
+
+    /// The settings as the dataplane takes them.
+    ///
+    /// # Errors
+    /// A field that is missing, belongs to another kind, or is out of range.
+    pub fn to_config(&self) -> Result<PortConfig, SettingError> {
+        let kind = match self.kind {
+            KindName::VhostUser => {
+                self.refuse("ifname", self.ifname.is_some())?;
+                self.refuse("persist", self.persist.is_some())?;
+                PortKind::VhostUser {
+                    socket: self.socket()?,
+                    queue_pairs: self.queue_pairs(DEFAULT_VHOST_USER_QUEUES)?,
+                }
+            }
+            KindName::Tap => {
+                self.refuse("listen", self.listen.is_some())?;
+                self.refuse("connect", self.connect.is_some())?;
+                PortKind::Tap {
+                    ifname: self.checked_ifname()?,
+                    queue_pairs: self.queue_pairs(DEFAULT_TAP_QUEUES)?,
+                    persist: self.persist.unwrap_or(false),
+                }
+            }
+        };
+        Ok(PortConfig {
+            kind,
+            mtu: self.checked_mtu()?,
+            fdb_limit: self.checked_fdb_limit()?,
+        })
+    }
+
+    fn refuse(&self, field: &'static str, given: bool) -> Result<(), SettingError> {
+        if given {
+            let other = match self.kind {
+                KindName::VhostUser => KindName::Tap,
+                KindName::Tap => KindName::VhostUser,
+            };
+            return Err(SettingError::new(
+                field,
+                format!("not a setting of kind {}", self.kind.as_str()),
+                format!("it belongs to kind {}; leave it out", other.as_str()),
+            ));
+        }
+        Ok(())
+    }
+
+    fn socket(&self) -> Result<SocketSpec, SettingError> {
+        match (&self.listen, &self.connect) {
+            (Some(path), None) => {
+                check_socket_path("listen", path)?;
+                Ok(SocketSpec::Listen(path.clone()))
+            }
+            (None, Some(path)) => {
+                check_socket_path("connect", path)?;
+                Ok(SocketSpec::Connect(path.clone()))
+            }
+            (None, None) => Err(SettingError::new(
+                "listen",
+                "a vhost-user port needs the path of a socket",
+                "give `listen` if QEMU is the client, `connect` if it is the server",
+            )),
+            (Some(_), Some(_)) => Err(SettingError::new(
+                "connect",
+                "a vhost-user port can't both listen and connect",
+                "give `listen` if QEMU is the client, `connect` if it is the server",
+            )),
+        }
+    }
+
+    fn checked_ifname(&self) -> Result<String, SettingError> {
+        let hint = "name an interface as in `ip link`, for example rw0";
+        let Some(name) = &self.ifname else {
+            return Err(SettingError::new(
+                "ifname",
+                "a tap port needs an interface name",
+                hint,
+            ));
+        };
+        let bad = |b: u8| b == b'/' || b == b':' || b == b'%' || !b.is_ascii_graphic();
+        if name.is_empty() || name.len() > MAX_IFNAME {
+            let reason = format!("an interface name has 1 to {MAX_IFNAME} bytes");
+            return Err(SettingError::new("ifname", reason, hint));
+        }
+        if name == "." || name == ".." || name.bytes().any(bad) {
+            let reason = format!("{name:?} can't name an interface");
+            return Err(SettingError::new("ifname", reason, hint));
+        }
+        Ok(name.clone())
+    }
+
+    fn queue_pairs(&self, default: u16) -> Result<QueuePairs, SettingError> {
+        let count = self.queues.unwrap_or(default);
+        QueuePairs::new(count).ok_or_else(|| {
+            SettingError::new(
+                "queues",
+                format!("{count} queue pairs"),
+                format!("a port has 1 to {MAX_QUEUE_PAIRS} queue pairs"),
+            )
+        })
+    }
+
+    fn checked_mtu(&self) -> Result<Option<u16>, SettingError> {
+        match self.mtu {
+            Some(mtu) if !(MIN_MTU..=MAX_MTU).contains(&mtu) => Err(SettingError::new(
+                "mtu",
+                format!("an MTU of {mtu} bytes"),
+                format!("an MTU is {MIN_MTU} to {MAX_MTU} bytes, without the Ethernet header"),
+            )),
+            mtu => Ok(mtu),
+        }
+    }
+
+    fn checked_fdb_limit(&self) -> Result<Option<u32>, SettingError> {
+        match self.fdb_limit {
+            Some(0) => Err(SettingError::new(
+                "fdb_limit",
+                "a limit of 0 addresses",
+                "give 1 or more, or leave it out for no limit",
+            )),
+            limit => Ok(limit),
+        }
+    }
+}
+
+/// Checks a path before anything is made of it.
+pub(crate) fn check_socket_path(field: &'static str, path: &Path) -> Result<(), SettingError> {
+    let bytes = path.as_os_str().as_encoded_bytes();
+    let hint = "give an absolute path such as /run/ringway/vm1.sock";
+    if bytes.contains(&0) {
+        return Err(SettingError::new(field, "the path has a NUL byte", hint));
+    }
+    if !path.is_absolute() {
+        let reason = format!("{:?} is not an absolute path", path.display().to_string());
+        return Err(SettingError::new(field, reason, hint));
+    }
+    if bytes.len() > MAX_SOCKET_PATH {
+        return Err(SettingError::new(
+            field,
+            format!("a path of {} bytes", bytes.len()),
+            format!("the path of a socket has at most {MAX_SOCKET_PATH} bytes (unix(7))"),
+        ));
+    }
+    Ok(())
+}
+
+impl From<&PortConfig> for PortSettings {
+    fn from(config: &PortConfig) -> Self {
+        let mut settings = match &config.kind {
+            PortKind::VhostUser {
+                socket,
+                queue_pairs,
+            } => {
+                let mut settings = Self::new(KindName::VhostUser);
+                match socket {
+                    SocketSpec::Listen(path) => settings.listen = Some(path.clone()),
+                    SocketSpec::Connect(path) => settings.connect = Some(path.clone()),
+                }
+                settings.queues = Some(queue_pairs.get());
+                settings
+            }
+            PortKind::Tap {
+                ifname,
+                queue_pairs,
+                persist,
+            } => {
+                let mut settings = Self::new(KindName::Tap);
+                settings.ifname = Some(ifname.clone());
+                settings.queues = Some(queue_pairs.get());
+                settings.persist = Some(*persist);
+                settings
+            }
+        };
+        settings.mtu = config.mtu;
+        settings.fdb_limit = config.fdb_limit;
+        settings
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vhost_user(listen: &str) -> PortSettings {
+        PortSettings {
+            listen: Some(listen.into()),
+            ..PortSettings::new(KindName::VhostUser)
+        }
+    }
+
+    #[test]
+    fn settings_survive_the_way_to_the_dataplane_and_back() {
+        let vm = PortSettings {
+            queues: Some(2),
+            mtu: Some(9000),
+            fdb_limit: Some(4),
+            ..vhost_user("/run/vm1.sock")
+        };
+        let tap = PortSettings {
+            ifname: Some("rw0".into()),
+            queues: Some(1),
+            persist: Some(true),
+            ..PortSettings::new(KindName::Tap)
+        };
+        for settings in [vm, tap] {
+            let config = settings.to_config().unwrap();
+            assert_eq!(PortSettings::from(&config), settings);
+        }
+    }
+
+    #[test]
+    fn queues_default_to_eight_for_guests_and_one_for_a_tap() {
+        let vm = vhost_user("/vm1").to_config().unwrap();
+        assert_eq!(PortSettings::from(&vm).queues, Some(8));
+        let mut tap = PortSettings::new(KindName::Tap);
+        tap.ifname = Some("rw0".into());
+        let tap = tap.to_config().unwrap();
+        assert_eq!(PortSettings::from(&tap).queues, Some(1));
+    }
+
+    #[test]
+    fn bad_settings_are_refused_by_field() {
+        let vm = || vhost_user("/vm1");
+        let tap = |ifname: &str| PortSettings {
+            ifname: Some(ifname.into()),
+            ..PortSettings::new(KindName::Tap)
+        };
+        let cases = [
+            (PortSettings::new(KindName::VhostUser), "listen"),
+            (vhost_user("relative.sock"), "listen"),
+            (vhost_user("/a\0b"), "listen"),
+            (vhost_user(&format!("/{}", "x".repeat(107))), "listen"),
+            (
+                PortSettings {
+                    connect: Some("/b".into()),
+                    ..vm()
+                },
+                "connect",
+            ),
+            (
+                PortSettings {
+                    ifname: Some("rw0".into()),
+                    ..vm()
+                },
+                "ifname",
+            ),
+            (
+                PortSettings {
+                    queues: Some(0),
+                    ..vm()
+                },
+                "queues",
+            ),
+            (
+                PortSettings {
+                    queues: Some(65),
+                    ..vm()
+                },
+                "queues",
+            ),
+            (
+                PortSettings {
+                    mtu: Some(67),
+                    ..vm()
+                },
+                "mtu",
+            ),
+            (
+                PortSettings {
+                    fdb_limit: Some(0),
+                    ..vm()
+                },
+                "fdb_limit",
+            ),
+            (PortSettings::new(KindName::Tap), "ifname"),
+            (tap(""), "ifname"),
+            (tap("sixteen_bytes_xx"), "ifname"),
+            (tap("a/b"), "ifname"),
+            (tap("a b"), "ifname"),
+            (tap("rw%d"), "ifname"),
+            (tap(".."), "ifname"),
+        ];
+        for (settings, field) in cases {
+            let error = settings.to_config().expect_err(field);
+            assert_eq!(error.field, field, "{settings:?}");
+            assert!(!error.hint.is_empty());
+        }
+        assert!(
+            vhost_user(&format!("/{}", "x".repeat(106)))
+                .to_config()
+                .is_ok()
+        );
+    }
+}

@@ -1,0 +1,378 @@
+//! The command line of `ringway`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use ringway_bridge::MacAddr;
+use ringway_dataplane::PortName;
+
+use super::units::Rate;
+use crate::api::{KindName, PortSettings};
+
+/// How long the daemon may take to answer unless told.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Operate the ringway software switch
+///
+/// Talks to ringwayd through its control socket. A port is what a guest (vhost-user) or the host
+/// (tap) is plugged into; frames are switched between all ports by MAC address.
+///
+/// Rx and Tx are from the switch's point of view everywhere: what a guest transmits is our Rx, what
+/// it receives is our Tx. Bytes are L2 bytes without FCS; k, M, G are powers of ten, KiB, MiB, GiB
+/// powers of two.
+#[derive(Debug, Parser)]
+#[command(name = "ringway", version, max_term_width = 100, after_help = AFTER_HELP)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub struct Args {
+    /// The daemon's control socket
+    #[arg(
+        short,
+        long,
+        value_name = "PATH",
+        global = true,
+        help_heading = EVERYWHERE,
+        env = "RINGWAY_CONTROL"
+    )]
+    #[arg(default_value = crate::config::DEFAULT_CONTROL)]
+    pub socket: PathBuf,
+
+    /// Print one JSON object (docs/control-api.schema.json), also for errors: {"error": …}
+    #[arg(short, long, global = true, help_heading = EVERYWHERE)]
+    pub json: bool,
+
+    /// How long the daemon may take to answer
+    #[arg(long, value_name = "SECONDS", global = true, help_heading = EVERYWHERE)]
+    #[arg(default_value = "10", value_parser = timeout)]
+    pub timeout: Duration,
+
+    /// What to operate on
+    #[command(subcommand)]
+    pub noun: Noun,
+}
+
+/// Heading of the options that all commands have.
+const EVERYWHERE: &str = "Options of all commands";
+
+const AFTER_HELP: &str = "\
+Examples:
+  ringway port add vm1 vhost-user --listen /run/ringway/vm1.sock
+  ringway port add host tap --ifname rw0
+  ringway port list
+  ringway measure --from vm1 --to vm2 -t 10
+
+An unknown command x runs ringway-x from PATH, with RINGWAY_CONTROL set.
+
+Exit codes:
+  0  done
+  1  refused by the daemon
+  2  usage
+  3  daemon not reachable
+  4  no answer in time (--timeout)
+  5  measured below --min";
+
+/// What to operate on.
+#[derive(Debug, Subcommand)]
+pub enum Noun {
+    /// Add, delete and look at ports
+    #[command(subcommand)]
+    Port(PortVerb),
+    /// The forwarding database: which MAC address is behind which port
+    #[command(subcommand)]
+    Fdb(FdbVerb),
+    /// The threads that forward frames
+    #[command(subcommand)]
+    Worker(WorkerVerb),
+    /// Measure what flows between ports, in intervals, as iperf3 does
+    Measure(MeasureArgs),
+    /// Version, process and uptime of the daemon
+    Info,
+    /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  ringway completions bash >/etc/bash_completion.d/ringway")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages of ringway and ringwayd into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory; it must exist
+        directory: PathBuf,
+    },
+    /// A program `ringway-x` of PATH.
+    #[command(external_subcommand)]
+    External(Vec<OsString>),
+}
+
+/// What to do with ports.
+#[derive(Debug, Subcommand)]
+pub enum PortVerb {
+    /// Add a port; it forwards as soon as its guest or interface is ready
+    #[command(after_help = ADD_HELP)]
+    Add {
+        /// Name: 1 to 63 of A-Z a-z 0-9 . _ -, starting with a letter or digit
+        name: PortName,
+        /// What is behind the port
+        #[command(subcommand)]
+        kind: AddKind,
+    },
+    /// Delete a port: its socket, interface and guest memory are gone afterwards
+    Del {
+        /// The port
+        name: PortName,
+        /// Succeed also if there is no such port
+        #[arg(long)]
+        if_exists: bool,
+    },
+    /// List the ports with their counters
+    #[command(after_help = LIST_HELP)]
+    List,
+    /// Show one port with its queue pairs, features and drops by reason
+    Show {
+        /// The port
+        name: PortName,
+    },
+}
+
+const ADD_HELP: &str = "\
+Examples:
+  ringway port add vm1 vhost-user --listen /run/ringway/vm1.sock --queues 2
+  ringway port add vm2 vhost-user --connect /run/qemu/vm2.sock
+  ringway port add host tap --ifname rw0 --mtu 9000";
+
+const LIST_HELP: &str = "\
+Columns:
+  QUEUES     queue pairs: for vhost-user the most that the guest may use
+  MTU        L3 MTU as configured; - takes the front-end's or the interface's
+  RX         frames and L2 bytes taken from the port: what its guest transmitted
+  TX         frames and L2 bytes delivered to the port: what its guest received
+  DROPS      frames from and for the port that were dropped; `ringway port show` tells why
+  MACS       MAC addresses known behind the port
+All counters are since the port was added.";
+
+/// What is behind a new port.
+#[derive(Debug, Subcommand)]
+pub enum AddKind {
+    /// A guest, through a vhost-user socket
+    #[command(group(clap::ArgGroup::new("path").required(true).args(["listen", "connect"])))]
+    VhostUser {
+        /// Wait at this path for the front-end (QEMU is the client)
+        #[arg(long, value_name = "PATH")]
+        listen: Option<PathBuf>,
+        /// Connect to this path, again and again (QEMU is the server)
+        #[arg(long, value_name = "PATH")]
+        connect: Option<PathBuf>,
+        /// Most queue pairs that the guest may use, 1 to 64 [default: 8]
+        #[arg(long, value_name = "N")]
+        queues: Option<u16>,
+        #[command(flatten)]
+        common: AddCommon,
+    },
+    /// A tap interface of the host; needs root
+    Tap {
+        /// Interface name; created if there is none
+        #[arg(long, value_name = "IF")]
+        ifname: String,
+        /// Queue pairs to open, 1 to 64 [default: 1]
+        #[arg(long, value_name = "N")]
+        queues: Option<u16>,
+        /// Leave the interface in place when the port goes
+        #[arg(long)]
+        persist: bool,
+        #[command(flatten)]
+        common: AddCommon,
+    },
+}
+
+/// Settings of all kinds of port.
+#[derive(Debug, ClapArgs)]
+pub struct AddCommon {
+    /// L3 MTU in bytes, 68 to 65521 [default: the front-end's or the interface's]
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u16>,
+    /// Most MAC addresses learned behind the port [default: no limit]
+    #[arg(long, value_name = "N")]
+    pub fdb_limit: Option<u32>,
+}
+
+impl AddKind {
+    /// The settings, with paths made absolute: the daemon has another working directory.
+    ///
+    /// # Errors
+    /// There is no working directory.
+    pub fn settings(&self) -> std::io::Result<PortSettings> {
+        let absolute = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
+        let (mut settings, common) = match self {
+            Self::VhostUser {
+                listen,
+                connect,
+                queues,
+                common,
+            } => {
+                let mut settings = PortSettings::new(KindName::VhostUser);
+                settings.listen = absolute(listen)?;
+                settings.connect = absolute(connect)?;
+                settings.queues = *queues;
+                (settings, common)
+            }
+            Self::Tap {
+                ifname,
+                queues,
+                persist,
+                common,
+            } => {
+                let mut settings = PortSettings::new(KindName::Tap);
+                settings.ifname = Some(ifname.clone());
+                settings.queues = *queues;
+                settings.persist = Some(*persist);
+                (settings, common)
+            }
+        };
+        settings.mtu = common.mtu;
+        settings.fdb_limit = common.fdb_limit;
+        Ok(settings)
+    }
+}
+
+/// What to do with the forwarding database.
+#[derive(Debug, Subcommand)]
+pub enum FdbVerb {
+    /// List the entries
+    List {
+        /// Only those of this port
+        #[arg(long, value_name = "PORT")]
+        port: Option<PortName>,
+    },
+    /// Add a static entry, or make a learned one static: it neither ages nor moves
+    Add {
+        /// The address, as 52:54:00:00:00:01
+        mac: MacAddr,
+        /// The port behind which it is
+        port: PortName,
+    },
+    /// Delete an entry, static or learned
+    Del {
+        /// The address, as 52:54:00:00:00:01
+        mac: MacAddr,
+    },
+    /// Forget learned entries; static ones stay
+    Flush {
+        /// Only those of this port
+        #[arg(long, value_name = "PORT")]
+        port: Option<PortName>,
+    },
+}
+
+/// What to do with workers.
+#[derive(Debug, Subcommand)]
+pub enum WorkerVerb {
+    /// List the workers with the share of time they were busy since the daemon started
+    List,
+    /// Show one worker
+    Show {
+        /// Its number
+        index: u16,
+    },
+}
+
+/// What to measure, and for how long.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = MEASURE_HELP)]
+pub struct MeasureArgs {
+    /// Only what comes from this port
+    #[arg(long, value_name = "PORT")]
+    pub from: Option<PortName>,
+    /// Only what goes to this port
+    #[arg(long, value_name = "PORT")]
+    pub to: Option<PortName>,
+    /// How long; 0 until interrupted
+    #[arg(short, long, value_name = "SECONDS", default_value = "10", value_parser = duration)]
+    pub time: Duration,
+    /// Length of the intervals, 0.1 or more
+    #[arg(short, long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+    pub interval: Duration,
+    /// Exit with 5 if the sum of all pairs is below RATE on average
+    #[arg(long, value_name = "RATE")]
+    pub min: Option<Rate>,
+}
+
+const MEASURE_HELP: &str = "\
+Prints a line for each pair of ports that moved frames in an interval, then the averages and how
+busy the workers were. Interrupting it (Ctrl-C) prints the averages of what was measured.
+
+RATE is a number, k, M, G or T (powers of ten), and a unit: bit/s or bps (also if none is given) for
+L2 bits per second, pps for packets per second: 1.5G, 800Mbit/s, 2Mpps.
+
+Columns:
+  PAIR       where the frames came from and went to; (none) are frames without a destination
+  INTERVAL   seconds since the start, by the daemon's monotonic clock
+  BITRATE    L2 bits delivered per second, without FCS
+  PACKETS    frames delivered per second, each flooded copy counted; a TSO frame counts once
+  DROPS      frames that the destination could not take, by reason
+
+Examples:
+  ringway measure
+  ringway measure --from vm1 --to vm2 -t 60 -i 10 -j
+  ringway measure --to vm2 --min 1.5G && echo fast enough";
+
+fn timeout(text: &str) -> Result<Duration, String> {
+    match duration(text) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        Ok(_) => Err("give more than 0 seconds".into()),
+        error => error,
+    }
+}
+
+/// Shortest interval: counters are published in batches, so shorter ones show the batches.
+const MIN_INTERVAL: Duration = Duration::from_millis(100);
+
+fn interval(text: &str) -> Result<Duration, String> {
+    match duration(text) {
+        Ok(duration) if duration < MIN_INTERVAL => Err("give 0.1 seconds or more".into()),
+        result => result,
+    }
+}
+
+/// Longest time that can be asked for: ten years, far from the end of any clock.
+const MAX_SECONDS: f64 = 3.2e8;
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.0..=MAX_SECONDS).contains(&seconds) => {
+            Ok(Duration::from_secs_f64(seconds))
+        }
+        _ => Err("give a number of seconds, as 10 or 0.5".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn times_that_make_no_sense_are_refused() {
+        for text in ["", "x", "-1", "nan", "inf", "1e300"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+        assert!(interval("0.05").is_err() && interval("0").is_err());
+        assert!(timeout("0").is_err());
+        assert_eq!(timeout("10").unwrap(), DEFAULT_TIMEOUT);
+    }
+
+    #[test]
+    fn relative_paths_become_absolute_before_they_are_sent() {
+        let args = Args::parse_from(["ringway", "port", "add", "a", "vhost-user", "--listen", "s"]);
+        let Noun::Port(PortVerb::Add { kind, .. }) = args.noun else {
+            panic!("another noun");
+        };
+        assert!(kind.settings().unwrap().listen.unwrap().is_absolute());
+    }
+}

@@ -1,0 +1,276 @@
+//! What people read: tables and blocks, written into any writer.
+
+use std::fmt::{self, Write};
+
+use super::table::{Align, Table};
+use super::units;
+use crate::api::{
+    Counters, DaemonReport, Drops, FdbListResult, KindName, PortListResult, PortReport,
+    PortShowResult, QueueReport, WorkerListResult, WorkerReport,
+};
+
+/// What stands for nothing.
+const NONE: &str = "-";
+
+/// `ringway port list`.
+pub(super) fn ports(out: &mut dyn Write, list: &PortListResult) -> fmt::Result {
+    if list.ports.is_empty() {
+        return writeln!(out, "no ports; `ringway port add` adds one");
+    }
+    let mut table = Table::new(&[
+        ("NAME", Align::Left),
+        ("KIND", Align::Left),
+        ("STATE", Align::Left),
+        ("QUEUES", Align::Right),
+        ("MTU", Align::Right),
+        ("RX FRAMES", Align::Right),
+        ("RX BYTES", Align::Right),
+        ("TX FRAMES", Align::Right),
+        ("TX BYTES", Align::Right),
+        ("DROPS", Align::Right),
+        ("MACS", Align::Right),
+    ]);
+    for port in &list.ports {
+        let counters = &port.counters;
+        let drops = counters
+            .rx_drops
+            .total()
+            .saturating_add(counters.tx_drops.total());
+        table.row([
+            port.name.clone(),
+            port.config.kind.as_str().into(),
+            port.state.as_str().into(),
+            optional(port.config.queues),
+            optional(port.config.mtu),
+            units::count(counters.rx_frames),
+            units::bytes(counters.rx_bytes),
+            units::count(counters.tx_frames),
+            units::bytes(counters.tx_bytes),
+            units::count(drops),
+            port.fdb_entries.to_string(),
+        ]);
+    }
+    table.write(out)
+}
+
+/// `ringway port show`.
+pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
+    let port = &show.port;
+    writeln!(out, "port {}", port.name)?;
+    where_it_is(out, port)?;
+    field(out, "state", port.state.as_str())?;
+    let started = show.queues.iter().filter(|q| q.rx_started || q.tx_started);
+    let pairs = format!(
+        "{} started of {}",
+        started.count(),
+        optional(port.config.queues)
+    );
+    field(out, "queue pairs", &pairs)?;
+    field(out, "mtu", &optional(show.mtu))?;
+    let limit = match port.config.fdb_limit {
+        Some(limit) => format!("{} of {limit} at most", port.fdb_entries),
+        None => port.fdb_entries.to_string(),
+    };
+    field(out, "mac addresses", &limit)?;
+    if port.config.kind == KindName::VhostUser {
+        field(out, "connections", &show.connections.to_string())?;
+        let mapped = units::binary_bytes(show.mapped_bytes);
+        field(
+            out,
+            "guest memory",
+            &format!("{mapped} in {} regions", show.memory_regions),
+        )?;
+    }
+    field(out, "features", &show.features.join(" "))?;
+    field(out, "protocol", &show.protocol_features.join(" "))?;
+    field(
+        out,
+        "last error",
+        show.last_error.as_deref().unwrap_or_default(),
+    )?;
+    traffic(out, &port.counters)?;
+    queues(out, &show.queues)
+}
+
+fn where_it_is(out: &mut dyn Write, port: &PortReport) -> fmt::Result {
+    field(out, "kind", port.config.kind.as_str())?;
+    if let Some(path) = &port.config.listen {
+        field(out, "listen", &path.display().to_string())?;
+    }
+    if let Some(path) = &port.config.connect {
+        field(out, "connect", &path.display().to_string())?;
+    }
+    if let Some(ifname) = &port.config.ifname {
+        let persist = port.config.persist == Some(true);
+        let note = if persist { " (persistent)" } else { "" };
+        field(out, "interface", &format!("{ifname}{note}"))?;
+    }
+    Ok(())
+}
+
+fn traffic(out: &mut dyn Write, counters: &Counters) -> fmt::Result {
+    let flow = |frames, bytes| format!("{} frames, {}", units::count(frames), units::bytes(bytes));
+    field(
+        out,
+        "rx (from it)",
+        &flow(counters.rx_frames, counters.rx_bytes),
+    )?;
+    field(
+        out,
+        "tx (to it)",
+        &flow(counters.tx_frames, counters.tx_bytes),
+    )?;
+    field(out, "rx drops", &drops(&counters.rx_drops))?;
+    field(out, "tx drops", &drops(&counters.tx_drops))
+}
+
+fn queues(out: &mut dyn Write, queues: &[QueueReport]) -> fmt::Result {
+    if queues.is_empty() {
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        ("QUEUE", Align::Right),
+        ("ENABLED", Align::Left),
+        ("RX RING", Align::Right),
+        ("TX RING", Align::Right),
+        ("WORKER", Align::Right),
+        ("RX FRAMES", Align::Right),
+        ("TX FRAMES", Align::Right),
+        ("CALLS", Align::Right),
+        ("CONTENDED", Align::Right),
+    ]);
+    let ring = |started: bool, size: u16| match (started, size) {
+        (false, _) => "stopped".to_owned(),
+        (true, 0) => "started".to_owned(),
+        (true, size) => size.to_string(),
+    };
+    for queue in queues {
+        table.row([
+            queue.index.to_string(),
+            if queue.enabled { "yes" } else { "no" }.into(),
+            ring(queue.rx_started, queue.rx_size),
+            ring(queue.tx_started, queue.tx_size),
+            queue.worker.to_string(),
+            units::count(queue.rx_frames),
+            units::count(queue.tx_frames),
+            units::count(queue.calls),
+            units::count(queue.contended),
+        ]);
+    }
+    writeln!(out)?;
+    table.write(out)
+}
+
+/// `ringway fdb list`.
+pub(super) fn fdb(out: &mut dyn Write, list: &FdbListResult) -> fmt::Result {
+    let mut table = Table::new(&[
+        ("MAC", Align::Left),
+        ("PORT", Align::Left),
+        ("TYPE", Align::Left),
+        ("LAST SEEN", Align::Right),
+    ]);
+    for entry in &list.entries {
+        let (kind, age) = if entry.is_static {
+            ("static", NONE.to_owned())
+        } else {
+            ("learned", units::span(entry.age_seconds))
+        };
+        table.row([entry.mac.clone(), entry.port.clone(), kind.into(), age]);
+    }
+    table.write(out)
+}
+
+/// `ringway worker list`.
+pub(super) fn workers(out: &mut dyn Write, list: &WorkerListResult) -> fmt::Result {
+    let mut table = Table::new(&[
+        ("WORKER", Align::Right),
+        ("CPU", Align::Right),
+        ("QUEUES", Align::Right),
+        ("ACTIVE", Align::Right),
+        ("BUSY", Align::Right),
+        ("POLLING", Align::Right),
+        ("ASLEEP", Align::Right),
+        ("FRAMES", Align::Right),
+        ("SLEEPS", Align::Right),
+    ]);
+    for worker in &list.workers {
+        let [busy, polling, asleep] = shares(worker);
+        table.row([
+            worker.index.to_string(),
+            optional(worker.cpu),
+            worker.queues.to_string(),
+            worker.active_queues.to_string(),
+            busy,
+            polling,
+            asleep,
+            units::count(worker.frames),
+            units::count(worker.sleeps),
+        ]);
+    }
+    table.write(out)
+}
+
+/// `ringway worker show`.
+pub(super) fn worker(out: &mut dyn Write, worker: &WorkerReport) -> fmt::Result {
+    writeln!(out, "worker {}", worker.index)?;
+    let cpu = worker
+        .cpu
+        .map_or_else(|| "not pinned".to_owned(), |cpu| cpu.to_string());
+    field(out, "cpu", &cpu)?;
+    let queues = format!("{} of {} active", worker.active_queues, worker.queues);
+    field(out, "source queues", &queues)?;
+    let [busy, polling, asleep] = shares(worker);
+    field(out, "busy", &busy)?;
+    field(out, "polling", &polling)?;
+    field(out, "asleep", &asleep)?;
+    field(out, "turns", &units::count(worker.turns))?;
+    field(out, "bursts", &units::count(worker.bursts))?;
+    field(out, "frames", &units::count(worker.frames))?;
+    let mean = worker.frames as f64 / worker.bursts.max(1) as f64;
+    field(out, "frames a burst", &format!("{mean:.1}"))?;
+    field(out, "sleeps", &units::count(worker.sleeps))
+}
+
+/// Busy, polling, asleep as parts of their sum.
+fn shares(worker: &WorkerReport) -> [String; 3] {
+    let times = [worker.busy_ns, worker.polling_ns, worker.asleep_ns];
+    let total: f64 = times.iter().map(|ns| *ns as f64).sum();
+    times.map(|ns| {
+        if total > 0.0 {
+            format!("{:.1} %", ns as f64 / total * 100.0)
+        } else {
+            NONE.to_owned()
+        }
+    })
+}
+
+/// `ringway info`.
+pub(super) fn info(out: &mut dyn Write, info: &DaemonReport) -> fmt::Result {
+    writeln!(out, "ringwayd {}", info.version)?;
+    field(out, "pid", &info.pid.to_string())?;
+    field(out, "uptime", &units::span(info.uptime_seconds))
+}
+
+/// `ring_full 12, runt 1`, the most frequent first.
+pub(super) fn drops(drops: &Drops) -> String {
+    let mut sorted: Vec<_> = drops.0.iter().filter(|(_, n)| **n > 0).collect();
+    sorted.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
+    let texts: Vec<_> = sorted
+        .iter()
+        .map(|(reason, n)| format!("{reason} {}", units::count(**n)))
+        .collect();
+    if texts.is_empty() {
+        "0".into()
+    } else {
+        texts.join(", ")
+    }
+}
+
+fn field(out: &mut dyn Write, name: &str, value: &str) -> fmt::Result {
+    let value = if value.is_empty() { NONE } else { value };
+    writeln!(out, "  {name:<16}{value}")
+}
+
+fn optional(value: Option<impl fmt::Display>) -> String {
+    value.map_or_else(|| NONE.to_owned(), |value| value.to_string())
+}

@@ -1,0 +1,224 @@
+use std::fmt;
+
+use clap::CommandFactory;
+
+use super::{Args, print};
+use crate::api::{
+    Counters, DaemonReport, Drops, FdbEntry, FdbListResult, KindName, PortListResult, PortReport,
+    PortSettings, PortShowResult, PortState, QueueReport, WorkerListResult, WorkerReport,
+};
+
+fn drops(list: &[(&str, u64)]) -> Drops {
+    Drops(list.iter().map(|(r, n)| ((*r).to_owned(), *n)).collect())
+}
+
+fn vm() -> PortReport {
+    PortReport {
+        name: "vm1".into(),
+        id: 0,
+        config: PortSettings {
+            listen: Some("/run/ringway/vm1.sock".into()),
+            queues: Some(8),
+            mtu: Some(9000),
+            fdb_limit: Some(16),
+            ..PortSettings::new(KindName::VhostUser)
+        },
+        state: PortState::Up,
+        fdb_entries: 1,
+        counters: Counters {
+            rx_frames: 12_345_678,
+            rx_bytes: 18_000_000_000,
+            tx_frames: 99_999,
+            tx_bytes: 6_600_000,
+            rx_drops: drops(&[("no_destination", 3)]),
+            tx_drops: drops(&[("ring_full", 120), ("port_down", 7_000_000)]),
+        },
+    }
+}
+
+fn tap() -> PortReport {
+    PortReport {
+        name: "a-rather-long-name.of-a-port".into(),
+        id: 1,
+        config: PortSettings {
+            ifname: Some("rw0".into()),
+            queues: Some(1),
+            persist: Some(true),
+            ..PortSettings::new(KindName::Tap)
+        },
+        state: PortState::Down,
+        fdb_entries: 0,
+        counters: Counters::default(),
+    }
+}
+
+fn queue(index: u16, rx_size: u16) -> QueueReport {
+    QueueReport {
+        index,
+        rx_started: rx_size > 0,
+        tx_started: rx_size > 0,
+        enabled: rx_size > 0,
+        rx_size,
+        tx_size: rx_size,
+        worker: index % 2,
+        rx_frames: 1_000 * u64::from(rx_size),
+        tx_frames: 0,
+        calls: 12,
+        contended: 0,
+    }
+}
+
+fn vm_detail() -> PortShowResult {
+    PortShowResult {
+        port: vm(),
+        queues: vec![queue(0, 1024), queue(1, 0)],
+        features: vec!["VIRTIO_F_VERSION_1".into(), "VIRTIO_NET_F_MRG_RXBUF".into()],
+        protocol_features: vec!["MQ".into(), "REPLY_ACK".into()],
+        connections: 2,
+        mapped_bytes: 512 << 20,
+        memory_regions: 2,
+        last_error: Some("the front-end hung up".into()),
+        mtu: Some(9000),
+    }
+}
+
+fn tap_detail() -> PortShowResult {
+    PortShowResult {
+        port: tap(),
+        queues: vec![],
+        features: vec![],
+        protocol_features: vec![],
+        connections: 0,
+        mapped_bytes: 0,
+        memory_regions: 0,
+        last_error: None,
+        mtu: None,
+    }
+}
+
+fn worker(index: u16, cpu: Option<usize>) -> WorkerReport {
+    WorkerReport {
+        index,
+        cpu,
+        queues: 9,
+        active_queues: u32::from(index),
+        busy_ns: 1_000_000_000 * u64::from(index),
+        polling_ns: 500_000_000 * u64::from(index),
+        asleep_ns: 2_500_000_000 * u64::from(index),
+        turns: 123_456_789,
+        bursts: 1000,
+        frames: 31_400,
+        sleeps: 42,
+    }
+}
+
+/// What `print` writes, after checking what holds for all of it.
+fn written<T>(print: impl Fn(&mut dyn fmt::Write, &T) -> fmt::Result, value: &T) -> String {
+    let mut text = String::new();
+    print(&mut text, value).unwrap();
+    assert!(text.ends_with('\n'));
+    for line in text.lines() {
+        assert_eq!(line, line.trim_end(), "a trailing space");
+    }
+    text
+}
+
+#[test]
+fn port_list() {
+    let ports = vec![tap(), vm()];
+    insta::assert_snapshot!(written(print::ports, &PortListResult { ports }));
+}
+
+#[test]
+fn port_list_without_ports() {
+    let ports = vec![];
+    insta::assert_snapshot!(written(print::ports, &PortListResult { ports }));
+}
+
+#[test]
+fn port_show_of_a_guest() {
+    insta::assert_snapshot!(written(print::port, &vm_detail()));
+}
+
+#[test]
+fn port_show_of_a_tap() {
+    insta::assert_snapshot!(written(print::port, &tap_detail()));
+}
+
+#[test]
+fn port_show_as_json() {
+    insta::assert_snapshot!(serde_json::to_string_pretty(&vm_detail()).unwrap());
+}
+
+#[test]
+fn fdb_list() {
+    let entry = |mac: &str, is_static, age_seconds| FdbEntry {
+        mac: mac.into(),
+        port: "vm1".into(),
+        is_static,
+        age_seconds,
+    };
+    let entries = vec![
+        entry("52:54:00:00:00:01", false, 12.34),
+        entry("52:54:00:00:00:02", true, 0.0),
+        entry("52:54:00:00:00:03", false, 0.05),
+    ];
+    insta::assert_snapshot!(written(print::fdb, &FdbListResult { entries }));
+}
+
+#[test]
+fn worker_list() {
+    let workers = vec![worker(0, None), worker(1, Some(3))];
+    insta::assert_snapshot!(written(print::workers, &WorkerListResult { workers }));
+}
+
+#[test]
+fn worker_show() {
+    insta::assert_snapshot!(written(print::worker, &worker(1, Some(3))));
+}
+
+#[test]
+fn info() {
+    let info = DaemonReport {
+        version: "0.1.0".into(),
+        pid: 4711,
+        uptime_seconds: 7_500.0,
+    };
+    insta::assert_snapshot!(written(print::info, &info));
+}
+
+/// The help text of `ringway` or one of its subcommands, at a fixed width.
+fn help(path: &[&str]) -> String {
+    let mut command = Args::command().term_width(100);
+    command.build();
+    let mut found = &mut command;
+    for name in path {
+        found = found.find_subcommand_mut(name).unwrap();
+    }
+    let text = found.render_long_help().to_string();
+    text.replace(
+        &format!(" [env: RINGWAY_CONTROL={}]", socket_variable()),
+        " [env: RINGWAY_CONTROL=]",
+    )
+}
+
+fn socket_variable() -> String {
+    std::env::var("RINGWAY_CONTROL").unwrap_or_default()
+}
+
+#[test]
+fn help_texts() {
+    insta::assert_snapshot!("help", help(&[]));
+    insta::assert_snapshot!("help_port_add", help(&["port", "add"]));
+    insta::assert_snapshot!(
+        "help_port_add_vhost_user",
+        help(&["port", "add", "vhost-user"])
+    );
+    insta::assert_snapshot!("help_port_add_tap", help(&["port", "add", "tap"]));
+    insta::assert_snapshot!("help_port_list", help(&["port", "list"]));
+    insta::assert_snapshot!("help_measure", help(&["measure"]));
+    let daemon = crate::daemon::Args::command()
+        .term_width(100)
+        .render_long_help();
+    insta::assert_snapshot!("help_ringwayd", daemon.to_string());
+}

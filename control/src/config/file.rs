@@ -1,0 +1,385 @@
+//! From TOML to a checked [`Config`].
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ringway_bridge::MAX_PORTS;
+use ringway_dataplane::{IdleConfig, PortConfig, PortKind, PortName, SocketSpec};
+use serde::Deserialize;
+use toml::de::{DeTable, DeValue};
+
+use super::{
+    Config, ConfigError, CpuList, DEFAULT_FDB_AGEING, DEFAULT_FDB_CAPACITY, DEFAULT_IDLE,
+    LogFormat, MAX_FDB_CAPACITY,
+};
+use crate::api::PortSettings;
+use crate::suggest::Unknown;
+
+/// Longest ageing time (IEEE 802.1Q, table 8-6).
+const MAX_AGEING_SECONDS: u64 = 1_000_000;
+
+/// Longest step of the idle ladder: beyond a second the worker never sleeps in practice.
+const MAX_IDLE_US: u64 = 1_000_000;
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    daemon: DaemonSection,
+    fdb: FdbSection,
+    idle: IdleSection,
+    ports: BTreeMap<String, PortSettings>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct DaemonSection {
+    control: Option<PathBuf>,
+    worker_cpus: Option<String>,
+    log_format: Option<LogFormat>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FdbSection {
+    ageing_seconds: Option<u64>,
+    capacity: Option<usize>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct IdleSection {
+    spin_us: Option<u64>,
+    pause_us: Option<u64>,
+    patience_us: Option<u64>,
+}
+
+/// Parses `text`, which is read twice: for the values, and for where they are.
+pub(super) fn parse(text: &str) -> Result<Config, ConfigError> {
+    let layout = DeTable::parse(text).map_err(|error| syntax_error(text, &error))?;
+    let file: File = toml::from_str(text).map_err(|error| syntax_error(text, &error))?;
+    let places = Places {
+        text,
+        root: layout.get_ref(),
+    };
+    check(file, &places)
+}
+
+fn syntax_error(text: &str, error: &toml::de::Error) -> ConfigError {
+    let line = error.span().map(|span| line_of(text, span.start));
+    let message = error.message();
+    let (what, hint) = match Unknown::read(message) {
+        Some(unknown) if unknown.is_key => {
+            (format!("unknown key `{}`", unknown.word), unknown.hint())
+        }
+        Some(unknown) => (format!("unknown value `{}`", unknown.word), unknown.hint()),
+        None => (
+            message.lines().collect::<Vec<_>>().join("; "),
+            "correct the line; dist/ringway.toml shows every key".into(),
+        ),
+    };
+    ConfigError {
+        file: None,
+        line,
+        what,
+        hint,
+    }
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    let before = text.as_bytes().get(..offset).unwrap_or_default();
+    before.iter().filter(|b| **b == b'\n').count() + 1
+}
+
+/// Where things are in the text.
+struct Places<'a> {
+    text: &'a str,
+    root: &'a DeTable<'a>,
+}
+
+impl Places<'_> {
+    /// An error at `path`, or at its deepest part that the text has.
+    fn error(&self, path: &[&str], what: String, hint: impl Into<String>) -> ConfigError {
+        let start = self.start(path);
+        ConfigError {
+            file: None,
+            line: start.map(|start| line_of(self.text, start)),
+            what: format!("{}: {what}", path.join(".")),
+            hint: hint.into(),
+        }
+    }
+
+    fn start(&self, path: &[&str]) -> Option<usize> {
+        let mut table = Some(self.root);
+        let mut start = None;
+        for part in path {
+            let found = table.and_then(|table| table.get_key_value(*part));
+            let Some((key, value)) = found else { break };
+            start = Some(key.span().start);
+            table = match value.get_ref() {
+                DeValue::Table(table) => Some(table),
+                _ => None,
+            };
+        }
+        start
+    }
+}
+
+fn check(file: File, places: &Places<'_>) -> Result<Config, ConfigError> {
+    if let Some(path) = &file.daemon.control {
+        crate::api::check_socket_path("control", path)
+            .map_err(|error| places.error(&["daemon", "control"], error.reason, error.hint))?;
+    }
+    let ports = check_ports(&file, places)?;
+    Ok(Config {
+        worker_cpus: check_cpus(file.daemon.worker_cpus.as_deref(), places)?,
+        control: file.daemon.control,
+        log_format: file.daemon.log_format,
+        fdb_ageing: check_ageing(&file.fdb, places)?,
+        fdb_capacity: check_capacity(&file.fdb, places)?,
+        idle: IdleConfig {
+            spin: check_idle("spin_us", file.idle.spin_us, DEFAULT_IDLE.spin, places)?,
+            pause: check_idle("pause_us", file.idle.pause_us, DEFAULT_IDLE.pause, places)?,
+            patience: check_idle(
+                "patience_us",
+                file.idle.patience_us,
+                DEFAULT_IDLE.patience,
+                places,
+            )?,
+        },
+        ports,
+    })
+}
+
+fn check_cpus(text: Option<&str>, places: &Places<'_>) -> Result<Option<CpuList>, ConfigError> {
+    let bad = |error: super::CpuListError| {
+        let hint = "name CPUs as in \"1,2-3\", each once";
+        places.error(&["daemon", "worker_cpus"], error.to_string(), hint)
+    };
+    text.map(|text| text.parse().map_err(bad)).transpose()
+}
+
+fn check_ageing(fdb: &FdbSection, places: &Places<'_>) -> Result<Duration, ConfigError> {
+    match fdb.ageing_seconds {
+        None => Ok(DEFAULT_FDB_AGEING),
+        Some(seconds @ 1..=MAX_AGEING_SECONDS) => Ok(Duration::from_secs(seconds)),
+        Some(seconds) => Err(places.error(
+            &["fdb", "ageing_seconds"],
+            format!("{seconds} is out of range"),
+            format!("give 1 to {MAX_AGEING_SECONDS} seconds"),
+        )),
+    }
+}
+
+fn check_capacity(fdb: &FdbSection, places: &Places<'_>) -> Result<usize, ConfigError> {
+    match fdb.capacity {
+        None => Ok(DEFAULT_FDB_CAPACITY),
+        Some(capacity @ 1..=MAX_FDB_CAPACITY) => Ok(capacity),
+        Some(capacity) => Err(places.error(
+            &["fdb", "capacity"],
+            format!("{capacity} is out of range"),
+            format!("give 1 to {MAX_FDB_CAPACITY} entries"),
+        )),
+    }
+}
+
+fn check_idle(
+    key: &str,
+    given: Option<u64>,
+    default: Duration,
+    places: &Places<'_>,
+) -> Result<Duration, ConfigError> {
+    match given {
+        None => Ok(default),
+        Some(us @ 0..=MAX_IDLE_US) => Ok(Duration::from_micros(us)),
+        Some(us) => Err(places.error(
+            &["idle", key],
+            format!("{us} is out of range"),
+            format!("give 0 to {MAX_IDLE_US} microseconds"),
+        )),
+    }
+}
+
+fn check_ports(
+    file: &File,
+    places: &Places<'_>,
+) -> Result<Vec<(PortName, PortConfig)>, ConfigError> {
+    if file.ports.len() > MAX_PORTS {
+        let what = format!("{} ports", file.ports.len());
+        return Err(places.error(
+            &["ports"],
+            what,
+            format!("a switch has {MAX_PORTS} at most"),
+        ));
+    }
+    let mut ports = Vec::new();
+    for (name, settings) in &file.ports {
+        let port_name: PortName = name.parse().map_err(|_| {
+            let what = "this can't name a port".to_owned();
+            places.error(&["ports", name], what, PORT_NAME_HINT)
+        })?;
+        let config = settings.to_config().map_err(|error| {
+            places.error(&["ports", name, error.field], error.reason, error.hint)
+        })?;
+        ports.push((port_name, config));
+    }
+    ports.sort_by_key(|(name, _)| places.start(&["ports", name.as_str()]));
+    check_shared(&ports, file.daemon.control.as_deref(), places)?;
+    Ok(ports)
+}
+
+/// What a port's name is made of.
+pub(crate) const PORT_NAME_HINT: &str =
+    "a name has 1 to 63 of A-Z a-z 0-9 . _ - and starts with a letter or digit";
+
+/// Two ports can't have one socket or one interface.
+fn check_shared(
+    ports: &[(PortName, PortConfig)],
+    control: Option<&Path>,
+    places: &Places<'_>,
+) -> Result<(), ConfigError> {
+    let mut seen: BTreeMap<(&str, &Path), &str> = BTreeMap::new();
+    if let Some(control) = control {
+        seen.insert(("listen", control), "the control socket");
+    }
+    for (name, config) in ports {
+        let (field, what) = match &config.kind {
+            PortKind::VhostUser { socket, .. } => match socket {
+                SocketSpec::Listen(path) => ("listen", path.as_path()),
+                SocketSpec::Connect(path) => ("connect", path.as_path()),
+            },
+            PortKind::Tap { ifname, .. } => ("ifname", Path::new(ifname.as_str())),
+        };
+        if let Some(other) = seen.insert((field, what), name.as_str()) {
+            return Err(places.error(
+                &["ports", name.as_str(), field],
+                format!("{} belongs to {other} already", what.display()),
+                "give each port its own",
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: &str = r#"
+[daemon]
+control = "/run/ringway/control.sock"
+worker_cpus = "1,2-3"
+log_format = "json"
+
+[fdb]
+ageing_seconds = 60
+capacity = 1024
+
+[idle]
+spin_us = 10
+pause_us = 0
+
+[ports.vm2]
+kind = "vhost-user"
+listen = "/run/ringway/vm2.sock"
+queues = 2
+mtu = 1500
+
+[ports.host]
+kind = "tap"
+ifname = "rw0"
+persist = false
+"#;
+
+    fn refused(text: &str) -> ConfigError {
+        Config::parse(text).expect_err(text)
+    }
+
+    #[test]
+    fn every_key_is_read_and_ports_keep_the_order_of_the_file() {
+        let config = Config::parse(FULL).unwrap();
+        assert_eq!(config.worker_cpus.unwrap().as_slice(), [1, 2, 3]);
+        assert_eq!(config.log_format, Some(LogFormat::Json));
+        assert_eq!(config.fdb_ageing, Duration::from_secs(60));
+        assert_eq!(config.fdb_capacity, 1024);
+        assert_eq!(config.idle.spin, Duration::from_micros(10));
+        assert_eq!(config.idle.pause, Duration::ZERO);
+        let names: Vec<_> = config.ports.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["vm2", "host"]);
+        assert_eq!(config.ports[0].1.mtu, Some(1500));
+    }
+
+    #[test]
+    fn an_empty_file_is_all_defaults() {
+        assert_eq!(Config::parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn an_unknown_key_is_told_with_its_line_and_the_key_that_it_is_like() {
+        let error = refused("[ports.vm1]\nkind = \"vhost-user\"\nquees = 2\nlisten = \"/a\"\n");
+        assert_eq!(error.to_string(), "line 3: unknown key `quees`");
+        assert_eq!(error.hint, "did you mean `queues`?");
+        let error = refused("\n\n[deamon]\n");
+        assert_eq!(error.to_string(), "line 3: unknown key `deamon`");
+        assert_eq!(error.hint, "did you mean `daemon`?");
+        let error = refused("[idle]\nspin_ms = 1\n");
+        assert_eq!(error.line, Some(2));
+        assert_eq!(error.hint, "did you mean `spin_us`?");
+    }
+
+    #[test]
+    fn errors_name_their_line() {
+        let cases = [
+            ("[daemon\n", 1),
+            ("[fdb]\ncapacity = \"many\"\n", 2),
+            ("[fdb]\ncapacity = 0\n", 2),
+            ("[fdb]\ncapacity = -1\n", 2),
+            ("[fdb]\n\nageing_seconds = 0\n", 3),
+            ("[idle]\nspin_us = 1000001\n", 2),
+            ("[daemon]\nworker_cpus = \"3-1\"\n", 2),
+            ("[daemon]\nlog_format = \"xml\"\n", 2),
+            ("[daemon]\ncontrol = \"control.sock\"\n", 2),
+            ("[fdb]\n[fdb]\n", 2),
+            ("[fdb]\ncapacity = 1\ncapacity = 2\n", 3),
+            ("[ports.vm1]\nkind = \"bridge\"\n", 2),
+            ("\n[ports.vm1]\nkind = \"vhost-user\"\n", 2),
+            ("[ports.t]\nkind = \"tap\"\nifname = \"a/b\"\n", 3),
+            (
+                "[ports.t]\nkind = \"tap\"\nifname = \"rw0\"\nqueues = 65\n",
+                4,
+            ),
+            (
+                "[ports.t]\nkind = \"tap\"\nifname = \"rw0\"\nmtu = 70000\n",
+                4,
+            ),
+            ("[ports.\"a/b\"]\nkind = \"tap\"\nifname = \"rw0\"\n", 1),
+            ("[ports.\"\"]\nkind = \"tap\"\nifname = \"rw0\"\n", 1),
+        ];
+        for (text, line) in cases {
+            let error = refused(text);
+            assert_eq!(error.line, Some(line), "{text:?}: {error}");
+            assert!(
+                !error.hint.is_empty() && !error.what.contains('\n'),
+                "{error:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn two_ports_can_not_share_a_socket_or_an_interface() {
+        let vm = |name: &str| format!("[ports.{name}]\nkind = \"vhost-user\"\nlisten = \"/a\"\n");
+        let error = refused(&(vm("vm1") + &vm("vm2")));
+        assert_eq!(
+            error.to_string(),
+            "line 6: ports.vm2.listen: /a belongs to vm1 already"
+        );
+        let error = refused(&("[daemon]\ncontrol = \"/a\"\n".to_owned() + &vm("vm1")));
+        assert!(error.what.contains("control socket"), "{error}");
+    }
+
+    #[test]
+    fn the_sample_file_is_valid() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/ringway.toml");
+        Config::load(&path).unwrap();
+    }
+}

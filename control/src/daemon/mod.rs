@@ -1,0 +1,211 @@
+//! The daemon `ringwayd`: starts the switch and its ports, serves the control socket, ends cleanly.
+
+mod args;
+mod service;
+
+use std::fmt;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use ringway_dataplane::{PortConfig, PortName, Switch, SwitchConfig, SwitchError};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use tracing_subscriber::EnvFilter;
+
+pub use args::Args;
+pub use service::Service;
+
+use crate::config::{Config, ConfigError, CpuList, DEFAULT_CONTROL, LogFormat};
+use crate::rpc::{BindError, ControlSocket, Server};
+use crate::usage;
+
+/// Why the daemon did not start.
+#[derive(Debug)]
+struct Failure {
+    what: String,
+    hint: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "ringwayd: error: {}\n  hint: {}", self.what, self.hint)
+    }
+}
+
+impl From<SwitchError> for Failure {
+    fn from(error: SwitchError) -> Self {
+        Self {
+            what: error.to_string(),
+            hint: error.hint(),
+        }
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self {
+            what: error.to_string(),
+            hint: error.hint,
+        }
+    }
+}
+
+impl From<BindError> for Failure {
+    fn from(error: BindError) -> Self {
+        Self {
+            what: error.to_string(),
+            hint: error.hint,
+        }
+    }
+}
+
+/// Runs `ringwayd` with the process's arguments. Exit codes: 0 done, 1 refused, 2 usage.
+pub fn main() -> ExitCode {
+    let args = match <Args as clap::Parser>::try_parse() {
+        Ok(args) => args,
+        Err(error) => return usage::exit("ringwayd", &error),
+    };
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Failure> {
+    let mut config = match &args.config {
+        Some(path) => Config::load(path)?,
+        None => Config::default(),
+    };
+    args.override_config(&mut config);
+    let worker_cpus = worker_cpus(config.worker_cpus.take())?;
+    if args.check {
+        let ports = config.ports.len();
+        println!("ok: {ports} ports, worker CPUs {worker_cpus}");
+        return Ok(());
+    }
+    init_logging(config.log_format.unwrap_or_default());
+    raise_fd_limit();
+    // Registered before anything is made, so that no signal can leave something behind.
+    let signals = Signals::new([SIGTERM, SIGINT]).map_err(|error| Failure {
+        what: format!("can't handle signals: {error}"),
+        hint: "see `ulimit -n`".into(),
+    })?;
+    serve(config, worker_cpus, signals)
+}
+
+fn worker_cpus(given: Option<CpuList>) -> Result<CpuList, Failure> {
+    let system = |error: std::io::Error| Failure {
+        what: format!("can't tell which CPUs are allowed: {error}"),
+        hint: "name them with --worker-cpus".into(),
+    };
+    let allowed = CpuList::allowed().map_err(system)?;
+    let Some(given) = given else {
+        let highest = allowed.highest().unwrap_or(0);
+        return Ok(CpuList::from(highest));
+    };
+    match given.outside(&allowed).first() {
+        None => Ok(given),
+        Some(cpu) => Err(SwitchError::NoSuchCpu {
+            cpu: *cpu,
+            allowed: allowed.to_string(),
+        }
+        .into()),
+    }
+}
+
+fn init_logging(format: LogFormat) {
+    let filter = EnvFilter::builder()
+        .with_default_directive(tracing::Level::INFO.into())
+        .from_env_lossy();
+    let logger = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => logger.init(),
+        LogFormat::Json => logger.json().init(),
+    }
+}
+
+/// Each queue pair takes four fds or more, and the usual soft limit is 1,024.
+fn raise_fd_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "can't raise the limit of open files");
+    }
+}
+
+fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(), Failure> {
+    let control = config.control.unwrap_or_else(|| DEFAULT_CONTROL.into());
+    // First of all, so that a second daemon fails before it touches a port.
+    let socket = ControlSocket::bind(&control)?;
+    let switch = Switch::start(SwitchConfig {
+        worker_cpus: worker_cpus.clone().into(),
+        idle: config.idle,
+        fdb_capacity: config.fdb_capacity,
+        fdb_ageing: config.fdb_ageing,
+    })?;
+    let service = Arc::new(Service::new(switch));
+    if let Err(failure) = add_ports(&service, config.ports) {
+        end(service);
+        return Err(failure);
+    }
+    let handler = {
+        let service = Arc::clone(&service);
+        Arc::new(move |method: &str, params: Option<&_>| service.handle(method, params))
+    };
+    let server = match Server::start(socket, handler) {
+        Ok(server) => server,
+        Err(error) => {
+            end(service);
+            return Err(Failure {
+                what: format!("can't serve the control socket: {error}"),
+                hint: "see `ulimit -u` and `ulimit -n`".into(),
+            });
+        }
+    };
+    tracing::info!(control = %control.display(), %worker_cpus, "ready");
+    notify(&[NotifyState::Ready]);
+    if let Some(signal) = signals.forever().next() {
+        tracing::info!(signal, "stopping");
+    }
+    notify(&[NotifyState::Stopping]);
+    server.shutdown();
+    end(service);
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn add_ports(service: &Service, ports: Vec<(PortName, PortConfig)>) -> Result<(), Failure> {
+    for (name, config) in ports {
+        let described = name.clone();
+        service.add_port(name, config).map_err(|error| Failure {
+            what: format!("port {described}: {error}"),
+            hint: error.hint(),
+        })?;
+    }
+    Ok(())
+}
+
+/// Removes all ports and ends the workers.
+fn end(service: Arc<Service>) {
+    match Arc::into_inner(service) {
+        Some(service) => service.shutdown(),
+        // Nobody else can hold it once the server has ended.
+        None => tracing::error!("a control connection outlived its server"),
+    }
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "can't notify the service manager");
+    }
+}

@@ -1,0 +1,329 @@
+//! What the daemon does for each method.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use ringway_bridge::MacAddr;
+use ringway_dataplane::{PortConfig, PortInfo, PortName, Switch, SwitchError};
+use rustix::time::{ClockId, clock_gettime};
+use serde_json::value::RawValue;
+
+use crate::api::{
+    ApiError, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbAddParams, FdbDel, FdbFlush,
+    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, PortAdd,
+    PortAddParams, PortDel, PortDelParams, PortDelResult, PortList, PortListResult, PortReport,
+    PortSample, PortShow, Sample, WorkerList, WorkerListResult, WorkerReport, WorkerShow,
+    method_names,
+};
+use crate::config::PORT_NAME_HINT;
+use crate::rpc::describe;
+use crate::suggest::{Unknown, nearest};
+
+/// The switch behind the control API.
+#[derive(Debug)]
+pub struct Service {
+    switch: Switch,
+    started_ns: u64,
+    /// When each port was added: tells a port from its namesake that was there before. Held while
+    /// the set of ports changes, so that a sample sees names and counters of one moment.
+    added: Mutex<BTreeMap<PortName, u64>>,
+}
+
+impl Service {
+    /// Serves `switch`, which has no ports yet.
+    pub fn new(switch: Switch) -> Self {
+        Self {
+            switch,
+            started_ns: monotonic_ns(),
+            added: Mutex::default(),
+        }
+    }
+
+    /// Adds a port.
+    ///
+    /// # Errors
+    /// As [`Switch::add_port`].
+    pub fn add_port(&self, name: PortName, config: PortConfig) -> Result<PortInfo, SwitchError> {
+        let mut added = self.lock();
+        let info = self.switch.add_port(name.clone(), config)?;
+        added.insert(name, monotonic_ns());
+        tracing::info!(port = %info.name, "port added");
+        Ok(info)
+    }
+
+    /// Answers one call.
+    ///
+    /// # Errors
+    /// No such method, bad parameters, or the switch refuses.
+    pub fn handle(
+        &self,
+        method: &str,
+        params: Option<&RawValue>,
+    ) -> Result<Box<RawValue>, ApiError> {
+        match method {
+            PortAdd::NAME => reply::<PortAdd>(params, |p| self.port_add(p)),
+            PortDel::NAME => reply::<PortDel>(params, |p| self.port_del(p)),
+            PortList::NAME => reply::<PortList>(params, |_| Ok(self.port_list())),
+            PortShow::NAME => reply::<PortShow>(params, |p| {
+                Ok((&self.switch.port(&port_name(&p.name)?)?).into())
+            }),
+            FdbList::NAME => reply::<FdbList>(params, |p| self.fdb_list(p)),
+            FdbAdd::NAME => reply::<FdbAdd>(params, |p| self.fdb_add(p)),
+            FdbDel::NAME => reply::<FdbDel>(params, |p| {
+                self.switch.fdb_del(mac(&p.mac)?)?;
+                Ok(Done {})
+            }),
+            FdbFlush::NAME => reply::<FdbFlush>(params, |p| {
+                let port = p.port.as_deref().map(port_name).transpose()?;
+                let flushed = self.switch.fdb_flush(port.as_ref())?;
+                Ok(FdbFlushResult {
+                    flushed: flushed.try_into().unwrap_or(u64::MAX),
+                })
+            }),
+            WorkerList::NAME => reply::<WorkerList>(params, |_| Ok(self.worker_list())),
+            WorkerShow::NAME => reply::<WorkerShow>(params, |p| self.worker_show(p.index)),
+            MeasureSample::NAME => reply::<MeasureSample>(params, |_| Ok(self.sample())),
+            DaemonInfo::NAME => reply::<DaemonInfo>(params, |_| Ok(self.info())),
+            _ => Err(no_such_method(method)),
+        }
+    }
+
+    /// Removes all ports and ends all threads of the switch.
+    pub fn shutdown(self) {
+        self.switch.shutdown();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<PortName, u64>> {
+        self.added.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn port_add(&self, params: PortAddParams) -> Result<PortReport, ApiError> {
+        let name = port_name(&params.name)?;
+        let config = params.config.to_config().map_err(|error| {
+            let message = format!("config.{error}");
+            ApiError::new(ErrorKind::InvalidParams, message, error.hint)
+        })?;
+        Ok((&self.add_port(name, config)?).into())
+    }
+
+    fn port_del(&self, params: PortDelParams) -> Result<PortDelResult, ApiError> {
+        let name = port_name(&params.name)?;
+        let mut added = self.lock();
+        match self.switch.remove_port(&name) {
+            Ok(()) => {
+                added.remove(&name);
+                tracing::info!(port = %name, "port removed");
+                Ok(PortDelResult { deleted: true })
+            }
+            Err(SwitchError::NoSuchPort { .. }) if params.if_exists => {
+                Ok(PortDelResult { deleted: false })
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn port_list(&self) -> PortListResult {
+        PortListResult {
+            ports: self.switch.ports().iter().map(Into::into).collect(),
+        }
+    }
+
+    fn fdb_list(&self, params: FdbListParams) -> Result<FdbListResult, ApiError> {
+        let only = params.port.as_deref().map(port_name).transpose()?;
+        if let Some(name) = &only {
+            self.switch.port(name)?;
+        }
+        let entries = self.switch.fdb();
+        let wanted = entries
+            .iter()
+            .filter(|entry| only.as_ref().is_none_or(|name| entry.port == *name));
+        Ok(FdbListResult {
+            entries: wanted.map(Into::into).collect(),
+        })
+    }
+
+    fn fdb_add(&self, params: FdbAddParams) -> Result<Done, ApiError> {
+        self.switch
+            .fdb_add(mac(&params.mac)?, &port_name(&params.port)?)?;
+        Ok(Done {})
+    }
+
+    fn worker_list(&self) -> WorkerListResult {
+        WorkerListResult {
+            workers: self.switch.workers().iter().map(Into::into).collect(),
+        }
+    }
+
+    fn worker_show(&self, index: u16) -> Result<WorkerReport, ApiError> {
+        let workers = self.switch.workers();
+        let worker = workers.iter().find(|worker| worker.index == index);
+        worker.map(Into::into).ok_or_else(|| {
+            ApiError::new(
+                ErrorKind::NoSuchWorker,
+                format!("there is no worker {index}"),
+                "`ringway worker list` shows the workers",
+            )
+        })
+    }
+
+    fn sample(&self) -> Sample {
+        let added = self.lock();
+        let pairs = self.switch.pairs();
+        let ports = self.switch.ports();
+        let workers = self.switch.workers();
+        let monotonic_ns = monotonic_ns();
+        let port_sample = |info: &PortInfo| PortSample {
+            name: info.name.to_string(),
+            added_monotonic_ns: added.get(&info.name).copied().unwrap_or(0),
+            rx_drops: (&info.counters.rx_drops).into(),
+        };
+        Sample {
+            monotonic_ns,
+            pairs: pairs.iter().map(Into::into).collect(),
+            ports: ports.iter().map(port_sample).collect(),
+            workers: workers.iter().map(Into::into).collect(),
+        }
+    }
+
+    fn info(&self) -> DaemonReport {
+        let uptime =
+            std::time::Duration::from_nanos(monotonic_ns().saturating_sub(self.started_ns));
+        DaemonReport {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_seconds: uptime.as_secs_f64(),
+        }
+    }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+fn reply<M: Method>(
+    params: Option<&RawValue>,
+    run: impl FnOnce(M::Params) -> Result<M::Result, ApiError>,
+) -> Result<Box<RawValue>, ApiError> {
+    let result = run(read_params::<M>(params)?)?;
+    serde_json::value::to_raw_value(&result).map_err(|error| {
+        let message = format!("the result of {} can't be written: {error}", M::NAME);
+        ApiError::new(ErrorKind::InternalError, message, "report it")
+    })
+}
+
+fn read_params<M: Method>(params: Option<&RawValue>) -> Result<M::Params, ApiError> {
+    serde_json::from_str(params.map_or("{}", RawValue::get)).map_err(|error| {
+        let reason = describe(&error);
+        let hint = match Unknown::read(&reason) {
+            Some(unknown) => unknown.hint(),
+            None => "docs/control-api.schema.json has the parameters of all methods".into(),
+        };
+        let message = format!("parameters of {}: {reason}", M::NAME);
+        ApiError::new(ErrorKind::InvalidParams, message, hint)
+    })
+}
+
+fn no_such_method(method: &str) -> ApiError {
+    let shown: String = method.chars().take(64).collect();
+    let hint = match nearest(&shown, method_names().iter().copied()) {
+        Some(known) => format!("did you mean `{known}`?"),
+        None => format!("the methods are {}", method_names().join(", ")),
+    };
+    let message = format!("there is no method {shown:?}");
+    ApiError::new(ErrorKind::MethodNotFound, message, hint)
+}
+
+fn port_name(text: &str) -> Result<PortName, ApiError> {
+    PortName::from_str(text)
+        .map_err(|error| ApiError::new(ErrorKind::InvalidParams, error.to_string(), PORT_NAME_HINT))
+}
+
+fn mac(text: &str) -> Result<MacAddr, ApiError> {
+    MacAddr::from_str(text).map_err(|_| {
+        let shown: String = text.chars().take(64).collect();
+        ApiError::new(
+            ErrorKind::InvalidParams,
+            format!("{shown:?} is not a MAC address"),
+            "give six hexadecimal bytes with colons, as 52:54:00:00:00:01",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused<M: Method>(params: &str) -> ApiError {
+        let raw = RawValue::from_string(params.to_owned()).unwrap();
+        match read_params::<M>(Some(&raw)) {
+            Ok(_) => panic!("taken: {params}"),
+            Err(error) => error,
+        }
+    }
+
+    #[test]
+    fn absent_parameters_are_an_empty_object() {
+        assert_eq!(
+            read_params::<PortList>(None).unwrap(),
+            crate::api::NoParams {}
+        );
+        assert!(read_params::<PortShow>(None).is_err());
+    }
+
+    #[test]
+    fn unknown_and_duplicate_fields_and_wrong_types_are_refused() {
+        let error = refused::<PortAdd>(r#"{"name":"a","config":{"kind":"tap","ifnam":"x"}}"#);
+        assert_eq!(error.kind, ErrorKind::InvalidParams);
+        assert_eq!(error.hint, "did you mean `ifname`?");
+        let error = refused::<PortShow>(r#"{"name":"a","name":"b"}"#);
+        assert!(error.message.contains("duplicate field `name`"), "{error}");
+        let error = refused::<PortAdd>(r#"{"name":"a","config":{"kind":"vhostuser"}}"#);
+        assert_eq!(error.hint, "did you mean `vhost-user`?");
+        for params in [
+            r#"{"name":7}"#,
+            r#"{"name":null}"#,
+            r#"{"name":["a"]}"#,
+            r#"{}"#,
+            r#"{"name":"a","if_exists":"yes"}"#,
+            r#"{"name":"a","if_exists":1}"#,
+        ] {
+            assert!(
+                refused::<PortDel>(params)
+                    .message
+                    .starts_with("parameters of port.del: ")
+            );
+        }
+        for queues in ["-1", "1.5", "65536", "\"2\"", "[]"] {
+            let config = format!(r#"{{"kind":"tap","ifname":"x","queues":{queues}}}"#);
+            refused::<PortAdd>(&format!(r#"{{"name":"a","config":{config}}}"#));
+        }
+        refused::<PortList>(r#"{"verbose":true}"#);
+    }
+
+    #[test]
+    fn names_with_slashes_nuls_or_300_bytes_are_refused() {
+        for name in ["", "a/b", "../x", "a\0", "-a", "a b", "ä", &"x".repeat(300)] {
+            let error = port_name(name).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::InvalidParams, "{name:?}");
+            assert!(error.message.len() < 200, "{}", error.message);
+            assert!(!error.message.contains('\0'));
+        }
+    }
+
+    #[test]
+    fn a_method_that_is_almost_right_is_suggested() {
+        assert_eq!(no_such_method("port.lst").hint, "did you mean `port.list`?");
+        let error = no_such_method(&"x".repeat(1 << 20));
+        assert!(error.message.len() < 100);
+    }
+
+    #[test]
+    fn a_bad_mac_address_is_shown_in_part_only() {
+        assert!(mac("52:54:00:00:00:01").is_ok());
+        assert!(mac(&":".repeat(100_000)).unwrap_err().message.len() < 200);
+    }
+}

@@ -1,0 +1,25 @@
+//! JSON-RPC 2.0 over a Unix stream socket, one message or batch a line.
+//!
+//! ```text
+//! bytes --Lines--> line --codec::answer--> response line        (no I/O in the codec)
+//! ```
+//!
+//! Requests of one connection are answered in order. Nothing that a client sends costs more than
+//! the limits named here; a client that breaks one loses its connection only.
+
+mod client;
+mod codec;
+mod line;
+mod server;
+mod socket;
+
+pub use client::{CallError, Client};
+pub(crate) use codec::describe;
+pub use codec::{Handler, MAX_BATCH, MAX_BATCH_RESPONSE, answer, error_line};
+pub use line::{LineError, Lines};
+pub use server::{MAX_CONNECTIONS, Server, WRITE_TIMEOUT};
+pub use socket::{BindError, ControlSocket};
+
+/// Longest request line, in bytes without the newline: a batch of [`MAX_BATCH`] of the longest
+/// sensible requests is a tenth of it.
+pub const MAX_LINE: usize = 1 << 20;

@@ -1,0 +1,241 @@
+//! Frames on their way: what a worker knows of the frames that it took from one queue in one turn.
+//!
+//! ```text
+//!   source buffers            Burst (private to the worker)
+//!   +--------+-----------+    snapshots[i]: header 12 B + the frame's first 116 B, copied once
+//!   | header | frame ... | -> frames[i]:    ring entry, lengths, offloads
+//!   +--------+-----------+    segments[..]: where the rest of the frame lies
+//! ```
+//! Decisions are taken on the snapshot, and it is the snapshot that is delivered: the source may
+//! rewrite its buffer at any time, and no byte of it is read twice for one destination.
+
+use ringway_bridge::{DropReason, FrameHead, MAX_BURST};
+
+use crate::copy::copy;
+use crate::memory::Segment;
+use crate::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES, Offloads};
+
+/// Bytes of the snapshot: the header and the frame's first 116 bytes, enough for Ethernet, IPv6
+/// and TCP with all options (114); two cache lines.
+pub(crate) const SNAPSHOT_BYTES: u32 = 128;
+
+/// [`SNAPSHOT_BYTES`] as a length of arrays.
+const SNAPSHOT_LEN: usize = SNAPSHOT_BYTES as usize;
+
+/// Most descriptors, or pieces of them, of one chain: what QEMU (VIRTQUEUE_MAX_SIZE) and
+/// writev (IOV_MAX) take too.
+pub(crate) const MAX_CHAIN: usize = 1024;
+
+/// Room for the pieces of a burst: at least one longest chain, and 64 frames of 64 KiB in pages.
+const MAX_SEGMENTS: usize = 2 * MAX_CHAIN;
+
+/// A header and the frame's first bytes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Snapshot([u8; SNAPSHOT_LEN]);
+
+/// One frame of a burst.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Frame {
+    /// Ring entry to complete: head of the descriptor chain.
+    pub(crate) entry: u16,
+    /// Bytes in the snapshot.
+    pub(crate) snapshot_bytes: u32,
+    /// Header and frame.
+    pub(crate) total_bytes: u32,
+    /// What lies behind the snapshot, as indices into the burst's segments.
+    rest: (u32, u32),
+    pub(crate) header: Checked,
+}
+
+impl Frame {
+    /// L2 bytes without FCS.
+    #[inline]
+    pub(crate) fn l2_bytes(&self) -> u32 {
+        self.total_bytes - HEADER_BYTES
+    }
+}
+
+/// The frames of one turn of one source queue. Allocated once per worker.
+#[derive(Debug)]
+pub(crate) struct Burst {
+    snapshots: Box<[Snapshot; MAX_BURST]>,
+    frames: Box<[Frame; MAX_BURST]>,
+    heads: Box<[FrameHead; MAX_BURST]>,
+    len: usize,
+    /// Frames that passed their checks.
+    valid: u64,
+    /// Frames that did not, by reason.
+    pub(crate) rejected: Vec<(DropReason, u64)>,
+    segments: Vec<Segment>,
+}
+
+// SAFETY: the segments are pointers that are used only while the source queue's lock is held, by
+// whichever thread runs the worker.
+unsafe impl Send for Burst {}
+
+impl Burst {
+    pub(crate) fn new() -> Self {
+        Self {
+            snapshots: Box::new([Snapshot([0; SNAPSHOT_LEN]); MAX_BURST]),
+            frames: Box::new([Frame::default(); MAX_BURST]),
+            heads: Box::new([FrameHead::default(); MAX_BURST]),
+            len: 0,
+            valid: 0,
+            rejected: Vec::with_capacity(DropReason::ALL.len()),
+            segments: Vec::with_capacity(MAX_SEGMENTS),
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.len = 0;
+        self.valid = 0;
+        self.rejected.clear();
+        self.segments.clear();
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn valid(&self) -> u64 {
+        self.valid
+    }
+
+    #[inline]
+    pub(crate) fn frames(&self) -> &[Frame] {
+        &self.frames[..self.len]
+    }
+
+    #[inline]
+    pub(crate) fn heads(&self) -> &[FrameHead] {
+        &self.heads[..self.len]
+    }
+
+    #[inline]
+    pub(crate) fn snapshot(&mut self, index: usize) -> &mut [u8; SNAPSHOT_LEN] {
+        &mut self.snapshots[index].0
+    }
+
+    #[inline]
+    pub(crate) fn rest(&self, frame: &Frame) -> &[Segment] {
+        let (from, to) = frame.rest;
+        &self.segments[from as usize..to as usize]
+    }
+
+    /// Starts a chain: returns a mark for [`Burst::add`], or `None` if the burst is full or a
+    /// longest chain might not fit any more.
+    #[inline]
+    pub(crate) fn begin(&self) -> Option<usize> {
+        let from = self.segments.len();
+        (self.len < MAX_BURST && from + MAX_CHAIN <= MAX_SEGMENTS).then_some(from)
+    }
+
+    /// Appends a piece to the chain that was begun; false if it has [`MAX_CHAIN`] already.
+    #[inline]
+    pub(crate) fn push(&mut self, mark: usize, segment: Segment) -> bool {
+        let fits = self.segments.len() - mark < MAX_CHAIN;
+        if fits {
+            self.segments.push(segment);
+        }
+        fits
+    }
+
+    /// Drops the pieces of a chain that turned out to be bad.
+    pub(crate) fn abandon(&mut self, mark: usize) {
+        self.segments.truncate(mark);
+    }
+
+    /// Ends a chain: it becomes the burst's next frame, of `total_bytes` in all pieces.
+    #[inline]
+    pub(crate) fn add(&mut self, mark: usize, entry: u16, total_bytes: u32) {
+        // Both fit: there are at most MAX_SEGMENTS.
+        #[expect(clippy::cast_possible_truncation, reason = "at most MAX_SEGMENTS")]
+        let rest = (mark as u32, self.segments.len() as u32);
+        self.frames[self.len] = Frame {
+            entry,
+            snapshot_bytes: 0,
+            total_bytes,
+            rest,
+            header: Checked::default(),
+        };
+        self.len += 1;
+    }
+
+    /// Takes the snapshots of all frames, whose headers have `header_bytes` (10 or 12), and checks
+    /// them: from here on nothing that a decision rests on is read from the source again.
+    #[inline]
+    pub(crate) fn take_snapshots(&mut self, header_bytes: u32, allowed: Offloads) {
+        for index in 0..self.len {
+            match self.take_snapshot(index, header_bytes, allowed) {
+                Ok(()) => self.valid |= 1 << index,
+                Err(reason) => self.reject(reason, 1 << index),
+            }
+        }
+    }
+
+    #[inline]
+    fn take_snapshot(
+        &mut self,
+        index: usize,
+        header_bytes: u32,
+        allowed: Offloads,
+    ) -> Result<(), DropReason> {
+        let frame = &mut self.frames[index];
+        let snapshot = &mut self.snapshots[index].0;
+        let chain_bytes = frame.total_bytes;
+        let gap = HEADER_BYTES - header_bytes;
+        // The longest frame fits, so nothing below overflows.
+        if chain_bytes > MAX_FRAME_BYTES + header_bytes {
+            return Err(DropReason::TooLong);
+        }
+        frame.total_bytes = (chain_bytes + gap).max(HEADER_BYTES);
+        if chain_bytes < header_bytes {
+            return Err(DropReason::BadHeader);
+        }
+        let wanted = chain_bytes.min(SNAPSHOT_BYTES - gap);
+        let target = snapshot.as_mut_ptr().wrapping_add(gap as usize);
+        let (mut from, to) = frame.rest;
+        let mut taken = 0;
+        while taken < wanted {
+            // The lengths of the pieces sum up to `chain_bytes`, so there is one.
+            let segment = &mut self.segments[from as usize];
+            let part = segment.len.min(wanted - taken);
+            // SAFETY: the segment is valid for its length and `part` is within it; the snapshot
+            // has room for `wanted` bytes behind the gap; private and guest memory are distinct.
+            unsafe {
+                copy(
+                    target.wrapping_add(taken as usize),
+                    segment.ptr,
+                    part as usize,
+                )
+            };
+            taken += part;
+            if part == segment.len {
+                from += 1;
+            } else {
+                segment.ptr = segment.ptr.wrapping_add(part as usize);
+                segment.len -= part;
+            }
+        }
+        frame.rest = (from, to);
+        frame.snapshot_bytes = gap + taken;
+        if gap > 0 {
+            // A legacy header without num_buffers: move it to the front.
+            snapshot.copy_within(gap as usize..HEADER_LEN, 0);
+        }
+        let l2_bytes = frame.l2_bytes();
+        let seen = &mut snapshot[..frame.snapshot_bytes as usize];
+        self.heads[index] = FrameHead::parse(&seen[HEADER_LEN..], l2_bytes)?;
+        frame.header = net_header::check(seen, l2_bytes, allowed)?;
+        Ok(())
+    }
+
+    #[cold]
+    fn reject(&mut self, reason: DropReason, mask: u64) {
+        match self.rejected.iter_mut().find(|(known, _)| *known == reason) {
+            Some((_, frames)) => *frames |= mask,
+            None => self.rejected.push((reason, mask)),
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Copies between guest memory and private memory.
+//!
+//! Both sides are raw pointers: the guest may write its buffer while it is read, so what arrives is
+//! any mix of old and new bytes, and no reference to it ever exists.
+
+/// Copies `len` bytes, inline for the sizes of headers and small frames.
+///
+/// # Safety
+/// `src` is valid for reading and `dst` for writing `len` bytes, and the ranges do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
+    match len {
+        // SAFETY: 64 bytes from each end lie within `len`; the caller vouches for the ranges.
+        64..=128 => unsafe { ends::<64>(dst, src, len) },
+        // SAFETY: likewise with 32 bytes.
+        32..64 => unsafe { ends::<32>(dst, src, len) },
+        // SAFETY: the caller vouches for the ranges.
+        _ => unsafe { dst.copy_from_nonoverlapping(src, len) },
+    }
+}
+
+/// Copies `len` bytes, `N..=2N` of them, as two blocks of `N` that meet or overlap.
+///
+/// # Safety
+/// As for [`copy`], and `N <= len <= 2 * N`.
+#[inline(always)]
+unsafe fn ends<const N: usize>(dst: *mut u8, src: *const u8, len: usize) {
+    let tail = len.wrapping_sub(N);
+    // SAFETY: the first N of `len` bytes are readable.
+    let first = unsafe { src.cast::<[u8; N]>().read_unaligned() };
+    // SAFETY: the last N of `len` bytes are readable.
+    let last = unsafe { src.wrapping_add(tail).cast::<[u8; N]>().read_unaligned() };
+    // SAFETY: the first N of `len` bytes are writable.
+    unsafe { dst.cast::<[u8; N]>().write_unaligned(first) };
+    // SAFETY: the last N of `len` bytes are writable.
+    unsafe {
+        dst.wrapping_add(tail)
+            .cast::<[u8; N]>()
+            .write_unaligned(last)
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn every_length_is_copied_whole_and_not_a_byte_more() {
+        let source: Vec<u8> = (0..=255).cycle().take(400).collect();
+        for len in 0..300 {
+            let mut target = vec![0xee; 302];
+            // SAFETY: 300 bytes from index 1 lie within both vectors, which are distinct.
+            unsafe { super::copy(target.as_mut_ptr().wrapping_add(1), source.as_ptr(), len) };
+            assert_eq!(&target[1..=len], &source[..len]);
+            assert_eq!(target[0], 0xee);
+            assert!(target[len + 1..].iter().all(|b| *b == 0xee), "length {len}");
+        }
+    }
+}

@@ -1,0 +1,508 @@
+//! A ring whose buffers stay where they are: slot i always describes the same buffers.
+//!
+//! The load generator runs on lanes. Descriptors of a split ring are written once and its
+//! available ring is filled in advance, so that making a burst available moves one index;
+//! reclaiming what an in-order device sent costs one load per burst. A device that completes out
+//! of order is followed: its order becomes the next order.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use super::memory::DriverMemory;
+use super::packed::{PackedArea, PackedDesc, Position};
+use super::queue::{Calls, DeviceFault, Layout, RingOptions, RingPlace, RingSetupError, Segment};
+use super::split::{DESC_F_NEXT, DESC_F_WRITE, SplitArea, SplitDesc};
+
+/// A slot that the device has used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UsedSlot {
+    /// The slot.
+    pub slot: u16,
+    /// Bytes that the device wrote.
+    pub len: u32,
+}
+
+/// Which side fills the buffers of a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The driver; the device reads.
+    Transmit,
+    /// The device.
+    Receive,
+}
+
+/// What a lane looks like.
+#[derive(Clone, Copy, Debug)]
+pub struct LaneShape {
+    /// How its ring is laid out.
+    pub layout: Layout,
+    /// Entries of its ring; a power of two.
+    pub size: u16,
+    /// Which side fills the buffers.
+    pub direction: Direction,
+    /// Buffers of a slot, each one descriptor.
+    pub per_slot: u16,
+}
+
+/// The memory of a lane's ring, for tests that break rules.
+#[derive(Clone, Copy, Debug)]
+pub enum RingArea<'a> {
+    /// A split ring.
+    Split(&'a SplitArea),
+    /// A packed ring.
+    Packed(&'a PackedArea),
+}
+
+#[derive(Debug)]
+enum Area {
+    Split {
+        ring: SplitArea,
+        used: u16,
+    },
+    Packed {
+        ring: PackedArea,
+        avail: Position,
+        used: Position,
+    },
+}
+
+/// One ring of fixed buffers.
+#[derive(Debug)]
+pub struct Lane {
+    area: Area,
+    direction: Direction,
+    event_idx: bool,
+    in_order: bool,
+    /// Buffers of all slots, `per_slot` each.
+    segments: Vec<Segment>,
+    per_slot: u16,
+    slots: u16,
+    /// Slots in the order in which they are made available, from `pushed` on; a ring.
+    order: Vec<u16>,
+    /// Slots made available, ever.
+    pushed: u32,
+    /// Slots reclaimed, ever.
+    reclaimed: u32,
+}
+
+impl Lane {
+    /// A lane with as many slots as fit into its ring; `segments` tells the buffers of a slot.
+    ///
+    /// # Errors
+    /// A size that the layout can't have or `per_slot` doesn't divide, or memory that is full.
+    pub fn new(
+        memory: &Arc<DriverMemory>,
+        shape: LaneShape,
+        options: RingOptions,
+        mut segments: impl FnMut(u16) -> Vec<Segment>,
+    ) -> Result<Self, RingSetupError> {
+        let LaneShape {
+            layout,
+            size,
+            direction,
+            per_slot,
+        } = shape;
+        if per_slot == 0 || !size.is_multiple_of(per_slot) || !size.is_power_of_two() {
+            return Err(RingSetupError::Size { layout, size });
+        }
+        let slots = size / per_slot;
+        let segments: Vec<Segment> = (0..slots)
+            .flat_map(|slot| {
+                let mut of_slot = segments(slot);
+                of_slot.resize(usize::from(per_slot), Segment { addr: 0, len: 0 });
+                of_slot
+            })
+            .collect();
+        let area = match layout {
+            Layout::Split => Area::Split {
+                ring: SplitArea::new(memory, size)?,
+                used: 0,
+            },
+            Layout::Packed => Area::Packed {
+                ring: PackedArea::new(memory, size)?,
+                avail: Position::START,
+                used: Position::START,
+            },
+        };
+        let lane = Self {
+            area,
+            direction,
+            event_idx: options.event_idx,
+            in_order: options.in_order,
+            segments,
+            per_slot,
+            slots,
+            order: (0..slots).collect(),
+            pushed: 0,
+            reclaimed: 0,
+        };
+        lane.write_split_tables();
+        Ok(lane)
+    }
+
+    /// Where the ring lies; the base is that of a fresh ring.
+    pub fn place(&self) -> RingPlace {
+        match &self.area {
+            Area::Split { ring, .. } => ring.place(),
+            Area::Packed { ring, .. } => ring.place(),
+        }
+    }
+
+    /// The ring's memory, for tests that break rules.
+    pub fn area(&self) -> RingArea<'_> {
+        match &self.area {
+            Area::Split { ring, .. } => RingArea::Split(ring),
+            Area::Packed { ring, .. } => RingArea::Packed(ring),
+        }
+    }
+
+    /// Slots of the lane.
+    pub fn slots(&self) -> u16 {
+        self.slots
+    }
+
+    /// Slots that are not with the device.
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "at most `slots` are free")]
+    pub fn free(&self) -> u16 {
+        self.slots - self.pushed.wrapping_sub(self.reclaimed) as u16
+    }
+
+    /// The slot that is made available `ahead` slots from now; `ahead` is below
+    /// [`Lane::free`].
+    #[inline]
+    pub fn next_slot(&self, ahead: u16) -> u16 {
+        self.order[self.place_of(self.pushed.wrapping_add(u32::from(ahead)))]
+    }
+
+    /// Changes the length of the last buffer of a free slot.
+    pub fn set_len(&mut self, slot: u16, len: u32) {
+        let last = usize::from(slot) * usize::from(self.per_slot) + usize::from(self.per_slot) - 1;
+        self.segments[last].len = len;
+        if let Area::Split { ring, .. } = &self.area {
+            let index = slot * self.per_slot + self.per_slot - 1;
+            let desc = ring.read_desc(index);
+            ring.write_desc(index, SplitDesc { len, ..desc });
+        }
+    }
+
+    /// Makes the next `count` slots available, at most those that are free, all at once.
+    #[inline]
+    pub fn push(&mut self, count: u16) {
+        let count = count.min(self.free());
+        if count == 0 {
+            return;
+        }
+        if let Area::Packed { ring, avail, .. } = &self.area {
+            self.push_packed(ring, *avail, count);
+        }
+        let next = self.pushed.wrapping_add(u32::from(count));
+        match &mut self.area {
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "the index is modulo 65,536"
+            )]
+            Area::Split { ring, .. } => ring.set_avail_idx(next as u16),
+            Area::Packed { ring, avail, .. } => {
+                *avail = avail.advance(count * self.per_slot, ring.size());
+            }
+        }
+        self.pushed = next;
+    }
+
+    /// True if the device wants a kick for the last `count` slots that were pushed.
+    #[inline]
+    pub fn wants_kick(&self, count: u16) -> bool {
+        // Pairs with the device's fence between asking for kicks and its last look at the ring:
+        // one of the two sees the other's store.
+        fence(Ordering::SeqCst);
+        match &self.area {
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "the index is modulo 65,536"
+            )]
+            Area::Split { ring, .. } => {
+                let new = self.pushed as u16;
+                ring.wants_kick(self.event_idx, new, new.wrapping_sub(count))
+            }
+            Area::Packed { ring, avail, .. } => ring.wants_kick(*avail, count * self.per_slot),
+        }
+    }
+
+    /// Takes back what the device has used and doesn't tell which; for transmit. Returns how many
+    /// slots.
+    ///
+    /// # Errors
+    /// The device broke a rule.
+    #[inline]
+    pub fn reclaim(&mut self) -> Result<u16, DeviceFault> {
+        if let (true, Area::Split { ring, used }) = (self.in_order, &mut self.area) {
+            let idx = ring.used_idx();
+            let count = idx.wrapping_sub(*used);
+            let available = self.slots - self.free();
+            if count > available {
+                return Err(DeviceFault::UsedIndex {
+                    used: count,
+                    available,
+                });
+            }
+            if let Area::Split { used, .. } = &mut self.area {
+                *used = idx;
+            }
+            self.reclaimed = self.reclaimed.wrapping_add(u32::from(count));
+            return Ok(count);
+        }
+        let mut some = [UsedSlot::default(); 64];
+        let mut total = 0;
+        loop {
+            let count = self.harvest(&mut some)?;
+            // At most 64.
+            total += u16::try_from(count).unwrap_or(0);
+            if count < some.len() {
+                return Ok(total);
+            }
+        }
+    }
+
+    /// Takes back what the device has used, as far as `into` has room, and returns how many.
+    /// Their buffers may be read until they are pushed again.
+    ///
+    /// # Errors
+    /// The device broke a rule.
+    #[inline]
+    pub fn harvest(&mut self, into: &mut [UsedSlot]) -> Result<usize, DeviceFault> {
+        match self.area {
+            Area::Split { .. } => self.harvest_split(into),
+            Area::Packed { .. } => self.harvest_packed(into),
+        }
+    }
+
+    /// Sets when the driver wants calls. True if slots are used already, so that no call may come
+    /// for them.
+    pub fn set_calls(&mut self, calls: Calls) -> bool {
+        match &self.area {
+            Area::Split { ring, used } => {
+                ring.request_calls(self.event_idx, calls, *used);
+                // Pairs with the device's fence before its look at the event.
+                fence(Ordering::SeqCst);
+                ring.used_idx() != *used
+            }
+            Area::Packed { ring, used, .. } => {
+                ring.request_calls(self.event_idx, calls, *used);
+                // Pairs with the device's fence before its look at the event.
+                fence(Ordering::SeqCst);
+                self.free() < self.slots && used.is_used(ring.read_tail(used.slot).flags)
+            }
+        }
+    }
+
+    #[inline]
+    fn place_of(&self, count: u32) -> usize {
+        // `slots` is a power of two: `new` saw to it.
+        count as usize & (usize::from(self.slots) - 1)
+    }
+
+    /// Room of a slot for the device's writing.
+    fn room(&self, slot: u16) -> u32 {
+        if self.direction == Direction::Transmit {
+            return 0;
+        }
+        let first = usize::from(slot) * usize::from(self.per_slot);
+        self.segments[first..first + usize::from(self.per_slot)]
+            .iter()
+            .map(|segment| segment.len)
+            .sum()
+    }
+
+    fn flags(&self, buffer: u16) -> u16 {
+        let write = match self.direction {
+            Direction::Transmit => 0,
+            Direction::Receive => DESC_F_WRITE,
+        };
+        write
+            | if buffer + 1 < self.per_slot {
+                DESC_F_NEXT
+            } else {
+                0
+            }
+    }
+
+    fn write_split_tables(&self) {
+        let Area::Split { ring, .. } = &self.area else {
+            return;
+        };
+        for (index, segment) in (0..ring.size()).zip(&self.segments) {
+            let flags = self.flags(index % self.per_slot);
+            let next = if flags & DESC_F_NEXT != 0 {
+                index + 1
+            } else {
+                0
+            };
+            let desc = SplitDesc {
+                addr: segment.addr,
+                len: segment.len,
+                flags,
+                next,
+            };
+            ring.write_desc(index, desc);
+            ring.set_avail_entry(index, index % self.slots * self.per_slot);
+        }
+    }
+
+    /// Writes descriptors from the last to the first, so that the device sees the burst at once.
+    #[inline]
+    fn push_packed(&self, ring: &PackedArea, avail: Position, count: u16) {
+        for ahead in (0..count).rev() {
+            let slot = self.next_slot(ahead);
+            for buffer in (0..self.per_slot).rev() {
+                let position = avail.advance(ahead * self.per_slot + buffer, ring.size());
+                let segment = self.segments
+                    [usize::from(slot) * usize::from(self.per_slot) + usize::from(buffer)];
+                let desc = PackedDesc {
+                    addr: segment.addr,
+                    len: segment.len,
+                    id: slot,
+                    flags: self.flags(buffer) | position.available_flags(),
+                };
+                ring.write_desc(position.slot, desc);
+            }
+        }
+    }
+
+    /// Notes that the device used `slot` next.
+    #[inline]
+    fn complete(&mut self, slot: u16) {
+        if !self.in_order {
+            let place = self.place_of(self.reclaimed);
+            self.order[place] = slot;
+        }
+        self.reclaimed = self.reclaimed.wrapping_add(1);
+    }
+
+    /// How many slots the device leaves out before `slot`, which it used.
+    #[inline]
+    fn skipped(&self, slot: u16) -> Result<u16, DeviceFault> {
+        let fault = DeviceFault::UsedId {
+            id: u32::from(slot),
+        };
+        if slot >= self.slots {
+            return Err(fault);
+        }
+        if !self.in_order {
+            return Ok(0);
+        }
+        let expected = self.order[self.place_of(self.reclaimed)];
+        let skipped = slot.wrapping_sub(expected) & (self.slots - 1);
+        if skipped >= self.slots - self.free() {
+            return Err(fault);
+        }
+        Ok(skipped)
+    }
+
+    /// Fills `into` with a used slot and those that an in-order device left out before it.
+    #[inline]
+    fn take_batch(
+        &mut self,
+        slot: u16,
+        len: u32,
+        into: &mut [UsedSlot],
+    ) -> Result<usize, DeviceFault> {
+        let skipped = self.skipped(slot)?;
+        if usize::from(skipped) >= into.len() {
+            return Ok(0);
+        }
+        for out in &mut into[..usize::from(skipped)] {
+            let slot = self.order[self.place_of(self.reclaimed)];
+            *out = UsedSlot {
+                slot,
+                len: self.room(slot),
+            };
+            self.complete(slot);
+        }
+        let len = match self.direction {
+            Direction::Transmit => 0,
+            Direction::Receive => len,
+        };
+        into[usize::from(skipped)] = UsedSlot { slot, len };
+        self.complete(slot);
+        Ok(usize::from(skipped) + 1)
+    }
+
+    #[inline]
+    fn harvest_split(&mut self, into: &mut [UsedSlot]) -> Result<usize, DeviceFault> {
+        let Area::Split { ring, used } = &self.area else {
+            return Ok(0);
+        };
+        let (mut used, idx, size) = (*used, ring.used_idx(), ring.size());
+        let available = self.slots - self.free();
+        if idx.wrapping_sub(used) > available {
+            return Err(DeviceFault::UsedIndex {
+                used: idx.wrapping_sub(used),
+                available,
+            });
+        }
+        let mut count = 0;
+        while used != idx && count < into.len() {
+            let Area::Split { ring, .. } = &self.area else {
+                break;
+            };
+            let (id, len) = ring.used_entry(used & (size - 1));
+            let head = u16::try_from(id).map_err(|_| DeviceFault::UsedId { id })?;
+            if !head.is_multiple_of(self.per_slot) {
+                return Err(DeviceFault::UsedId { id });
+            }
+            let slot = head / self.per_slot;
+            let place = self.place_of(self.reclaimed);
+            let moved = !self.in_order && self.order[place] != slot;
+            let taken = self.take_batch(slot, len, &mut into[count..])?;
+            if taken == 0 {
+                break;
+            }
+            if moved {
+                self.rewrite_avail(place, head);
+            }
+            count += taken;
+            // At most `available`.
+            used = used.wrapping_add(u16::try_from(taken).unwrap_or(0));
+        }
+        if let Area::Split { used: at, .. } = &mut self.area {
+            *at = used;
+        }
+        Ok(count)
+    }
+
+    /// Puts `head` at all entries of the available ring that stand for this place in the order.
+    fn rewrite_avail(&self, place: usize, head: u16) {
+        if let Area::Split { ring, .. } = &self.area {
+            for entry in (place..usize::from(ring.size())).step_by(usize::from(self.slots)) {
+                // Below the size of the ring.
+                ring.set_avail_entry(u16::try_from(entry).unwrap_or(0), head);
+            }
+        }
+    }
+
+    #[inline]
+    fn harvest_packed(&mut self, into: &mut [UsedSlot]) -> Result<usize, DeviceFault> {
+        let mut count = 0;
+        while count < into.len() && self.pushed != self.reclaimed {
+            let Area::Packed { ring, used, .. } = &self.area else {
+                break;
+            };
+            let (desc, position, size) = (ring.read_tail(used.slot), *used, ring.size());
+            if !position.is_used(desc.flags) {
+                break;
+            }
+            let taken = self.take_batch(desc.id, desc.len, &mut into[count..])?;
+            if taken == 0 {
+                break;
+            }
+            count += taken;
+            if let Area::Packed { used, .. } = &mut self.area {
+                // At most `slots`.
+                let descs = u16::try_from(taken).unwrap_or(0) * self.per_slot;
+                *used = position.advance(descs, size);
+            }
+        }
+        Ok(count)
+    }
+}

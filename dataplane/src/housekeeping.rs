@@ -1,0 +1,51 @@
+//! Slow work that no worker should do: forgetting addresses that were not seen for long.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{self, RecvTimeoutError, Sender};
+use ringway_bridge::Bridge;
+
+use crate::switch::now_tick;
+
+/// How often the database is swept. Expired entries are not used even before: the sweep only makes
+/// room and keeps the ports' counts true.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The thread that sweeps; ends when dropped.
+#[derive(Debug)]
+pub(crate) struct Housekeeping {
+    /// Dropped to end the thread.
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Housekeeping {
+    pub(crate) fn start(bridge: Arc<Bridge>, epoch: Instant) -> io::Result<Self> {
+        let (stop, stopped) = channel::bounded(0);
+        let sweep = move || {
+            while stopped.recv_timeout(SWEEP_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                bridge.fdb().age(now_tick(epoch));
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("ringway-age".into())
+            .spawn(sweep)?;
+        Ok(Self {
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Housekeeping {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // It can't panic, and there is nothing to do if it did.
+            let _ = thread.join();
+        }
+    }
+}

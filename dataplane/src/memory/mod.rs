@@ -1,0 +1,479 @@
+//! Guest memory: regions mapped from the front-end's files, and the one way to reach into them.
+//!
+//! The contract, on which every `unsafe` block of the data path rests:
+//! - A guest address becomes a host pointer only through [`GuestMemory::translate`] (or
+//!   [`GuestMemory::translate_user`] for rings), which checks the *whole* range against the
+//!   regions and yields pieces that each lie in one mapping.
+//! - No reference to guest memory is ever formed, since the guest writes it at any time: raw
+//!   copies, volatile reads and atomics only.
+//! - A mapping lives as long as its [`Region`]; whoever holds pointers holds the
+//!   [`Arc<GuestMemory>`] too, and workers use pointers only while they hold the queue's lock,
+//!   under which that `Arc` is replaced.
+//! - A file that shrinks under its mapping raises SIGBUS; [`sigbus`] replaces the region by
+//!   private zero pages and marks it broken, and the port goes down.
+
+mod sigbus;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use vm_memory::{FileOffset, MmapRegion};
+
+pub(crate) use sigbus::breaks;
+
+/// Most regions of one guest: what GET_MAX_MEM_SLOTS promises (QEMU's own limit for x86).
+pub(crate) const MAX_REGIONS: usize = 509;
+
+/// Where a region lies, as SET_MEM_TABLE and ADD_MEM_REG describe it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RegionSpec {
+    /// First guest physical address.
+    pub(crate) guest_addr: u64,
+    /// Bytes.
+    pub(crate) size: u64,
+    /// First address in the front-end's own address space; ring addresses are given in it.
+    pub(crate) user_addr: u64,
+    /// Offset of the region in its file.
+    pub(crate) mmap_offset: u64,
+}
+
+/// Why guest memory was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum MemoryError {
+    /// The specification contradicts itself, its file or another region.
+    #[error("memory region {spec:x?}: {reason}")]
+    BadSpec {
+        /// The region.
+        spec: RegionSpec,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// The kernel refused the mapping.
+    #[error("can't map memory region {spec:x?}: {reason}")]
+    Map {
+        /// The region.
+        spec: RegionSpec,
+        /// The kernel's answer.
+        reason: String,
+    },
+    /// More than [`MAX_REGIONS`].
+    #[error("{count} memory regions are more than {MAX_REGIONS}")]
+    TooMany {
+        /// How many.
+        count: usize,
+    },
+}
+
+/// One mapped region; unmapped when the last owner drops it.
+#[derive(Debug)]
+pub(crate) struct Region {
+    spec: RegionSpec,
+    /// Host address of the region's first byte.
+    host: *mut u8,
+    // Fields drop in order: the guard forgets the address range before it is unmapped.
+    guard: sigbus::Guard,
+    _mapping: MmapRegion,
+}
+
+// SAFETY: `host` points into `_mapping`, which lives and dies with the region and is the same in
+// every thread; access through it follows the module's contract.
+unsafe impl Send for Region {}
+// SAFETY: as above; the type gives out raw pointers only.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps a region of the file behind `file`.
+    ///
+    /// # Errors
+    /// Size zero, addresses that wrap, a file that is too short, or mmap's refusal.
+    pub(crate) fn map(spec: RegionSpec, file: OwnedFd) -> Result<Arc<Self>, MemoryError> {
+        let bad = |reason| MemoryError::BadSpec { spec, reason };
+        if spec.size == 0 {
+            return Err(bad("it is empty"));
+        }
+        for first in [spec.guest_addr, spec.user_addr, spec.mmap_offset] {
+            first
+                .checked_add(spec.size)
+                .ok_or_else(|| bad("address and size wrap"))?;
+        }
+        let map_error = |reason: io::Error| MemoryError::Map {
+            spec,
+            reason: reason.to_string(),
+        };
+        let stat = rustix::fs::fstat(file.as_fd()).map_err(|e| map_error(e.into()))?;
+        let file_size = u64::try_from(stat.st_size).unwrap_or(0);
+        if spec.mmap_offset + spec.size > file_size {
+            return Err(bad("it ends behind its file"));
+        }
+        // mmap wants an offset, and for hugetlbfs a length too, in whole pages of the file; regions
+        // of guests with hugepages start anywhere (the hole below 1 MiB splits the first page).
+        let page = page_size(&file, &stat).map_err(map_error)?;
+        let lead = spec.mmap_offset % page;
+        let length = (lead + spec.size)
+            .checked_next_multiple_of(page)
+            .and_then(|length| usize::try_from(length).ok())
+            .ok_or_else(|| bad("it does not fit the address space"))?;
+        let lead_bytes = usize::try_from(lead).map_err(|_| bad("its page is too large"))?;
+        let mapping = MmapRegion::build(
+            Some(FileOffset::new(File::from(file), spec.mmap_offset - lead)),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_NORESERVE,
+        )
+        .map_err(|error| MemoryError::Map {
+            spec,
+            reason: error.to_string(),
+        })?;
+        let guard = sigbus::Guard::new(mapping.as_ptr().addr(), length)
+            .ok_or_else(|| bad("too many regions are mapped"))?;
+        let host = mapping.as_ptr().wrapping_add(lead_bytes);
+        Ok(Arc::new(Self {
+            spec,
+            host,
+            guard,
+            _mapping: mapping,
+        }))
+    }
+
+    /// Where it lies.
+    pub(crate) fn spec(&self) -> RegionSpec {
+        self.spec
+    }
+
+    /// Its file was cut off under the mapping: what it holds now is not the guest's memory.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.guard.is_broken()
+    }
+}
+
+/// The page size of a mapping of `file`: hugetlbfs tells its own as the block size.
+fn page_size(file: &OwnedFd, stat: &rustix::fs::Stat) -> io::Result<u64> {
+    const HUGETLBFS_MAGIC: i128 = 0x9584_58f6;
+    let base = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
+    let is_huge = i128::from(rustix::fs::fstatfs(file.as_fd())?.f_type) == HUGETLBFS_MAGIC;
+    let block = u64::try_from(stat.st_blksize).unwrap_or(base);
+    Ok(if is_huge { block.max(base) } else { base })
+}
+
+/// A piece of guest memory in one mapping: valid for `len` bytes while its memory is held.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Segment {
+    pub(crate) ptr: *mut u8,
+    pub(crate) len: u32,
+}
+
+/// A guest's memory: regions that do not overlap.
+#[derive(Debug, Default)]
+pub(crate) struct GuestMemory {
+    /// Sorted by guest address.
+    regions: Vec<Arc<Region>>,
+}
+
+impl GuestMemory {
+    /// Memory of these regions, in any order.
+    ///
+    /// # Errors
+    /// More than [`MAX_REGIONS`], or two that overlap in guest or front-end addresses.
+    pub(crate) fn new(mut regions: Vec<Arc<Region>>) -> Result<Self, MemoryError> {
+        if regions.len() > MAX_REGIONS {
+            return Err(MemoryError::TooMany {
+                count: regions.len(),
+            });
+        }
+        for address in [
+            |spec: &RegionSpec| spec.user_addr,
+            |spec: &RegionSpec| spec.guest_addr,
+        ] {
+            regions.sort_by_key(|region| address(&region.spec));
+            for pair in regions.windows(2) {
+                if let [low, high] = pair
+                    && address(&low.spec) + low.spec.size > address(&high.spec)
+                {
+                    return Err(MemoryError::BadSpec {
+                        spec: high.spec,
+                        reason: "it overlaps another region",
+                    });
+                }
+            }
+        }
+        Ok(Self { regions })
+    }
+
+    /// Its regions, by guest address.
+    pub(crate) fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
+    /// Bytes of all regions.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.spec.size).sum()
+    }
+
+    /// Whether a region's file was cut off (see [`sigbus`]).
+    pub(crate) fn is_broken(&self) -> bool {
+        self.regions.iter().any(|region| region.is_broken())
+    }
+
+    /// The pieces of the guest's range `addr..addr + len`, given to `piece` in order: several
+    /// where the range crosses from one region into an adjoining one. `hint` is the index of the
+    /// region that served last and makes the common case one comparison.
+    ///
+    /// Returns `None`, after any number of pieces, if the range is not wholly guest memory or
+    /// `piece` has no room (returns false).
+    #[inline]
+    pub(crate) fn translate(
+        &self,
+        addr: u64,
+        len: u32,
+        hint: &mut usize,
+        mut piece: impl FnMut(Segment) -> bool,
+    ) -> Option<()> {
+        if let Some(region) = self.regions.get(*hint) {
+            let offset = addr.wrapping_sub(region.spec.guest_addr);
+            // Can't overflow: offset < size, and both fit the address space.
+            if offset < region.spec.size && u64::from(len) <= region.spec.size - offset {
+                let ptr = region.host.wrapping_add(offset_in_host(offset)?);
+                return piece(Segment { ptr, len }).then_some(());
+            }
+        }
+        self.translate_slow(addr, len, hint, &mut piece)
+    }
+
+    #[cold]
+    fn translate_slow(
+        &self,
+        mut addr: u64,
+        mut len: u32,
+        hint: &mut usize,
+        piece: &mut dyn FnMut(Segment) -> bool,
+    ) -> Option<()> {
+        loop {
+            let index = self
+                .regions
+                .partition_point(|r| r.spec.guest_addr <= addr)
+                .checked_sub(1)?;
+            let region = self.regions.get(index)?;
+            let offset = addr - region.spec.guest_addr;
+            let room = region
+                .spec
+                .size
+                .checked_sub(offset)
+                .filter(|room| *room > 0)?;
+            let part = u32::try_from(room).map_or(len, |room| room.min(len));
+            let ptr = region.host.wrapping_add(offset_in_host(offset)?);
+            if !piece(Segment { ptr, len: part }) {
+                return None;
+            }
+            *hint = index;
+            len -= part;
+            if len == 0 {
+                return Some(());
+            }
+            addr = addr.checked_add(u64::from(part))?;
+        }
+    }
+
+    /// The host address of the front-end's range `addr..addr + len`, if it lies in one region:
+    /// how ring areas are given (SET_VRING_ADDR).
+    pub(crate) fn translate_user(&self, addr: u64, len: u64) -> Option<*mut u8> {
+        self.regions.iter().find_map(|region| {
+            let offset = addr.checked_sub(region.spec.user_addr)?;
+            let room = region.spec.size.checked_sub(offset)?;
+            if len > room {
+                return None;
+            }
+            Some(region.host.wrapping_add(offset_in_host(offset)?))
+        })
+    }
+}
+
+/// An offset within a region as a host offset; regions are mapped, so it fits.
+#[inline]
+fn offset_in_host(offset: u64) -> Option<usize> {
+    usize::try_from(offset).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    const MIB: u64 = 1 << 20;
+
+    fn memfd(bytes: u64) -> OwnedFd {
+        let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, bytes).unwrap();
+        fd
+    }
+
+    fn region(guest_addr: u64, size: u64) -> Arc<Region> {
+        let spec = RegionSpec {
+            guest_addr,
+            size,
+            user_addr: guest_addr + (1 << 40),
+            mmap_offset: 0,
+        };
+        Region::map(spec, memfd(size)).unwrap()
+    }
+
+    fn pieces(memory: &GuestMemory, addr: u64, len: u32) -> Option<Vec<u32>> {
+        let mut lens = Vec::new();
+        let mut hint = 0;
+        memory.translate(addr, len, &mut hint, |segment| {
+            lens.push(segment.len);
+            true
+        })?;
+        Some(lens)
+    }
+
+    // CVE-2018-1059: the whole range counts, not its first byte.
+    #[test]
+    fn a_range_that_leaves_its_region_is_refused() {
+        let memory = GuestMemory::new(vec![region(0, MIB), region(2 * MIB, MIB)]).unwrap();
+        assert_eq!(pieces(&memory, MIB - 1, 1), Some(vec![1]));
+        assert_eq!(pieces(&memory, MIB - 1, 4096), None);
+        assert_eq!(pieces(&memory, MIB, 1), None);
+        assert_eq!(pieces(&memory, 3 * MIB - 4, 4), Some(vec![4]));
+        assert_eq!(pieces(&memory, 3 * MIB - 4, 5), None);
+        assert_eq!(pieces(&memory, u64::MAX, 2), None);
+        assert_eq!(pieces(&memory, u64::MAX - 1, u32::MAX), None);
+    }
+
+    #[test]
+    fn a_range_over_adjoining_regions_comes_in_pieces() {
+        let memory =
+            GuestMemory::new(vec![region(MIB, MIB), region(0, MIB), region(2 * MIB, MIB)]).unwrap();
+        assert_eq!(pieces(&memory, MIB - 10, 30), Some(vec![10, 20]));
+        let two_mib = u32::try_from(2 * MIB).unwrap();
+        let one_mib = two_mib / 2;
+        assert_eq!(
+            pieces(&memory, MIB / 2, two_mib),
+            Some(vec![one_mib / 2, one_mib, one_mib / 2])
+        );
+    }
+
+    #[test]
+    fn a_full_list_of_pieces_is_an_error_not_an_overrun() {
+        let memory = GuestMemory::new(vec![region(0, MIB)]).unwrap();
+        assert!(memory.translate(0, 1, &mut 0, |_| false).is_none());
+    }
+
+    #[test]
+    fn ring_areas_lie_in_one_region() {
+        let memory = GuestMemory::new(vec![region(0, MIB), region(MIB, MIB)]).unwrap();
+        let user = 1 << 40;
+        assert!(memory.translate_user(user, MIB).is_some());
+        assert!(memory.translate_user(user + MIB - 8, 16).is_none());
+        assert!(memory.translate_user(user - 1, 1).is_none());
+        assert!(memory.translate_user(user + MIB, u64::MAX).is_none());
+    }
+
+    #[test]
+    fn regions_that_overlap_wrap_or_end_behind_their_file_are_refused() {
+        assert!(GuestMemory::new(vec![region(0, MIB), region(MIB - 1, MIB)]).is_err());
+        let spec = RegionSpec {
+            guest_addr: 0,
+            size: MIB,
+            user_addr: 0,
+            mmap_offset: 0,
+        };
+        let map = |spec, bytes| Region::map(spec, memfd(bytes));
+        assert!(map(RegionSpec { size: 0, ..spec }, MIB).is_err());
+        assert!(
+            map(
+                RegionSpec {
+                    guest_addr: u64::MAX - 5,
+                    ..spec
+                },
+                MIB
+            )
+            .is_err()
+        );
+        assert!(
+            map(
+                RegionSpec {
+                    user_addr: u64::MAX - 5,
+                    ..spec
+                },
+                MIB
+            )
+            .is_err()
+        );
+        assert!(
+            map(
+                RegionSpec {
+                    mmap_offset: u64::MAX - 5,
+                    ..spec
+                },
+                MIB
+            )
+            .is_err()
+        );
+        assert!(map(spec, MIB - 1).is_err());
+        assert!(
+            map(
+                RegionSpec {
+                    mmap_offset: 4096,
+                    ..spec
+                },
+                MIB
+            )
+            .is_err()
+        );
+        assert!(map(spec, MIB).is_ok());
+    }
+
+    #[test]
+    fn an_offset_within_a_page_is_honoured() {
+        let fd = memfd(2 * MIB);
+        rustix::io::pwrite(&fd, b"here", 12345).unwrap();
+        let spec = RegionSpec {
+            guest_addr: 0,
+            size: 4096,
+            user_addr: 0,
+            mmap_offset: 12345,
+        };
+        let region = Region::map(spec, fd).unwrap();
+        let memory = GuestMemory::new(vec![region]).unwrap();
+        let mut bytes = [0; 4];
+        memory
+            .translate(0, 4, &mut 0, |segment| {
+                // SAFETY: the segment is valid for 4 bytes, and so is `bytes`.
+                unsafe { segment.ptr.copy_to_nonoverlapping(bytes.as_mut_ptr(), 4) };
+                true
+            })
+            .unwrap();
+        assert_eq!(&bytes, b"here");
+    }
+
+    // CVE-2026-86561: a front-end that truncates its file breaks its own memory only.
+    #[test]
+    fn a_file_cut_off_under_its_mapping_breaks_the_region_not_the_process() {
+        let fd = memfd(MIB);
+        let keep = fd.try_clone().unwrap();
+        let spec = RegionSpec {
+            guest_addr: 0,
+            size: MIB,
+            user_addr: 0,
+            mmap_offset: 0,
+        };
+        let memory = GuestMemory::new(vec![Region::map(spec, fd).unwrap()]).unwrap();
+        ftruncate(&keep, 0).unwrap();
+        assert!(!memory.is_broken());
+        let before = breaks();
+        let mut value = 1;
+        memory
+            .translate(4096, 1, &mut 0, |segment| {
+                // SAFETY: the segment is valid for 1 byte: a fault is repaired by the handler.
+                value = unsafe { segment.ptr.read_volatile() };
+                true
+            })
+            .unwrap();
+        assert_eq!(value, 0);
+        assert!(memory.is_broken());
+        assert!(breaks() > before);
+    }
+}

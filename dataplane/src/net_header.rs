@@ -1,0 +1,245 @@
+//! The virtio-net header (virtio 1.3, 5.1.6): what a frame asks for, and whether it may.
+//!
+//! Each frame's header is checked once, in the worker's private snapshot, and replaced by a clean
+//! one: fields that the flags don't cover are zero, `hdr_len` is what the frame's own headers say,
+//! `num_buffers` is 1 until a destination needs more. Nothing of the source's padding travels on.
+
+use ringway_bridge::{DropReason, Headers, L4Protocol};
+
+/// Bytes of `struct virtio_net_hdr` with `num_buffers`, the only form used inside ringway.
+pub(crate) const HEADER_BYTES: u32 = 12;
+
+/// [`HEADER_BYTES`] as a length of slices.
+pub(crate) const HEADER_LEN: usize = HEADER_BYTES as usize;
+
+/// Longest frame: an IP packet of 64 KiB behind an Ethernet header with two VLAN tags.
+pub(crate) const MAX_FRAME_BYTES: u32 = 65_535 + 14 + 8;
+
+const FLAG_NEEDS_CSUM: u8 = 1;
+const FLAG_DATA_VALID: u8 = 2;
+const GSO_TCPV4: u8 = 1;
+const GSO_TCPV6: u8 = 4;
+const GSO_ECN: u8 = 0x80;
+
+/// Offset of the checksum in a TCP header.
+const TCP_CHECKSUM: u16 = 16;
+
+/// A set of offloads: what a frame needs, or what a side may send or take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Offloads(u8);
+
+impl Offloads {
+    pub(crate) const NONE: Self = Self(0);
+    /// A partial checksum to complete.
+    pub(crate) const CSUM: Self = Self(1);
+    /// TCP over IPv4 to segment.
+    pub(crate) const TSO4: Self = Self(2);
+    /// TCP over IPv6 to segment.
+    pub(crate) const TSO6: Self = Self(4);
+    /// Segmentation of TCP with ECN.
+    pub(crate) const ECN: Self = Self(8);
+    pub(crate) const ALL: Self = Self(15);
+
+    /// What a guest with these negotiated features may ask of us when it transmits.
+    pub(crate) fn from_guest(features: u64) -> Self {
+        use vhost_features::*;
+        Self::select(features, [CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN])
+    }
+
+    /// What a guest with these negotiated features takes when it receives.
+    pub(crate) fn to_guest(features: u64) -> Self {
+        use vhost_features::*;
+        Self::select(features, [GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN])
+    }
+
+    fn select(features: u64, bits: [u32; 4]) -> Self {
+        let sets = [Self::CSUM, Self::TSO4, Self::TSO6, Self::ECN];
+        let chosen = bits
+            .into_iter()
+            .zip(sets)
+            .filter(|(bit, _)| features & (1 << bit) != 0);
+        Self(chosen.fold(0, |all, (_, set)| all | set.0))
+    }
+
+    /// Whether all of `self` is in `offered`.
+    #[inline]
+    pub(crate) fn within(self, offered: Self) -> bool {
+        self.0 & !offered.0 == 0
+    }
+
+    #[inline]
+    pub(crate) fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// Feature bits of the network device (virtio 1.3, 5.1.3).
+pub(crate) mod vhost_features {
+    pub(crate) const CSUM: u32 = 0;
+    pub(crate) const GUEST_CSUM: u32 = 1;
+    pub(crate) const GUEST_TSO4: u32 = 7;
+    pub(crate) const GUEST_TSO6: u32 = 8;
+    pub(crate) const GUEST_ECN: u32 = 9;
+    pub(crate) const HOST_TSO4: u32 = 11;
+    pub(crate) const HOST_TSO6: u32 = 12;
+    pub(crate) const HOST_ECN: u32 = 13;
+    pub(crate) const MRG_RXBUF: u32 = 15;
+    pub(crate) const RING_INDIRECT_DESC: u32 = 28;
+    pub(crate) const RING_EVENT_IDX: u32 = 29;
+    pub(crate) const VERSION_1: u32 = 32;
+}
+
+/// What was found in a frame's header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Checked {
+    /// Offloads that a destination must take.
+    pub(crate) needs: Offloads,
+    /// The source has verified the checksum; a hint that a destination may not understand.
+    pub(crate) data_valid: bool,
+    /// Longest frame on the wire, L2 bytes: the frame itself, or its longest segment.
+    pub(crate) wire_bytes: u32,
+}
+
+/// Checks the header in `snapshot`'s first [`HEADER_BYTES`] against the frame behind it and what
+/// its source negotiated, and replaces it by a clean one. `snapshot` holds the header and the
+/// frame's first bytes, `frame_bytes` is the length of the whole frame.
+///
+/// # Errors
+/// `OffloadNotNegotiated`, or `BadHeader` if the fields contradict each other or the frame.
+#[inline]
+pub(crate) fn check(
+    snapshot: &mut [u8],
+    frame_bytes: u32,
+    allowed: Offloads,
+) -> Result<Checked, DropReason> {
+    let Some((header, frame)) = snapshot.split_first_chunk_mut::<HEADER_LEN>() else {
+        return Err(DropReason::BadHeader);
+    };
+    let plain = Checked {
+        wire_bytes: frame_bytes,
+        ..Checked::default()
+    };
+    if (header[0] & (FLAG_NEEDS_CSUM | FLAG_DATA_VALID)) | header[1] == 0 {
+        *header = clean(0, 0, 0, 0, [0, 0]);
+        return Ok(plain);
+    }
+    check_offloads(header, frame, frame_bytes, allowed)
+}
+
+#[cold]
+fn check_offloads(
+    header: &mut [u8; HEADER_LEN],
+    frame: &[u8],
+    frame_bytes: u32,
+    allowed: Offloads,
+) -> Result<Checked, DropReason> {
+    let field = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    let (flags, gso_type) = (header[0], header[1]);
+    let (gso_size, csum_start, csum_offset) = (field(4), field(6), field(8));
+    if flags & FLAG_NEEDS_CSUM == 0 {
+        // 5.1.6.2.1: a driver that sets gso_type must set NEEDS_CSUM too.
+        if gso_type != 0 {
+            return Err(DropReason::BadHeader);
+        }
+        *header = clean(FLAG_DATA_VALID, 0, 0, 0, [0, 0]);
+        return Ok(Checked {
+            data_valid: true,
+            wire_bytes: frame_bytes,
+            ..Checked::default()
+        });
+    }
+    // 5.1.6.2.2: the device must check that the checksum lies in the frame.
+    let csum_end = u32::from(csum_start) + u32::from(csum_offset) + 2;
+    if csum_start < 14 || csum_end > frame_bytes {
+        return Err(DropReason::BadHeader);
+    }
+    let mut needs = Offloads::CSUM;
+    if gso_type == 0 {
+        if !needs.within(allowed) {
+            return Err(DropReason::OffloadNotNegotiated);
+        }
+        *header = clean(FLAG_NEEDS_CSUM, 0, 0, 0, [csum_start, csum_offset]);
+        return Ok(Checked {
+            needs,
+            data_valid: false,
+            wire_bytes: frame_bytes,
+        });
+    }
+    let headers = Headers::parse(frame).ok_or(DropReason::BadHeader)?;
+    let is_ipv4 = match gso_type & !GSO_ECN {
+        GSO_TCPV4 => true,
+        GSO_TCPV6 => false,
+        // UFO, USO and types to come: no feature of ours allows them.
+        _ => return Err(DropReason::OffloadNotNegotiated),
+    };
+    needs = needs.with(if is_ipv4 {
+        Offloads::TSO4
+    } else {
+        Offloads::TSO6
+    });
+    if gso_type & GSO_ECN != 0 {
+        needs = needs.with(Offloads::ECN);
+    }
+    if !needs.within(allowed) {
+        return Err(DropReason::OffloadNotNegotiated);
+    }
+    let headers_bytes = u16::try_from(headers.payload_offset).map_err(|_| DropReason::BadHeader)?;
+    let consistent = headers.is_ipv4 == is_ipv4
+        && headers.l4_protocol == L4Protocol::Tcp
+        && headers.l4_offset == usize::from(csum_start)
+        && csum_offset == TCP_CHECKSUM
+        && u32::from(headers_bytes) <= frame_bytes
+        && gso_size > 0;
+    if !consistent {
+        return Err(DropReason::BadHeader);
+    }
+    *header = clean(
+        FLAG_NEEDS_CSUM,
+        gso_type,
+        headers_bytes,
+        gso_size,
+        [csum_start, csum_offset],
+    );
+    let segment = u32::from(headers_bytes) + u32::from(gso_size);
+    Ok(Checked {
+        needs,
+        data_valid: false,
+        wire_bytes: segment.min(frame_bytes),
+    })
+}
+
+/// A header with these fields and one buffer.
+fn clean(flags: u8, gso_type: u8, hdr_len: u16, gso_size: u16, csum: [u16; 2]) -> [u8; HEADER_LEN] {
+    let [hdr_low, hdr_high] = hdr_len.to_le_bytes();
+    let [gso_low, gso_high] = gso_size.to_le_bytes();
+    let [start_low, start_high] = csum[0].to_le_bytes();
+    let [offset_low, offset_high] = csum[1].to_le_bytes();
+    [
+        flags,
+        gso_type,
+        hdr_low,
+        hdr_high,
+        gso_low,
+        gso_high,
+        start_low,
+        start_high,
+        offset_low,
+        offset_high,
+        1,
+        0,
+    ]
+}
+
+/// Writes `num_buffers` into a header.
+#[inline]
+pub(crate) fn set_num_buffers(snapshot: &mut [u8], buffers: u16) {
+    let [low, high] = buffers.to_le_bytes();
+    snapshot[10] = low;
+    snapshot[11] = high;
+}
+
+/// Sets or clears the hint that the checksum is verified.
+#[inline]
+pub(crate) fn set_data_valid(snapshot: &mut [u8], valid: bool) {
+    snapshot[0] = if valid { FLAG_DATA_VALID } else { 0 };
+}

@@ -1,0 +1,107 @@
+//! Ports: what can stand behind a slot of the bridge.
+
+mod counters;
+mod tap;
+mod vhost;
+
+use std::sync::Arc;
+
+use ringway_bridge::PortId;
+
+pub(crate) use counters::{Counter, DropCounters, QueueCounters};
+pub(crate) use tap::{TapPort, TapReader};
+pub(crate) use vhost::{Binding, QueueGuard, VhostPort, VhostQueue};
+
+use crate::info::{PortCounters, PortState, QueueInfo};
+use crate::switch::PortName;
+
+/// A port as workers see it. Dispatched once per burst.
+#[derive(Debug)]
+pub(crate) enum Port {
+    VhostUser(Arc<VhostPort>),
+    Tap(Box<TapPort>),
+}
+
+/// What all kinds of port have.
+#[derive(Debug)]
+pub(crate) struct PortBase {
+    pub(crate) name: PortName,
+    pub(crate) id: PortId,
+    /// Frames from this port that went nowhere.
+    pub(crate) rx_drops: DropCounters,
+    /// Frames for this port that it could not take.
+    pub(crate) tx_drops: DropCounters,
+}
+
+impl PortBase {
+    pub(crate) fn new(name: PortName, id: PortId) -> Self {
+        Self {
+            name,
+            id,
+            rx_drops: DropCounters::default(),
+            tx_drops: DropCounters::default(),
+        }
+    }
+}
+
+impl Port {
+    pub(crate) fn base(&self) -> &PortBase {
+        match self {
+            Self::VhostUser(port) => &port.base,
+            Self::Tap(port) => &port.base,
+        }
+    }
+
+    /// Queue pairs that workers poll.
+    pub(crate) fn queue_pairs(&self) -> u16 {
+        match self {
+            Self::VhostUser(port) => port.pairs(),
+            Self::Tap(port) => port.pairs(),
+        }
+    }
+
+    pub(crate) fn state(&self) -> PortState {
+        match self {
+            Self::VhostUser(port) => port.state(),
+            Self::Tap(port) => port.state(),
+        }
+    }
+
+    pub(crate) fn counters(&self) -> PortCounters {
+        let mut sum = PortCounters {
+            rx_drops: self.base().rx_drops.read(),
+            tx_drops: self.base().tx_drops.read(),
+            ..PortCounters::default()
+        };
+        for pair in 0..self.queue_pairs() {
+            let (rx, tx) = match self {
+                Self::VhostUser(port) => port.queue_counters(pair),
+                Self::Tap(port) => port.queue_counters(pair),
+            };
+            sum.rx_frames += rx.frames.get();
+            sum.rx_bytes += rx.bytes.get();
+            sum.tx_frames += tx.frames.get();
+            sum.tx_bytes += tx.bytes.get();
+        }
+        sum
+    }
+
+    /// The queue pairs; `worker_of` tells who polls a pair.
+    pub(crate) fn queues(&self, worker_of: impl Fn(u16) -> u16) -> Vec<QueueInfo> {
+        let pairs = 0..self.queue_pairs();
+        pairs
+            .map(|pair| {
+                let worker = worker_of(pair);
+                match self {
+                    Self::VhostUser(port) => port.queue_info(pair, worker),
+                    Self::Tap(port) => port.queue_info(pair, worker),
+                }
+            })
+            .collect()
+    }
+}
+
+/// Longest L2 frame for an L3 MTU: Ethernet header and one VLAN tag.
+pub(crate) fn max_l2_bytes(mtu: Option<u16>) -> u32 {
+    mtu.map_or(u32::MAX, |mtu| u32::from(mtu) + 18)
+}

@@ -1,0 +1,342 @@
+//! A tap port: an interface of the host's network stack, one fd per queue.
+//!
+//! Frames carry a virtio-net header of 12 bytes both ways (IFF_VNET_HDR), so that checksums and
+//! segmentation are left to whoever can do them; a frame goes to the kernel by one writev from the
+//! source's buffers.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use ringway_bridge::{DropReason, MAX_BURST};
+use rustix::io::Errno;
+use tun_rs::{DeviceBuilder, Layer, SyncDevice};
+
+use super::{PortBase, QueueCounters};
+use crate::burst::{Burst, MAX_CHAIN};
+use crate::info::{PortState, QueueInfo};
+use crate::memory::Segment;
+use crate::net_header::{HEADER_BYTES, MAX_FRAME_BYTES};
+use crate::switch::SwitchError;
+
+/// Bytes of a read buffer: the longest frame and its header.
+const BUFFER_BYTES: usize = (HEADER_BYTES + MAX_FRAME_BYTES) as usize;
+
+/// Frames read in one turn: enough to fill a burst for guests, few enough that 64 KiB each stay
+/// below 1 MiB a queue.
+const READS_PER_TURN: usize = 16;
+
+/// Longest interface name (IFNAMSIZ without the final zero).
+const MAX_IFNAME: usize = 15;
+
+#[derive(Debug, Default)]
+struct Counters {
+    rx: QueueCounters,
+    tx: QueueCounters,
+}
+
+/// A tap interface.
+pub(crate) struct TapPort {
+    pub(crate) base: PortBase,
+    queues: Box<[SyncDevice]>,
+    counters: Box<[Counters]>,
+    mtu: Option<u16>,
+}
+
+impl std::fmt::Debug for TapPort {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("TapPort")
+            .field("base", &self.base)
+            .finish_non_exhaustive()
+    }
+}
+
+impl TapPort {
+    /// Opens `pairs` queues of interface `ifname`, which is created if there is none, and brings
+    /// it up.
+    ///
+    /// # Errors
+    /// A name that no interface can have, an interface that is no tap or in use, no permission.
+    pub(crate) fn open(
+        base: PortBase,
+        ifname: &str,
+        pairs: u16,
+        mtu: Option<u16>,
+        persist: bool,
+    ) -> Result<Self, SwitchError> {
+        check_ifname(ifname)?;
+        let existed = std::path::Path::new("/sys/class/net").join(ifname).exists();
+        let explain = |error: &io::Error| explain(ifname, pairs, existed, error);
+        let queues = open_queues(ifname, pairs).map_err(|error| explain(&error))?;
+        let set_up = |first: &SyncDevice| -> io::Result<()> {
+            if let Some(mtu) = mtu {
+                first.set_mtu(mtu)?;
+            }
+            first.enabled(true)?;
+            if persist {
+                first.persist()?;
+            }
+            Ok(())
+        };
+        if let Some(first) = queues.first() {
+            set_up(first).map_err(|error| explain(&error))?;
+        }
+        let counters = queues.iter().map(|_| Counters::default()).collect();
+        Ok(Self {
+            base,
+            queues,
+            counters,
+            mtu,
+        })
+    }
+
+    pub(crate) fn pairs(&self) -> u16 {
+        u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
+    }
+
+    pub(crate) fn state(&self) -> PortState {
+        let up = self
+            .queues
+            .first()
+            .is_some_and(|queue| queue.is_running().unwrap_or(false));
+        if up { PortState::Up } else { PortState::Down }
+    }
+
+    /// The MTU that frames to the interface are held to.
+    pub(crate) fn configured_mtu(&self) -> Option<u16> {
+        self.mtu
+    }
+
+    /// The interface's MTU now.
+    pub(crate) fn mtu(&self) -> Option<u16> {
+        self.queues.first().and_then(|queue| queue.mtu().ok())
+    }
+
+    /// Counters of a queue: our Rx (read), our Tx (written).
+    pub(crate) fn queue_counters(&self, pair: u16) -> (&QueueCounters, &QueueCounters) {
+        let counters = &self.counters[usize::from(pair)];
+        (&counters.rx, &counters.tx)
+    }
+
+    pub(crate) fn queue_info(&self, pair: u16, worker: u16) -> QueueInfo {
+        let (rx, tx) = self.queue_counters(pair);
+        QueueInfo {
+            index: pair,
+            rx_started: true,
+            tx_started: true,
+            enabled: true,
+            rx_size: 0,
+            tx_size: 0,
+            worker,
+            rx_frames: rx.frames.get(),
+            tx_frames: tx.frames.get(),
+            calls: 0,
+            contended: 0,
+        }
+    }
+
+    /// The fd of a queue, to wait for frames.
+    pub(crate) fn fd(&self, pair: u16) -> BorrowedFd<'_> {
+        let fd = self.queues[usize::from(pair)].as_raw_fd();
+        // SAFETY: the device owns the fd and lives as long as the borrow of `self`.
+        unsafe { BorrowedFd::borrow_raw(fd) }
+    }
+
+    /// The queue for frames of a source's queue: matched by number, so that a flow stays in one.
+    #[inline]
+    pub(crate) fn transmit_queue(&self, source_queue: u16) -> u16 {
+        source_queue % self.pairs()
+    }
+
+    /// Gives frame `index` of the burst to the kernel.
+    ///
+    /// # Errors
+    /// The kernel did not take it.
+    pub(crate) fn deliver(
+        &self,
+        queue: u16,
+        burst: &mut Burst,
+        index: usize,
+    ) -> Result<(), DropReason> {
+        let frame = burst.frames()[index];
+        let snapshot = burst.snapshot(index).as_ptr();
+        let mut pieces = [const {
+            libc::iovec {
+                iov_base: std::ptr::null_mut(),
+                iov_len: 0,
+            }
+        }; 1 + MAX_CHAIN];
+        pieces[0] = libc::iovec {
+            iov_base: snapshot.cast_mut().cast(),
+            iov_len: frame.snapshot_bytes as usize,
+        };
+        let rest = burst.rest(&frame);
+        for (piece, segment) in pieces[1..].iter_mut().zip(rest) {
+            *piece = libc::iovec {
+                iov_base: segment.ptr.cast(),
+                iov_len: segment.len as usize,
+            };
+        }
+        let count = i32::try_from(1 + rest.len()).map_err(|_| DropReason::HostError)?;
+        let fd = self.fd(queue).as_raw_fd();
+        // SAFETY: the first `count` pieces are valid for their lengths: the snapshot is private,
+        // the others were translated under the source queue's lock, which is held. More pieces
+        // than IOV_MAX are refused by the kernel.
+        let written = unsafe { libc::writev(fd, pieces.as_ptr(), count) };
+        if written >= 0 {
+            Ok(())
+        } else {
+            Err(DropReason::HostError)
+        }
+    }
+}
+
+/// Reads one queue of a tap for the worker that owns it. A frame that could not be delivered yet
+/// stays in its buffer and is taken again.
+#[derive(Debug)]
+pub(crate) struct TapReader {
+    /// [`READS_PER_TURN`] buffers; their pages are touched as frames fill them.
+    buffers: Vec<u8>,
+    lens: [u32; READS_PER_TURN],
+    /// Frames given back: the last `pending.1` of `pending.0` that were read.
+    kept: std::ops::Range<usize>,
+}
+
+impl TapReader {
+    pub(crate) fn new() -> Self {
+        const { assert!(READS_PER_TURN <= MAX_BURST) };
+        Self {
+            buffers: vec![0; READS_PER_TURN * BUFFER_BYTES],
+            lens: [0; READS_PER_TURN],
+            kept: 0..0,
+        }
+    }
+
+    /// Takes the frames that were kept, or reads new ones until there is none.
+    ///
+    /// # Errors
+    /// The interface is gone (EBADFD) or broken; being down (EIO) counts as silence.
+    pub(crate) fn gather(&mut self, fd: BorrowedFd<'_>, burst: &mut Burst) -> Result<(), Errno> {
+        if self.kept.is_empty() {
+            self.kept = 0..0;
+            for slot in 0..READS_PER_TURN {
+                let from = slot * BUFFER_BYTES;
+                let buffer = &mut self.buffers[from..from + BUFFER_BYTES];
+                match rustix::io::read(fd, buffer) {
+                    Ok(bytes) => self.lens[slot] = u32::try_from(bytes).unwrap_or(0),
+                    Err(Errno::AGAIN | Errno::IO | Errno::INTR) => break,
+                    Err(error) if self.kept.is_empty() => return Err(error),
+                    Err(_) => break,
+                }
+                self.kept.end = slot + 1;
+            }
+        }
+        for slot in self.kept.clone() {
+            let Some(mark) = burst.begin() else { break };
+            let ptr = self.buffers.as_mut_ptr().wrapping_add(slot * BUFFER_BYTES);
+            burst.push(
+                mark,
+                Segment {
+                    ptr,
+                    len: self.lens[slot],
+                },
+            );
+            burst.add(mark, 0, self.lens[slot]);
+            self.kept.start = slot + 1;
+        }
+        Ok(())
+    }
+
+    /// Keeps the last `count` frames of the last burst for the next.
+    pub(crate) fn give_back(&mut self, count: usize) {
+        self.kept.start -= count;
+    }
+}
+
+fn check_ifname(ifname: &str) -> Result<(), SwitchError> {
+    let bad = |b: u8| b == b'/' || b == b':' || b == b'%' || !b.is_ascii_graphic();
+    let fits = !ifname.is_empty() && ifname.len() <= MAX_IFNAME;
+    if fits && !ifname.bytes().any(bad) && ifname != "." && ifname != ".." {
+        return Ok(());
+    }
+    Err(SwitchError::Tap {
+        ifname: ifname.to_owned(),
+        reason: "no interface can have this name".into(),
+        hint: format!("use 1 to {MAX_IFNAME} printable characters other than / : and %"),
+    })
+}
+
+fn open_queues(ifname: &str, pairs: u16) -> io::Result<Box<[SyncDevice]>> {
+    let open = |multi_queue| {
+        let device = DeviceBuilder::new()
+            .name(ifname)
+            .layer(Layer::L2)
+            .offload(true)
+            .multi_queue(multi_queue)
+            .build_sync()?;
+        configure(&device)?;
+        Ok::<_, io::Error>(device)
+    };
+    if pairs == 1 {
+        // The kernel refuses to attach to a persistent tap in the other mode: try both.
+        let single = open(false).or_else(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => open(true),
+            _ => Err(error),
+        })?;
+        return Ok(Box::new([single]));
+    }
+    (0..pairs).map(|_| open(true)).collect()
+}
+
+/// Sets what tun-rs does not: a header of 12 bytes, ECN, no UDP segmentation; and O_NONBLOCK.
+fn configure(device: &SyncDevice) -> io::Result<()> {
+    let fd = device.as_raw_fd();
+    let bytes = libc::c_int::try_from(HEADER_BYTES).map_err(io::Error::other)?;
+    // SAFETY: TUNSETVNETHDRSZ reads an int through its pointer.
+    let sized = unsafe { libc::ioctl(fd, libc::TUNSETVNETHDRSZ, &raw const bytes) };
+    if sized < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let offloads = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    let set = unsafe { libc::ioctl(fd, libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads)) };
+    if set < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    device.set_nonblocking(true)
+}
+
+fn explain(ifname: &str, pairs: u16, existed: bool, error: &io::Error) -> SwitchError {
+    let (reason, hint) = match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => (
+            "not permitted".to_owned(),
+            "run ringwayd as root or with CAP_NET_ADMIN".to_owned(),
+        ),
+        Some(libc::ENOENT | libc::ENODEV) => (
+            "there is no /dev/net/tun".to_owned(),
+            "load the kernel module tun".to_owned(),
+        ),
+        Some(libc::EBUSY) => (
+            "another process has it open".to_owned(),
+            "end that process, or use another interface name".to_owned(),
+        ),
+        Some(libc::EINVAL) if existed => (
+            "it exists and is no tap that can be attached".to_owned(),
+            if pairs > 1 {
+                "a tap for several queues is made with `ip tuntap add mode tap multi_queue`"
+            } else {
+                "choose a name that is free, or make a tap with `ip tuntap add mode tap`"
+            }
+            .to_owned(),
+        ),
+        Some(libc::E2BIG) => (
+            "it has too many queues open".to_owned(),
+            "ask for fewer with --queues".to_owned(),
+        ),
+        _ => (error.to_string(), "see `ip -d link show`".to_owned()),
+    };
+    SwitchError::Tap {
+        ifname: ifname.to_owned(),
+        reason,
+        hint,
+    }
+}

@@ -1,0 +1,556 @@
+//! A vhost-user port: its rings, and how sessions and workers share them.
+//!
+//! Each ring has a mutex. A worker takes it by `try_lock` once per burst; the session thread takes
+//! it to start, stop, move or enable the ring, announcing itself first so that a busy worker stands
+//! back. What the session replaces is therefore out of use when its call returns: the lock's
+//! hand-over is the quiescent point after which memory is unmapped and fds are closed.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+
+use ringway_bridge::MacAddr;
+use tracing::{info, warn};
+
+use super::{PortBase, QueueCounters};
+use crate::info::{PortState, QueueInfo};
+use crate::memory::GuestMemory;
+use crate::net_header::Offloads;
+use crate::ring::{Areas, RingFault, SplitRing, areas};
+use crate::vhost_user::{Device, RingAddresses, RingError, RingStart};
+use crate::worker::{Token, WorkerHandle};
+
+/// A ring that is started.
+#[derive(Debug)]
+pub(crate) struct StartedRing {
+    pub(crate) ring: SplitRing,
+    /// Frames pass; a transmit ring that is disabled is drained and discarded.
+    pub(crate) enabled: bool,
+    /// What the guest may send through the ring, or takes from it.
+    pub(crate) offloads: Offloads,
+    addresses: RingAddresses,
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+}
+
+impl StartedRing {
+    /// The front-end gave no kick fd: the ring must be polled for ever.
+    pub(crate) fn is_polled(&self) -> bool {
+        self.kick.is_none()
+    }
+
+    /// Sends the guest a call. Best effort: an eventfd whose counter is full is signalled already.
+    #[inline]
+    pub(crate) fn call(&self) {
+        if let Some(call) = &self.call {
+            let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct QueueState {
+    pub(crate) started: Option<StartedRing>,
+    /// Where a ring stood that a worker stopped, for the GET_VRING_BASE to come.
+    stopped_at: Option<u16>,
+}
+
+/// One virtqueue.
+#[derive(Debug, Default)]
+pub(crate) struct VhostQueue {
+    /// Session threads that wait for the lock; workers stand back while there are any.
+    waiting: AtomicU32,
+    state: Mutex<QueueState>,
+    is_started: AtomicBool,
+    is_enabled: AtomicBool,
+    size: AtomicU16,
+    pub(crate) counters: QueueCounters,
+}
+
+/// A queue in a worker's hands for one burst.
+pub(crate) type QueueGuard<'a> = MutexGuard<'a, QueueState>;
+
+impl VhostQueue {
+    /// The queue for one burst, or `None` if somebody else has it or waits for it.
+    #[inline]
+    pub(crate) fn try_lock(&self) -> Option<QueueGuard<'_>> {
+        if self.waiting.load(Ordering::Relaxed) != 0 {
+            return None;
+        }
+        match self.state.try_lock() {
+            Ok(guard) => Some(guard),
+            // A panic in a worker ends the process; should one be caught, the ring's state is
+            // still whole at each step.
+            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// The queue, once the worker that has it is done with its burst.
+    fn lock(&self) -> QueueGuard<'_> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let guard = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        guard
+    }
+}
+
+/// Which worker polls a queue pair, and under what name its epoll instance knows it.
+#[derive(Clone, Debug)]
+pub(crate) struct Binding {
+    pub(crate) worker: Arc<WorkerHandle>,
+    pub(crate) token: Token,
+}
+
+/// A port whose guest is behind a vhost-user socket.
+#[derive(Debug)]
+pub(crate) struct VhostPort {
+    pub(crate) base: PortBase,
+    /// Guest receive 2n, guest transmit 2n + 1.
+    queues: Box<[VhostQueue]>,
+    /// Bit n: the guest's receive ring of pair n takes frames.
+    receivers: AtomicU64,
+    bindings: OnceLock<Box<[Binding]>>,
+    memory: Mutex<Arc<GuestMemory>>,
+    configured_mtu: Option<u16>,
+    /// What the front-end told, 0 for nothing.
+    frontend_mtu: AtomicU16,
+    features: AtomicU64,
+    protocol_features: AtomicU64,
+    connections: AtomicU64,
+    last_error: Mutex<Option<String>>,
+}
+
+impl VhostPort {
+    pub(crate) fn new(base: PortBase, pairs: u16, mtu: Option<u16>) -> Self {
+        Self {
+            base,
+            queues: (0..2 * pairs).map(|_| VhostQueue::default()).collect(),
+            receivers: AtomicU64::new(0),
+            bindings: OnceLock::new(),
+            memory: Mutex::default(),
+            configured_mtu: mtu,
+            frontend_mtu: AtomicU16::new(0),
+            features: AtomicU64::new(0),
+            protocol_features: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
+            last_error: Mutex::new(None),
+        }
+    }
+
+    /// Tells who polls each pair; once, before the session starts.
+    pub(crate) fn bind(&self, bindings: Box<[Binding]>) {
+        let fresh = self.bindings.set(bindings);
+        debug_assert!(fresh.is_ok(), "a port is bound once");
+    }
+
+    pub(crate) fn pairs(&self) -> u16 {
+        u16::try_from(self.queues.len() / 2).unwrap_or(u16::MAX)
+    }
+
+    /// The ring into which the guest transmits.
+    #[inline]
+    pub(crate) fn transmit_queue(&self, pair: u16) -> &VhostQueue {
+        &self.queues[2 * usize::from(pair) + 1]
+    }
+
+    /// The ring from which the guest receives frames of a source's queue `source_queue`: queues
+    /// are matched by number, so that a flow stays in one, or `None` if there is none now.
+    #[inline]
+    pub(crate) fn receive_queue(&self, source_queue: u16) -> Option<&VhostQueue> {
+        // Relaxed: only a hint; the ring itself is read under its lock.
+        let mut mask = self.receivers.load(Ordering::Relaxed);
+        let count = mask.count_ones();
+        if count == 0 {
+            return None;
+        }
+        for _ in 0..u32::from(source_queue) % count {
+            mask &= mask - 1;
+        }
+        Some(&self.queues[2 * mask.trailing_zeros() as usize])
+    }
+
+    pub(crate) fn mtu(&self) -> Option<u16> {
+        let told = self.frontend_mtu.load(Ordering::Relaxed);
+        self.configured_mtu.or((told > 0).then_some(told))
+    }
+
+    pub(crate) fn state(&self) -> PortState {
+        let any = |queue: &VhostQueue| {
+            queue.is_started.load(Ordering::Relaxed) && queue.is_enabled.load(Ordering::Relaxed)
+        };
+        if self.queues.iter().any(any) {
+            PortState::Up
+        } else {
+            PortState::Down
+        }
+    }
+
+    /// Counters of a pair: our Rx (guest transmit), our Tx (guest receive).
+    pub(crate) fn queue_counters(&self, pair: u16) -> (&QueueCounters, &QueueCounters) {
+        let at = 2 * usize::from(pair);
+        (&self.queues[at + 1].counters, &self.queues[at].counters)
+    }
+
+    pub(crate) fn queue_info(&self, pair: u16, worker: u16) -> QueueInfo {
+        let at = 2 * usize::from(pair);
+        let (tx, rx) = (&self.queues[at], &self.queues[at + 1]);
+        QueueInfo {
+            index: pair,
+            rx_started: rx.is_started.load(Ordering::Relaxed),
+            tx_started: tx.is_started.load(Ordering::Relaxed),
+            enabled: rx.is_enabled.load(Ordering::Relaxed) || tx.is_enabled.load(Ordering::Relaxed),
+            rx_size: rx.size.load(Ordering::Relaxed),
+            tx_size: tx.size.load(Ordering::Relaxed),
+            worker,
+            rx_frames: rx.counters.frames.get(),
+            tx_frames: tx.counters.frames.get(),
+            calls: rx.counters.calls.get() + tx.counters.calls.get(),
+            contended: rx.counters.contended.get() + tx.counters.contended.get(),
+        }
+    }
+
+    /// Virtio and protocol features in effect.
+    pub(crate) fn features(&self) -> (u64, u64) {
+        (
+            self.features.load(Ordering::Relaxed),
+            self.protocol_features.load(Ordering::Relaxed),
+        )
+    }
+
+    pub(crate) fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn last_error(&self) -> Option<String> {
+        self.last_error
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Bytes and regions of guest memory that are mapped.
+    pub(crate) fn mapped(&self) -> (u64, u32) {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        (
+            memory.bytes(),
+            u32::try_from(memory.regions().len()).unwrap_or(u32::MAX),
+        )
+    }
+
+    /// Stops a ring whose guest broke the rules, from the worker that found out: counted and
+    /// logged here, once, since the ring is gone afterwards.
+    #[cold]
+    pub(crate) fn fail_queue(&self, queue: &VhostQueue, state: &mut QueueState, why: &RingFault) {
+        self.stop_in_worker(queue, state, &why.to_string());
+    }
+
+    /// Stops every ring whose memory was cut off (SIGBUS); returns without those that are busy,
+    /// and false if there were such.
+    #[cold]
+    pub(crate) fn stop_broken_queues(&self) -> bool {
+        let mut all = true;
+        for queue in &self.queues {
+            if !queue.is_started.load(Ordering::Relaxed) {
+                continue;
+            }
+            let Some(mut state) = queue.try_lock() else {
+                all = false;
+                continue;
+            };
+            if state
+                .started
+                .as_ref()
+                .is_some_and(|started| started.ring.is_broken())
+            {
+                self.stop_in_worker(queue, &mut state, "its memory file was cut off");
+            }
+        }
+        all
+    }
+
+    fn stop_in_worker(&self, queue: &VhostQueue, state: &mut QueueState, why: &str) {
+        let index = self.index_of(queue);
+        warn!(port = %self.base.name, ring = index, "ring stopped: {why}");
+        self.set_last_error(Some(format!("ring {index} stopped: {why}")));
+        state.stopped_at = self.take_started(queue, index, state);
+    }
+
+    fn index_of(&self, queue: &VhostQueue) -> u16 {
+        let found = self
+            .queues
+            .iter()
+            .position(|other| std::ptr::eq(other, queue));
+        found
+            .and_then(|index| u16::try_from(index).ok())
+            .unwrap_or(u16::MAX)
+    }
+
+    fn set_last_error(&self, error: Option<String>) {
+        *self
+            .last_error
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = error;
+    }
+
+    /// Takes a started ring out of use. Its kick fd leaves the worker's epoll instance first: the
+    /// front-end holds the same file, so closing it alone would leave it there.
+    fn take_started(&self, queue: &VhostQueue, index: u16, state: &mut QueueState) -> Option<u16> {
+        let started = state.started.take()?;
+        if let (Some(kick), Some(binding)) = (&started.kick, self.transmit_binding(index)) {
+            binding.worker.unwatch(kick.as_fd());
+        }
+        queue.is_started.store(false, Ordering::Relaxed);
+        queue.size.store(0, Ordering::Relaxed);
+        self.show_receiver(index, false);
+        Some(started.ring.next_avail())
+    }
+
+    /// The worker that polls ring `index`, if it is a transmit ring.
+    fn transmit_binding(&self, index: u16) -> Option<&Binding> {
+        let pair = usize::from(index / 2);
+        (index % 2 == 1)
+            .then(|| self.bindings.get()?.get(pair))
+            .flatten()
+    }
+
+    /// Sets or clears a receive ring's bit.
+    fn show_receiver(&self, index: u16, usable: bool) {
+        if index.is_multiple_of(2) {
+            let bit = 1 << (index / 2);
+            if usable {
+                self.receivers.fetch_or(bit, Ordering::Relaxed);
+            } else {
+                self.receivers.fetch_and(!bit, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn queue(&self, index: u16) -> Option<&VhostQueue> {
+        self.queues.get(usize::from(index))
+    }
+}
+
+impl Device for VhostPort {
+    fn queue_pairs(&self) -> u16 {
+        self.pairs()
+    }
+
+    fn connected(&self) {
+        self.connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn disconnected(&self, reason: Option<String>) {
+        self.frontend_mtu.store(0, Ordering::Relaxed);
+        self.set_features(0, 0);
+        self.set_last_error(reason);
+    }
+
+    fn set_features(&self, features: u64, protocol_features: u64) {
+        self.features.store(features, Ordering::Relaxed);
+        self.protocol_features
+            .store(protocol_features, Ordering::Relaxed);
+    }
+
+    fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), RingError> {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&memory);
+        let mut result = Ok(());
+        for (index, queue) in (0..).zip(&self.queues) {
+            let mut state = queue.lock();
+            let Some(started) = &mut state.started else {
+                continue;
+            };
+            match find_areas(index, started.ring.size(), started.addresses, &memory) {
+                Ok(at) => {
+                    // SAFETY: `find_areas` checked the areas of a ring of this size.
+                    unsafe { started.ring.relocate(at, Arc::clone(&memory)) };
+                }
+                Err(error) => {
+                    state.stopped_at = self.take_started(queue, index, &mut state);
+                    result = Err(error);
+                }
+            }
+        }
+        result
+    }
+
+    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), RingError> {
+        let Some(queue) = self.queue(index) else {
+            return Err(RingError::Size {
+                index,
+                size: start.size,
+            });
+        };
+        let memory = Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner));
+        let at = find_areas(index, start.size, start.addresses, &memory)?;
+        if let Some(call) = &start.call {
+            prepare_call(index, call)?;
+        }
+        let (is_transmit, features) = (index % 2 == 1, start.features);
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "split rings use the low half"
+        )]
+        let next_avail = start.base as u16;
+        // SAFETY: `find_areas` checked the areas of a ring of this size in this memory.
+        let mut ring = unsafe { SplitRing::new(start.size, at, next_avail, features, memory) };
+        ring.disarm();
+        let offloads = if is_transmit {
+            Offloads::from_guest
+        } else {
+            Offloads::to_guest
+        };
+        let started = StartedRing {
+            ring,
+            enabled: start.enabled,
+            offloads: offloads(features),
+            addresses: start.addresses,
+            kick: start.kick,
+            call: start.call,
+        };
+        let binding = self.transmit_binding(index);
+        let mut state = queue.lock();
+        self.take_started(queue, index, &mut state);
+        state.stopped_at = None;
+        if let (Some(kick), Some(binding)) = (&started.kick, binding) {
+            let watched = binding.worker.watch(kick.as_fd(), binding.token);
+            watched.map_err(|source| RingError::Fd {
+                index,
+                which: "kick",
+                source,
+            })?;
+        }
+        queue.size.store(start.size, Ordering::Relaxed);
+        queue.is_enabled.store(started.enabled, Ordering::Relaxed);
+        queue.is_started.store(true, Ordering::Relaxed);
+        let enabled = started.enabled;
+        state.started = Some(started);
+        self.show_receiver(index, enabled);
+        drop(state);
+        info!(port = %self.base.name, ring = index, size = start.size, next_avail, enabled, "ring started");
+        // Look at the ring once without waiting for a kick: frames may be there already.
+        if let Some(binding) = binding {
+            binding.worker.activate(binding.token);
+        }
+        Ok(())
+    }
+
+    fn stop_ring(&self, index: u16) -> Option<u32> {
+        let queue = self.queue(index)?;
+        let mut state = queue.lock();
+        let stopped_at = state.stopped_at.take();
+        let base = self.take_started(queue, index, &mut state).or(stopped_at)?;
+        info!(port = %self.base.name, ring = index, next_avail = base, "ring stopped");
+        Some(u32::from(base))
+    }
+
+    fn set_ring_enabled(&self, index: u16, enabled: bool) {
+        let Some(queue) = self.queue(index) else {
+            return;
+        };
+        let mut state = queue.lock();
+        if let Some(started) = &mut state.started {
+            started.enabled = enabled;
+            queue.is_enabled.store(enabled, Ordering::Relaxed);
+            self.show_receiver(index, enabled);
+        }
+        drop(state);
+        if let Some(binding) = self.transmit_binding(index) {
+            binding.worker.activate(binding.token);
+        }
+    }
+
+    fn set_ring_call(&self, index: u16, call: Option<OwnedFd>) -> Result<(), RingError> {
+        if let Some(call) = &call {
+            prepare_call(index, call)?;
+        }
+        if let Some(queue) = self.queue(index)
+            && let Some(started) = &mut queue.lock().started
+        {
+            started.call = call;
+            // The old fd may have missed a call: one too many is harmless.
+            started.call();
+        }
+        Ok(())
+    }
+
+    fn set_mtu(&self, mtu: u16) {
+        self.frontend_mtu.store(mtu, Ordering::Relaxed);
+    }
+
+    fn announce(&self, mac: MacAddr) {
+        if let Some(binding) = self.bindings.get().and_then(|all| all.first()) {
+            binding.worker.inject(self.base.id, rarp(mac));
+        }
+    }
+}
+
+/// Host addresses of a ring's areas, if each lies in one region and is aligned (virtio 1.3, 2.7).
+fn find_areas(
+    index: u16,
+    size: u16,
+    addresses: RingAddresses,
+    memory: &GuestMemory,
+) -> Result<Areas, RingError> {
+    if !size.is_power_of_two() || size > 32_768 {
+        return Err(RingError::Size { index, size });
+    }
+    let find = |area, address: u64, (bytes, align): (u64, u64)| {
+        let error = |rule| RingError::Address {
+            index,
+            area,
+            address,
+            rule,
+        };
+        let host = memory.translate_user(address, bytes);
+        let host = host.ok_or_else(|| error("inside one region of guest memory"))?;
+        let aligned = u64::try_from(host.addr()).is_ok_and(|host| host.is_multiple_of(align));
+        if aligned {
+            Ok(host)
+        } else {
+            Err(error("aligned as virtio 1.3, 2.7 demands"))
+        }
+    };
+    let [desc, avail, used] = areas(size);
+    Ok(Areas {
+        desc: find("descriptor table", addresses.desc, desc)?,
+        avail: find("avail ring", addresses.avail, avail)?,
+        used: find("used ring", addresses.used, used)?,
+    })
+}
+
+/// Makes sure that writing to a call fd never blocks a worker: an eventfd, not blocking.
+fn prepare_call(index: u16, call: &OwnedFd) -> Result<(), RingError> {
+    let error = |source| RingError::Fd {
+        index,
+        which: "call",
+        source,
+    };
+    let link = format!("/proc/self/fd/{}", call.as_raw_fd());
+    let target = rustix::fs::readlink(link.as_str(), Vec::new()).map_err(|e| error(e.into()))?;
+    if !target.as_bytes().starts_with(b"anon_inode:[eventfd]") {
+        return Err(error(std::io::Error::other("it is no eventfd")));
+    }
+    let flags = rustix::fs::fcntl_getfl(call).map_err(|e| error(e.into()))?;
+    let flags = flags | rustix::fs::OFlags::NONBLOCK;
+    rustix::fs::fcntl_setfl(call, flags).map_err(|e| error(e.into()))
+}
+
+/// The broadcast that tells switches where a guest is now: a reverse ARP request (RFC 903) for
+/// `mac`, padded to the least length of an Ethernet frame without FCS.
+fn rarp(mac: MacAddr) -> Box<[u8]> {
+    const ETHERTYPE_RARP: [u8; 2] = [0x80, 0x35];
+    const REQUEST_REVERSE: u8 = 3;
+    let mut frame = Vec::with_capacity(60);
+    frame.extend_from_slice(&MacAddr::BROADCAST.0);
+    frame.extend_from_slice(&mac.0);
+    frame.extend_from_slice(&ETHERTYPE_RARP);
+    // Hardware type Ethernet, protocol IPv4, address lengths 6 and 4.
+    frame.extend_from_slice(&[0, 1, 8, 0, 6, 4, 0, REQUEST_REVERSE]);
+    for _ in ["sender", "target"] {
+        frame.extend_from_slice(&mac.0);
+        frame.extend_from_slice(&[0; 4]);
+    }
+    frame.resize(60, 0);
+    frame.into()
+}

@@ -1,0 +1,516 @@
+//! The event loop of the session thread.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, TryRecvError};
+use ringway_bridge::PortId;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use tracing::Span;
+
+use super::device::Device;
+use super::endpoint::Endpoint;
+use super::log_limit::LogLimit;
+use super::server::Command;
+use super::session::{OFFERED_FEATURES, Session};
+use super::socket::{Connection, Message, Received};
+
+/// The eventfd's token in the epoll instance.
+pub(super) const WAKE: u64 = u64::MAX;
+
+/// Events taken from the kernel at once.
+const MAX_EVENTS: usize = 64;
+
+/// Messages of one session that are handled before the others have their turn; the start of a
+/// guest with one queue pair takes about as many.
+const MAX_MESSAGES_PER_TURN: usize = 32;
+
+/// Connections that one listener accepts before the others have their turn.
+const MAX_ACCEPTS_PER_TURN: usize = 8;
+
+/// First delay before another try to connect, and the delay after a session that was in use.
+const RECONNECT_MIN: Duration = Duration::from_millis(20);
+
+/// Longest delay between two tries to connect: a front-end that is back is found within it.
+const RECONNECT_MAX: Duration = Duration::from_secs(1);
+
+/// How long a listener rests when this process has no fds or memory for another connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// All that the session thread owns.
+pub(super) struct Reactor<D: Device> {
+    epoll: OwnedFd,
+    wake: Arc<OwnedFd>,
+    inbox: Receiver<Command<D>>,
+    ports: HashMap<PortId, Port<D>>,
+    /// When ports want to be looked at. An entry counts only if the port's `timer` says the same.
+    timers: BTreeSet<(Instant, PortId)>,
+    /// Makes tokens differ, so that an event of an fd that is gone is recognised.
+    generation: u64,
+}
+
+struct Port<D: Device> {
+    endpoint: Endpoint,
+    device: Arc<D>,
+    span: Span,
+    /// Of the listener, if there is one.
+    token: u64,
+    link: Option<Link<D>>,
+    timer: Option<Instant>,
+    delay: Duration,
+    /// Connections so far.
+    connections: u64,
+    /// The last reason why no connection came about; told only when it changes.
+    connect_error: Option<Errno>,
+    /// Shared with the sessions.
+    log: LogLimit,
+}
+
+/// A connected front-end.
+struct Link<D: Device> {
+    // Dropped in this order: rings and memory go before the socket closes.
+    session: Session<D>,
+    connection: Connection,
+    token: u64,
+    span: Span,
+    /// Epoll watches for room to write, too.
+    watches_write: bool,
+}
+
+/// Whether a session goes on.
+enum Turn {
+    Goes,
+    /// It ended, with a reason if that was an error.
+    Ended(Option<String>),
+}
+
+impl<D: Device> Reactor<D> {
+    pub(super) fn new(epoll: OwnedFd, wake: Arc<OwnedFd>, inbox: Receiver<Command<D>>) -> Self {
+        Self {
+            epoll,
+            wake,
+            inbox,
+            ports: HashMap::new(),
+            timers: BTreeSet::new(),
+            generation: 0,
+        }
+    }
+
+    /// Serves until [`Command::Stop`].
+    pub(super) fn run(mut self) {
+        let mut events = Vec::with_capacity(MAX_EVENTS);
+        loop {
+            let timeout = self.next_timeout();
+            events.clear();
+            let spare = rustix::buffer::spare_capacity(&mut events);
+            match epoll::wait(&self.epoll, spare, timeout.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "epoll failed; all vhost-user sessions end");
+                    return;
+                }
+            }
+            // Sessions before listeners: a front-end that reconnects closes its old socket first.
+            let mut woken = false;
+            for event in &events {
+                match event.data.u64() {
+                    WAKE => woken = true,
+                    token => self.serve_link(token, event.flags),
+                }
+            }
+            for event in &events {
+                self.serve_listener(event.data.u64());
+            }
+            self.run_timers();
+            if woken && !self.run_commands() {
+                return;
+            }
+        }
+    }
+
+    /// Returns false when the thread is to end.
+    fn run_commands(&mut self) -> bool {
+        // Emptied before the inbox, so that a command after this wakes the thread again.
+        let _ = rustix::io::read(&*self.wake, &mut [0; 8]);
+        loop {
+            match self.inbox.try_recv() {
+                Ok(Command::Add {
+                    id,
+                    endpoint,
+                    device,
+                    done,
+                }) => drop(done.send(self.add(id, endpoint, device))),
+                Ok(Command::Remove { id, done }) => {
+                    self.remove(id);
+                    let _ = done.send(());
+                }
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Empty) => return true,
+            }
+        }
+    }
+
+    fn add(&mut self, id: PortId, endpoint: Endpoint, device: Arc<D>) -> io::Result<()> {
+        if self.ports.contains_key(&id) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let span = tracing::info_span!("port", id = id.get(), path = %endpoint.path().display());
+        let token = self.token(id);
+        let connects = match &endpoint {
+            Endpoint::Listen(listener) => {
+                let data = EventData::new_u64(token);
+                epoll::add(&self.epoll, listener, data, EventFlags::IN)?;
+                false
+            }
+            Endpoint::Connect(_) => true,
+        };
+        let port = Port {
+            endpoint,
+            device,
+            span,
+            token,
+            link: None,
+            timer: None,
+            delay: RECONNECT_MIN,
+            connections: 0,
+            connect_error: None,
+            log: LogLimit::default(),
+        };
+        self.ports.insert(id, port);
+        if connects {
+            self.connect(id);
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, id: PortId) {
+        let Some(mut port) = self.ports.remove(&id) else {
+            return;
+        };
+        if let Some(timer) = port.timer.take() {
+            self.timers.remove(&(timer, id));
+        }
+        // Closing its fds takes them out of the epoll instance: nothing else holds them.
+        if let Some(mut link) = port.link.take() {
+            link.session.close(None);
+        }
+    }
+
+    fn token(&mut self, id: PortId) -> u64 {
+        // 2^48 registrations do not come about, so no token equals WAKE.
+        self.generation += 1;
+        self.generation << 16 | u64::from(id.get())
+    }
+
+    fn serve_link(&mut self, token: u64, flags: EventFlags) {
+        let Some(id) = port_of(token) else {
+            return;
+        };
+        let link = self.ports.get_mut(&id).and_then(|port| port.link.as_mut());
+        let Some(link) = link.filter(|link| link.token == token) else {
+            return;
+        };
+        let span = link.span.clone();
+        let _entered = span.enter();
+        let turn = link.serve(flags);
+        match turn {
+            Turn::Goes => {
+                if let Err(error) = link.watch(&self.epoll) {
+                    self.end_link(id, Some(format!("can't watch the socket: {error}")));
+                }
+            }
+            Turn::Ended(reason) => self.end_link(id, reason),
+        }
+    }
+
+    fn end_link(&mut self, id: PortId, reason: Option<String>) {
+        let Some(port) = self.ports.get_mut(&id) else {
+            return;
+        };
+        let Some(mut link) = port.link.take() else {
+            return;
+        };
+        if let Some(suppressed) = port.log.pass(Instant::now()) {
+            match &reason {
+                Some(reason) => tracing::warn!(reason, suppressed, "session ended"),
+                None => tracing::info!(suppressed, "front-end disconnected"),
+            }
+        }
+        if link.session.negotiated() {
+            port.delay = RECONNECT_MIN;
+        }
+        link.session.close(reason);
+        drop(link);
+        if let Endpoint::Connect(_) = port.endpoint {
+            self.retry_later(id);
+        }
+    }
+
+    fn serve_listener(&mut self, token: u64) {
+        let Some(id) = port_of(token) else {
+            return;
+        };
+        let Some(port) = self.ports.get(&id).filter(|port| port.token == token) else {
+            return;
+        };
+        let span = port.span.clone();
+        let _entered = span.enter();
+        for _ in 0..MAX_ACCEPTS_PER_TURN {
+            let Some(port) = self.ports.get_mut(&id) else {
+                return;
+            };
+            let Endpoint::Listen(listener) = &port.endpoint else {
+                return;
+            };
+            match listener.accept() {
+                Ok(socket) => self.accepted(id, socket),
+                Err(Errno::AGAIN) => return,
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(error) => {
+                    // EMFILE and the like: the listener stays readable, so look away for a while.
+                    if let Some(suppressed) = port.log.pass(Instant::now()) {
+                        tracing::error!(%error, suppressed, "can't accept a front-end");
+                    }
+                    let data = EventData::new_u64(token);
+                    if let Err(error) =
+                        epoll::modify(&self.epoll, listener, data, EventFlags::empty())
+                    {
+                        tracing::error!(%error, "can't pause the listener");
+                    }
+                    self.set_timer(id, ACCEPT_PAUSE);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// One front-end at a time, unless the one before has hung up already.
+    fn accepted(&mut self, id: PortId, socket: OwnedFd) {
+        let Some(port) = self.ports.get_mut(&id) else {
+            return;
+        };
+        if let Some(link) = &port.link {
+            if !link.has_hung_up() {
+                if let Some(suppressed) = port.log.pass(Instant::now()) {
+                    tracing::warn!(suppressed, "second front-end turned away");
+                }
+                return;
+            }
+            self.end_link(id, None);
+        }
+        self.open_link(id, socket);
+    }
+
+    fn open_link(&mut self, id: PortId, socket: OwnedFd) {
+        let token = self.token(id);
+        let Some(port) = self.ports.get_mut(&id) else {
+            return;
+        };
+        if let Err(error) = epoll::add(
+            &self.epoll,
+            &socket,
+            EventData::new_u64(token),
+            EventFlags::IN,
+        ) {
+            if let Some(suppressed) = port.log.pass(Instant::now()) {
+                tracing::error!(%error, suppressed, "can't watch a front-end's socket");
+            }
+            drop(socket);
+            if let Endpoint::Connect(_) = port.endpoint {
+                self.retry_later(id);
+            }
+            return;
+        }
+        port.connections += 1;
+        let number = port.connections;
+        let span = tracing::info_span!(parent: &port.span, "connection", number);
+        if let Some(suppressed) = port.log.pass(Instant::now()) {
+            span.in_scope(|| tracing::info!(suppressed, "front-end connected"));
+        }
+        let device = Arc::clone(&port.device);
+        port.link = Some(Link {
+            session: Session::new(device, OFFERED_FEATURES, port.log.clone()),
+            connection: Connection::new(socket),
+            token,
+            span,
+            watches_write: false,
+        });
+    }
+
+    fn connect(&mut self, id: PortId) {
+        let Some(port) = self.ports.get_mut(&id) else {
+            return;
+        };
+        let Endpoint::Connect(connector) = &port.endpoint else {
+            return;
+        };
+        match connector.connect() {
+            Ok(socket) => {
+                port.connect_error = None;
+                self.open_link(id, socket);
+            }
+            Err(error) => {
+                if port.connect_error.replace(error) != Some(error) {
+                    let reason = io::Error::from(error);
+                    port.span
+                        .in_scope(|| tracing::info!(%reason, "no front-end yet, will try again"));
+                }
+                self.retry_later(id);
+            }
+        }
+    }
+
+    fn retry_later(&mut self, id: PortId) {
+        if let Some(port) = self.ports.get_mut(&id) {
+            let delay = port.delay;
+            port.delay = next_delay(delay);
+            self.set_timer(id, delay);
+        }
+    }
+
+    fn set_timer(&mut self, id: PortId, delay: Duration) {
+        let Some(port) = self.ports.get_mut(&id) else {
+            return;
+        };
+        let at = Instant::now() + delay;
+        if let Some(before) = port.timer.replace(at) {
+            self.timers.remove(&(before, id));
+        }
+        self.timers.insert((at, id));
+    }
+
+    fn run_timers(&mut self) {
+        let now = Instant::now();
+        while let Some((at, id)) = self.timers.first().copied() {
+            if at > now {
+                return;
+            }
+            self.timers.pop_first();
+            let Some(port) = self.ports.get_mut(&id) else {
+                continue;
+            };
+            port.timer = None;
+            match &port.endpoint {
+                Endpoint::Connect(_) => self.connect(id),
+                Endpoint::Listen(listener) => {
+                    let data = EventData::new_u64(port.token);
+                    if let Err(error) = epoll::modify(&self.epoll, listener, data, EventFlags::IN) {
+                        tracing::error!(%error, "can't resume the listener");
+                    }
+                }
+            }
+        }
+    }
+
+    fn next_timeout(&self) -> Option<Timespec> {
+        let (at, _) = self.timers.first()?;
+        let wait = at.saturating_duration_since(Instant::now());
+        // A second at most is ever asked for, so this can't fail.
+        Timespec::try_from(wait).ok()
+    }
+}
+
+/// The delay after `delay`, when another try to connect has failed.
+fn next_delay(delay: Duration) -> Duration {
+    (delay * 2).min(RECONNECT_MAX)
+}
+
+/// The port that a token belongs to.
+fn port_of(token: u64) -> Option<PortId> {
+    u16::try_from(token & 0xffff).ok().and_then(PortId::new)
+}
+
+impl<D: Device> Link<D> {
+    /// Sends what waits and handles a bounded number of messages. Epoll is level-triggered: what
+    /// is left brings the next turn.
+    fn serve(&mut self, flags: EventFlags) -> Turn {
+        if flags.contains(EventFlags::OUT)
+            && let Err(error) = self.connection.flush()
+        {
+            return Turn::Ended(Some(error.to_string()));
+        }
+        for _ in 0..MAX_MESSAGES_PER_TURN {
+            match self.connection.receive() {
+                Ok(Received::Message(message)) => {
+                    if let Err(reason) = self.handle(message) {
+                        return Turn::Ended(Some(reason));
+                    }
+                }
+                Ok(Received::Pending) => break,
+                Ok(Received::Closed) => return Turn::Ended(None),
+                Err(error) => return Turn::Ended(Some(error.to_string())),
+            }
+        }
+        Turn::Goes
+    }
+
+    fn handle(&mut self, message: Message) -> Result<(), String> {
+        let Message {
+            id,
+            need_reply,
+            request,
+        } = message;
+        let result = request
+            .map_err(|error| error.to_string())
+            .and_then(|request| {
+                self.session
+                    .handle(request, need_reply)
+                    .map_err(|error| error.to_string())
+            });
+        match result {
+            Ok(Some(reply)) => self.connection.send(&reply).map_err(|e| e.to_string()),
+            Ok(None) => Ok(()),
+            Err(reason) => {
+                if let Some(reply) = self.session.failure(id, need_reply) {
+                    // The session ends anyway.
+                    let _ = self.connection.send(&reply);
+                }
+                Err(reason)
+            }
+        }
+    }
+
+    /// Watches for room to write while replies wait.
+    fn watch(&mut self, epoll: &OwnedFd) -> Result<(), Errno> {
+        let wants_write = self.connection.wants_write();
+        if wants_write != self.watches_write {
+            let mut flags = EventFlags::IN;
+            flags.set(EventFlags::OUT, wants_write);
+            let data = EventData::new_u64(self.token);
+            epoll::modify(epoll, &self.connection, data, flags)?;
+            self.watches_write = wants_write;
+        }
+        Ok(())
+    }
+
+    fn has_hung_up(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(
+            self.connection.as_fd(),
+            PollFlags::RDHUP,
+        )];
+        let now = Timespec::default();
+        poll(&mut fds, Some(&now)).is_ok_and(|count| count > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reconnect_delays_grow_to_a_bound_below_two_seconds() {
+        let delays: Vec<_> =
+            std::iter::successors(Some(RECONNECT_MIN), |delay| Some(next_delay(*delay)))
+                .take(20)
+                .collect();
+        assert_eq!(delays[0], Duration::from_millis(20));
+        assert_eq!(delays[1], Duration::from_millis(40));
+        assert_eq!(delays[19], Duration::from_secs(1));
+        assert!(delays.is_sorted());
+    }
+}

@@ -1,0 +1,591 @@
+//! One front-end's session as a state machine without sockets: requests in, replies and calls of
+//! the [`Device`] out.
+//!
+//!     ring:  stopped --SET_VRING_KICK, size, addresses and memory known--> started
+//!            started --GET_VRING_BASE, reset, end of session--> stopped
+//!            started --its memory goes--> waiting --its memory is back--> started
+//!
+//! A ring's *enabled* flag is apart from that ("Ring states"): it may change in any state.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+
+use super::device::{Device, RingError};
+use super::log_limit::LogLimit;
+use super::message::{Reply, ReplyBody, Request, VringFd};
+use super::ring::Ring;
+use crate::memory::{GuestMemory, MemoryError, Region, RegionSpec};
+
+/// Virtio features that this back-end offers, and the only place that says so.
+///
+/// QEMU masks away from the guest whatever is in its list of features for vhost-user-net back-ends
+/// and not in ours; of that list we lack what the data path can't do (UFO, USO, RSS, packed rings,
+/// an IOMMU, and NOTIFY_ON_EMPTY and GSO of drivers older than virtio 1.0). STATUS, CTRL_VQ and
+/// the CTRL_* that the front-end serves by itself are outside of the list of QEMU 10, but in that
+/// of older versions, which would mask them too.
+pub(crate) const OFFERED_FEATURES: u64 = feature_bits(&[
+    0,  // VIRTIO_NET_F_CSUM
+    1,  // VIRTIO_NET_F_GUEST_CSUM
+    3,  // VIRTIO_NET_F_MTU
+    7,  // VIRTIO_NET_F_GUEST_TSO4
+    8,  // VIRTIO_NET_F_GUEST_TSO6
+    9,  // VIRTIO_NET_F_GUEST_ECN
+    11, // VIRTIO_NET_F_HOST_TSO4
+    12, // VIRTIO_NET_F_HOST_TSO6
+    13, // VIRTIO_NET_F_HOST_ECN
+    15, // VIRTIO_NET_F_MRG_RXBUF
+    16, // VIRTIO_NET_F_STATUS
+    17, // VIRTIO_NET_F_CTRL_VQ
+    18, // VIRTIO_NET_F_CTRL_RX
+    19, // VIRTIO_NET_F_CTRL_VLAN
+    20, // VIRTIO_NET_F_CTRL_RX_EXTRA
+    21, // VIRTIO_NET_F_GUEST_ANNOUNCE
+    22, // VIRTIO_NET_F_MQ
+    23, // VIRTIO_NET_F_CTRL_MAC_ADDR
+    27, // VIRTIO_F_ANY_LAYOUT
+    28, // VIRTIO_F_RING_INDIRECT_DESC
+    29, // VIRTIO_F_RING_EVENT_IDX
+    30, // VHOST_USER_F_PROTOCOL_FEATURES
+    32, // VIRTIO_F_VERSION_1
+    35, // VIRTIO_F_IN_ORDER
+]);
+
+/// Protocol features that this back-end offers.
+pub(crate) const OFFERED_PROTOCOL_FEATURES: u64 = VhostUserProtocolFeatures::MQ.bits()
+    | VhostUserProtocolFeatures::RARP.bits()
+    | VhostUserProtocolFeatures::REPLY_ACK.bits()
+    | VhostUserProtocolFeatures::MTU.bits()
+    | VhostUserProtocolFeatures::RESET_DEVICE.bits()
+    | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS.bits()
+    | VhostUserProtocolFeatures::STATUS.bits();
+
+/// Most memory regions: what the kernel's vhost and other back-ends have, and QEMU's DIMM slots
+/// (256) with room to spare.
+pub(crate) const MAX_MEM_SLOTS: usize = 509;
+
+/// Least MTU that NET_SET_MTU may tell (virtio 1.3, 5.1.4.1).
+const MIN_MTU: u16 = 68;
+
+/// Replies of REPLY_ACK.
+const ACK: u64 = 0;
+const NACK: u64 = 1;
+
+const fn feature_bits(bits: &[u32]) -> u64 {
+    let mut set = 0;
+    let mut at = 0;
+    while at < bits.len() {
+        set |= 1 << bits[at];
+        at += 1;
+    }
+    set
+}
+
+/// Why a session can't go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum SessionError {
+    /// SET_FEATURES or SET_PROTOCOL_FEATURES with bits that were not offered.
+    #[error("the front-end took {kind} {bits:#x} that were not offered")]
+    FeaturesNotOffered { kind: &'static str, bits: u64 },
+    /// A ring that the device does not have.
+    #[error("there is no ring {index}, only {count}")]
+    NoSuchRing { index: u32, count: usize },
+    /// SET_VRING_NUM with a size that no split ring can have (virtio 1.3, 2.7.1).
+    #[error("ring {index} can't have {size} entries: not a power of two from 1 to 32768")]
+    RingSize { index: u32, size: u32 },
+    /// A request whose reply we can't give.
+    #[error("request {request} needs a reply, but {rule}")]
+    NoReply { request: u32, rule: &'static str },
+    /// A request without the protocol feature that it belongs to.
+    #[error("request {request} came without its protocol feature")]
+    NotNegotiated { request: u32 },
+    /// More regions than slots.
+    #[error("the front-end has more than {MAX_MEM_SLOTS} memory regions")]
+    TooManyRegions,
+    /// REM_MEM_REG of a region that was never added.
+    #[error("there is no memory region {spec:x?} to remove")]
+    NoSuchRegion { spec: RegionSpec },
+    /// Memory that can't be mapped, or regions that overlap.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A kick or call fd can't be duplicated.
+    #[error("can't duplicate the fds of ring {index}: {source}")]
+    Duplicate { index: u16, source: std::io::Error },
+}
+
+/// How a request ended that does not end the session.
+enum Answer {
+    Done,
+    /// Not done; the front-end learns it if it asks (REPLY_ACK).
+    Refused,
+    Reply(ReplyBody),
+}
+
+/// A front-end's session. Dropping it is [`Session::close`].
+pub(crate) struct Session<D: Device> {
+    device: Arc<D>,
+    offered: u64,
+    features: u64,
+    protocol_features: u64,
+    /// The front-end has begun to negotiate.
+    negotiated: bool,
+    status: u8,
+    regions: Vec<Arc<Region>>,
+    rings: Vec<Ring>,
+    open: bool,
+    log: LogLimit,
+}
+
+impl<D: Device> Session<D> {
+    /// A session of a front-end that has just connected; `offered` are the virtio features that it
+    /// may choose from, as a rule [`OFFERED_FEATURES`]; `log` bounds what it can have logged.
+    pub(crate) fn new(device: Arc<D>, offered: u64, log: LogLimit) -> Self {
+        let rings = usize::from(device.queue_pairs()) * 2;
+        device.connected();
+        Self {
+            device,
+            offered,
+            features: 0,
+            protocol_features: 0,
+            negotiated: false,
+            status: 0,
+            regions: Vec::new(),
+            rings: (0..rings).map(|_| Ring::default()).collect(),
+            open: true,
+            log,
+        }
+    }
+
+    /// Whether the front-end has done more than to connect.
+    pub(crate) fn negotiated(&self) -> bool {
+        self.negotiated
+    }
+
+    /// Carries out a request; `need_reply` is the header's flag. Returns what to send back, if
+    /// anything.
+    ///
+    /// # Errors
+    /// The request breaks the protocol: send [`Session::failure`], then end the session.
+    pub(crate) fn handle(
+        &mut self,
+        request: Request,
+        need_reply: bool,
+    ) -> Result<Option<Reply>, SessionError> {
+        let id = request.id();
+        if let Request::Unknown(_) = request
+            && !self.wants_ack(need_reply)
+            && Request::unknown_expects_reply(id)
+        {
+            let rule = "it is not supported here";
+            return Err(SessionError::NoReply { request: id, rule });
+        }
+        let body = match self.apply(request)? {
+            Answer::Reply(body) => body,
+            // Asked only now: SET_PROTOCOL_FEATURES itself may have negotiated REPLY_ACK.
+            Answer::Done if self.wants_ack(need_reply) => ReplyBody::U64(ACK),
+            Answer::Refused if self.wants_ack(need_reply) => ReplyBody::U64(NACK),
+            Answer::Done | Answer::Refused => return Ok(None),
+        };
+        Ok(Some(Reply { request: id, body }))
+    }
+
+    /// The reply to a request that ended the session, if the front-end waits for one.
+    pub(crate) fn failure(&self, request: u32, need_reply: bool) -> Option<Reply> {
+        let own_reply = matches!(
+            FrontendReq::try_from(request),
+            Ok(FrontendReq::GET_FEATURES
+                | FrontendReq::GET_PROTOCOL_FEATURES
+                | FrontendReq::GET_QUEUE_NUM
+                | FrontendReq::GET_VRING_BASE
+                | FrontendReq::GET_MAX_MEM_SLOTS
+                | FrontendReq::GET_STATUS)
+        );
+        (self.wants_ack(need_reply) && !own_reply).then_some(Reply {
+            request,
+            body: ReplyBody::U64(NACK),
+        })
+    }
+
+    /// Ends the session, with a reason if it was an error: stops all rings, empties the memory and
+    /// closes all fds. Only the first call does anything.
+    pub(crate) fn close(&mut self, reason: Option<String>) {
+        if !std::mem::take(&mut self.open) {
+            return;
+        }
+        self.stop_all();
+        self.rings.clear();
+        self.regions.clear();
+        // No ring is started, so none can fail in the empty memory.
+        let _ = self.device.set_memory(Arc::new(GuestMemory::default()));
+        self.device.disconnected(reason);
+    }
+
+    fn apply(&mut self, request: Request) -> Result<Answer, SessionError> {
+        match request {
+            Request::GetFeatures => return Ok(Answer::Reply(ReplyBody::U64(self.offered))),
+            Request::SetFeatures(features) => self.set_features(features)?,
+            Request::SetOwner => self.negotiated = true,
+            // Deprecated: "either ignore this message, or use it to disable all rings".
+            Request::ResetOwner => {}
+            Request::SetMemTable(table) => self.set_mem_table(table)?,
+            Request::SetLogBase => return Ok(self.refuse("a dirty log was not offered")),
+            // Optional even for those who log: an eventfd to tell that the log has changed.
+            Request::SetLogFd => {}
+            Request::SetVringNum { index, num } => return self.set_vring_num(index, num),
+            Request::SetVringAddr { index, addresses } => {
+                let index = self.ring_index(index)?;
+                let ring = &mut self.rings[usize::from(index)];
+                if ring.addresses != Some(addresses) {
+                    ring.addresses = Some(addresses);
+                    return self.restart(index);
+                }
+            }
+            Request::SetVringBase { index, base } => return self.set_vring_base(index, base),
+            Request::GetVringBase { index } => return self.get_vring_base(index),
+            Request::SetVringKick(kick) => return self.set_vring_kick(kick),
+            Request::SetVringCall(call) => return self.set_vring_call(call),
+            Request::SetVringErr(VringFd { index, fd }) => {
+                let index = self.ring_index(index)?;
+                self.rings[usize::from(index)].err = fd;
+            }
+            Request::GetProtocolFeatures => {
+                return Ok(Answer::Reply(ReplyBody::U64(OFFERED_PROTOCOL_FEATURES)));
+            }
+            Request::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
+            // In pairs, as all front-ends of network devices read it.
+            Request::GetQueueNum => {
+                let pairs = self.device.queue_pairs().into();
+                return Ok(Answer::Reply(ReplyBody::U64(pairs)));
+            }
+            Request::SetVringEnable { index, enable } => self.set_vring_enable(index, enable)?,
+            Request::SendRarp(mac) => self.device.announce(mac),
+            Request::NetSetMtu(mtu) => match u16::try_from(mtu) {
+                Ok(mtu) if mtu >= MIN_MTU => self.device.set_mtu(mtu),
+                _ => return Ok(self.refuse("the MTU is not one of 68 to 65535")),
+            },
+            Request::ResetDevice => self.reset_device(),
+            Request::GetMaxMemSlots => {
+                self.require(
+                    VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+                    FrontendReq::GET_MAX_MEM_SLOTS,
+                )?;
+                return Ok(Answer::Reply(ReplyBody::U64(MAX_MEM_SLOTS as u64)));
+            }
+            Request::AddMemReg(spec, file) => self.add_mem_reg(spec, file)?,
+            Request::RemMemReg(spec) => self.rem_mem_reg(spec)?,
+            Request::SetStatus(status) => {
+                self.require(VhostUserProtocolFeatures::STATUS, FrontendReq::SET_STATUS)?;
+                self.status = status;
+                if status == 0 {
+                    self.stop_all();
+                }
+            }
+            Request::GetStatus => {
+                self.require(VhostUserProtocolFeatures::STATUS, FrontendReq::GET_STATUS)?;
+                return Ok(Answer::Reply(ReplyBody::U64(self.status.into())));
+            }
+            Request::Unknown(id) => {
+                if let Some(suppressed) = self.log.pass(Instant::now()) {
+                    tracing::warn!(request = id, suppressed, "unknown request ignored");
+                }
+                return Ok(Answer::Refused);
+            }
+        }
+        Ok(Answer::Done)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<(), SessionError> {
+        let bits = features & !self.offered;
+        if bits != 0 {
+            let kind = "features";
+            return Err(SessionError::FeaturesNotOffered { kind, bits });
+        }
+        self.negotiated = true;
+        self.features = features;
+        self.device.set_features(features, self.protocol_features);
+        Ok(())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<(), SessionError> {
+        let bits = features & !OFFERED_PROTOCOL_FEATURES;
+        if bits != 0 {
+            let kind = "protocol features";
+            return Err(SessionError::FeaturesNotOffered { kind, bits });
+        }
+        self.negotiated = true;
+        self.protocol_features = features;
+        self.device.set_features(self.features, features);
+        Ok(())
+    }
+
+    fn set_vring_num(&mut self, index: u32, size: u32) -> Result<Answer, SessionError> {
+        /// Most entries of a virtqueue (virtio 1.3, 2.6).
+        const MAX_SIZE: u16 = 32768;
+        let valid = u16::try_from(size)
+            .ok()
+            .filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
+        let ring_index = self.ring_index(index)?;
+        let size = valid.ok_or(SessionError::RingSize { index, size })?;
+        let ring = &mut self.rings[usize::from(ring_index)];
+        if ring.started && ring.size != Some(size) {
+            return Ok(self.refuse("the size of a started ring can't change"));
+        }
+        ring.size = Some(size);
+        self.start_if_ready(ring_index)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<Answer, SessionError> {
+        let index = self.ring_index(index)?;
+        let ring = &mut self.rings[usize::from(index)];
+        if ring.started {
+            return Ok(self.refuse("the base of a started ring can't change"));
+        }
+        ring.base = base;
+        Ok(Answer::Done)
+    }
+
+    /// Stops the ring; it starts again with the next SET_VRING_KICK only.
+    fn get_vring_base(&mut self, index: u32) -> Result<Answer, SessionError> {
+        let ring_index = self.ring_index(index)?;
+        self.stop(ring_index);
+        let ring = &mut self.rings[usize::from(ring_index)];
+        ring.disarm();
+        let num = ring.base;
+        Ok(Answer::Reply(ReplyBody::VringState { index, num }))
+    }
+
+    fn set_vring_kick(&mut self, kick: VringFd) -> Result<Answer, SessionError> {
+        let index = self.ring_index(kick.index)?;
+        self.rings[usize::from(index)].arm(kick.fd);
+        self.restart(index)
+    }
+
+    fn set_vring_call(&mut self, call: VringFd) -> Result<Answer, SessionError> {
+        let index = self.ring_index(call.index)?;
+        let ring = &mut self.rings[usize::from(index)];
+        ring.call = call.fd;
+        if !ring.started {
+            return Ok(Answer::Done);
+        }
+        let call = ring
+            .call
+            .as_ref()
+            .map(OwnedFd::try_clone)
+            .transpose()
+            .map_err(|source| SessionError::Duplicate { index, source })?;
+        match self.device.set_ring_call(index, call) {
+            Ok(()) => Ok(Answer::Done),
+            Err(error) => Ok(self.ring_failed(&error)),
+        }
+    }
+
+    /// QEMU sends this before SET_FEATURES, so it can't wait for the negotiation.
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<(), SessionError> {
+        let index = self.ring_index(index)?;
+        let enabled_anyway = self.rings_start_enabled();
+        let ring = &mut self.rings[usize::from(index)];
+        ring.enabled = enable;
+        if ring.started {
+            let enabled = enable || enabled_anyway;
+            self.device.set_ring_enabled(index, enabled);
+        }
+        Ok(())
+    }
+
+    /// "Disable all rings and reset all internal device state", while memory, protocol features
+    /// and the channels for calls and errors stay: the front-end does not send them again.
+    fn reset_device(&mut self) {
+        self.stop_all();
+        self.status = 0;
+        self.features &= VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        for ring in &mut self.rings {
+            ring.reset();
+        }
+        self.device
+            .set_features(self.features, self.protocol_features);
+    }
+
+    fn set_mem_table(&mut self, table: Vec<(RegionSpec, OwnedFd)>) -> Result<(), SessionError> {
+        let regions = table
+            .into_iter()
+            .map(|(spec, file)| Region::map(spec, file))
+            .collect::<Result<_, _>>()?;
+        self.change_memory(regions)
+    }
+
+    fn add_mem_reg(&mut self, spec: RegionSpec, file: OwnedFd) -> Result<(), SessionError> {
+        self.require(
+            VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            FrontendReq::ADD_MEM_REG,
+        )?;
+        if self.regions.len() >= MAX_MEM_SLOTS {
+            return Err(SessionError::TooManyRegions);
+        }
+        let mut regions = self.regions.clone();
+        regions.push(Region::map(spec, file)?);
+        self.change_memory(regions)
+    }
+
+    /// A region "is identified by its guest address, user address and size".
+    fn rem_mem_reg(&mut self, spec: RegionSpec) -> Result<(), SessionError> {
+        self.require(
+            VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            FrontendReq::REM_MEM_REG,
+        )?;
+        let identity = |spec: RegionSpec| (spec.guest_addr, spec.user_addr, spec.size);
+        let at = self
+            .regions
+            .iter()
+            .position(|region| identity(region.spec()) == identity(spec))
+            .ok_or(SessionError::NoSuchRegion { spec })?;
+        let mut regions = self.regions.clone();
+        regions.remove(at);
+        self.change_memory(regions)
+    }
+
+    /// Rings that do not lie in the new memory stop first and wait; rings that waited for it
+    /// start. QEMU removes and adds again a region that changes, so a ring may be without memory
+    /// in between.
+    fn change_memory(&mut self, regions: Vec<Arc<Region>>) -> Result<(), SessionError> {
+        let memory = Arc::new(GuestMemory::new(regions.clone())?);
+        self.regions = regions;
+        for index in 0..self.ring_count() {
+            let ring = &self.rings[usize::from(index)];
+            if ring.started && !ring.lies_in(&self.regions, self.features) {
+                self.stop(index);
+            }
+        }
+        if let Err(error) = self.device.set_memory(memory) {
+            self.stop(failed_ring(&error));
+            self.ring_failed(&error);
+        }
+        for index in 0..self.ring_count() {
+            self.start_if_ready(index)?;
+        }
+        Ok(())
+    }
+
+    /// Restarts a ring at its current index, or starts it if it is complete now.
+    fn restart(&mut self, index: u16) -> Result<Answer, SessionError> {
+        self.stop(index);
+        self.start_if_ready(index)
+    }
+
+    fn start_if_ready(&mut self, index: u16) -> Result<Answer, SessionError> {
+        let enabled_anyway = self.rings_start_enabled();
+        let ring = &mut self.rings[usize::from(index)];
+        if ring.started || !ring.lies_in(&self.regions, self.features) {
+            return Ok(Answer::Done);
+        }
+        let Some(start) = ring
+            .to_start(self.features, enabled_anyway)
+            .map_err(|source| SessionError::Duplicate { index, source })?
+        else {
+            return Ok(Answer::Done);
+        };
+        match self.device.start_ring(index, start) {
+            Ok(()) => {
+                ring.started = true;
+                Ok(Answer::Done)
+            }
+            Err(error) => Ok(self.ring_failed(&error)),
+        }
+    }
+
+    /// Stops a ring if it is started and keeps its index as the next base.
+    fn stop(&mut self, index: u16) {
+        let Some(ring) = self.rings.get_mut(usize::from(index)) else {
+            return;
+        };
+        if std::mem::take(&mut ring.started)
+            && let Some(base) = self.device.stop_ring(index)
+        {
+            ring.base = base;
+        }
+    }
+
+    /// Stops all rings until their next SET_VRING_KICK.
+    fn stop_all(&mut self) {
+        for index in 0..self.ring_count() {
+            self.stop(index);
+            self.rings[usize::from(index)].disarm();
+        }
+    }
+
+    /// Checks a ring's index in the width in which it came.
+    fn ring_index(&self, index: u32) -> Result<u16, SessionError> {
+        u16::try_from(index)
+            .ok()
+            .filter(|index| usize::from(*index) < self.rings.len())
+            .ok_or(SessionError::NoSuchRing {
+                index,
+                count: self.rings.len(),
+            })
+    }
+
+    fn ring_count(&self) -> u16 {
+        // There are twice as many as queue pairs, of which a port has at most 64.
+        u16::try_from(self.rings.len()).unwrap_or(u16::MAX)
+    }
+
+    /// "If VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly in
+    /// the enabled state."
+    fn rings_start_enabled(&self) -> bool {
+        self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0
+    }
+
+    fn wants_ack(&self, need_reply: bool) -> bool {
+        need_reply && self.has(VhostUserProtocolFeatures::REPLY_ACK)
+    }
+
+    fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol_features & feature.bits() == feature.bits()
+    }
+
+    fn require(
+        &self,
+        feature: VhostUserProtocolFeatures,
+        request: FrontendReq,
+    ) -> Result<(), SessionError> {
+        if self.has(feature) {
+            Ok(())
+        } else {
+            let request = request.into();
+            Err(SessionError::NotNegotiated { request })
+        }
+    }
+
+    fn refuse(&self, reason: &str) -> Answer {
+        if let Some(suppressed) = self.log.pass(Instant::now()) {
+            tracing::warn!(reason, suppressed, "request refused");
+        }
+        Answer::Refused
+    }
+
+    fn ring_failed(&self, error: &RingError) -> Answer {
+        if let Some(suppressed) = self.log.pass(Instant::now()) {
+            tracing::warn!(%error, suppressed, "ring stopped");
+        }
+        Answer::Refused
+    }
+}
+
+impl<D: Device> Drop for Session<D> {
+    fn drop(&mut self) {
+        self.close(None);
+    }
+}
+
+fn failed_ring(error: &RingError) -> u16 {
+    match error {
+        RingError::Address { index, .. }
+        | RingError::Size { index, .. }
+        | RingError::Fd { index, .. } => *index,
+    }
+}
+
+#[cfg(test)]
+mod tests;

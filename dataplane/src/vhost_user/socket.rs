@@ -1,0 +1,240 @@
+//! The socket of one front-end: bytes and fds in, whole messages out, and back. Never blocks.
+//!
+//! Reads end where a message ends. A stream socket's read may return bytes from before *and*
+//! after the point where fds are attached, so a longer read could not tell to which message they
+//! belong; a read that stays within one message can.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+};
+
+use super::message::{
+    CodecError, HEADER_LEN, Header, MAX_BODY, MAX_FDS, REPLY_LEN, Reply, Request,
+};
+
+/// Most replies that wait for a front-end to read: it asks and waits, so even a few are odd. The
+/// socket's own buffer comes on top.
+pub(crate) const MAX_WAITING_REPLIES: usize = 64;
+
+/// Why a connection can't go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum ConnectionError {
+    /// The peer closed within a message.
+    #[error("the connection ended within a message")]
+    Truncated,
+    /// More than [`MAX_FDS`] fds came with one message, or this process can't have more.
+    #[error("more fds came with a message than can be received")]
+    TooManyFds,
+    /// The peer does not read its replies.
+    #[error("the front-end does not read its replies")]
+    RepliesUnread,
+    /// The peer closed while a reply was to be sent.
+    #[error("the connection ended")]
+    Closed,
+    /// A message that can't be understood.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// A system call failed.
+    #[error("can't {what}: {source}")]
+    Io {
+        what: &'static str,
+        source: io::Error,
+    },
+}
+
+/// A request as it came.
+#[derive(Debug)]
+pub(crate) struct Message {
+    /// The request's number.
+    pub(crate) id: u32,
+    /// The header's NEED_REPLY.
+    pub(crate) need_reply: bool,
+    /// What it asks for, or why it can't be understood.
+    pub(crate) request: Result<Request, CodecError>,
+}
+
+/// What a look at the socket brought.
+#[derive(Debug)]
+pub(crate) enum Received {
+    /// A whole message.
+    Message(Message),
+    /// The rest is still to come.
+    Pending,
+    /// The peer closed, between two messages.
+    Closed,
+}
+
+/// A connected socket with the message that is being received and the replies that wait.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    socket: OwnedFd,
+    buffer: Box<[u8; HEADER_LEN + MAX_BODY]>,
+    filled: usize,
+    /// Known once the header is complete.
+    header: Option<Header>,
+    /// Fds of the message that is being received, at most [`MAX_FDS`].
+    fds: Vec<OwnedFd>,
+    /// Replies that the socket has not taken, at most [`MAX_WAITING_REPLIES`].
+    outgoing: Vec<u8>,
+}
+
+impl Connection {
+    /// A connection over `socket`, a stream socket.
+    pub(crate) fn new(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            buffer: Box::new([0; HEADER_LEN + MAX_BODY]),
+            filled: 0,
+            header: None,
+            fds: Vec::new(),
+            outgoing: Vec::new(),
+        }
+    }
+
+    /// Reads until a message is complete or the socket is empty.
+    ///
+    /// # Errors
+    /// Anything after which the stream can't be followed any longer.
+    pub(crate) fn receive(&mut self) -> Result<Received, ConnectionError> {
+        loop {
+            if let Some(message) = self.complete()? {
+                return Ok(Received::Message(message));
+            }
+            match self.read() {
+                Ok(0) if self.filled == 0 => return Ok(Received::Closed),
+                Ok(0) => return Err(ConnectionError::Truncated),
+                Ok(count) => self.filled += count,
+                Err(ReadError::Empty) => return Ok(Received::Pending),
+                Err(ReadError::Reset) => return Ok(Received::Closed),
+                Err(ReadError::Fatal(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// Sends a reply, or keeps it until [`Connection::flush`] if the socket is full.
+    ///
+    /// # Errors
+    /// Too many replies wait, or the connection has ended.
+    pub(crate) fn send(&mut self, reply: &Reply) -> Result<(), ConnectionError> {
+        if self.outgoing.len() + REPLY_LEN > MAX_WAITING_REPLIES * REPLY_LEN {
+            return Err(ConnectionError::RepliesUnread);
+        }
+        self.outgoing.extend_from_slice(&reply.encode());
+        self.flush()
+    }
+
+    /// Sends replies that wait, as far as the socket takes them.
+    ///
+    /// # Errors
+    /// The connection has ended.
+    pub(crate) fn flush(&mut self) -> Result<(), ConnectionError> {
+        use rustix::io::Errno;
+        while !self.outgoing.is_empty() {
+            match send(
+                &self.socket,
+                &self.outgoing,
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            ) {
+                Ok(count) => drop(self.outgoing.drain(..count)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ConnectionError::Closed),
+                Err(error) => {
+                    return Err(ConnectionError::Io {
+                        what: "send a reply",
+                        source: error.into(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether replies wait for room in the socket.
+    pub(crate) fn wants_write(&self) -> bool {
+        !self.outgoing.is_empty()
+    }
+
+    /// Takes the message out of the buffer if it is complete.
+    fn complete(&mut self) -> Result<Option<Message>, ConnectionError> {
+        let header = match self.header {
+            Some(header) => header,
+            None if self.filled < HEADER_LEN => return Ok(None),
+            None => {
+                let mut bytes = [0; HEADER_LEN];
+                bytes.copy_from_slice(&self.buffer[..HEADER_LEN]);
+                *self.header.insert(Header::parse(&bytes)?)
+            }
+        };
+        if self.filled < HEADER_LEN + header.body_len {
+            return Ok(None);
+        }
+        let body = &self.buffer[HEADER_LEN..self.filled];
+        let request = Request::parse(header, body, std::mem::take(&mut self.fds));
+        self.filled = 0;
+        self.header = None;
+        Ok(Some(Message {
+            id: header.request,
+            need_reply: header.need_reply,
+            request,
+        }))
+    }
+
+    /// One read of what is missing of the header or the body.
+    fn read(&mut self) -> Result<usize, ReadError> {
+        use rustix::io::Errno;
+        let end = HEADER_LEN + self.header.map_or(0, |header| header.body_len);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let target = &mut self.buffer[self.filled..end];
+            match recvmsg(
+                &self.socket,
+                &mut [IoSliceMut::new(target)],
+                &mut control,
+                RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Err(Errno::INTR) => {}
+                other => break other,
+            }
+        };
+        let received = received.map_err(|error| match error {
+            Errno::AGAIN => ReadError::Empty,
+            Errno::CONNRESET => ReadError::Reset,
+            error => ReadError::Fatal(ConnectionError::Io {
+                what: "receive",
+                source: error.into(),
+            }),
+        })?;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fds.extend(fds);
+            }
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) || self.fds.len() > MAX_FDS {
+            self.fds.clear();
+            return Err(ReadError::Fatal(ConnectionError::TooManyFds));
+        }
+        Ok(received.bytes)
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+enum ReadError {
+    Empty,
+    Reset,
+    Fatal(ConnectionError),
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,164 @@
+//! A switch with synthetic guests on real vhost-user sockets.
+#![allow(
+    clippy::unwrap_used,
+    dead_code,
+    reason = "helpers of tests, not all used by each"
+)]
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use ringway_dataplane::driver::{Guest, GuestConfig, Received};
+use ringway_dataplane::{
+    IdleConfig, PortConfig, PortCounters, PortKind, PortName, QueuePairs, SocketSpec, Switch,
+    SwitchConfig,
+};
+use tempfile::TempDir;
+
+/// How long anything may take that should happen at once.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A running switch and the folder of its sockets.
+pub(crate) struct Lab {
+    pub(crate) switch: Switch,
+    folder: TempDir,
+}
+
+impl Lab {
+    /// A switch with one worker on the first CPU that this process may use.
+    pub(crate) fn start() -> Self {
+        Self::with_config(|_| {})
+    }
+
+    pub(crate) fn with_config(change: impl FnOnce(&mut SwitchConfig)) -> Self {
+        let cpu = core_affinity::get_core_ids().unwrap()[0].id;
+        let mut config = SwitchConfig {
+            worker_cpus: vec![cpu],
+            idle: IdleConfig {
+                patience: DEADLINE,
+                ..IdleConfig::default()
+            },
+            fdb_capacity: 1024,
+            fdb_ageing: Duration::from_secs(300),
+        };
+        change(&mut config);
+        Self {
+            switch: Switch::start(config).unwrap(),
+            folder: TempDir::new().unwrap(),
+        }
+    }
+
+    pub(crate) fn socket(&self, port: &str) -> PathBuf {
+        self.folder.path().join(format!("{port}.sock"))
+    }
+
+    /// Adds a vhost-user port with up to 8 queue pairs that listens.
+    pub(crate) fn add_port(&self, port: &str) -> PathBuf {
+        self.add_port_with(port, |_| {})
+    }
+
+    pub(crate) fn add_port_with(
+        &self,
+        port: &str,
+        change: impl FnOnce(&mut PortConfig),
+    ) -> PathBuf {
+        let path = self.socket(port);
+        let mut config = PortConfig {
+            kind: PortKind::VhostUser {
+                socket: SocketSpec::Listen(path.clone()),
+                queue_pairs: QueuePairs::new(8).unwrap(),
+            },
+            mtu: None,
+            fdb_limit: None,
+        };
+        change(&mut config);
+        self.switch.add_port(name(port), config).unwrap();
+        path
+    }
+
+    /// Adds a port and connects a guest to it.
+    pub(crate) fn guest(&self, port: &str, config: GuestConfig) -> Guest {
+        let path = self.add_port(port);
+        Guest::connect(&path, config).unwrap()
+    }
+
+    pub(crate) fn counters(&self, port: &str) -> PortCounters {
+        self.switch.port(&name(port)).unwrap().info.counters
+    }
+
+    /// Waits until a port's count of drops is `expected`: counters of a source follow those of the
+    /// destination by the rest of a burst.
+    pub(crate) fn eventually_dropped(
+        &self,
+        port: &str,
+        count: impl Fn(PortCounters) -> u64,
+        expected: u64,
+    ) {
+        eventually("the drops are counted", || {
+            count(self.counters(port)) >= expected
+        });
+        assert_eq!(count(self.counters(port)), expected);
+    }
+
+    /// Asserts that every frame received was delivered or dropped for a reason. `extra_copies` is
+    /// what floods to several ports made of one frame. Counters of a source follow those of the
+    /// destination by the rest of a burst, hence the wait.
+    pub(crate) fn assert_conserved(&self, ports: &[&str], extra_copies: u64) {
+        eventually("received + copies = sent + dropped", || {
+            let all: Vec<_> = ports.iter().map(|port| self.counters(port)).collect();
+            let received: u64 = all.iter().map(|c| c.rx_frames).sum();
+            let sent: u64 = all.iter().map(|c| c.tx_frames).sum();
+            let dropped: u64 = all
+                .iter()
+                .map(|c| c.rx_drops.total() + c.tx_drops.total())
+                .sum();
+            received + extra_copies == sent + dropped
+        });
+    }
+}
+
+pub(crate) fn name(port: &str) -> PortName {
+    port.parse().unwrap()
+}
+
+/// Waits until `condition` holds.
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(
+            start.elapsed() < DEADLINE,
+            "{what} did not happen within {DEADLINE:?}"
+        );
+        std::thread::yield_now();
+    }
+}
+
+/// An Ethernet frame of `bytes` from station `from` to station `to` (0xff: broadcast), filled with
+/// a pattern that depends on `seed`.
+pub(crate) fn frame(to: u8, from: u8, bytes: usize, seed: u64) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(bytes);
+    frame.extend(mac(to));
+    frame.extend(mac(from));
+    frame.extend([0x88, 0xb5]);
+    frame.extend(seed.to_be_bytes());
+    let mut next = seed;
+    while frame.len() < bytes {
+        next = next.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        frame.push((next >> 56) as u8);
+    }
+    frame.truncate(bytes);
+    frame
+}
+
+fn mac(station: u8) -> [u8; 6] {
+    if station == 0xff {
+        [0xff; 6]
+    } else {
+        [0x52, 0x54, 0, 0, 0, station]
+    }
+}
+
+/// Receives one frame or fails.
+pub(crate) fn receive(guest: &mut Guest) -> Received {
+    guest.recv(DEADLINE).unwrap().expect("a frame")
+}

@@ -1,0 +1,478 @@
+//! Frames between synthetic guests, over real sockets and shared memory.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
+
+mod common;
+
+use common::{Lab, eventually, frame, receive};
+use etherparse::PacketBuilder;
+use ringway_bridge::DropReason;
+use ringway_dataplane::PortState;
+use ringway_dataplane::driver::{Guest, GuestConfig, features::TSO};
+
+#[test]
+fn two_guests_exchange_frames_whole() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", GuestConfig::default());
+    for (seed, bytes) in [14, 15, 60, 115, 116, 117, 128, 200, 1514, 1999]
+        .into_iter()
+        .enumerate()
+    {
+        let there = frame(2, 1, bytes, seed as u64);
+        a.send_frame(&there).unwrap();
+        assert_eq!(receive(&mut b).frame, there);
+        let back = frame(1, 2, bytes, seed as u64 + 100);
+        b.send_frame(&back).unwrap();
+        assert_eq!(receive(&mut a).frame, back);
+    }
+    // The very first frame was flooded to one port, so there are no extra copies.
+    lab.assert_conserved(&["a", "b"], 0);
+    assert_eq!(lab.counters("a").rx_frames, 10);
+    assert_eq!(lab.counters("b").tx_bytes, lab.counters("a").rx_bytes);
+}
+
+#[test]
+fn runts_are_dropped_and_counted() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", GuestConfig::default());
+    a.send_frame(&[1; 13]).unwrap();
+    let good = frame(2, 1, 64, 1);
+    a.send_frame(&good).unwrap();
+    assert_eq!(receive(&mut b).frame, good);
+    lab.eventually_dropped("a", |c| c.rx_drops[DropReason::Runt], 1);
+}
+
+/// A guest that negotiated all offloads, and can take frames of 64 KiB in merged buffers.
+fn with_offloads() -> GuestConfig {
+    GuestConfig {
+        features: TSO,
+        ..GuestConfig::default()
+    }
+}
+
+/// A virtio-net header (virtio 1.3, 5.1.6).
+fn header(flags: u8, gso_type: u8, hdr_len: u16, gso_size: u16, csum: (u16, u16)) -> Vec<u8> {
+    let mut header = vec![flags, gso_type];
+    for field in [hdr_len, gso_size, csum.0, csum.1, 0] {
+        header.extend(field.to_le_bytes());
+    }
+    header
+}
+
+const NEEDS_CSUM: u8 = 1;
+const GSO_TCPV4: u8 = 1;
+
+/// A TCP segment over IPv4 with `payload` bytes, from station 1 to station 2.
+fn tcp_segment(payload: usize) -> Vec<u8> {
+    let bytes: Vec<u8> = (0..=250).cycle().take(payload).collect();
+    let builder = PacketBuilder::ethernet2([0x52, 0x54, 0, 0, 0, 1], [0x52, 0x54, 0, 0, 0, 2])
+        .ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64)
+        .tcp(1000, 2000, 1, 64);
+    let mut frame = Vec::new();
+    builder.write(&mut frame, &bytes).unwrap();
+    frame
+}
+
+#[test]
+fn a_tso_frame_of_64_kib_passes_whole() {
+    let lab = Lab::start();
+    let mut a = lab.guest(
+        "a",
+        GuestConfig {
+            buffer_size: 65_600,
+            ..with_offloads()
+        },
+    );
+    let mut b = lab.guest("b", with_offloads());
+    let frame = tcp_segment(65_535 - 40);
+    let mut message = header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (34, 16));
+    message.extend(&frame);
+    a.send(&message).unwrap();
+    let received = receive(&mut b);
+    assert_eq!(received.frame, frame);
+    assert_eq!(
+        received.num_buffers(),
+        33,
+        "65,561 bytes in buffers of 2,048"
+    );
+    assert_eq!(received.header[..10], message[..10]);
+}
+
+#[test]
+fn an_offload_that_the_destination_lacks_is_dropped_and_counted() {
+    let lab = Lab::start();
+    let mut a = lab.guest(
+        "a",
+        GuestConfig {
+            buffer_size: 4096,
+            ..with_offloads()
+        },
+    );
+    let mut b = lab.guest("b", GuestConfig::default());
+    for header in [
+        header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (34, 16)),
+        header(NEEDS_CSUM, 0, 0, 0, (34, 16)),
+    ] {
+        let mut message = header;
+        message.extend(tcp_segment(3000));
+        a.send(&message).unwrap();
+    }
+    let marker = frame(2, 1, 64, 1);
+    a.send_frame(&marker).unwrap();
+    assert_eq!(receive(&mut b).frame, marker);
+    eventually("the drops are counted", || {
+        lab.counters("b").tx_drops[DropReason::OffloadUnsupported] == 2
+    });
+    lab.assert_conserved(&["a", "b"], 0);
+}
+
+#[test]
+fn an_offload_that_the_source_did_not_negotiate_is_dropped_and_counted() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", with_offloads());
+    let mut message = header(NEEDS_CSUM, 0, 0, 0, (34, 16));
+    message.extend(tcp_segment(100));
+    a.send(&message).unwrap();
+    let marker = frame(2, 1, 64, 1);
+    a.send_frame(&marker).unwrap();
+    assert_eq!(receive(&mut b).frame, marker);
+    lab.eventually_dropped("a", |c| c.rx_drops[DropReason::OffloadNotNegotiated], 1);
+}
+
+// CVE-2024-11614, CVE-2026-100236: fields of the header are checked against the frame.
+#[test]
+fn headers_that_contradict_their_frame_are_dropped() {
+    let lab = Lab::start();
+    let mut a = lab.guest(
+        "a",
+        GuestConfig {
+            buffer_size: 4096,
+            ..with_offloads()
+        },
+    );
+    let mut b = lab.guest("b", with_offloads());
+    let segment = tcp_segment(3000);
+    let frame_bytes = u16::try_from(segment.len()).unwrap();
+    let bad = [
+        header(NEEDS_CSUM, 0, 0, 0, (frame_bytes, 0)),
+        header(NEEDS_CSUM, 0, 0, 0, (65_535, 65_535)),
+        header(NEEDS_CSUM, 0, 0, 0, (34, frame_bytes - 34 - 1)),
+        header(NEEDS_CSUM, 0, 0, 0, (13, 16)),
+        header(NEEDS_CSUM, GSO_TCPV4, 54, 0, (34, 16)),
+        header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (35, 16)),
+        header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (34, 6)),
+        header(NEEDS_CSUM, 4, 54, 1448, (34, 16)),
+        header(0, GSO_TCPV4, 54, 1448, (34, 16)),
+    ];
+    for header in &bad {
+        let mut message = header.clone();
+        message.extend(&segment);
+        a.send(&message).unwrap();
+    }
+    // A header length that lies is replaced by the frame's own.
+    let mut lie = header(NEEDS_CSUM, GSO_TCPV4, 65_535, 1448, (34, 16));
+    lie.extend(&segment);
+    a.send(&lie).unwrap();
+    let received = receive(&mut b);
+    assert_eq!(received.frame, segment);
+    assert_eq!(received.header[2..4], 54_u16.to_le_bytes());
+    lab.eventually_dropped("a", |c| c.rx_drops[DropReason::BadHeader], bad.len() as u64);
+}
+
+#[test]
+fn every_kind_of_buffer_takes_every_size() {
+    let base = GuestConfig::default();
+    let kinds = [
+        base.clone(),
+        GuestConfig {
+            mergeable: false,
+            ..base.clone()
+        },
+        GuestConfig {
+            chained: true,
+            ..base.clone()
+        },
+        GuestConfig {
+            chained: true,
+            indirect: false,
+            mergeable: false,
+            ..base.clone()
+        },
+        GuestConfig {
+            event_idx: false,
+            ..base.clone()
+        },
+        GuestConfig {
+            in_order: true,
+            ..base.clone()
+        },
+        GuestConfig {
+            buffer_size: 256,
+            ..base.clone()
+        },
+        GuestConfig {
+            regions: 3,
+            queue_size: 64,
+            ..base.clone()
+        },
+        GuestConfig {
+            queue_size: 4,
+            ..base
+        },
+    ];
+    for (i, kind) in kinds.iter().enumerate() {
+        for (j, other) in kinds.iter().enumerate() {
+            let lab = Lab::start();
+            let mut a = lab.guest("a", kind.clone());
+            let mut b = lab.guest("b", other.clone());
+            for (seed, bytes) in [64, 116, 117, 200, 240].into_iter().enumerate() {
+                let there = frame(2, 1, bytes, seed as u64);
+                a.send_frame(&there).unwrap();
+                assert_eq!(
+                    receive(&mut b).frame,
+                    there,
+                    "kind {i} to {j}, {bytes} bytes"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_frame_too_large_for_unmergeable_buffers_is_dropped_and_counted() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let small = GuestConfig {
+        mergeable: false,
+        buffer_size: 512,
+        ..GuestConfig::default()
+    };
+    let mut b = lab.guest("b", small);
+    a.send_frame(&frame(2, 1, 501, 1)).unwrap();
+    let marker = frame(2, 1, 500, 2);
+    a.send_frame(&marker).unwrap();
+    assert_eq!(receive(&mut b).frame, marker);
+    lab.eventually_dropped("b", |c| c.tx_drops[DropReason::BufferTooSmall], 1);
+}
+
+#[test]
+fn frames_over_the_mtu_are_dropped_and_counted() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let path = lab.add_port_with("b", |config| config.mtu = Some(1000));
+    let mut b = Guest::connect(&path, GuestConfig::default()).unwrap();
+    // The longest frame is the MTU, an Ethernet header and a VLAN tag.
+    a.send_frame(&frame(2, 1, 1019, 1)).unwrap();
+    let fits = frame(2, 1, 1018, 2);
+    a.send_frame(&fits).unwrap();
+    assert_eq!(receive(&mut b).frame, fits);
+    lab.eventually_dropped("b", |c| c.tx_drops[DropReason::TooLong], 1);
+}
+
+#[test]
+fn unknown_and_group_addresses_are_flooded_and_known_ones_are_not() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", GuestConfig::default());
+    let mut c = lab.guest("c", GuestConfig::default());
+    let unknown = frame(2, 1, 64, 1);
+    a.send_frame(&unknown).unwrap();
+    let group = frame(0xff, 1, 64, 2);
+    a.send_frame(&group).unwrap();
+    for guest in [&mut b, &mut c] {
+        assert_eq!(receive(guest).frame, unknown);
+        assert_eq!(receive(guest).frame, group);
+    }
+    let answer = frame(1, 2, 64, 3);
+    b.send_frame(&answer).unwrap();
+    assert_eq!(receive(&mut a).frame, answer);
+    let known = frame(2, 1, 64, 4);
+    a.send_frame(&known).unwrap();
+    assert_eq!(receive(&mut b).frame, known);
+    // Had it been flooded, c would see it before the next frame for all.
+    let group = frame(0xff, 1, 64, 5);
+    a.send_frame(&group).unwrap();
+    assert_eq!(receive(&mut c).frame, group);
+    lab.assert_conserved(&["a", "b", "c"], 3);
+    let macs: Vec<_> = lab
+        .switch
+        .fdb()
+        .iter()
+        .map(|e| (e.mac.0[5], e.port.to_string()))
+        .collect();
+    assert_eq!(macs, [(1, "a".to_owned()), (2, "b".to_owned())]);
+}
+
+#[test]
+fn a_station_that_moves_is_followed() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", GuestConfig::default());
+    let mut c = lab.guest("c", GuestConfig::default());
+    for (guest, seed) in [(&mut b, 1), (&mut c, 2)] {
+        let hello = frame(0xff, 9, 64, seed);
+        guest.send_frame(&hello).unwrap();
+        assert_eq!(receive(&mut a).frame, hello);
+    }
+    let to_station = frame(9, 1, 64, 3);
+    a.send_frame(&to_station).unwrap();
+    // c first heard b's broadcast.
+    receive(&mut c);
+    assert_eq!(receive(&mut c).frame, to_station);
+}
+
+#[test]
+fn a_full_destination_costs_no_frame_while_the_source_may_wait() {
+    let lab = Lab::start();
+    let mut a = lab.guest(
+        "a",
+        GuestConfig {
+            queue_size: 512,
+            ..GuestConfig::default()
+        },
+    );
+    let mut b = lab.guest(
+        "b",
+        GuestConfig {
+            queue_size: 8,
+            ..GuestConfig::default()
+        },
+    );
+    for round in 0..20 {
+        let burst: Vec<_> = (0..100).map(|i| frame(2, 1, 64, round * 100 + i)).collect();
+        a.send_burst(0, &with_headers(&burst)).unwrap();
+        for sent in &burst {
+            assert_eq!(&receive(&mut b).frame, sent);
+        }
+    }
+    lab.assert_conserved(&["a", "b"], 0);
+    assert_eq!(lab.counters("b").tx_drops.total(), 0);
+}
+
+#[test]
+fn a_full_destination_delays_others_at_most_by_the_patience() {
+    let patience = std::time::Duration::from_millis(1);
+    let lab = Lab::with_config(|config| config.idle.patience = patience);
+    let mut a = lab.guest(
+        "a",
+        GuestConfig {
+            queue_size: 512,
+            ..GuestConfig::default()
+        },
+    );
+    let b = lab.guest(
+        "b",
+        GuestConfig {
+            queue_size: 8,
+            ..GuestConfig::default()
+        },
+    );
+    let mut c = lab.guest(
+        "c",
+        GuestConfig {
+            queue_size: 512,
+            ..GuestConfig::default()
+        },
+    );
+    // Learn where b and c are, then let b's ring fill up.
+    let mut b = b;
+    b.send_frame(&frame(0xff, 2, 64, 0)).unwrap();
+    receive(&mut a);
+    receive(&mut c);
+    c.send_frame(&frame(0xff, 3, 64, 0)).unwrap();
+    receive(&mut a);
+    receive(&mut b);
+    let burst: Vec<_> = (0..200)
+        .map(|i| frame(if i % 2 == 0 { 2 } else { 3 }, 1, 64, i))
+        .collect();
+    a.send_burst(0, &with_headers(&burst)).unwrap();
+    for sent in burst.iter().skip(1).step_by(2) {
+        assert_eq!(&receive(&mut c).frame, sent);
+    }
+    assert!(lab.counters("b").tx_drops[DropReason::RingFull] > 0);
+    lab.assert_conserved(&["a", "b", "c"], 2);
+}
+
+fn with_headers(frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    frames
+        .iter()
+        .map(|frame| [vec![0; 12], frame.clone()].concat())
+        .collect()
+}
+
+#[test]
+fn several_queue_pairs_keep_to_their_numbers() {
+    let lab = Lab::start();
+    let config = GuestConfig {
+        queue_pairs: 3,
+        ..GuestConfig::default()
+    };
+    let mut a = lab.guest("a", config.clone());
+    let mut b = lab.guest("b", config);
+    for pair in [2, 0, 1, 2] {
+        let sent = frame(2, 1, 64, u64::from(pair));
+        a.send_on(pair, &with_headers(std::slice::from_ref(&sent))[0])
+            .unwrap();
+        let received = receive(&mut b);
+        assert_eq!((received.frame, received.pair), (sent, pair));
+    }
+}
+
+#[test]
+fn a_sleeping_worker_wakes_for_each_frame() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", GuestConfig::default());
+    for seed in 0..50 {
+        let sleeps = lab.switch.workers()[0].sleeps;
+        let asleep = || lab.switch.workers()[0].active_queues == 0;
+        eventually("the worker sleeps", asleep);
+        let sent = frame(2, 1, 64, seed);
+        a.send_frame(&sent).unwrap();
+        assert_eq!(receive(&mut b).frame, sent);
+        eventually("it was woken", || lab.switch.workers()[0].sleeps > sleeps);
+    }
+}
+
+#[test]
+fn a_guest_that_comes_back_finds_its_port() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let path = lab.add_port("b");
+    for seed in 0..20 {
+        let mut b = Guest::connect(&path, GuestConfig::default()).unwrap();
+        let sent = frame(0xff, 1, 64, seed);
+        a.send_frame(&sent).unwrap();
+        assert_eq!(receive(&mut b).frame, sent);
+        drop(b);
+        eventually("the port is down and its memory unmapped", || {
+            let port = lab.switch.port(&common::name("b")).unwrap();
+            port.info.state == PortState::Down && port.mapped_bytes == 0
+        });
+    }
+}
+
+#[test]
+fn ports_come_and_go_under_traffic_without_disturbing_others() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", GuestConfig::default());
+    for round in 0..50_u64 {
+        let burst: Vec<_> = (0..40).map(|i| frame(2, 1, 300, round * 40 + i)).collect();
+        a.send_burst(0, &with_headers(&burst)).unwrap();
+        let mut c = lab.guest("c", GuestConfig::default());
+        c.send_frame(&frame(0xff, 3, 64, round)).unwrap();
+        for sent in &burst {
+            // Frames of c come in between.
+            let mut next = receive(&mut b).frame;
+            if next[11] == 3 {
+                next = receive(&mut b).frame;
+            }
+            assert_eq!(&next, sent, "round {round}");
+        }
+        lab.switch.remove_port(&common::name("c")).unwrap();
+        while a.recv(std::time::Duration::ZERO).unwrap().is_some() {}
+    }
+}
