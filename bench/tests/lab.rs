@@ -4,13 +4,18 @@
 //! tool built by the same command (`cargo nextest run --workspace`). Whatever is missing fails the
 //! test with the lab's own line: a skipped test would look like a passed one.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
 
-/// The lab bounds each of its steps; one run takes about 30 s on two cores.
+/// Runs the lab; one run takes about 30 s on two cores. The lab bounds each of its steps, and the
+/// tests wait for each other: four guests at once would be too slow for those bounds.
 fn lab(arguments: &[&str]) -> Output {
+    let lock = Path::new(env!("CARGO_TARGET_TMPDIR")).join("lab.lock");
+    let lock = File::create(&lock).expect("a lock file in the target folder");
+    lock.lock().expect("an exclusive lock");
     Command::new(env!("CARGO_BIN_EXE_ringway-bench"))
         .arg("lab")
         .args(arguments)

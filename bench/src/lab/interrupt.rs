@@ -22,13 +22,17 @@ pub(crate) fn install() -> Result<()> {
     Ok(())
 }
 
+/// Whether a signal came.
+pub(crate) fn requested() -> bool {
+    INTERRUPTED
+        .get()
+        .is_some_and(|flag| flag.load(Ordering::Relaxed))
+}
+
 /// # Errors
 /// Once a signal came.
 pub(crate) fn check() -> Result<()> {
-    if INTERRUPTED
-        .get()
-        .is_some_and(|flag| flag.load(Ordering::Relaxed))
-    {
+    if requested() {
         bail!("interrupted");
     }
     Ok(())

@@ -38,6 +38,9 @@ use topology::{Base, Shape, Switch, Topology};
 /// What to do about anything that a package brings.
 const INSTALL_HINT: &str = "run bench/install-packages.sh as root";
 
+/// As a shell reports a program that SIGINT ended.
+const EXIT_INTERRUPTED: u8 = 130;
+
 /// An error that knows what the operator can do about it.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}")]
@@ -65,7 +68,7 @@ pub(crate) fn hint_of(error: &anyhow::Error) -> Option<&str> {
 /// Runs the lab. The exit code is that of a failure when a measurement or a scenario failed.
 ///
 /// # Errors
-/// If the lab can't do its work: something is missing, a guest doesn't boot, Ctrl-C.
+/// If the lab can't do its work: something is missing, a guest doesn't boot.
 pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
     interrupt::install()?;
     if !rustix::process::geteuid().is_root() {
@@ -77,6 +80,10 @@ pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
     let plan = args.plan()?;
     let folder = tempfile::Builder::new().prefix("ringway-lab-").tempdir()?;
     let outcome = run_in(&plan, folder.path());
+    if interrupt::requested() {
+        eprintln!("interrupted");
+        return Ok(ExitCode::from(EXIT_INTERRUPTED));
+    }
     let failed = !matches!(&outcome, Ok(true));
     if failed || plan.keep_logs {
         let kept = folder.keep();
