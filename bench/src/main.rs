@@ -1,12 +1,13 @@
 //! `ringway-bench`: the lab.
 
 mod lab;
+mod synth;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Measures ringway on real guests, next to what it replaces.
+/// Measures ringway, on real guests and with synthetic ones, next to what it replaces.
 #[derive(Debug, Parser)]
 #[command(name = "ringway-bench", version, max_term_width = 100)]
 struct Cli {
@@ -18,17 +19,20 @@ struct Cli {
 enum Command {
     /// Boot two QEMU guests and a host tap on ringwayd and run ping and iperf3 between them
     Lab(Box<lab::LabArgs>),
+    /// Drive a switch with synthetic guests and measure it
+    Run(Box<synth::RunArgs>),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Lab(args) => lab::run(*args),
+        Command::Run(args) => synth::run(&args),
     };
     match outcome {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
-            if let Some(hint) = lab::hint_of(&error) {
+            if let Some(hint) = lab::hint_of(&error).map(str::to_owned).or_else(|| synth::hint_of(&error)) {
                 eprintln!("hint: {hint}");
             }
             ExitCode::FAILURE

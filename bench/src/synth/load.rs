@@ -1,0 +1,254 @@
+//! The load: pairs of guests on one thread, each guest sending to its partner.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::process::Pid;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+use super::frame::{Route, Template, guest_mac};
+use super::guest::{LoadError, LoadGuest, Shape};
+
+/// How long the first frame may take: a switch learns, a back-end starts its queues.
+const FIRST_FRAME: Duration = Duration::from_secs(5);
+/// How often a full-rate run looks whether the switch still lives.
+const CHECK_EVERY: Duration = Duration::from_millis(20);
+/// How long frames on their way may stay unseen before they count as lost.
+pub(crate) const SETTLE: Duration = Duration::from_millis(50);
+
+/// What the load is made of.
+#[derive(Clone, Debug)]
+pub(crate) struct LoadConfig {
+    /// Sockets of the switch, two per pair of guests.
+    pub(crate) sockets: Vec<PathBuf>,
+    pub(crate) shape: Shape,
+    /// Sizes of the frames, taken in turn.
+    pub(crate) sizes: Vec<u32>,
+    pub(crate) flows: u16,
+    /// Compare every byte that arrives.
+    pub(crate) verify: bool,
+}
+
+/// What a full-rate run measured.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct MaxResult {
+    pub(crate) elapsed: Duration,
+    pub(crate) sent: u64,
+    pub(crate) received: u64,
+    /// L2 bytes received.
+    pub(crate) bytes: u64,
+    /// Time in turns of the load that moved frames.
+    pub(crate) busy: Duration,
+    /// Turns of the load, and those that found nothing.
+    pub(crate) turns: u64,
+    pub(crate) empty_turns: u64,
+}
+
+impl MaxResult {
+    /// Frames received per second.
+    pub(crate) fn pps(&self) -> f64 {
+        self.received as f64 / self.elapsed.as_secs_f64()
+    }
+
+    /// L2 bits received per second.
+    pub(crate) fn bits_per_second(&self) -> f64 {
+        self.bytes as f64 * 8.0 / self.elapsed.as_secs_f64()
+    }
+
+    /// Share of time in which the load moved frames.
+    pub(crate) fn busy_share(&self) -> f64 {
+        self.busy.as_secs_f64() / self.elapsed.as_secs_f64()
+    }
+
+    /// Time of the load per frame, sending and receiving together.
+    pub(crate) fn load_ns_per_frame(&self) -> f64 {
+        self.busy.as_nanos() as f64 / self.received.max(1) as f64
+    }
+
+    /// Share of sent frames that did not arrive.
+    pub(crate) fn loss(&self) -> f64 {
+        1.0 - self.received as f64 / self.sent.max(1) as f64
+    }
+}
+
+/// Guests that are connected; 2n and 2n + 1 are partners.
+#[derive(Debug)]
+pub(crate) struct Load {
+    pub(crate) guests: Vec<LoadGuest>,
+    /// Frames that each guest sends, one template per size.
+    pub(crate) templates: Vec<Vec<Template>>,
+    verify: bool,
+    flows: u16,
+}
+
+impl Load {
+    /// Connects all guests and waits until each one's frames arrive.
+    pub(crate) fn connect(config: &LoadConfig) -> Result<Self, LoadError> {
+        let count = u16::try_from(config.sockets.len()).unwrap_or(u16::MAX);
+        let route = |guest: u16| Route {
+            from: guest_mac(guest),
+            to: guest_mac(guest ^ 1),
+        };
+        let templates: Vec<Vec<Template>> = (0..count)
+            .map(|guest| {
+                let template = |size: &u32| Template::new(route(guest), *size);
+                config.sizes.iter().map(template).collect()
+            })
+            .collect();
+        let guests = config
+            .sockets
+            .iter()
+            .zip(&templates)
+            .map(|(path, frames)| LoadGuest::connect(path, config.shape, frames, config.flows))
+            .collect::<Result<_, _>>()?;
+        let mut load = Self {
+            guests,
+            templates,
+            verify: config.verify,
+            flows: config.flows,
+        };
+        load.teach()?;
+        Ok(load)
+    }
+
+    /// Sends frames from each guest until each has heard its partner: the switch knows all then.
+    fn teach(&mut self) -> Result<(), LoadError> {
+        let start = Instant::now();
+        let mut heard = vec![false; self.guests.len()];
+        let mut next = Duration::ZERO;
+        while heard.contains(&false) {
+            if start.elapsed() > FIRST_FRAME {
+                self.check_alive()?;
+                return Err(LoadError::NoTraffic(FIRST_FRAME));
+            }
+            if start.elapsed() >= next {
+                // A few at a time: unknown destinations are flooded.
+                next += Duration::from_millis(5);
+                for pair in self.guests.iter_mut().flat_map(|guest| &mut guest.pairs) {
+                    pair.tx.reclaim()?;
+                    pair.transmit(4)?;
+                }
+            }
+            for (i, guest) in self.guests.iter_mut().enumerate() {
+                let expected = &self.templates[i ^ 1];
+                for pair in &mut guest.pairs {
+                    pair.receive(|frame| {
+                        heard[i] |= expected.iter().any(|template| template.matches(frame));
+                    })?;
+                }
+            }
+        }
+        self.drain(SETTLE)
+    }
+
+    /// Receives and forgets until nothing came for `quiet`.
+    pub(crate) fn drain(&mut self, quiet: Duration) -> Result<(), LoadError> {
+        let mut last = Instant::now();
+        while last.elapsed() < quiet {
+            for pair in self.guests.iter_mut().flat_map(|guest| &mut guest.pairs) {
+                pair.tx.reclaim()?;
+                if pair.receive(|_| ())? > 0 {
+                    last = Instant::now();
+                }
+            }
+        }
+        self.check_alive()
+    }
+
+    /// Fails once the switch has gone.
+    pub(crate) fn check_alive(&self) -> Result<(), LoadError> {
+        self.guests.iter().try_for_each(LoadGuest::check_alive)
+    }
+
+    /// Sends as fast as frames are taken, both ways, for `warm_up` unmeasured and then `duration`.
+    pub(crate) fn run_max(
+        &mut self,
+        warm_up: Duration,
+        duration: Duration,
+    ) -> Result<MaxResult, LoadError> {
+        self.full_rate(warm_up)?;
+        let result = self.full_rate(duration)?;
+        if self.verify {
+            self.check_frames()?;
+        }
+        Ok(result)
+    }
+
+    fn full_rate(&mut self, duration: Duration) -> Result<MaxResult, LoadError> {
+        let mut result = MaxResult::default();
+        let (mut headers, start) = (0u64, Instant::now());
+        let (mut now, mut next_check) = (start, start + CHECK_EVERY);
+        let end = start + duration;
+        while now < end {
+            let (mut sent, mut received) = (0, 0);
+            for guest in &mut self.guests {
+                for pair in &mut guest.pairs {
+                    let turn = pair.turn()?;
+                    sent += turn.sent;
+                    received += turn.received;
+                    result.bytes += turn.bytes;
+                }
+            }
+            let turned = Instant::now();
+            result.turns += 1;
+            if sent + received == 0 {
+                result.empty_turns += 1;
+            } else {
+                result.busy += turned - now;
+            }
+            result.sent += sent;
+            result.received += received;
+            headers += received;
+            now = turned;
+            if now >= next_check {
+                next_check = now + CHECK_EVERY;
+                self.check_alive()?;
+            }
+        }
+        result.bytes -= 12 * headers;
+        result.elapsed = now - start;
+        Ok(result)
+    }
+
+    /// Compares what arrives with what was sent, for a while at full rate.
+    fn check_frames(&mut self) -> Result<(), LoadError> {
+        let end = Instant::now() + Duration::from_millis(200);
+        let mut corrupt = 0;
+        while Instant::now() < end {
+            for (i, guest) in self.guests.iter_mut().enumerate() {
+                let expected = &self.templates[i ^ 1];
+                for pair in &mut guest.pairs {
+                    pair.tx.reclaim()?;
+                    pair.transmit(32)?;
+                    pair.receive(|frame| {
+                        corrupt += u64::from(!expected.iter().any(|t| t.matches(frame)));
+                    })?;
+                }
+            }
+        }
+        if corrupt > 0 {
+            return Err(LoadError::Corrupt(corrupt));
+        }
+        Ok(())
+    }
+
+    /// Flows of each guest.
+    pub(crate) fn flows(&self) -> u16 {
+        self.flows
+    }
+}
+
+/// Pins the calling thread to a CPU.
+pub(crate) fn pin(cpu: usize) -> std::io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    Ok(sched_setaffinity(None::<Pid>, &set)?)
+}
+
+/// CPUs that this process may run on.
+pub(crate) fn allowed_cpus() -> std::io::Result<Vec<usize>> {
+    let set = sched_getaffinity(None::<Pid>)?;
+    Ok((0..CpuSet::MAX_CPU)
+        .filter(|cpu| set.is_set(*cpu))
+        .collect())
+}

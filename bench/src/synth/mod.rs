@@ -1,0 +1,25 @@
+//! Synthetic guests: a load for any vhost-user back-end, and comparisons with peers.
+//!
+//! One thread, pinned to a core of its own, plays both guests of each pair. It polls, keeps its
+//! buffers where they are and touches a frame only when asked to, so that it costs far less than
+//! what it measures; it tells how much of its time it was busy, so that a result that it limits
+//! itself is seen.
+
+mod frame;
+mod guest;
+mod load;
+mod rate;
+mod report;
+mod run;
+mod switch;
+
+pub(crate) use run::{RunArgs, run};
+
+/// What to do about an error, if it says so.
+pub(crate) fn hint_of(error: &anyhow::Error) -> Option<String> {
+    error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<switch::SwitchError>())
+        .and_then(|error| error.hint())
+        .map(str::to_owned)
+}
