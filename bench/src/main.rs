@@ -32,7 +32,10 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
-            if let Some(hint) = lab::hint_of(&error).map(str::to_owned).or_else(|| synth::hint_of(&error)) {
+            if let Some(hint) = lab::hint_of(&error)
+                .map(str::to_owned)
+                .or_else(|| synth::hint_of(&error))
+            {
                 eprintln!("hint: {hint}");
             }
             ExitCode::FAILURE

@@ -23,3 +23,4 @@ pub use switch::{
     IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName, PortNameError,
     QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,
 };
+pub use worker::InlineSwitch;

@@ -10,6 +10,7 @@
 //! is left behind; an armed queue costs nothing.
 
 mod forward;
+mod inline;
 mod pairs;
 mod turn;
 
@@ -26,6 +27,7 @@ use rustix::event::epoll;
 use rustix::event::{EventfdFlags, eventfd};
 use tracing::warn;
 
+pub use inline::InlineSwitch;
 pub(crate) use pairs::PairTable;
 
 use crate::info::WorkerInfo;
@@ -108,6 +110,29 @@ pub(crate) struct WorkerHandle {
 }
 
 impl WorkerHandle {
+    /// The handle of a worker that is not running yet, and the other end of its commands.
+    fn new(index: u16, epoch: Instant) -> Result<(Arc<Self>, Receiver<Command>), SwitchError> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
+            .map_err(|error| failed(index, "epoll_create", error.into()))?;
+        let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| failed(index, "eventfd", error.into()))?;
+        let (commands, receiver) = channel::bounded(COMMAND_QUEUE);
+        let handle = Arc::new(Self {
+            index,
+            epoll,
+            doorbell,
+            rung: AtomicBool::new(false),
+            commands,
+            stats: WorkerStats::default(),
+            pairs: PairTable::new(),
+            epoch,
+        });
+        handle
+            .watch(handle.doorbell.as_fd(), DOORBELL)
+            .map_err(|error| failed(index, "epoll_ctl", error))?;
+        Ok((handle, receiver))
+    }
+
     /// Queues a command and wakes the worker. Waits while [`COMMAND_QUEUE`] others wait.
     pub(crate) fn send(&self, command: Command) {
         // The worker lives until `Stop`, the last command.
@@ -173,35 +198,14 @@ impl WorkerThread {
         idle: IdleConfig,
         epoch: Instant,
     ) -> Result<Self, SwitchError> {
-        let system = |what: &str, source: io::Error| SwitchError::System {
-            what: format!("worker {index}: {what}"),
-            source,
-        };
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
-            .map_err(|error| system("epoll_create", error.into()))?;
-        let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| system("eventfd", error.into()))?;
-        let (commands, receiver) = channel::bounded(COMMAND_QUEUE);
-        let handle = Arc::new(WorkerHandle {
-            index,
-            epoll,
-            doorbell,
-            rung: AtomicBool::new(false),
-            commands,
-            stats: WorkerStats::default(),
-            pairs: PairTable::new(),
-            epoch,
-        });
-        handle
-            .watch(handle.doorbell.as_fd(), DOORBELL)
-            .map_err(|error| system("epoll_ctl", error))?;
+        let (handle, receiver) = WorkerHandle::new(index, epoch)?;
         let (pinned, is_pinned) = channel::bounded(1);
         let for_thread = Arc::clone(&handle);
         let run = move || run_pinned(cpu, &pinned, for_thread, &receiver, bridge, idle);
         let thread = std::thread::Builder::new()
             .name(format!("ringway-w{index}"))
             .spawn(run)
-            .map_err(|error| system("thread", error))?;
+            .map_err(|error| failed(index, "thread", error))?;
         let worker = Self {
             handle,
             cpu,
@@ -209,11 +213,19 @@ impl WorkerThread {
         };
         match is_pinned.recv() {
             Ok(true) => Ok(worker),
-            _ => Err(system(
+            _ => Err(failed(
+                index,
                 "can't be pinned",
                 io::Error::other(format!("CPU {cpu}")),
             )),
         }
+    }
+}
+
+fn failed(index: u16, what: &str, source: io::Error) -> SwitchError {
+    SwitchError::System {
+        what: format!("worker {index}: {what}"),
+        source,
     }
 }
 

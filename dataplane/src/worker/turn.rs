@@ -98,19 +98,27 @@ impl Worker {
     /// Runs until [`Command::Stop`].
     pub(super) fn run(mut self, commands: &Receiver<Command>) {
         self.read_clock();
-        loop {
-            if self.handle.rung.load(Ordering::Relaxed) && !self.take_commands(commands) {
-                return;
-            }
-            if breaks() != self.seen_breaks {
-                self.stop_broken();
-            }
+        while self.step(commands) {
             if self.active.is_empty() {
                 self.sleep();
-            } else {
-                self.turn();
             }
         }
+    }
+
+    /// Executes the commands that wait and polls each active source once; false after
+    /// [`Command::Stop`].
+    #[inline]
+    pub(super) fn step(&mut self, commands: &Receiver<Command>) -> bool {
+        if self.handle.rung.load(Ordering::Relaxed) && !self.take_commands(commands) {
+            return false;
+        }
+        if breaks() != self.seen_breaks {
+            self.stop_broken();
+        }
+        if !self.active.is_empty() {
+            self.turn();
+        }
+        true
     }
 
     /// Polls each active source once.
@@ -145,7 +153,9 @@ impl Worker {
             stats.busy_ns.add_owned(took_ns);
         } else {
             stats.polling_ns.add_owned(took_ns);
-            self.pause();
+            if !self.active.is_empty() {
+                self.pause();
+            }
         }
         let has_armed = self.active.len() < self.by_token.len();
         if has_armed && self.now_ns - self.last_events_ns > EVENT_INTERVAL_NS {

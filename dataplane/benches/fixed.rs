@@ -1,0 +1,27 @@
+//! A fixed number of bursts, for instruction counts: `fixed BURSTS FRAME_BYTES [split|packed]`.
+
+mod wire;
+
+use ringway_dataplane::driver::Layout;
+use wire::{BURST, Wire};
+
+fn main() {
+    let arguments: Vec<_> = std::env::args()
+        .skip(1)
+        .filter(|a| !a.starts_with("--"))
+        .collect();
+    let number = |at: usize, default| {
+        arguments
+            .get(at)
+            .map_or(default, |text| text.parse().expect("a number"))
+    };
+    let (bursts, frame_bytes) = (number(0, 1000), number(1, 64));
+    let layout = match arguments.get(2).map(String::as_str) {
+        Some("packed") => Layout::Packed,
+        _ => Layout::Split,
+    };
+    let mut wire = Wire::new(layout, frame_bytes);
+    for _ in 0..bursts {
+        assert_eq!(wire.burst(), u64::from(BURST));
+    }
+}

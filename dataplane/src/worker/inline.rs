@@ -1,0 +1,110 @@
+//! A worker without a thread.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{self, Receiver};
+use ringway_bridge::{Bridge, BridgeConfig, PortId};
+
+use super::turn::Worker;
+use super::{Command, Token, WorkerHandle};
+use crate::port::{Binding, Port, PortBase, VhostPort};
+use crate::switch::{IdleConfig, PortName, SwitchError};
+use crate::vhost_user::{Endpoint, SessionThread};
+
+/// A switch of vhost-user ports whose worker runs in the caller's thread, one turn at a time, and
+/// never sleeps: for benches, instruction counts and tests that want no scheduler in between.
+/// Sessions have their thread as ever; it is idle once the rings are started.
+pub struct InlineSwitch {
+    worker: Worker,
+    handle: Arc<WorkerHandle>,
+    commands: Receiver<Command>,
+    // Ends, and stops all rings, before the worker's tables go.
+    sessions: SessionThread<VhostPort>,
+    ports: u16,
+}
+
+impl std::fmt::Debug for InlineSwitch {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("InlineSwitch")
+            .field("ports", &self.ports)
+            .finish_non_exhaustive()
+    }
+}
+
+impl InlineSwitch {
+    /// A switch without ports, whose forwarding database holds `fdb_capacity` addresses.
+    ///
+    /// # Errors
+    /// No epoll instance, eventfd or thread can be made.
+    pub fn new(fdb_capacity: usize) -> Result<Self, SwitchError> {
+        let bridge = Arc::new(Bridge::new(BridgeConfig {
+            fdb_capacity,
+            ageing_ticks: u32::MAX,
+            seed: 0x5eed,
+        }));
+        let (handle, commands) = WorkerHandle::new(0, Instant::now())?;
+        let sessions = SessionThread::start().map_err(|source| SwitchError::System {
+            what: "session thread".into(),
+            source,
+        })?;
+        // Nobody waits for events here, so no queue may leave the active list.
+        let idle = IdleConfig {
+            spin: Duration::MAX,
+            pause: Duration::ZERO,
+            ..IdleConfig::DEFAULT
+        };
+        let worker = Worker::new(Arc::clone(&handle), bridge, idle);
+        Ok(Self {
+            worker,
+            handle,
+            commands,
+            sessions,
+            ports: 0,
+        })
+    }
+
+    /// Adds a port of up to 8 queue pairs that listens at `socket`.
+    ///
+    /// # Errors
+    /// The path can't be used, or there are [`ringway_bridge::MAX_PORTS`] ports.
+    pub fn add_port(&mut self, name: PortName, socket: &Path) -> Result<(), SwitchError> {
+        let id = PortId::new(self.ports).ok_or(SwitchError::TooManyPorts)?;
+        let endpoint = Endpoint::listen(socket)?;
+        let guest = Arc::new(VhostPort::new(PortBase::new(name, id), 8, None));
+        let tokens = || (0..guest.pairs()).map(|pair| Token::new(id, pair, 0));
+        let bind = |token| Binding {
+            worker: Arc::clone(&self.handle),
+            token,
+        };
+        guest.bind(tokens().map(bind).collect());
+        let sources = tokens().collect();
+        let (done, _) = channel::bounded(1);
+        let port = Arc::new(Port::VhostUser(Arc::clone(&guest)));
+        self.handle.send(Command::AddPort {
+            port,
+            sources,
+            done,
+        });
+        self.turn();
+        self.ports += 1;
+        self.sessions
+            .add(id, endpoint, guest)
+            .map_err(|source| SwitchError::System {
+                what: "session".into(),
+                source,
+            })
+    }
+
+    /// Polls each active queue once.
+    #[inline]
+    pub fn turn(&mut self) {
+        self.worker.step(&self.commands);
+    }
+
+    /// Frames taken from all queues so far.
+    pub fn frames(&self) -> u64 {
+        self.handle.stats.frames.get()
+    }
+}
