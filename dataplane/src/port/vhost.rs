@@ -383,6 +383,9 @@ impl Device for VhostPort {
         };
         let memory = Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner));
         let at = find_areas(index, start.size, start.addresses, &memory)?;
+        if let Some(kick) = &start.kick {
+            check_eventfd(index, "kick", kick)?;
+        }
         if let Some(call) = &start.call {
             prepare_call(index, call)?;
         }
@@ -519,18 +522,31 @@ fn find_areas(
     })
 }
 
-/// Makes sure that writing to a call fd never blocks a worker: an eventfd, not blocking.
+/// Makes sure that an fd is an eventfd. To poll or write anything else may block: a FUSE file's
+/// poll, for one, waits for whoever serves it.
+fn check_eventfd(index: u16, which: &'static str, fd: &OwnedFd) -> Result<(), RingError> {
+    let error = |source| RingError::Fd {
+        index,
+        which,
+        source,
+    };
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let target = rustix::fs::readlink(link.as_str(), Vec::new()).map_err(|e| error(e.into()))?;
+    if target.as_bytes().starts_with(b"anon_inode:[eventfd]") {
+        Ok(())
+    } else {
+        Err(error(std::io::Error::other("it is no eventfd")))
+    }
+}
+
+/// Makes sure that writing to a call fd does not block a worker: an eventfd, not blocking.
 fn prepare_call(index: u16, call: &OwnedFd) -> Result<(), RingError> {
+    check_eventfd(index, "call", call)?;
     let error = |source| RingError::Fd {
         index,
         which: "call",
         source,
     };
-    let link = format!("/proc/self/fd/{}", call.as_raw_fd());
-    let target = rustix::fs::readlink(link.as_str(), Vec::new()).map_err(|e| error(e.into()))?;
-    if !target.as_bytes().starts_with(b"anon_inode:[eventfd]") {
-        return Err(error(std::io::Error::other("it is no eventfd")));
-    }
     let flags = rustix::fs::fcntl_getfl(call).map_err(|e| error(e.into()))?;
     let flags = flags | rustix::fs::OFlags::NONBLOCK;
     rustix::fs::fcntl_setfl(call, flags).map_err(|e| error(e.into()))

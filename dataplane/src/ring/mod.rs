@@ -24,6 +24,9 @@ pub(crate) enum RingFault {
     /// A buffer does not lie in guest memory.
     #[error("buffer {addr:#x} of {len} bytes is not in guest memory")]
     Address { addr: u64, len: u32 },
+    /// A receive buffer of length 0. QEMU breaks the device for it, so no driver posts one.
+    #[error("a receive buffer has no bytes")]
+    EmptyBuffer,
     /// Readable where writable is due or the reverse (2.7.4.2).
     #[error("a {ring} buffer has descriptor flags {flags:#x}")]
     Direction { ring: &'static str, flags: u16 },

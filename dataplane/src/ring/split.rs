@@ -350,6 +350,9 @@ impl SplitRing {
                 }
                 found.ok_or(address)?;
                 bytes = bytes.checked_add(desc.len).ok_or(address)?;
+            } else if direction == Direction::ToGuest {
+                // The search for room is bounded by the pieces that it finds.
+                return Err(RingFault::EmptyBuffer);
             }
             if desc.flags & F_NEXT == 0 {
                 return Ok(bytes);

@@ -5,6 +5,8 @@
     reason = "helpers of tests, not all used by each"
 )]
 
+pub(crate) mod hostile;
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -150,7 +152,7 @@ pub(crate) fn frame(to: u8, from: u8, bytes: usize, seed: u64) -> Vec<u8> {
     frame
 }
 
-fn mac(station: u8) -> [u8; 6] {
+pub(crate) fn mac(station: u8) -> [u8; 6] {
     if station == 0xff {
         [0xff; 6]
     } else {
