@@ -53,6 +53,9 @@ pub enum RingArea<'a> {
     Packed(&'a PackedArea),
 }
 
+/// Slots that are taken back at one look: as many as peers complete at once.
+const RUN: u16 = 32;
+
 #[derive(Debug)]
 enum Area {
     Split {
@@ -76,6 +79,8 @@ pub struct Lane {
     /// Buffers of all slots, `per_slot` each.
     segments: Vec<Segment>,
     per_slot: u16,
+    /// `per_slot` is this power of two.
+    shift: u32,
     slots: u16,
     /// Slots in the order in which they are made available, from `pushed` on; a ring.
     order: Vec<u16>,
@@ -131,6 +136,7 @@ impl Lane {
             in_order: options.in_order,
             segments,
             per_slot,
+            shift: per_slot.trailing_zeros(),
             slots,
             order: (0..slots).collect(),
             pushed: 0,
@@ -253,7 +259,7 @@ impl Lane {
             return Ok(count);
         }
         let mut some = [UsedSlot::default(); 64];
-        let mut total = 0;
+        let mut total = self.reclaim_runs();
         loop {
             let count = self.harvest(&mut some)?;
             // At most 64.
@@ -352,21 +358,49 @@ impl Lane {
     /// Writes descriptors from the last to the first, so that the device sees the burst at once.
     #[inline]
     fn push_packed(&self, ring: &PackedArea, avail: Position, count: u16) {
-        for ahead in (0..count).rev() {
-            let slot = self.next_slot(ahead);
-            for buffer in (0..self.per_slot).rev() {
-                let position = avail.advance(ahead * self.per_slot + buffer, ring.size());
-                let segment = self.segments
-                    [usize::from(slot) * usize::from(self.per_slot) + usize::from(buffer)];
-                let desc = PackedDesc {
-                    addr: segment.addr,
-                    len: segment.len,
-                    id: slot,
-                    flags: self.flags(buffer) | position.available_flags(),
-                };
-                ring.write_desc(position.slot, desc);
-            }
+        let size = ring.size();
+        let laps = [avail, avail.advance(size, size)];
+        let flags = laps.map(Position::available_flags);
+        for ahead in (0..count << self.shift).rev() {
+            let at = avail.slot + ahead;
+            let (at, bits) = if at < size {
+                (at, flags[0])
+            } else {
+                (at - size, flags[1])
+            };
+            // Slots are made available in a ring of the same length.
+            let (place, buffer) = (at >> self.shift, at & (self.per_slot - 1));
+            let slot = self.order[usize::from(place)];
+            let segment = self.segments[usize::from((slot << self.shift) + buffer)];
+            let desc = PackedDesc {
+                addr: segment.addr,
+                len: segment.len,
+                id: slot,
+                flags: self.flags(buffer) | bits,
+            };
+            ring.write_desc(at, desc);
         }
+    }
+
+    /// Takes back runs of slots that an in-order device used one by one: if the last of a run is
+    /// used, all are.
+    #[inline]
+    fn reclaim_runs(&mut self) -> u16 {
+        let Area::Packed { ring, used, .. } = &mut self.area else {
+            return 0;
+        };
+        let mut total = 0;
+        while self.in_order && self.pushed.wrapping_sub(self.reclaimed) >= u32::from(RUN) {
+            let last = used.advance((RUN - 1) << self.shift, ring.size());
+            let desc = ring.read_tail(last.slot);
+            if !last.is_used(desc.flags) || desc.id != last.slot >> self.shift {
+                break;
+            }
+            *used = used.advance(RUN << self.shift, ring.size());
+            self.reclaimed = self.reclaimed.wrapping_add(u32::from(RUN));
+            total += RUN;
+        }
+        total
     }
 
     /// Notes that the device used `slot` next.
@@ -400,7 +434,7 @@ impl Lane {
     }
 
     /// Fills `into` with a used slot and those that an in-order device left out before it.
-    #[inline]
+    #[cold]
     fn take_batch(
         &mut self,
         slot: u16,
@@ -419,10 +453,7 @@ impl Lane {
             };
             self.complete(slot);
         }
-        let len = match self.direction {
-            Direction::Transmit => 0,
-            Direction::Receive => len,
-        };
+        let len = self.written(len);
         into[usize::from(skipped)] = UsedSlot { slot, len };
         self.complete(slot);
         Ok(usize::from(skipped) + 1)
@@ -433,7 +464,7 @@ impl Lane {
         let Area::Split { ring, used } = &self.area else {
             return Ok(0);
         };
-        let (mut used, idx, size) = (*used, ring.used_idx(), ring.size());
+        let (mut used, idx, mask) = (*used, ring.used_idx(), ring.size() - 1);
         let available = self.slots - self.free();
         if idx.wrapping_sub(used) > available {
             return Err(DeviceFault::UsedIndex {
@@ -446,20 +477,17 @@ impl Lane {
             let Area::Split { ring, .. } = &self.area else {
                 break;
             };
-            let (id, len) = ring.used_entry(used & (size - 1));
-            let head = u16::try_from(id).map_err(|_| DeviceFault::UsedId { id })?;
-            if !head.is_multiple_of(self.per_slot) {
-                return Err(DeviceFault::UsedId { id });
-            }
-            let slot = head / self.per_slot;
+            let (id, len) = ring.used_entry(used & mask);
             let place = self.place_of(self.reclaimed);
-            let moved = !self.in_order && self.order[place] != slot;
-            let taken = self.take_batch(slot, len, &mut into[count..])?;
+            let head = self.order[place] << self.shift;
+            let taken = if id == u32::from(head) {
+                into[count] = self.take_expected(place, len);
+                1
+            } else {
+                self.take_other_split(place, id, len, &mut into[count..])?
+            };
             if taken == 0 {
                 break;
-            }
-            if moved {
-                self.rewrite_avail(place, head);
             }
             count += taken;
             // At most `available`.
@@ -469,6 +497,45 @@ impl Lane {
             *at = used;
         }
         Ok(count)
+    }
+
+    /// Takes back the slot that was due.
+    #[inline]
+    fn take_expected(&mut self, place: usize, len: u32) -> UsedSlot {
+        self.reclaimed = self.reclaimed.wrapping_add(1);
+        UsedSlot {
+            slot: self.order[place],
+            len: self.written(len),
+        }
+    }
+
+    /// Takes back another slot than the one that was due.
+    #[cold]
+    fn take_other_split(
+        &mut self,
+        place: usize,
+        id: u32,
+        len: u32,
+        into: &mut [UsedSlot],
+    ) -> Result<usize, DeviceFault> {
+        let head = u16::try_from(id).map_err(|_| DeviceFault::UsedId { id })?;
+        if head & (self.per_slot - 1) != 0 {
+            return Err(DeviceFault::UsedId { id });
+        }
+        let taken = self.take_batch(head >> self.shift, len, into)?;
+        if !self.in_order {
+            self.rewrite_avail(place, head);
+        }
+        Ok(taken)
+    }
+
+    /// What a used length says: without writable buffers nothing.
+    #[inline]
+    fn written(&self, len: u32) -> u32 {
+        match self.direction {
+            Direction::Transmit => 0,
+            Direction::Receive => len,
+        }
     }
 
     /// Puts `head` at all entries of the available ring that stand for this place in the order.
@@ -492,14 +559,20 @@ impl Lane {
             if !position.is_used(desc.flags) {
                 break;
             }
-            let taken = self.take_batch(desc.id, desc.len, &mut into[count..])?;
+            let place = self.place_of(self.reclaimed);
+            let taken = if desc.id == self.order[place] {
+                into[count] = self.take_expected(place, desc.len);
+                1
+            } else {
+                self.take_batch(desc.id, desc.len, &mut into[count..])?
+            };
             if taken == 0 {
                 break;
             }
             count += taken;
             if let Area::Packed { used, .. } = &mut self.area {
                 // At most `slots`.
-                let descs = u16::try_from(taken).unwrap_or(0) * self.per_slot;
+                let descs = u16::try_from(taken).unwrap_or(0) << self.shift;
                 *used = position.advance(descs, size);
             }
         }
