@@ -78,6 +78,8 @@ pub struct Lane {
     in_order: bool,
     /// Buffers of all slots, `per_slot` each.
     segments: Vec<Segment>,
+    /// The same as packed descriptors, available and used bits clear.
+    descs: Vec<PackedDesc>,
     per_slot: u16,
     /// `per_slot` is this power of two.
     shift: u32,
@@ -129,12 +131,13 @@ impl Lane {
                 used: Position::START,
             },
         };
-        let lane = Self {
+        let mut lane = Self {
             area,
             direction,
             event_idx: options.event_idx,
             in_order: options.in_order,
             segments,
+            descs: Vec::new(),
             per_slot,
             shift: per_slot.trailing_zeros(),
             slots,
@@ -143,6 +146,7 @@ impl Lane {
             reclaimed: 0,
         };
         lane.write_split_tables();
+        lane.descs = (0..size).map(|index| lane.packed_desc(index)).collect();
         Ok(lane)
     }
 
@@ -185,6 +189,7 @@ impl Lane {
     pub fn set_len(&mut self, slot: u16, len: u32) {
         let last = usize::from(slot) * usize::from(self.per_slot) + usize::from(self.per_slot) - 1;
         self.segments[last].len = len;
+        self.descs[last].len = len;
         if let Area::Split { ring, .. } = &self.area {
             let index = slot * self.per_slot + self.per_slot - 1;
             let desc = ring.read_desc(index);
@@ -333,6 +338,17 @@ impl Lane {
             }
     }
 
+    /// The packed descriptor of a buffer.
+    fn packed_desc(&self, index: u16) -> PackedDesc {
+        let segment = self.segments[usize::from(index)];
+        PackedDesc {
+            addr: segment.addr,
+            len: segment.len,
+            id: index >> self.shift,
+            flags: self.flags(index & (self.per_slot - 1)),
+        }
+    }
+
     fn write_split_tables(&self) {
         let Area::Split { ring, .. } = &self.area else {
             return;
@@ -371,13 +387,8 @@ impl Lane {
             // Slots are made available in a ring of the same length.
             let (place, buffer) = (at >> self.shift, at & (self.per_slot - 1));
             let slot = self.order[usize::from(place)];
-            let segment = self.segments[usize::from((slot << self.shift) + buffer)];
-            let desc = PackedDesc {
-                addr: segment.addr,
-                len: segment.len,
-                id: slot,
-                flags: self.flags(buffer) | bits,
-            };
+            let mut desc = self.descs[usize::from((slot << self.shift) + buffer)];
+            desc.flags |= bits;
             ring.write_desc(at, desc);
         }
     }
@@ -474,20 +485,18 @@ impl Lane {
         }
         let mut count = 0;
         while used != idx && count < into.len() {
-            let Area::Split { ring, .. } = &self.area else {
-                break;
-            };
-            let (id, len) = ring.used_entry(used & mask);
-            let place = self.place_of(self.reclaimed);
-            let head = self.order[place] << self.shift;
-            let taken = if id == u32::from(head) {
-                into[count] = self.take_expected(place, len);
-                1
-            } else {
-                self.take_other_split(place, id, len, &mut into[count..])?
-            };
+            let pending = usize::from(idx.wrapping_sub(used));
+            let room = pending.min(into.len() - count);
+            let mut taken = self.take_expected_split(used, &mut into[count..count + room]);
             if taken == 0 {
-                break;
+                let Area::Split { ring, .. } = &self.area else {
+                    break;
+                };
+                let (id, len) = ring.used_entry(used & mask);
+                taken = self.take_other_split(id, len, &mut into[count..])?;
+                if taken == 0 {
+                    break;
+                }
             }
             count += taken;
             // At most `available`.
@@ -499,25 +508,38 @@ impl Lane {
         Ok(count)
     }
 
-    /// Takes back the slot that was due.
+    /// Takes back slots as long as they are those that are due.
     #[inline]
-    fn take_expected(&mut self, place: usize, len: u32) -> UsedSlot {
-        self.reclaimed = self.reclaimed.wrapping_add(1);
-        UsedSlot {
-            slot: self.order[place],
-            len: self.written(len),
+    fn take_expected_split(&mut self, mut used: u16, into: &mut [UsedSlot]) -> usize {
+        let Area::Split { ring, .. } = &self.area else {
+            return 0;
+        };
+        let (mask, last_place) = (ring.size() - 1, usize::from(self.slots) - 1);
+        let (mut reclaimed, mut count) = (self.reclaimed, 0);
+        for out in into {
+            let (id, len) = ring.used_entry(used & mask);
+            let slot = self.order[reclaimed as usize & last_place];
+            if id != u32::from(slot << self.shift) {
+                break;
+            }
+            let len = self.written(len);
+            *out = UsedSlot { slot, len };
+            (used, reclaimed) = (used.wrapping_add(1), reclaimed.wrapping_add(1));
+            count += 1;
         }
+        self.reclaimed = reclaimed;
+        count
     }
 
     /// Takes back another slot than the one that was due.
     #[cold]
     fn take_other_split(
         &mut self,
-        place: usize,
         id: u32,
         len: u32,
         into: &mut [UsedSlot],
     ) -> Result<usize, DeviceFault> {
+        let place = self.place_of(self.reclaimed);
         let head = u16::try_from(id).map_err(|_| DeviceFault::UsedId { id })?;
         if head & (self.per_slot - 1) != 0 {
             return Err(DeviceFault::UsedId { id });
@@ -552,30 +574,57 @@ impl Lane {
     fn harvest_packed(&mut self, into: &mut [UsedSlot]) -> Result<usize, DeviceFault> {
         let mut count = 0;
         while count < into.len() && self.pushed != self.reclaimed {
-            let Area::Packed { ring, used, .. } = &self.area else {
-                break;
-            };
-            let (desc, position, size) = (ring.read_tail(used.slot), *used, ring.size());
-            if !position.is_used(desc.flags) {
-                break;
-            }
-            let place = self.place_of(self.reclaimed);
-            let taken = if desc.id == self.order[place] {
-                into[count] = self.take_expected(place, desc.len);
-                1
-            } else {
-                self.take_batch(desc.id, desc.len, &mut into[count..])?
-            };
+            let mut taken = self.take_expected_packed(&mut into[count..]);
             if taken == 0 {
-                break;
+                let Area::Packed { ring, used, .. } = &self.area else {
+                    break;
+                };
+                let desc = ring.read_tail(used.slot);
+                if !used.is_used(desc.flags) {
+                    break;
+                }
+                taken = self.take_batch(desc.id, desc.len, &mut into[count..])?;
+                self.advance_used(taken);
+                if taken == 0 {
+                    break;
+                }
             }
             count += taken;
-            if let Area::Packed { used, .. } = &mut self.area {
-                // At most `slots`.
-                let descs = u16::try_from(taken).unwrap_or(0) << self.shift;
-                *used = position.advance(descs, size);
-            }
         }
         Ok(count)
+    }
+
+    /// Takes back slots as long as they are used and those that are due.
+    #[inline]
+    fn take_expected_packed(&mut self, into: &mut [UsedSlot]) -> usize {
+        let Area::Packed { ring, used, .. } = &self.area else {
+            return 0;
+        };
+        let (size, last_place) = (ring.size(), usize::from(self.slots) - 1);
+        let (mut position, mut reclaimed, mut count) = (*used, self.reclaimed, 0);
+        for out in into {
+            let desc = ring.read_tail(position.slot);
+            let slot = self.order[reclaimed as usize & last_place];
+            if reclaimed == self.pushed || !position.is_used(desc.flags) || desc.id != slot {
+                break;
+            }
+            let len = self.written(desc.len);
+            *out = UsedSlot { slot, len };
+            position = position.advance(self.per_slot, size);
+            reclaimed = reclaimed.wrapping_add(1);
+            count += 1;
+        }
+        self.reclaimed = reclaimed;
+        self.advance_used(count);
+        count
+    }
+
+    #[inline]
+    fn advance_used(&mut self, slots: usize) {
+        if let Area::Packed { ring, used, .. } = &mut self.area {
+            // At most `slots` of the lane.
+            let descs = u16::try_from(slots).unwrap_or(0) << self.shift;
+            *used = used.advance(descs, ring.size());
+        }
     }
 }
