@@ -18,11 +18,14 @@ struct Cli {
 enum Command {
     /// Drive a switch with synthetic guests and measure it
     Run(Box<synth::RunArgs>),
+    /// Drive ringway and its peers with the same load, in turns, and print the ratios
+    Compare(Box<synth::CompareArgs>),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Run(args) => synth::run(&args),
+        Command::Compare(args) => synth::compare(&args),
     };
     match outcome {
         Ok(code) => code,

@@ -1,5 +1,6 @@
 //! The load: pairs of guests on one thread, each guest sending to its partner.
 
+use std::hint;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,10 @@ use super::guest::{LoadError, LoadGuest, Shape};
 const FIRST_FRAME: Duration = Duration::from_secs(5);
 /// How often a full-rate run looks whether the switch still lives.
 const CHECK_EVERY: Duration = Duration::from_millis(20);
-static PAUSES: std::sync::LazyLock<u32> = std::sync::LazyLock::new(|| std::env::var("PAUSES").ok().and_then(|p| p.parse().ok()).unwrap_or(0));
+/// Pauses after a turn that found less than this many frames: looking at the rings less often costs
+/// switch and load fewer cache misses (load busy 20 instead of 40 % of the time, the same rate).
+const PAUSES: u32 = 16;
+const FULL_TURN: u64 = 64;
 /// Stretches of which the best is told; shorter than a scheduler's time slice.
 const WINDOW: Duration = Duration::from_millis(2);
 /// A switch that passes nothing for so long has stalled; it may still be setting itself up in the
@@ -258,8 +262,8 @@ impl Load {
             result.sent += sent;
             result.received += received;
             now = turned;
-            if received < 64 {
-                for _ in 0..*PAUSES { std::hint::spin_loop(); }
+            if received < FULL_TURN {
+                (0..PAUSES).for_each(|_| hint::spin_loop());
                 now = Instant::now();
             }
             if received > 0 {
