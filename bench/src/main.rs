@@ -21,12 +21,15 @@ enum Command {
     Lab(Box<lab::LabArgs>),
     /// Drive a switch with synthetic guests and measure it
     Run(Box<synth::RunArgs>),
+    /// Drive ringway and its peers with the same load, in turns, and print the ratios
+    Compare(Box<synth::CompareArgs>),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Lab(args) => lab::run(*args),
         Command::Run(args) => synth::run(&args),
+        Command::Compare(args) => synth::compare(&args),
     };
     match outcome {
         Ok(code) => code,

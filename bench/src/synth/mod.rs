@@ -5,6 +5,7 @@
 //! what it measures; it tells how much of its time it was busy, so that a result that it limits
 //! itself is seen.
 
+mod compare;
 mod frame;
 mod guest;
 mod load;
@@ -12,7 +13,9 @@ mod rate;
 mod report;
 mod run;
 mod switch;
+mod virtio_user;
 
+pub(crate) use compare::{CompareArgs, compare};
 pub(crate) use run::{RunArgs, run};
 
 /// What to do about an error, if it says so.

@@ -259,7 +259,12 @@ enum Row {
         frames_received: u64,
         load_busy_share: f64,
         load_ns_per_frame: f64,
+        /// Over the best 2 ms.
+        best_frames_per_second: f64,
+        best_load_ns_per_frame: f64,
         frames_per_turn: f64,
+        /// Share of time that the load was kept off its CPU by others.
+        load_disturbed_share: f64,
         in_order: bool,
         limit: Limit,
     },
@@ -413,6 +418,9 @@ fn measure(args: &RunArgs, size: FrameSize, config: &LoadConfig) -> Result<Row> 
                 frames_received: result.received,
                 load_busy_share: result.busy_share(),
                 load_ns_per_frame: result.load_ns_per_frame(),
+                best_frames_per_second: result.best_pps,
+                best_load_ns_per_frame: result.best_ns_per_frame,
+                load_disturbed_share: result.disturbed_share(),
                 frames_per_turn: result.received as f64 / full_turns as f64,
                 in_order,
                 limit: Limit::of(result.busy_share()),
@@ -451,22 +459,26 @@ fn print_row(row: &Row) {
             frame,
             frames_per_second,
             bits_per_second,
-            load_busy_share,
-            load_ns_per_frame,
-            frames_per_turn,
             frames_sent,
             frames_received,
+            load_busy_share,
+            load_ns_per_frame,
+            best_frames_per_second,
+            best_load_ns_per_frame,
+            load_disturbed_share,
             limit,
             ..
         } => println!(
-            "{frame:>5} B  {:8.3} Mpps {:8.2} Gbit/s  lost {:.3} %  load busy {:3.0} %, {:5.1} ns per frame, \
-             {:5.1} frames per turn: {}",
+            "{frame:>5} B  {:8.3} Mpps {:8.2} Gbit/s  lost {:.3} %  best 2 ms {:.3} Mpps; load busy \
+             {:.0} %, {load_ns_per_frame:.1} ns per frame (best {best_load_ns_per_frame:.1}), \
+             disturbed {:.0} %: {}",
             frames_per_second / 1e6,
             bits_per_second / 1e9,
-            100.0 * (1.0 - *frames_received as f64 / (*frames_sent).max(1) as f64),
+            100.0 * frames_sent.saturating_sub(*frames_received) as f64
+                / (*frames_sent).max(1) as f64,
+            best_frames_per_second / 1e6,
             100.0 * load_busy_share,
-            load_ns_per_frame,
-            frames_per_turn,
+            100.0 * load_disturbed_share,
             limit.name()
         ),
         Row::Rate {

@@ -53,6 +53,9 @@ pub enum RingArea<'a> {
     Packed(&'a PackedArea),
 }
 
+/// Slots that are taken back at one look: as many as peers complete at once.
+const RUN: u16 = 32;
+
 #[derive(Debug)]
 enum Area {
     Split {
@@ -75,7 +78,11 @@ pub struct Lane {
     in_order: bool,
     /// Buffers of all slots, `per_slot` each.
     segments: Vec<Segment>,
+    /// The same as packed descriptors, available and used bits clear.
+    descs: Vec<PackedDesc>,
     per_slot: u16,
+    /// `per_slot` is this power of two.
+    shift: u32,
     slots: u16,
     /// Slots in the order in which they are made available, from `pushed` on; a ring.
     order: Vec<u16>,
@@ -124,19 +131,22 @@ impl Lane {
                 used: Position::START,
             },
         };
-        let lane = Self {
+        let mut lane = Self {
             area,
             direction,
             event_idx: options.event_idx,
             in_order: options.in_order,
             segments,
+            descs: Vec::new(),
             per_slot,
+            shift: per_slot.trailing_zeros(),
             slots,
             order: (0..slots).collect(),
             pushed: 0,
             reclaimed: 0,
         };
         lane.write_split_tables();
+        lane.descs = (0..size).map(|index| lane.packed_desc(index)).collect();
         Ok(lane)
     }
 
@@ -179,6 +189,7 @@ impl Lane {
     pub fn set_len(&mut self, slot: u16, len: u32) {
         let last = usize::from(slot) * usize::from(self.per_slot) + usize::from(self.per_slot) - 1;
         self.segments[last].len = len;
+        self.descs[last].len = len;
         if let Area::Split { ring, .. } = &self.area {
             let index = slot * self.per_slot + self.per_slot - 1;
             let desc = ring.read_desc(index);
@@ -253,7 +264,7 @@ impl Lane {
             return Ok(count);
         }
         let mut some = [UsedSlot::default(); 64];
-        let mut total = 0;
+        let mut total = self.reclaim_runs();
         loop {
             let count = self.harvest(&mut some)?;
             // At most 64.
@@ -327,6 +338,17 @@ impl Lane {
             }
     }
 
+    /// The packed descriptor of a buffer.
+    fn packed_desc(&self, index: u16) -> PackedDesc {
+        let segment = self.segments[usize::from(index)];
+        PackedDesc {
+            addr: segment.addr,
+            len: segment.len,
+            id: index >> self.shift,
+            flags: self.flags(index & (self.per_slot - 1)),
+        }
+    }
+
     fn write_split_tables(&self) {
         let Area::Split { ring, .. } = &self.area else {
             return;
@@ -352,21 +374,44 @@ impl Lane {
     /// Writes descriptors from the last to the first, so that the device sees the burst at once.
     #[inline]
     fn push_packed(&self, ring: &PackedArea, avail: Position, count: u16) {
-        for ahead in (0..count).rev() {
-            let slot = self.next_slot(ahead);
-            for buffer in (0..self.per_slot).rev() {
-                let position = avail.advance(ahead * self.per_slot + buffer, ring.size());
-                let segment = self.segments
-                    [usize::from(slot) * usize::from(self.per_slot) + usize::from(buffer)];
-                let desc = PackedDesc {
-                    addr: segment.addr,
-                    len: segment.len,
-                    id: slot,
-                    flags: self.flags(buffer) | position.available_flags(),
-                };
-                ring.write_desc(position.slot, desc);
-            }
+        let size = ring.size();
+        let laps = [avail, avail.advance(size, size)];
+        let flags = laps.map(Position::available_flags);
+        for ahead in (0..count << self.shift).rev() {
+            let at = avail.slot + ahead;
+            let (at, bits) = if at < size {
+                (at, flags[0])
+            } else {
+                (at - size, flags[1])
+            };
+            // Slots are made available in a ring of the same length.
+            let (place, buffer) = (at >> self.shift, at & (self.per_slot - 1));
+            let slot = self.order[usize::from(place)];
+            let mut desc = self.descs[usize::from((slot << self.shift) + buffer)];
+            desc.flags |= bits;
+            ring.write_desc(at, desc);
         }
+    }
+
+    /// Takes back runs of slots that an in-order device used one by one: if the last of a run is
+    /// used, all are.
+    #[inline]
+    fn reclaim_runs(&mut self) -> u16 {
+        let Area::Packed { ring, used, .. } = &mut self.area else {
+            return 0;
+        };
+        let mut total = 0;
+        while self.in_order && self.pushed.wrapping_sub(self.reclaimed) >= u32::from(RUN) {
+            let last = used.advance((RUN - 1) << self.shift, ring.size());
+            let desc = ring.read_tail(last.slot);
+            if !last.is_used(desc.flags) || desc.id != last.slot >> self.shift {
+                break;
+            }
+            *used = used.advance(RUN << self.shift, ring.size());
+            self.reclaimed = self.reclaimed.wrapping_add(u32::from(RUN));
+            total += RUN;
+        }
+        total
     }
 
     /// Notes that the device used `slot` next.
@@ -400,7 +445,7 @@ impl Lane {
     }
 
     /// Fills `into` with a used slot and those that an in-order device left out before it.
-    #[inline]
+    #[cold]
     fn take_batch(
         &mut self,
         slot: u16,
@@ -419,10 +464,7 @@ impl Lane {
             };
             self.complete(slot);
         }
-        let len = match self.direction {
-            Direction::Transmit => 0,
-            Direction::Receive => len,
-        };
+        let len = self.written(len);
         into[usize::from(skipped)] = UsedSlot { slot, len };
         self.complete(slot);
         Ok(usize::from(skipped) + 1)
@@ -433,7 +475,7 @@ impl Lane {
         let Area::Split { ring, used } = &self.area else {
             return Ok(0);
         };
-        let (mut used, idx, size) = (*used, ring.used_idx(), ring.size());
+        let (mut used, idx, mask) = (*used, ring.used_idx(), ring.size() - 1);
         let available = self.slots - self.free();
         if idx.wrapping_sub(used) > available {
             return Err(DeviceFault::UsedIndex {
@@ -443,23 +485,18 @@ impl Lane {
         }
         let mut count = 0;
         while used != idx && count < into.len() {
-            let Area::Split { ring, .. } = &self.area else {
-                break;
-            };
-            let (id, len) = ring.used_entry(used & (size - 1));
-            let head = u16::try_from(id).map_err(|_| DeviceFault::UsedId { id })?;
-            if !head.is_multiple_of(self.per_slot) {
-                return Err(DeviceFault::UsedId { id });
-            }
-            let slot = head / self.per_slot;
-            let place = self.place_of(self.reclaimed);
-            let moved = !self.in_order && self.order[place] != slot;
-            let taken = self.take_batch(slot, len, &mut into[count..])?;
+            let pending = usize::from(idx.wrapping_sub(used));
+            let room = pending.min(into.len() - count);
+            let mut taken = self.take_expected_split(used, &mut into[count..count + room]);
             if taken == 0 {
-                break;
-            }
-            if moved {
-                self.rewrite_avail(place, head);
+                let Area::Split { ring, .. } = &self.area else {
+                    break;
+                };
+                let (id, len) = ring.used_entry(used & mask);
+                taken = self.take_other_split(id, len, &mut into[count..])?;
+                if taken == 0 {
+                    break;
+                }
             }
             count += taken;
             // At most `available`.
@@ -469,6 +506,58 @@ impl Lane {
             *at = used;
         }
         Ok(count)
+    }
+
+    /// Takes back slots as long as they are those that are due.
+    #[inline]
+    fn take_expected_split(&mut self, mut used: u16, into: &mut [UsedSlot]) -> usize {
+        let Area::Split { ring, .. } = &self.area else {
+            return 0;
+        };
+        let (mask, last_place) = (ring.size() - 1, usize::from(self.slots) - 1);
+        let (mut reclaimed, mut count) = (self.reclaimed, 0);
+        for out in into {
+            let (id, len) = ring.used_entry(used & mask);
+            let slot = self.order[reclaimed as usize & last_place];
+            if id != u32::from(slot << self.shift) {
+                break;
+            }
+            let len = self.written(len);
+            *out = UsedSlot { slot, len };
+            (used, reclaimed) = (used.wrapping_add(1), reclaimed.wrapping_add(1));
+            count += 1;
+        }
+        self.reclaimed = reclaimed;
+        count
+    }
+
+    /// Takes back another slot than the one that was due.
+    #[cold]
+    fn take_other_split(
+        &mut self,
+        id: u32,
+        len: u32,
+        into: &mut [UsedSlot],
+    ) -> Result<usize, DeviceFault> {
+        let place = self.place_of(self.reclaimed);
+        let head = u16::try_from(id).map_err(|_| DeviceFault::UsedId { id })?;
+        if head & (self.per_slot - 1) != 0 {
+            return Err(DeviceFault::UsedId { id });
+        }
+        let taken = self.take_batch(head >> self.shift, len, into)?;
+        if !self.in_order {
+            self.rewrite_avail(place, head);
+        }
+        Ok(taken)
+    }
+
+    /// What a used length says: without writable buffers nothing.
+    #[inline]
+    fn written(&self, len: u32) -> u32 {
+        match self.direction {
+            Direction::Transmit => 0,
+            Direction::Receive => len,
+        }
     }
 
     /// Puts `head` at all entries of the available ring that stand for this place in the order.
@@ -485,24 +574,57 @@ impl Lane {
     fn harvest_packed(&mut self, into: &mut [UsedSlot]) -> Result<usize, DeviceFault> {
         let mut count = 0;
         while count < into.len() && self.pushed != self.reclaimed {
-            let Area::Packed { ring, used, .. } = &self.area else {
-                break;
-            };
-            let (desc, position, size) = (ring.read_tail(used.slot), *used, ring.size());
-            if !position.is_used(desc.flags) {
-                break;
-            }
-            let taken = self.take_batch(desc.id, desc.len, &mut into[count..])?;
+            let mut taken = self.take_expected_packed(&mut into[count..]);
             if taken == 0 {
-                break;
+                let Area::Packed { ring, used, .. } = &self.area else {
+                    break;
+                };
+                let desc = ring.read_tail(used.slot);
+                if !used.is_used(desc.flags) {
+                    break;
+                }
+                taken = self.take_batch(desc.id, desc.len, &mut into[count..])?;
+                self.advance_used(taken);
+                if taken == 0 {
+                    break;
+                }
             }
             count += taken;
-            if let Area::Packed { used, .. } = &mut self.area {
-                // At most `slots`.
-                let descs = u16::try_from(taken).unwrap_or(0) * self.per_slot;
-                *used = position.advance(descs, size);
-            }
         }
         Ok(count)
+    }
+
+    /// Takes back slots as long as they are used and those that are due.
+    #[inline]
+    fn take_expected_packed(&mut self, into: &mut [UsedSlot]) -> usize {
+        let Area::Packed { ring, used, .. } = &self.area else {
+            return 0;
+        };
+        let (size, last_place) = (ring.size(), usize::from(self.slots) - 1);
+        let (mut position, mut reclaimed, mut count) = (*used, self.reclaimed, 0);
+        for out in into {
+            let desc = ring.read_tail(position.slot);
+            let slot = self.order[reclaimed as usize & last_place];
+            if reclaimed == self.pushed || !position.is_used(desc.flags) || desc.id != slot {
+                break;
+            }
+            let len = self.written(desc.len);
+            *out = UsedSlot { slot, len };
+            position = position.advance(self.per_slot, size);
+            reclaimed = reclaimed.wrapping_add(1);
+            count += 1;
+        }
+        self.reclaimed = reclaimed;
+        self.advance_used(count);
+        count
+    }
+
+    #[inline]
+    fn advance_used(&mut self, slots: usize) {
+        if let Area::Packed { ring, used, .. } = &mut self.area {
+            // At most `slots` of the lane.
+            let descs = u16::try_from(slots).unwrap_or(0) << self.shift;
+            *used = used.advance(descs, ring.size());
+        }
     }
 }
