@@ -367,7 +367,16 @@ fn an_unknown_noun_runs_a_program_of_path() {
     let output = run(&["hello", "--world", "2"]);
     assert_eq!(code(&output), 42);
     assert_eq!(text(&output.stdout), "/a.sock --world 2\n");
-    let output = run(&["../bin/sh"]);
+    // With a slash it would be a path from the working directory.
+    let sub = directory.path().join("ringway-sub");
+    std::fs::create_dir(&sub).unwrap();
+    std::fs::copy(&program, sub.join("hello")).unwrap();
+    let mut command = ringway(Path::new("/a.sock"));
+    let output = command
+        .current_dir(&directory)
+        .arg("sub/hello")
+        .output()
+        .unwrap();
     assert_eq!(code(&output), 2);
     let output = run(&["meassure"]);
     assert_eq!(code(&output), 2);

@@ -1,7 +1,7 @@
 //! The binary `ringwayd`: what it checks, what it refuses, and a run with real ports.
 #![expect(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -77,7 +77,12 @@ impl Running {
         let timeout = std::time::Duration::from_secs(20);
         self.notify.set_read_timeout(Some(timeout)).unwrap();
         let mut buffer = [0; 100];
-        let n = self.notify.recv(&mut buffer).unwrap();
+        let n = loop {
+            match self.notify.recv(&mut buffer) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                result => break result.unwrap(),
+            }
+        };
         String::from_utf8(buffer[..n].to_vec()).unwrap()
     }
 

@@ -121,7 +121,7 @@ fn lock_parent(path: &Path) -> io::Result<OwnedFd> {
     };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::open(parent, flags, Mode::empty())?;
-    rustix::fs::flock(&directory, FlockOperation::LockExclusive)?;
+    rustix::io::retry_on_intr(|| rustix::fs::flock(&directory, FlockOperation::LockExclusive))?;
     Ok(directory)
 }
 
