@@ -34,18 +34,21 @@ impl FrameHead {
     /// [`DropReason::Runt`] if either is shorter than an Ethernet header.
     #[inline]
     pub fn parse(first_bytes: &[u8], l2_bytes: u32) -> Result<Self, DropReason> {
-        let Some(&[a, b, c, d, e, f, g, h, i, j, k, l, m, n]) =
-            first_bytes.first_chunk::<ETHERNET_BYTES>()
-        else {
+        let Some(header) = first_bytes.first_chunk::<ETHERNET_BYTES>() else {
             return Err(DropReason::Runt);
         };
         if (l2_bytes as usize) < ETHERNET_BYTES {
             return Err(DropReason::Runt);
         }
+        // Two loads that overlap, rather than fourteen of a byte.
+        let (Some(low), Some(high)) = (header.first_chunk(), header.last_chunk()) else {
+            return Err(DropReason::Runt);
+        };
+        let high = u64::from_be_bytes(*high);
         Ok(Self {
-            dst: u64::from_be_bytes([a, b, c, d, e, f, g, h]) >> 16,
-            src: u64::from_be_bytes([g, h, i, j, k, l, m, n]) >> 16,
-            ether_type: u16::from_be_bytes([m, n]),
+            dst: u64::from_be_bytes(*low) >> 16,
+            src: high >> 16,
+            ether_type: (high & 0xffff) as u16,
             l2_bytes,
         })
     }

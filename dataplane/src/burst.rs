@@ -11,7 +11,7 @@
 
 use ringway_bridge::{DropReason, FrameHead, MAX_BURST};
 
-use crate::copy::copy;
+use crate::copy::{copy, copy_head};
 use crate::memory::Segment;
 use crate::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES, Offloads};
 
@@ -35,7 +35,7 @@ const MAX_SEGMENTS: usize = 2 * MAX_CHAIN;
 struct Snapshot([u8; SNAPSHOT_LEN]);
 
 /// One frame of a burst.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Frame {
     /// Ring entry to complete: head of the descriptor chain.
     pub(crate) entry: u16,
@@ -43,16 +43,37 @@ pub(crate) struct Frame {
     pub(crate) snapshot_bytes: u32,
     /// Header and frame.
     pub(crate) total_bytes: u32,
-    /// What lies behind the snapshot, as indices into the burst's segments.
-    rest: (u32, u32),
+    /// What lies behind the snapshot: the first piece, of length 0 if there is nothing,
+    rest: Segment,
+    /// and further ones, as indices into the burst's segments.
+    more: (u32, u32),
     pub(crate) header: Checked,
+    /// One piece at most behind the snapshot, and nothing asked of the destination.
+    is_plain: bool,
 }
 
 impl Frame {
+    const EMPTY: Self = Self {
+        entry: 0,
+        snapshot_bytes: 0,
+        total_bytes: 0,
+        rest: Segment::EMPTY,
+        more: (0, 0),
+        header: Checked::NONE,
+        is_plain: false,
+    };
+
     /// L2 bytes without FCS.
     #[inline]
     pub(crate) fn l2_bytes(&self) -> u32 {
         self.total_bytes - HEADER_BYTES
+    }
+
+    /// What lies behind the snapshot, of length 0 if it is nothing, if it is one piece and the
+    /// frame asks nothing of its destination.
+    #[inline(always)]
+    pub(crate) fn plain_rest(&self) -> Option<Segment> {
+        self.is_plain.then_some(self.rest)
     }
 }
 
@@ -78,7 +99,7 @@ impl Burst {
     pub(crate) fn new() -> Self {
         Self {
             snapshots: Box::new([Snapshot([0; SNAPSHOT_LEN]); MAX_BURST]),
-            frames: Box::new([Frame::default(); MAX_BURST]),
+            frames: Box::new([Frame::EMPTY; MAX_BURST]),
             heads: Box::new([FrameHead::default(); MAX_BURST]),
             len: 0,
             valid: 0,
@@ -107,6 +128,13 @@ impl Burst {
         &self.frames[..self.len]
     }
 
+    /// Frame `index` of the burst and its snapshot; of indices past the last some older frame.
+    #[inline(always)]
+    pub(crate) fn at(&self, index: usize) -> (&Frame, *const u8) {
+        let index = index % MAX_BURST;
+        (&self.frames[index], self.snapshots[index].0.as_ptr())
+    }
+
     #[inline]
     pub(crate) fn heads(&self) -> &[FrameHead] {
         &self.heads[..self.len]
@@ -117,10 +145,15 @@ impl Burst {
         &mut self.snapshots[index].0
     }
 
+    /// What lies behind a frame's snapshot.
     #[inline]
-    pub(crate) fn rest(&self, frame: &Frame) -> &[Segment] {
-        let (from, to) = frame.rest;
-        &self.segments[from as usize..to as usize]
+    pub(crate) fn rest(&self, frame: &Frame) -> impl ExactSizeIterator<Item = Segment> {
+        let (from, to) = frame.more;
+        let first = (frame.rest.len > 0).then_some(frame.rest);
+        let more = &self.segments[from as usize..to as usize];
+        let count = usize::from(first.is_some()) + more.len();
+        let mut pieces = first.into_iter().chain(more.iter().copied());
+        (0..count).map(move |_| pieces.next().unwrap_or(Segment::EMPTY))
     }
 
     /// Starts a chain: returns a mark for [`Burst::add`], or `None` if the burst is full or a
@@ -147,18 +180,28 @@ impl Burst {
     }
 
     /// Ends a chain: it becomes the burst's next frame, of `total_bytes` in all pieces.
-    #[inline]
     pub(crate) fn add(&mut self, mark: usize, entry: u16, total_bytes: u32) {
+        let first = self.segments.get(mark).copied();
+        let from = mark + usize::from(first.is_some());
         // Both fit: there are at most MAX_SEGMENTS.
         #[expect(clippy::cast_possible_truncation, reason = "at most MAX_SEGMENTS")]
-        let rest = (mark as u32, self.segments.len() as u32);
-        self.frames[self.len] = Frame {
-            entry,
-            snapshot_bytes: 0,
-            total_bytes,
-            rest,
-            header: Checked::default(),
-        };
+        let more = (from as u32, self.segments.len() as u32);
+        self.add_frame(entry, total_bytes, first.unwrap_or(Segment::EMPTY), more);
+    }
+
+    /// Adds a frame that is one piece.
+    #[inline(always)]
+    pub(crate) fn add_single(&mut self, entry: u16, segment: Segment) {
+        self.add_frame(entry, segment.len, segment, (0, 0));
+    }
+
+    #[inline(always)]
+    fn add_frame(&mut self, entry: u16, total_bytes: u32, rest: Segment, more: (u32, u32)) {
+        let frame = &mut self.frames[self.len];
+        frame.entry = entry;
+        frame.total_bytes = total_bytes;
+        frame.rest = rest;
+        frame.more = more;
         self.len += 1;
     }
 
@@ -174,7 +217,7 @@ impl Burst {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn take_snapshot(
         &mut self,
         index: usize,
@@ -183,51 +226,25 @@ impl Burst {
     ) -> Result<(), DropReason> {
         let frame = &mut self.frames[index];
         let snapshot = &mut self.snapshots[index].0;
-        let chain_bytes = frame.total_bytes;
-        let gap = HEADER_BYTES - header_bytes;
-        // The longest frame fits, so nothing below overflows.
-        if chain_bytes > MAX_FRAME_BYTES + header_bytes {
-            return Err(DropReason::TooLong);
-        }
-        frame.total_bytes = (chain_bytes + gap).max(HEADER_BYTES);
-        if chain_bytes < header_bytes {
-            return Err(DropReason::BadHeader);
-        }
-        let wanted = chain_bytes.min(SNAPSHOT_BYTES - gap);
-        let target = snapshot.as_mut_ptr().wrapping_add(gap as usize);
-        let (mut from, to) = frame.rest;
-        let mut taken = 0;
-        while taken < wanted {
-            // The lengths of the pieces sum up to `chain_bytes`, so there is one.
-            let segment = &mut self.segments[from as usize];
-            let part = segment.len.min(wanted - taken);
-            // SAFETY: the segment is valid for its length and `part` is within it; the snapshot
-            // has room for `wanted` bytes behind the gap; private and guest memory are distinct.
-            unsafe {
-                copy(
-                    target.wrapping_add(taken as usize),
-                    segment.ptr,
-                    part as usize,
-                )
-            };
-            taken += part;
-            if part == segment.len {
-                from += 1;
-            } else {
-                segment.ptr = segment.ptr.wrapping_add(part as usize);
-                segment.len -= part;
-            }
-        }
-        frame.rest = (from, to);
-        frame.snapshot_bytes = gap + taken;
-        if gap > 0 {
-            // A legacy header without num_buffers: move it to the front.
-            snapshot.copy_within(gap as usize..HEADER_LEN, 0);
+        let is_common = header_bytes == HEADER_BYTES
+            && frame.more.0 == frame.more.1
+            && (HEADER_BYTES..=MAX_FRAME_BYTES + HEADER_BYTES).contains(&frame.total_bytes);
+        if is_common {
+            let taken = frame.total_bytes.min(SNAPSHOT_BYTES);
+            // SAFETY: the piece is valid for its length, which is the frame's, and so for `taken`
+            // bytes of it; the snapshot has room for them; private and guest memory are distinct.
+            unsafe { copy_head(snapshot.as_mut_ptr(), frame.rest.ptr, taken as usize) };
+            frame.rest.ptr = frame.rest.ptr.wrapping_add(taken as usize);
+            frame.rest.len -= taken;
+            frame.snapshot_bytes = taken;
+        } else {
+            take_pieces(frame, snapshot, &mut self.segments, header_bytes)?;
         }
         let l2_bytes = frame.l2_bytes();
-        let seen = &mut snapshot[..frame.snapshot_bytes as usize];
-        self.heads[index] = FrameHead::parse(&seen[HEADER_LEN..], l2_bytes)?;
-        frame.header = net_header::check(seen, l2_bytes, allowed)?;
+        // The bytes behind a runt are not looked at again: it is dropped.
+        self.heads[index] = FrameHead::parse(&snapshot[HEADER_LEN..], l2_bytes)?;
+        frame.header = net_header::check(snapshot, frame.snapshot_bytes, l2_bytes, allowed)?;
+        frame.is_plain = frame.more.0 == frame.more.1 && frame.header.is_plain();
         Ok(())
     }
 
@@ -238,4 +255,51 @@ impl Burst {
             None => self.rejected.push((reason, mask)),
         }
     }
+}
+
+/// Takes the snapshot of a frame in several pieces, or with a legacy header.
+#[cold]
+fn take_pieces(
+    frame: &mut Frame,
+    snapshot: &mut [u8; SNAPSHOT_LEN],
+    segments: &mut [Segment],
+    header_bytes: u32,
+) -> Result<(), DropReason> {
+    let chain_bytes = frame.total_bytes;
+    let gap = HEADER_BYTES - header_bytes;
+    // The longest frame fits, so nothing below overflows.
+    if chain_bytes > MAX_FRAME_BYTES + header_bytes {
+        return Err(DropReason::TooLong);
+    }
+    frame.total_bytes = (chain_bytes + gap).max(HEADER_BYTES);
+    if chain_bytes < header_bytes {
+        return Err(DropReason::BadHeader);
+    }
+    let wanted = chain_bytes.min(SNAPSHOT_BYTES - gap);
+    let target = snapshot.as_mut_ptr().wrapping_add(gap as usize);
+    let mut taken = 0;
+    loop {
+        let part = frame.rest.len.min(wanted - taken);
+        let from = frame.rest.ptr;
+        // SAFETY: the piece is valid for its length and `part` is within it; the snapshot has room
+        // for `wanted` bytes behind the gap; private and guest memory are distinct.
+        unsafe { copy(target.wrapping_add(taken as usize), from, part as usize) };
+        taken += part;
+        frame.rest = Segment {
+            ptr: from.wrapping_add(part as usize),
+            len: frame.rest.len - part,
+        };
+        if taken == wanted {
+            break;
+        }
+        // The lengths of the pieces sum up to `chain_bytes`, so there is one.
+        frame.rest = segments[frame.more.0 as usize];
+        frame.more.0 += 1;
+    }
+    frame.snapshot_bytes = gap + taken;
+    if gap > 0 {
+        // A legacy header without num_buffers: move it to the front.
+        snapshot.copy_within(gap as usize..HEADER_LEN, 0);
+    }
+    Ok(())
 }

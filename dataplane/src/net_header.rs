@@ -90,7 +90,7 @@ pub(crate) mod vhost_features {
 }
 
 /// What was found in a frame's header.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Checked {
     /// Offloads that a destination must take.
     pub(crate) needs: Offloads,
@@ -100,30 +100,47 @@ pub(crate) struct Checked {
     pub(crate) wire_bytes: u32,
 }
 
+impl Checked {
+    /// Whether nothing is asked of the destination.
+    #[inline(always)]
+    pub(crate) fn is_plain(&self) -> bool {
+        (self.needs.0 | u8::from(self.data_valid)) == 0
+    }
+
+    /// Of a frame of no length.
+    pub(crate) const NONE: Self = Self {
+        needs: Offloads::NONE,
+        data_valid: false,
+        wire_bytes: 0,
+    };
+}
+
 /// Checks the header in `snapshot`'s first [`HEADER_BYTES`] against the frame behind it and what
-/// its source negotiated, and replaces it by a clean one. `snapshot` holds the header and the
-/// frame's first bytes, `frame_bytes` is the length of the whole frame.
+/// its source negotiated, and replaces it by a clean one. `snapshot` holds `seen_bytes` of header
+/// and frame, `frame_bytes` is the length of the whole frame.
 ///
 /// # Errors
 /// `OffloadNotNegotiated`, or `BadHeader` if the fields contradict each other or the frame.
-#[inline]
-pub(crate) fn check(
-    snapshot: &mut [u8],
+#[inline(always)]
+pub(crate) fn check<const N: usize>(
+    snapshot: &mut [u8; N],
+    seen_bytes: u32,
     frame_bytes: u32,
     allowed: Offloads,
 ) -> Result<Checked, DropReason> {
-    let Some((header, frame)) = snapshot.split_first_chunk_mut::<HEADER_LEN>() else {
-        return Err(DropReason::BadHeader);
-    };
-    let plain = Checked {
-        wire_bytes: frame_bytes,
-        ..Checked::default()
-    };
-    if (header[0] & (FLAG_NEEDS_CSUM | FLAG_DATA_VALID)) | header[1] == 0 {
-        *header = clean(0, 0, 0, 0, [0, 0]);
-        return Ok(plain);
+    const { assert!(N >= HEADER_LEN) };
+    if (snapshot[0] & (FLAG_NEEDS_CSUM | FLAG_DATA_VALID)) | snapshot[1] == 0 {
+        snapshot[..HEADER_LEN].copy_from_slice(&clean(0, 0, 0, 0, [0, 0]));
+        return Ok(Checked {
+            wire_bytes: frame_bytes,
+            ..Checked::NONE
+        });
     }
-    check_offloads(header, frame, frame_bytes, allowed)
+    let seen = &mut snapshot[..(seen_bytes as usize).min(N)];
+    match seen.split_first_chunk_mut() {
+        Some((header, frame)) => check_offloads(header, frame, frame_bytes, allowed),
+        None => Err(DropReason::BadHeader),
+    }
 }
 
 #[cold]
@@ -145,7 +162,7 @@ fn check_offloads(
         return Ok(Checked {
             data_valid: true,
             wire_bytes: frame_bytes,
-            ..Checked::default()
+            ..Checked::NONE
         });
     }
     // 5.1.6.2.2: the device must check that the checksum lies in the frame.
@@ -209,7 +226,14 @@ fn check_offloads(
 }
 
 /// A header with these fields and one buffer.
-fn clean(flags: u8, gso_type: u8, hdr_len: u16, gso_size: u16, csum: [u16; 2]) -> [u8; HEADER_LEN] {
+#[inline]
+const fn clean(
+    flags: u8,
+    gso_type: u8,
+    hdr_len: u16,
+    gso_size: u16,
+    csum: [u16; 2],
+) -> [u8; HEADER_LEN] {
     let [hdr_low, hdr_high] = hdr_len.to_le_bytes();
     let [gso_low, gso_high] = gso_size.to_le_bytes();
     let [start_low, start_high] = csum[0].to_le_bytes();

@@ -87,7 +87,7 @@ impl Guest {
         let features = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF | VIRTIO_F_IN_ORDER;
         let memory = DriverMemory::single(4 << 20, false).unwrap();
         let bytes = u64::from(RING_SIZE) * u64::from(STRIDE);
-        let mut lane = |direction, len: u32| {
+        let lane = |direction, len: u32| {
             let buffers = memory.alloc(bytes, 64).unwrap();
             let window = memory.window(buffers, bytes).unwrap();
             for slot in 0..usize::from(RING_SIZE) {

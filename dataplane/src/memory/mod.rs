@@ -168,6 +168,46 @@ pub(crate) struct Segment {
     pub(crate) len: u32,
 }
 
+impl Segment {
+    /// Nothing, nowhere.
+    pub(crate) const EMPTY: Self = Self {
+        ptr: std::ptr::null_mut(),
+        len: 0,
+    };
+}
+
+/// The region that served a translation last, held apart from the list of regions so that the next
+/// look-up follows no pointer. Belongs to one [`GuestMemory`] and must not outlive it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RegionHint {
+    guest_addr: u64,
+    size: u64,
+    host: *mut u8,
+}
+
+impl RegionHint {
+    /// No region: finds nothing.
+    pub(crate) const fn none() -> Self {
+        Self {
+            guest_addr: 0,
+            size: 0,
+            host: std::ptr::null_mut(),
+        }
+    }
+
+    /// The range, if it lies wholly in this region.
+    #[inline(always)]
+    pub(crate) fn find(&self, addr: u64, len: u32) -> Option<Segment> {
+        let offset = addr.wrapping_sub(self.guest_addr);
+        // The second comparison can't underflow, as the first comes before it.
+        if offset < self.size && u64::from(len) <= self.size - offset {
+            let ptr = self.host.wrapping_add(offset_in_host(offset)?);
+            return Some(Segment { ptr, len });
+        }
+        None
+    }
+}
+
 /// A guest's memory: regions that do not overlap.
 #[derive(Debug, Default)]
 pub(crate) struct GuestMemory {
@@ -221,8 +261,8 @@ impl GuestMemory {
     }
 
     /// The pieces of the guest's range `addr..addr + len`, given to `piece` in order: several
-    /// where the range crosses from one region into an adjoining one. `hint` is the index of the
-    /// region that served last and makes the common case one comparison.
+    /// where the range crosses from one region into an adjoining one. `hint` is the region that
+    /// served last and makes the common case two comparisons.
     ///
     /// Returns `None`, after any number of pieces, if the range is not wholly guest memory or
     /// `piece` has no room (returns false).
@@ -231,18 +271,13 @@ impl GuestMemory {
         &self,
         addr: u64,
         len: u32,
-        hint: &mut usize,
+        hint: &mut RegionHint,
         mut piece: impl FnMut(Segment) -> bool,
     ) -> Option<()> {
-        if let Some(region) = self.regions.get(*hint) {
-            let offset = addr.wrapping_sub(region.spec.guest_addr);
-            // Can't overflow: offset < size, and both fit the address space.
-            if offset < region.spec.size && u64::from(len) <= region.spec.size - offset {
-                let ptr = region.host.wrapping_add(offset_in_host(offset)?);
-                return piece(Segment { ptr, len }).then_some(());
-            }
+        match hint.find(addr, len) {
+            Some(segment) => piece(segment).then_some(()),
+            None => self.translate_slow(addr, len, hint, &mut piece),
         }
-        self.translate_slow(addr, len, hint, &mut piece)
     }
 
     #[cold]
@@ -250,7 +285,7 @@ impl GuestMemory {
         &self,
         mut addr: u64,
         mut len: u32,
-        hint: &mut usize,
+        hint: &mut RegionHint,
         piece: &mut dyn FnMut(Segment) -> bool,
     ) -> Option<()> {
         loop {
@@ -270,7 +305,11 @@ impl GuestMemory {
             if !piece(Segment { ptr, len: part }) {
                 return None;
             }
-            *hint = index;
+            *hint = RegionHint {
+                guest_addr: region.spec.guest_addr,
+                size: region.spec.size,
+                host: region.host,
+            };
             len -= part;
             if len == 0 {
                 return Some(());
@@ -324,7 +363,7 @@ mod tests {
 
     fn pieces(memory: &GuestMemory, addr: u64, len: u32) -> Option<Vec<u32>> {
         let mut lens = Vec::new();
-        let mut hint = 0;
+        let mut hint = RegionHint::none();
         memory.translate(addr, len, &mut hint, |segment| {
             lens.push(segment.len);
             true
@@ -361,7 +400,11 @@ mod tests {
     #[test]
     fn a_full_list_of_pieces_is_an_error_not_an_overrun() {
         let memory = GuestMemory::new(vec![region(0, MIB)]).unwrap();
-        assert!(memory.translate(0, 1, &mut 0, |_| false).is_none());
+        assert!(
+            memory
+                .translate(0, 1, &mut RegionHint::none(), |_| false)
+                .is_none()
+        );
     }
 
     #[test]
@@ -443,7 +486,7 @@ mod tests {
         let memory = GuestMemory::new(vec![region]).unwrap();
         let mut bytes = [0; 4];
         memory
-            .translate(0, 4, &mut 0, |segment| {
+            .translate(0, 4, &mut RegionHint::none(), |segment| {
                 // SAFETY: the segment is valid for 4 bytes, and so is `bytes`.
                 unsafe { segment.ptr.copy_to_nonoverlapping(bytes.as_mut_ptr(), 4) };
                 true
@@ -469,7 +512,7 @@ mod tests {
         let before = breaks();
         let mut value = 1;
         memory
-            .translate(4096, 1, &mut 0, |segment| {
+            .translate(4096, 1, &mut RegionHint::none(), |segment| {
                 // SAFETY: the segment is valid for 1 byte: a fault is repaired by the handler.
                 value = unsafe { segment.ptr.read_volatile() };
                 true

@@ -170,13 +170,13 @@ impl TapPort {
             iov_len: frame.snapshot_bytes as usize,
         };
         let rest = burst.rest(&frame);
+        let count = i32::try_from(1 + rest.len()).map_err(|_| DropReason::HostError)?;
         for (piece, segment) in pieces[1..].iter_mut().zip(rest) {
             *piece = libc::iovec {
                 iov_base: segment.ptr.cast(),
                 iov_len: segment.len as usize,
             };
         }
-        let count = i32::try_from(1 + rest.len()).map_err(|_| DropReason::HostError)?;
         let fd = self.fd(queue).as_raw_fd();
         // SAFETY: the first `count` pieces are valid for their lengths: the snapshot is private,
         // the others were translated under the source queue's lock, which is held. More pieces

@@ -1,10 +1,10 @@
 //! Delivery of a burst into a guest's receive ring: reserve the chains that a frame needs, copy
 //! header, snapshot and the rest from source to destination buffers, once.
 
-use ringway_bridge::DropReason;
+use ringway_bridge::{DropReason, MAX_BURST};
 
 use crate::burst::{Burst, Frame, MAX_CHAIN};
-use crate::copy::copy;
+use crate::copy::{copy, copy_head};
 use crate::memory::Segment;
 use crate::net_header::{self, HEADER_BYTES, HEADER_LEN};
 use crate::ring::RingFault;
@@ -20,6 +20,14 @@ pub(crate) struct RxScratch {
     segments: Vec<Segment>,
     /// Head and capacity of each chain.
     chains: Vec<(u16, u32)>,
+    slots: [RxSlot; MAX_BURST],
+}
+
+/// A chain of one buffer.
+#[derive(Clone, Copy, Debug)]
+struct RxSlot {
+    buffer: Segment,
+    head: u16,
 }
 
 // SAFETY: the segments are used only within one call of `deliver`.
@@ -30,6 +38,10 @@ impl RxScratch {
         Self {
             segments: Vec::with_capacity(MAX_MERGED + MAX_CHAIN),
             chains: Vec::with_capacity(MAX_MERGED),
+            slots: [RxSlot {
+                buffer: Segment::EMPTY,
+                head: 0,
+            }; MAX_BURST],
         }
     }
 }
@@ -45,13 +57,76 @@ enum Reserved {
 }
 
 impl SplitRing {
-    /// Delivers one frame of `burst` and returns `Ok` once its used entries are written, to be
-    /// published with the burst. `available` is the number of chains that the guest has made
-    /// available, and is kept up to date.
+    /// Delivers the frames of `mask`, in order, for as long as they are of the common kind: a
+    /// plain frame of at most `max_bytes` L2 bytes into one direct buffer that holds it. Returns
+    /// those that were delivered and their L2 bytes; the others are left to
+    /// [`SplitRing::deliver`]. Used entries are written, to be published with the burst.
+    ///
+    /// Two passes: all buffers are on the way into the cache before the first is written.
+    #[inline]
+    pub(crate) fn deliver_plain(
+        &mut self,
+        burst: &Burst,
+        mask: u64,
+        max_bytes: u32,
+        available: &mut u16,
+        scratch: &mut RxScratch,
+    ) -> (u64, u64) {
+        if self.header_bytes() != HEADER_BYTES {
+            return (0, 0);
+        }
+        let limit = max_bytes.saturating_add(HEADER_BYTES);
+        #[expect(clippy::cast_possible_truncation, reason = "at most 64")]
+        let wanted = (mask.count_ones() as u16).min(*available);
+        let mut ready = 0;
+        for slot in &mut scratch.slots[..usize::from(wanted)] {
+            let index = self.next_avail().wrapping_add(ready);
+            let Some((head, buffer)) = self.single_buffer(index, Direction::ToGuest) else {
+                break;
+            };
+            prefetch(buffer.ptr);
+            *slot = RxSlot { buffer, head };
+            ready += 1;
+        }
+        let mut left = mask;
+        let mut bytes = 0;
+        let mut done = 0;
+        for slot in &scratch.slots[..usize::from(ready)] {
+            let (frame, snapshot) = burst.at(left.trailing_zeros() as usize);
+            let total = frame.total_bytes;
+            let Some(rest) = frame
+                .plain_rest()
+                .filter(|_| total <= slot.buffer.len.min(limit))
+            else {
+                break;
+            };
+            let (to, head_bytes) = (slot.buffer.ptr, frame.snapshot_bytes as usize);
+            // SAFETY: the snapshot holds `head_bytes`, at most 128, the buffer has room for the
+            // whole frame, and private and guest memory are distinct.
+            unsafe { copy_head(to, snapshot, head_bytes) };
+            if rest.len > 0 {
+                let (to, len) = (to.wrapping_add(head_bytes), rest.len as usize);
+                // SAFETY: the piece is valid for its length, and the buffer has room for it behind
+                // the snapshot. Source and destination are mappings of their own, even if they
+                // show one file.
+                unsafe { copy(to, rest.ptr, len) };
+            }
+            self.complete(slot.head, total);
+            bytes += u64::from(total - HEADER_BYTES);
+            left &= left - 1;
+            done += 1;
+        }
+        self.advance(done);
+        *available -= done;
+        (mask & !left, bytes)
+    }
+
+    /// Delivers frame `index` of `burst` into as many chains of as many pieces as it takes; its used
+    /// entries are written, to be published with the burst. `available` is the number of chains
+    /// that the guest has made available, and is kept up to date.
     ///
     /// # Errors
     /// `Ok(Err(reason))` if the frame does not fit; the ring's rule that the guest broke.
-    #[inline]
     pub(crate) fn deliver(
         &mut self,
         burst: &mut Burst,
@@ -67,16 +142,12 @@ impl SplitRing {
             Reserved::Full => return Ok(Err(DropReason::RingFull)),
             Reserved::TooSmall => return Ok(Err(DropReason::BufferTooSmall)),
         }
-        let RxScratch { segments, chains } = scratch;
+        let RxScratch {
+            segments, chains, ..
+        } = scratch;
         #[expect(clippy::cast_possible_truncation, reason = "at most MAX_MERGED")]
         let count = chains.len() as u16;
-        if let ([segment], 0) = (segments.as_slice(), gap)
-            && let Some(rest) = single(burst.rest(&frame))
-        {
-            copy_contiguous(burst, index, &frame, rest, segment.ptr);
-        } else {
-            copy_scattered(burst, index, &frame, gap, count, segments);
-        }
+        copy_scattered(burst, index, &frame, gap, count, segments);
         let mut left = needed;
         for (head, capacity) in chains.iter() {
             let written = left.min(*capacity);
@@ -125,32 +196,6 @@ impl SplitRing {
         }
         Ok(Reserved::Full)
     }
-}
-
-/// The only piece, an empty one if there is none, or `None` if there are several.
-#[inline(always)]
-fn single(rest: &[Segment]) -> Option<Segment> {
-    match rest {
-        [] => Some(Segment {
-            ptr: std::ptr::null_mut(),
-            len: 0,
-        }),
-        [segment] => Some(*segment),
-        _ => None,
-    }
-}
-
-/// Header, snapshot and one piece into one buffer, which has room for the frame.
-#[inline(always)]
-fn copy_contiguous(burst: &mut Burst, index: usize, frame: &Frame, rest: Segment, to: *mut u8) {
-    let head_bytes = frame.snapshot_bytes as usize;
-    let snapshot = burst.snapshot(index).as_ptr();
-    // SAFETY: the snapshot holds `head_bytes`, the buffer has room for the whole frame, and private
-    // and guest memory are distinct.
-    unsafe { copy(to, snapshot, head_bytes) };
-    // SAFETY: the piece is valid for its length, and the buffer has room for it behind the
-    // snapshot. Source and destination are mappings of their own even if they show one file.
-    unsafe { copy(to.wrapping_add(head_bytes), rest.ptr, rest.len as usize) };
 }
 
 /// The general case: pieces into pieces, which have room for the frame in all.

@@ -12,8 +12,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use ringway_bridge::MAX_BURST;
+
 use crate::burst::{Burst, MAX_CHAIN};
-use crate::memory::{GuestMemory, Segment};
+use crate::memory::{GuestMemory, RegionHint, Segment};
 use crate::net_header::vhost_features;
 use crate::ring::RingFault;
 
@@ -109,7 +111,7 @@ pub(crate) struct SplitRing {
     header_bytes: u32,
     mergeable: bool,
     memory: Arc<GuestMemory>,
-    region_hint: usize,
+    hint: RegionHint,
 }
 
 // SAFETY: the pointers lead into `memory`, which the ring holds; whoever has `&mut` to the ring is
@@ -163,7 +165,7 @@ impl SplitRing {
             header_bytes,
             mergeable,
             memory,
-            region_hint: 0,
+            hint: RegionHint::none(),
         };
         ring.published = ring.used_u16(2).load(Ordering::Relaxed);
         ring.next_used = ring.published;
@@ -179,7 +181,7 @@ impl SplitRing {
         self.avail = at.avail;
         self.used = at.used;
         self.memory = memory;
-        self.region_hint = 0;
+        self.hint = RegionHint::none();
     }
 
     /// Entries.
@@ -214,34 +216,54 @@ impl SplitRing {
     /// The rule that the guest broke.
     #[inline]
     pub(crate) fn gather(&mut self, max: usize, burst: &mut Burst) -> Result<(), RingFault> {
+        debug_assert!(max <= MAX_BURST && burst.len() == 0);
         let available = usize::from(self.available()?);
-        let mut fault = Ok(());
-        let mut taken: u16 = 0;
         for _ in 0..available.min(max) {
-            let Some(mark) = burst.begin() else { break };
-            let walked = self
-                .avail_entry(self.next_avail.wrapping_add(taken))
-                .and_then(|head| Ok((head, self.walk_into(head, burst, mark)?)));
-            match walked {
-                Ok((head, bytes)) => burst.add(mark, head, bytes),
-                Err(error) => {
-                    burst.abandon(mark);
-                    fault = Err(error);
-                    break;
-                }
+            let index = self.next_avail;
+            if let Some((head, segment)) = self.single_buffer(index, Direction::FromGuest) {
+                prefetch(segment.ptr);
+                burst.add_single(head, segment);
+            } else if !self.gather_chain(index, burst)? {
+                break;
             }
-            taken += 1;
+            self.next_avail = index.wrapping_add(1);
         }
-        self.next_avail = self.next_avail.wrapping_add(taken);
-        fault
+        Ok(())
     }
 
-    #[inline]
-    fn walk_into(&mut self, head: u16, burst: &mut Burst, mark: usize) -> Result<u32, RingFault> {
-        self.walk(head, Direction::FromGuest, |segment| {
+    /// Takes the chain at avail index `index`; false if the burst has no room for it.
+    #[cold]
+    fn gather_chain(&mut self, index: u16, burst: &mut Burst) -> Result<bool, RingFault> {
+        let Some(mark) = burst.begin() else {
+            return Ok(false);
+        };
+        let head = self.avail_entry(index)?;
+        let walked = self.walk(head, Direction::FromGuest, |segment| {
             prefetch(segment.ptr);
             burst.push(mark, segment)
-        })
+        });
+        match walked {
+            Ok(bytes) => burst.add(mark, head, bytes),
+            Err(_) => burst.abandon(mark),
+        }
+        walked.map(|_| true)
+    }
+
+    /// The chain at avail index `index`, if it is the common case: one direct descriptor of the
+    /// right direction, whose buffer lies in the region that served last. `None` says nothing
+    /// about the chain, not even that it is good.
+    #[inline(always)]
+    pub(super) fn single_buffer(&self, index: u16, direction: Direction) -> Option<(u16, Segment)> {
+        let head = self.avail_entry(index).ok()?;
+        let desc = self.desc.read(head).ok()?;
+        let wanted = match direction {
+            Direction::FromGuest => 0,
+            Direction::ToGuest => F_WRITE,
+        };
+        if desc.flags != wanted || desc.len == 0 {
+            return None;
+        }
+        Some((head, self.hint.find(desc.addr, desc.len)?))
     }
 
     /// Gives back the last `count` chains that were taken and not completed: they will be taken,
@@ -339,12 +361,12 @@ impl SplitRing {
                     len: desc.len,
                 };
                 let mut fits = true;
-                let found =
-                    self.memory
-                        .translate(desc.addr, desc.len, &mut self.region_hint, |segment| {
-                            fits = piece(segment);
-                            fits
-                        });
+                let found = self
+                    .memory
+                    .translate(desc.addr, desc.len, &mut self.hint, |segment| {
+                        fits = piece(segment);
+                        fits
+                    });
                 if !fits {
                     return Err(RingFault::ChainTooLong { max: MAX_CHAIN });
                 }
@@ -378,7 +400,7 @@ impl SplitRing {
         let mut whole = None;
         let found = self
             .memory
-            .translate(desc.addr, desc.len, &mut self.region_hint, |segment| {
+            .translate(desc.addr, desc.len, &mut self.hint, |segment| {
                 whole = Some(segment);
                 segment.len == desc.len
             });

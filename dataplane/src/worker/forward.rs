@@ -9,7 +9,7 @@ use super::pairs::PairTable;
 use crate::burst::Burst;
 use crate::net_header::{self, Offloads};
 use crate::port::{Port, QueueGuard, TapPort, VhostPort, VhostQueue, max_l2_bytes};
-use crate::ring::RxScratch;
+use crate::ring::{RingFault, RxScratch, SplitRing};
 
 /// How often a receive queue that another thread holds is tried: about one of its bursts.
 const LOCK_TRIES: u32 = 400;
@@ -317,34 +317,37 @@ fn deliver_to_guest(
         }
     };
     let mut left = if fault.is_none() { mask } else { 0 };
-    for index in bits(left) {
-        let frame = burst.frames()[index];
-        if let Some(reason) = unsuited(&frame.header, offloads, max_bytes) {
-            outcome.drop(1 << index, reason);
-        } else {
-            let hide_hint = frame.header.data_valid && !Offloads::CSUM.within(offloads);
-            if hide_hint {
-                net_header::set_data_valid(burst.snapshot(index), false);
+    while left != 0 {
+        // The common frames in one go, then one that is not, and again.
+        let (sent, bytes) = ring.deliver_plain(burst, left, max_bytes, &mut available, scratch);
+        outcome.sent |= sent;
+        outcome.sent_bytes += bytes;
+        left &= !sent;
+        if left == 0 {
+            break;
+        }
+        let index = left.trailing_zeros() as usize;
+        match deliver_any(
+            ring,
+            burst,
+            index,
+            (offloads, max_bytes),
+            &mut available,
+            scratch,
+        ) {
+            Ok(Ok(())) => outcome.sent(index, burst.frames()[index].l2_bytes()),
+            // Frames behind it are refused too, lest they overtake it.
+            Ok(Err(DropReason::RingFull)) => {
+                outcome.full = left;
+                break;
             }
-            let delivered = ring.deliver(burst, index, &mut available, scratch);
-            if hide_hint {
-                net_header::set_data_valid(burst.snapshot(index), true);
-            }
-            match delivered {
-                Ok(Ok(())) => outcome.sent(index, frame.l2_bytes()),
-                // Frames behind it are refused too, lest they overtake it.
-                Ok(Err(DropReason::RingFull)) => {
-                    outcome.full = left;
-                    break;
-                }
-                Ok(Err(reason)) => outcome.drop(1 << index, reason),
-                Err(error) => {
-                    fault = Some(error);
-                    break;
-                }
+            Ok(Err(reason)) => outcome.drop(1 << index, reason),
+            Err(error) => {
+                fault = Some(error);
+                break;
             }
         }
-        left &= !(1 << index);
+        left &= left - 1;
     }
     queue
         .counters
@@ -361,6 +364,31 @@ fn deliver_to_guest(
         port.fail_queue(queue, &mut state, &fault);
     }
     outcome
+}
+
+/// Delivers a frame of any kind, if the destination takes it.
+#[cold]
+fn deliver_any(
+    ring: &mut SplitRing,
+    burst: &mut Burst,
+    index: usize,
+    (offloads, max_bytes): (Offloads, u32),
+    available: &mut u16,
+    scratch: &mut RxScratch,
+) -> Result<Result<(), DropReason>, RingFault> {
+    let header = burst.frames()[index].header;
+    if let Some(reason) = unsuited(&header, offloads, max_bytes) {
+        return Ok(Err(reason));
+    }
+    let hide_hint = header.data_valid && !Offloads::CSUM.within(offloads);
+    if hide_hint {
+        net_header::set_data_valid(burst.snapshot(index), false);
+    }
+    let delivered = ring.deliver(burst, index, available, scratch);
+    if hide_hint {
+        net_header::set_data_valid(burst.snapshot(index), true);
+    }
+    delivered
 }
 
 fn deliver_to_tap(port: &TapPort, source_queue: u16, mask: u64, burst: &mut Burst) -> Outcome {
