@@ -90,6 +90,9 @@ pub struct Lane {
     pushed: u32,
     /// Slots reclaimed, ever.
     reclaimed: u32,
+    /// The last slot of a batch that an in-order device used in one entry, and its length, until
+    /// all of the batch is taken.
+    batch: Option<UsedSlot>,
 }
 
 impl Lane {
@@ -144,6 +147,7 @@ impl Lane {
             order: (0..slots).collect(),
             pushed: 0,
             reclaimed: 0,
+            batch: None,
         };
         lane.write_split_tables();
         lane.descs = (0..size).map(|index| lane.packed_desc(index)).collect();
@@ -247,19 +251,18 @@ impl Lane {
     /// The device broke a rule.
     #[inline]
     pub fn reclaim(&mut self) -> Result<u16, DeviceFault> {
+        let available = self.slots - self.free();
         if let (true, Area::Split { ring, used }) = (self.in_order, &mut self.area) {
             let idx = ring.used_idx();
             let count = idx.wrapping_sub(*used);
-            let available = self.slots - self.free();
             if count > available {
                 return Err(DeviceFault::UsedIndex {
                     used: count,
                     available,
                 });
             }
-            if let Area::Split { used, .. } = &mut self.area {
-                *used = idx;
-            }
+            *used = idx;
+            self.batch = None;
             self.reclaimed = self.reclaimed.wrapping_add(u32::from(count));
             return Ok(count);
         }
@@ -338,60 +341,46 @@ impl Lane {
             }
     }
 
-    /// Notes that the device used `slot` next.
-    #[inline]
-    fn complete(&mut self, slot: u16) {
-        if !self.in_order {
-            let place = self.place_of(self.reclaimed);
-            self.order[place] = slot;
-        }
-        self.reclaimed = self.reclaimed.wrapping_add(1);
-    }
-
-    /// How many slots the device leaves out before `slot`, which it used.
-    #[inline]
-    fn skipped(&self, slot: u16) -> Result<u16, DeviceFault> {
+    /// Begins a batch that ends with this slot: it, and those that an in-order device left out
+    /// before it, are used.
+    #[cold]
+    fn begin_batch(&mut self, slot: u16, len: u32) -> Result<(), DeviceFault> {
         let fault = DeviceFault::UsedId {
             id: u32::from(slot),
         };
         if slot >= self.slots {
             return Err(fault);
         }
-        if !self.in_order {
-            return Ok(0);
-        }
         let expected = self.order[self.place_of(self.reclaimed)];
         let skipped = slot.wrapping_sub(expected) & (self.slots - 1);
-        if skipped >= self.slots - self.free() {
+        if self.in_order && skipped >= self.slots - self.free() {
             return Err(fault);
         }
-        Ok(skipped)
+        let len = self.written(len);
+        self.batch = Some(UsedSlot { slot, len });
+        Ok(())
     }
 
-    /// Fills `into` with a used slot and those that an in-order device left out before it.
+    /// Takes the next slots of a batch, as far as `into` has room.
     #[cold]
-    fn take_batch(
-        &mut self,
-        slot: u16,
-        len: u32,
-        into: &mut [UsedSlot],
-    ) -> Result<usize, DeviceFault> {
-        let skipped = self.skipped(slot)?;
-        if usize::from(skipped) >= into.len() {
-            return Ok(0);
+    fn take_batch(&mut self, into: &mut [UsedSlot]) -> usize {
+        let mut count = 0;
+        while let (Some(end), Some(out)) = (self.batch, into.get_mut(count)) {
+            let place = self.place_of(self.reclaimed);
+            let slot = self.order[place];
+            if slot == end.slot || !self.in_order {
+                self.order[place] = end.slot;
+                *out = end;
+                self.batch = None;
+            } else {
+                // Left out, so used completely (virtio 1.3, 2.7.9).
+                let len = self.room(slot);
+                *out = UsedSlot { slot, len };
+            }
+            self.reclaimed = self.reclaimed.wrapping_add(1);
+            count += 1;
         }
-        for out in &mut into[..usize::from(skipped)] {
-            let slot = self.order[self.place_of(self.reclaimed)];
-            *out = UsedSlot {
-                slot,
-                len: self.room(slot),
-            };
-            self.complete(slot);
-        }
-        let len = self.written(len);
-        into[usize::from(skipped)] = UsedSlot { slot, len };
-        self.complete(slot);
-        Ok(usize::from(skipped) + 1)
+        count
     }
 
     /// What a used length says: without writable buffers nothing.

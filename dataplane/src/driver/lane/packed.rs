@@ -37,8 +37,11 @@ impl Lane {
         let Area::Packed { ring, used, .. } = &mut self.area else {
             return 0;
         };
+        if !self.in_order || self.batch.is_some() {
+            return 0;
+        }
         let mut total = 0;
-        while self.in_order && self.pushed.wrapping_sub(self.reclaimed) >= u32::from(RUN) {
+        while self.pushed.wrapping_sub(self.reclaimed) >= u32::from(RUN) {
             let last = used.advance((RUN - 1) << self.shift, ring.size());
             let desc = ring.read_tail(last.slot);
             if !last.is_used(desc.flags) || desc.id != last.slot >> self.shift {
@@ -55,7 +58,14 @@ impl Lane {
     pub(super) fn harvest_packed(&mut self, into: &mut [UsedSlot]) -> Result<usize, DeviceFault> {
         let mut count = 0;
         while count < into.len() && self.pushed != self.reclaimed {
-            let mut taken = self.take_expected_packed(&mut into[count..]);
+            let mut taken = match self.batch {
+                None => self.take_expected_packed(&mut into[count..]),
+                Some(_) => {
+                    let taken = self.take_batch(&mut into[count..]);
+                    self.advance_used(taken);
+                    taken
+                }
+            };
             if taken == 0 {
                 let Area::Packed { ring, used, .. } = &self.area else {
                     break;
@@ -64,11 +74,9 @@ impl Lane {
                 if !used.is_used(desc.flags) {
                     break;
                 }
-                taken = self.take_batch(desc.id, desc.len, &mut into[count..])?;
+                self.begin_batch(desc.id, desc.len)?;
+                taken = self.take_batch(&mut into[count..]);
                 self.advance_used(taken);
-                if taken == 0 {
-                    break;
-                }
             }
             count += taken;
         }

@@ -22,16 +22,17 @@ impl Lane {
         while used != idx && count < into.len() {
             let pending = usize::from(idx.wrapping_sub(used));
             let room = pending.min(into.len() - count);
-            let mut taken = self.take_expected_split(used, &mut into[count..count + room]);
+            let into = &mut into[count..count + room];
+            let mut taken = match self.batch {
+                None => self.take_expected_split(used, into),
+                Some(_) => self.take_batch(into),
+            };
             if taken == 0 {
                 let Area::Split { ring, .. } = &self.area else {
                     break;
                 };
                 let (id, len) = ring.used_entry(used & mask);
-                taken = self.take_other_split(id, len, &mut into[count..])?;
-                if taken == 0 {
-                    break;
-                }
+                taken = self.take_other_split(id, len, into)?;
             }
             count += taken;
             // At most `available`.
@@ -79,7 +80,8 @@ impl Lane {
         if head & (self.per_slot - 1) != 0 {
             return Err(DeviceFault::UsedId { id });
         }
-        let taken = self.take_batch(head >> self.shift, len, into)?;
+        self.begin_batch(head >> self.shift, len)?;
+        let taken = self.take_batch(into);
         if !self.in_order {
             self.rewrite_avail(place, head);
         }
