@@ -144,6 +144,10 @@ pub(crate) struct LoadPair {
     rx_kick: EventFd,
     /// Nobody waits on it: the load polls.
     call: EventFd,
+    /// What arrived of a frame whose last buffer did not.
+    partial: Vec<u8>,
+    /// The beginning of the frame that is arriving was not looked at.
+    headless: bool,
 }
 
 impl LoadPair {
@@ -190,6 +194,8 @@ impl LoadPair {
             tx_kick: EventFd::new()?,
             rx_kick: EventFd::new()?,
             call: EventFd::new()?,
+            partial: Vec::new(),
+            headless: false,
         })
     }
 
@@ -238,6 +244,9 @@ impl LoadPair {
             turn.bytes += u64::from(slot.len);
             turn.received += u64::from(slot.len < self.rx_len);
         }
+        if let Some(last) = used[..count].last() {
+            self.headless = last.len >= self.rx_len;
+        }
         self.recycle(count == 0)?;
         let reclaimed = self.tx.reclaim()?;
         if self.tx.free() >= WORTH_A_PUSH || reclaimed == 0 {
@@ -250,15 +259,19 @@ impl LoadPair {
     pub(crate) fn receive(&mut self, mut each: impl FnMut(&[u8])) -> Result<usize, LoadError> {
         let mut used = [UsedSlot::default(); BURST];
         let count = self.rx.harvest(&mut used)?;
-        let mut frame = Vec::new();
         let mut frames = 0;
+        if self.headless {
+            self.partial.clear();
+        }
         for slot in &used[..count] {
-            let start = frame.len();
-            frame.resize(start + slot.len as usize, 0);
-            self.rx_space.read(slot.slot, 0, &mut frame[start..]);
+            let start = self.partial.len();
+            self.partial.resize(start + slot.len as usize, 0);
+            self.rx_space.read(slot.slot, 0, &mut self.partial[start..]);
             if slot.len < self.rx_len {
-                each(&frame);
-                frame.clear();
+                if !std::mem::take(&mut self.headless) {
+                    each(&self.partial);
+                }
+                self.partial.clear();
                 frames += 1;
             }
         }

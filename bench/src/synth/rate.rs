@@ -10,6 +10,7 @@ use hdrhistogram::Histogram;
 use super::frame::Stamp;
 use super::guest::{BURST, LoadError};
 use super::load::{Load, SETTLE};
+use super::report::whole;
 
 /// How far back a late frame is told from one that came twice, in frames.
 const WINDOW: u64 = 1 << 16;
@@ -70,12 +71,12 @@ impl Tracker {
 /// What a run at an offered rate measured, over all routes.
 #[derive(Debug)]
 pub(crate) struct RateResult {
-    pub(crate) elapsed: Duration,
     pub(crate) offered: u64,
     pub(crate) sent: u64,
     pub(crate) received: u64,
     pub(crate) duplicated: u64,
     pub(crate) reordered: u64,
+    /// Came so late that they can't be told from duplicates.
     pub(crate) ancient: u64,
     /// Frames that are not the load's, or were changed.
     pub(crate) foreign: u64,
@@ -131,7 +132,7 @@ impl Load {
         let (mut now, mut quiet_since) = (Duration::ZERO, Duration::ZERO);
         while now < duration || now - quiet_since < SETTLE {
             now = start.elapsed();
-            let due = (now.min(duration).as_secs_f64() * per_guest) as u64;
+            let due = whole(now.min(duration).as_secs_f64() * per_guest);
             for (guest, source) in sources.iter_mut().enumerate() {
                 self.send_due(guest, source, due, per_guest)?;
                 let before = trackers[guest].unique;
@@ -156,8 +157,7 @@ impl Load {
         self.check_alive()?;
         let sum = |of: fn(&Tracker) -> u64| trackers.iter().map(of).sum();
         Ok(RateResult {
-            elapsed: duration,
-            offered: (duration.as_secs_f64() * per_guest) as u64 * guests as u64,
+            offered: whole(duration.as_secs_f64() * per_guest) * guests as u64,
             sent: sources.iter().map(|source| source.sent).sum(),
             received: sum(|t| t.unique),
             duplicated: sum(|t| t.duplicated),
@@ -233,7 +233,7 @@ impl Load {
             let sequence = source.sent + u64::from(ahead);
             let stamp = Stamp {
                 sequence,
-                due_ns: (sequence as f64 * 1e9 / per_guest) as u64,
+                due_ns: whole(sequence as f64 * 1e9 / per_guest),
             };
             let slot = pair.tx.next_slot(ahead);
             pair.tx_space.write(slot, stamp_at, &stamp.bytes());

@@ -24,9 +24,9 @@ impl Spread {
         let at = |share: f64| {
             let position = share * (sorted.len() - 1) as f64;
             let (below, above) = (position.floor(), position.ceil());
-            // Not negative, below the length.
-            let value = |index: f64| sorted[index as usize];
-            value(below) + (value(above) - value(below)) * (position - below)
+            let value = |index: f64| usize::try_from(whole(index)).map(|index| sorted[index]);
+            let (low, high) = (value(below).unwrap_or(best), value(above).unwrap_or(best));
+            low + (high - low) * (position - below)
         };
         Some(Self {
             lower_quartile: at(0.25),
@@ -36,6 +36,16 @@ impl Spread {
             samples: sorted.len(),
         })
     }
+}
+
+/// The whole part of a number that is not negative; what doesn't fit is the nearest that does.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the conversion saturates"
+)]
+pub(crate) fn whole(number: f64) -> u64 {
+    number as u64
 }
 
 /// What limits a result.

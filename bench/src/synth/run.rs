@@ -276,6 +276,8 @@ enum Row {
         frames_lost: u64,
         frames_duplicated: u64,
         frames_reordered: u64,
+        /// So late that they can't be told from duplicates; counted as lost.
+        frames_too_late: u64,
         frames_foreign: u64,
         latency_ns: Percentiles,
     },
@@ -438,6 +440,7 @@ fn measure(args: &RunArgs, size: FrameSize, config: &LoadConfig) -> Result<Row> 
                 frames_lost: result.lost(),
                 frames_duplicated: result.duplicated,
                 frames_reordered: result.reordered,
+                frames_too_late: result.ancient,
                 frames_foreign: result.foreign,
                 latency_ns: Percentiles::of(&result.latency),
             }

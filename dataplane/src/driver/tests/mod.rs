@@ -312,7 +312,7 @@ enum LaneStep {
 
 fn lane_steps() -> impl Strategy<Value = Vec<LaneStep>> {
     let step = prop_oneof![
-        (1u16..20).prop_map(LaneStep::Push),
+        (1u16..100).prop_map(LaneStep::Push),
         (1usize..9, any::<bool>(), any::<bool>()).prop_map(|(share, reverse, one_entry)| {
             LaneStep::Use {
                 share,
@@ -320,7 +320,7 @@ fn lane_steps() -> impl Strategy<Value = Vec<LaneStep>> {
                 one_entry,
             }
         }),
-        (1usize..20).prop_map(LaneStep::Harvest),
+        (1usize..140).prop_map(LaneStep::Harvest),
         Just(LaneStep::Reclaim),
     ];
     prop::collection::vec(step, 1..400)
@@ -329,7 +329,7 @@ fn lane_steps() -> impl Strategy<Value = Vec<LaneStep>> {
 proptest! {
     #[test]
     fn lanes_show_the_device_their_buffers_and_get_each_slot_back_once(
-        shape in (any::<bool>(), 1u32..6, any::<bool>(), any::<bool>()),
+        shape in (any::<bool>(), 1u32..8, any::<bool>(), any::<bool>()),
         event_idx in any::<bool>(),
         in_order in any::<bool>(),
         steps in lane_steps(),

@@ -5,6 +5,9 @@
 //! reclaiming what an in-order device sent costs one load per burst. A device that completes out
 //! of order is followed: its order becomes the next order.
 
+mod packed;
+mod split;
+
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -53,9 +56,6 @@ pub enum RingArea<'a> {
     Packed(&'a PackedArea),
 }
 
-/// Slots that are taken back at one look: as many as peers complete at once.
-const RUN: u16 = 32;
-
 #[derive(Debug)]
 enum Area {
     Split {
@@ -90,6 +90,9 @@ pub struct Lane {
     pushed: u32,
     /// Slots reclaimed, ever.
     reclaimed: u32,
+    /// The last slot of a batch that an in-order device used in one entry, and its length, until
+    /// all of the batch is taken.
+    batch: Option<UsedSlot>,
 }
 
 impl Lane {
@@ -144,6 +147,7 @@ impl Lane {
             order: (0..slots).collect(),
             pushed: 0,
             reclaimed: 0,
+            batch: None,
         };
         lane.write_split_tables();
         lane.descs = (0..size).map(|index| lane.packed_desc(index)).collect();
@@ -247,19 +251,18 @@ impl Lane {
     /// The device broke a rule.
     #[inline]
     pub fn reclaim(&mut self) -> Result<u16, DeviceFault> {
+        let available = self.slots - self.free();
         if let (true, Area::Split { ring, used }) = (self.in_order, &mut self.area) {
             let idx = ring.used_idx();
             let count = idx.wrapping_sub(*used);
-            let available = self.slots - self.free();
             if count > available {
                 return Err(DeviceFault::UsedIndex {
                     used: count,
                     available,
                 });
             }
-            if let Area::Split { used, .. } = &mut self.area {
-                *used = idx;
-            }
+            *used = idx;
+            self.batch = None;
             self.reclaimed = self.reclaimed.wrapping_add(u32::from(count));
             return Ok(count);
         }
@@ -338,217 +341,46 @@ impl Lane {
             }
     }
 
-    /// The packed descriptor of a buffer.
-    fn packed_desc(&self, index: u16) -> PackedDesc {
-        let segment = self.segments[usize::from(index)];
-        PackedDesc {
-            addr: segment.addr,
-            len: segment.len,
-            id: index >> self.shift,
-            flags: self.flags(index & (self.per_slot - 1)),
-        }
-    }
-
-    fn write_split_tables(&self) {
-        let Area::Split { ring, .. } = &self.area else {
-            return;
-        };
-        for (index, segment) in (0..ring.size()).zip(&self.segments) {
-            let flags = self.flags(index % self.per_slot);
-            let next = if flags & DESC_F_NEXT != 0 {
-                index + 1
-            } else {
-                0
-            };
-            let desc = SplitDesc {
-                addr: segment.addr,
-                len: segment.len,
-                flags,
-                next,
-            };
-            ring.write_desc(index, desc);
-            ring.set_avail_entry(index, index % self.slots * self.per_slot);
-        }
-    }
-
-    /// Writes descriptors from the last to the first, so that the device sees the burst at once.
-    #[inline]
-    fn push_packed(&self, ring: &PackedArea, avail: Position, count: u16) {
-        let size = ring.size();
-        let laps = [avail, avail.advance(size, size)];
-        let flags = laps.map(Position::available_flags);
-        for ahead in (0..count << self.shift).rev() {
-            let at = avail.slot + ahead;
-            let (at, bits) = if at < size {
-                (at, flags[0])
-            } else {
-                (at - size, flags[1])
-            };
-            // Slots are made available in a ring of the same length.
-            let (place, buffer) = (at >> self.shift, at & (self.per_slot - 1));
-            let slot = self.order[usize::from(place)];
-            let mut desc = self.descs[usize::from((slot << self.shift) + buffer)];
-            desc.flags |= bits;
-            ring.write_desc(at, desc);
-        }
-    }
-
-    /// Takes back runs of slots that an in-order device used one by one: if the last of a run is
-    /// used, all are.
-    #[inline]
-    fn reclaim_runs(&mut self) -> u16 {
-        let Area::Packed { ring, used, .. } = &mut self.area else {
-            return 0;
-        };
-        let mut total = 0;
-        while self.in_order && self.pushed.wrapping_sub(self.reclaimed) >= u32::from(RUN) {
-            let last = used.advance((RUN - 1) << self.shift, ring.size());
-            let desc = ring.read_tail(last.slot);
-            if !last.is_used(desc.flags) || desc.id != last.slot >> self.shift {
-                break;
-            }
-            *used = used.advance(RUN << self.shift, ring.size());
-            self.reclaimed = self.reclaimed.wrapping_add(u32::from(RUN));
-            total += RUN;
-        }
-        total
-    }
-
-    /// Notes that the device used `slot` next.
-    #[inline]
-    fn complete(&mut self, slot: u16) {
-        if !self.in_order {
-            let place = self.place_of(self.reclaimed);
-            self.order[place] = slot;
-        }
-        self.reclaimed = self.reclaimed.wrapping_add(1);
-    }
-
-    /// How many slots the device leaves out before `slot`, which it used.
-    #[inline]
-    fn skipped(&self, slot: u16) -> Result<u16, DeviceFault> {
+    /// Begins a batch that ends with this slot: it, and those that an in-order device left out
+    /// before it, are used.
+    #[cold]
+    fn begin_batch(&mut self, slot: u16, len: u32) -> Result<(), DeviceFault> {
         let fault = DeviceFault::UsedId {
             id: u32::from(slot),
         };
         if slot >= self.slots {
             return Err(fault);
         }
-        if !self.in_order {
-            return Ok(0);
-        }
         let expected = self.order[self.place_of(self.reclaimed)];
         let skipped = slot.wrapping_sub(expected) & (self.slots - 1);
-        if skipped >= self.slots - self.free() {
+        if self.in_order && skipped >= self.slots - self.free() {
             return Err(fault);
         }
-        Ok(skipped)
-    }
-
-    /// Fills `into` with a used slot and those that an in-order device left out before it.
-    #[cold]
-    fn take_batch(
-        &mut self,
-        slot: u16,
-        len: u32,
-        into: &mut [UsedSlot],
-    ) -> Result<usize, DeviceFault> {
-        let skipped = self.skipped(slot)?;
-        if usize::from(skipped) >= into.len() {
-            return Ok(0);
-        }
-        for out in &mut into[..usize::from(skipped)] {
-            let slot = self.order[self.place_of(self.reclaimed)];
-            *out = UsedSlot {
-                slot,
-                len: self.room(slot),
-            };
-            self.complete(slot);
-        }
         let len = self.written(len);
-        into[usize::from(skipped)] = UsedSlot { slot, len };
-        self.complete(slot);
-        Ok(usize::from(skipped) + 1)
+        self.batch = Some(UsedSlot { slot, len });
+        Ok(())
     }
 
-    #[inline]
-    fn harvest_split(&mut self, into: &mut [UsedSlot]) -> Result<usize, DeviceFault> {
-        let Area::Split { ring, used } = &self.area else {
-            return Ok(0);
-        };
-        let (mut used, idx, mask) = (*used, ring.used_idx(), ring.size() - 1);
-        let available = self.slots - self.free();
-        if idx.wrapping_sub(used) > available {
-            return Err(DeviceFault::UsedIndex {
-                used: idx.wrapping_sub(used),
-                available,
-            });
-        }
+    /// Takes the next slots of a batch, as far as `into` has room.
+    #[cold]
+    fn take_batch(&mut self, into: &mut [UsedSlot]) -> usize {
         let mut count = 0;
-        while used != idx && count < into.len() {
-            let pending = usize::from(idx.wrapping_sub(used));
-            let room = pending.min(into.len() - count);
-            let mut taken = self.take_expected_split(used, &mut into[count..count + room]);
-            if taken == 0 {
-                let Area::Split { ring, .. } = &self.area else {
-                    break;
-                };
-                let (id, len) = ring.used_entry(used & mask);
-                taken = self.take_other_split(id, len, &mut into[count..])?;
-                if taken == 0 {
-                    break;
-                }
+        while let (Some(end), Some(out)) = (self.batch, into.get_mut(count)) {
+            let place = self.place_of(self.reclaimed);
+            let slot = self.order[place];
+            if slot == end.slot || !self.in_order {
+                self.order[place] = end.slot;
+                *out = end;
+                self.batch = None;
+            } else {
+                // Left out, so used completely (virtio 1.3, 2.7.9).
+                let len = self.room(slot);
+                *out = UsedSlot { slot, len };
             }
-            count += taken;
-            // At most `available`.
-            used = used.wrapping_add(u16::try_from(taken).unwrap_or(0));
-        }
-        if let Area::Split { used: at, .. } = &mut self.area {
-            *at = used;
-        }
-        Ok(count)
-    }
-
-    /// Takes back slots as long as they are those that are due.
-    #[inline]
-    fn take_expected_split(&mut self, mut used: u16, into: &mut [UsedSlot]) -> usize {
-        let Area::Split { ring, .. } = &self.area else {
-            return 0;
-        };
-        let (mask, last_place) = (ring.size() - 1, usize::from(self.slots) - 1);
-        let (mut reclaimed, mut count) = (self.reclaimed, 0);
-        for out in into {
-            let (id, len) = ring.used_entry(used & mask);
-            let slot = self.order[reclaimed as usize & last_place];
-            if id != u32::from(slot << self.shift) {
-                break;
-            }
-            let len = self.written(len);
-            *out = UsedSlot { slot, len };
-            (used, reclaimed) = (used.wrapping_add(1), reclaimed.wrapping_add(1));
+            self.reclaimed = self.reclaimed.wrapping_add(1);
             count += 1;
         }
-        self.reclaimed = reclaimed;
         count
-    }
-
-    /// Takes back another slot than the one that was due.
-    #[cold]
-    fn take_other_split(
-        &mut self,
-        id: u32,
-        len: u32,
-        into: &mut [UsedSlot],
-    ) -> Result<usize, DeviceFault> {
-        let place = self.place_of(self.reclaimed);
-        let head = u16::try_from(id).map_err(|_| DeviceFault::UsedId { id })?;
-        if head & (self.per_slot - 1) != 0 {
-            return Err(DeviceFault::UsedId { id });
-        }
-        let taken = self.take_batch(head >> self.shift, len, into)?;
-        if !self.in_order {
-            self.rewrite_avail(place, head);
-        }
-        Ok(taken)
     }
 
     /// What a used length says: without writable buffers nothing.
@@ -557,74 +389,6 @@ impl Lane {
         match self.direction {
             Direction::Transmit => 0,
             Direction::Receive => len,
-        }
-    }
-
-    /// Puts `head` at all entries of the available ring that stand for this place in the order.
-    fn rewrite_avail(&self, place: usize, head: u16) {
-        if let Area::Split { ring, .. } = &self.area {
-            for entry in (place..usize::from(ring.size())).step_by(usize::from(self.slots)) {
-                // Below the size of the ring.
-                ring.set_avail_entry(u16::try_from(entry).unwrap_or(0), head);
-            }
-        }
-    }
-
-    #[inline]
-    fn harvest_packed(&mut self, into: &mut [UsedSlot]) -> Result<usize, DeviceFault> {
-        let mut count = 0;
-        while count < into.len() && self.pushed != self.reclaimed {
-            let mut taken = self.take_expected_packed(&mut into[count..]);
-            if taken == 0 {
-                let Area::Packed { ring, used, .. } = &self.area else {
-                    break;
-                };
-                let desc = ring.read_tail(used.slot);
-                if !used.is_used(desc.flags) {
-                    break;
-                }
-                taken = self.take_batch(desc.id, desc.len, &mut into[count..])?;
-                self.advance_used(taken);
-                if taken == 0 {
-                    break;
-                }
-            }
-            count += taken;
-        }
-        Ok(count)
-    }
-
-    /// Takes back slots as long as they are used and those that are due.
-    #[inline]
-    fn take_expected_packed(&mut self, into: &mut [UsedSlot]) -> usize {
-        let Area::Packed { ring, used, .. } = &self.area else {
-            return 0;
-        };
-        let (size, last_place) = (ring.size(), usize::from(self.slots) - 1);
-        let (mut position, mut reclaimed, mut count) = (*used, self.reclaimed, 0);
-        for out in into {
-            let desc = ring.read_tail(position.slot);
-            let slot = self.order[reclaimed as usize & last_place];
-            if reclaimed == self.pushed || !position.is_used(desc.flags) || desc.id != slot {
-                break;
-            }
-            let len = self.written(desc.len);
-            *out = UsedSlot { slot, len };
-            position = position.advance(self.per_slot, size);
-            reclaimed = reclaimed.wrapping_add(1);
-            count += 1;
-        }
-        self.reclaimed = reclaimed;
-        self.advance_used(count);
-        count
-    }
-
-    #[inline]
-    fn advance_used(&mut self, slots: usize) {
-        if let Area::Packed { ring, used, .. } = &mut self.area {
-            // At most `slots` of the lane.
-            let descs = u16::try_from(slots).unwrap_or(0) << self.shift;
-            *used = used.advance(descs, ring.size());
         }
     }
 }
