@@ -1,4 +1,4 @@
-//! The command channel to a guest: its second serial port, a line per command.
+//! The command channel to a guest: a virtio serial port, a line per command.
 //!
 //! ```text
 //! guest -> host   @@ringway ready@@
@@ -45,7 +45,7 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// Connects to the socket of QEMU's serial port, for which it waits.
+    /// Connects to the socket of the port in QEMU, for which it waits.
     pub(crate) fn connect(path: &Path, log: File, deadline: Instant) -> Result<Console> {
         let stream = loop {
             match UnixStream::connect(path) {
@@ -86,7 +86,7 @@ impl Console {
         writeln!(self.log, "host> {command}")?;
         self.stream
             .write_all(format!("{id} {command}\n").as_bytes())
-            .context("writing to the guest's serial port")?;
+            .context("writing to the guest's command port")?;
         Ok(id)
     }
 
@@ -113,7 +113,7 @@ impl Console {
                 return Ok(event);
             }
             if Instant::now() >= deadline {
-                bail!("no answer on the guest's serial port in time");
+                bail!("no answer on the guest's command port in time");
             }
             self.fill()?;
         }
@@ -123,7 +123,7 @@ impl Console {
         interrupt::check()?;
         let mut chunk = [0; 4096];
         match self.stream.read(&mut chunk) {
-            Ok(0) => bail!("the guest's serial port was closed: QEMU ended"),
+            Ok(0) => bail!("the guest's command port was closed: QEMU ended"),
             Ok(length) => {
                 self.log.write_all(&chunk[..length])?;
                 self.decoder.push(&chunk[..length])
@@ -136,7 +136,7 @@ impl Console {
             {
                 Ok(())
             }
-            Err(error) => Err(error).context("reading the guest's serial port"),
+            Err(error) => Err(error).context("reading the guest's command port"),
         }
     }
 }

@@ -81,11 +81,11 @@ impl Guest {
     ) -> Result<Guest> {
         let name = NAMES[spec.index];
         let sockets = Sockets {
-            serial: folder.join(format!("{name}.serial")),
+            commands: folder.join(format!("{name}.commands")),
             monitor: folder.join(format!("{name}.qmp")),
             log: folder.join(format!("{name}-console.log")),
         };
-        for stale in [&sockets.serial, &sockets.monitor] {
+        for stale in [&sockets.commands, &sockets.monitor] {
             let _ = std::fs::remove_file(stale);
         }
         let qemu = find(QEMU)?;
@@ -100,7 +100,7 @@ impl Guest {
             .append(true)
             .open(folder.join(format!("{name}-commands.log")))?;
         let mut guest = Guest {
-            console: Console::connect(&sockets.serial, log, Instant::now() + CONNECT_TIMEOUT)
+            console: Console::connect(&sockets.commands, log, Instant::now() + CONNECT_TIMEOUT)
                 .with_context(|| last_line(&folder.join(format!("{name}-qemu.log"))))?,
             process,
             monitor: sockets.monitor,
@@ -190,7 +190,7 @@ impl Drop for Guest {
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 struct Sockets {
-    serial: PathBuf,
+    commands: PathBuf,
     monitor: PathBuf,
     log: PathBuf,
 }
@@ -209,11 +209,17 @@ fn arguments(command: &mut Command, spec: &GuestSpec, image: &Image, sockets: &S
     command
         .arg("-serial")
         .arg(format!("file:{}", sockets.log.display()));
-    for (option, path) in [("-serial", &sockets.serial), ("-qmp", &sockets.monitor)] {
-        command
-            .arg(option)
-            .arg(format!("unix:{},server=on,wait=off", path.display()));
-    }
+    command.arg("-qmp").arg(format!(
+        "unix:{},server=on,wait=off",
+        sockets.monitor.display()
+    ));
+    // Not a second UART: under load the guest lost whole FIFOs of what was sent to it.
+    command.arg("-chardev").arg(format!(
+        "socket,id=commands,path={},server=on,wait=off",
+        sockets.commands.display()
+    ));
+    command.args(["-device", "virtio-serial-pci"]);
+    command.args(["-device", "virtserialport,chardev=commands,name=ringway"]);
     let netdev = match &spec.nic {
         Nic::None => None,
         Nic::VhostUser { socket } => {
