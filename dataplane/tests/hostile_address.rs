@@ -101,8 +101,6 @@ fn cve_2018_1059_an_indirect_table_that_leaves_guest_memory_stops_its_ring_only(
         ];
         for (desc, why) in tables {
             stage.bad.ring(ring).area.write_desc(9, desc);
-            let error = stage.bad.ring(ring).index;
-            assert_eq!(error, ring);
             // A range that begins in memory but leaves it is told as crossing regions.
             let begins_inside = desc.addr >= MAIN && desc.addr < MAIN_END;
             let why = if why == NOT_MEMORY && begins_inside {
@@ -185,7 +183,9 @@ fn a_ring_whose_event_field_is_outside_of_guest_memory_does_not_start() {
 fn cve_2020_10725_a_bad_address_with_length_0_in_any_slot_of_a_batch_is_one_bad_frame() {
     const BATCH: u16 = 32;
     let mut stage = Stage::new();
-    let frames: Vec<_> = (0..u64::from(BATCH)).map(|i| frame(PEER, BAD, 60, i)).collect();
+    let frames: Vec<_> = (0..u64::from(BATCH))
+        .map(|i| frame(PEER, BAD, 60, i))
+        .collect();
     let mut bad_frames = 0;
     for address in [0, MAIN_END, u64::MAX, stage.bad.buffers] {
         for bad_slot in 0..BATCH {
@@ -249,7 +249,10 @@ fn cve_2022_2132_a_header_in_any_pieces_is_one_header() {
             vec![(addr, 11), rest(11)],
             vec![(addr, 13), rest(13)],
             vec![(addr, 6), (addr + 6, 6), (addr + 12, 1), rest(13)],
-            (0..len.min(250)).map(byte).chain([rest(len.min(250))]).collect(),
+            (0..len.min(250))
+                .map(byte)
+                .chain([rest(len.min(250))])
+                .collect(),
         ];
         for buffers in cuts {
             let buffers: Vec<_> = buffers.into_iter().filter(|(_, len)| *len > 0).collect();
@@ -258,11 +261,16 @@ fn cve_2022_2132_a_header_in_any_pieces_is_one_header() {
             assert_eq!(receive(&mut stage.peer).frame, sent, "{buffers:x?}");
             stage.bad.tx.wait_used();
             let table = table_bytes(&chain(0, &buffers, 0));
-            let at = stage.bad.put(1 << 16, &table);
+            // Tables may lie anywhere: 2.7 asks for alignment of a ring's own table only.
+            let at = stage.bad.put((1 << 16) + u64::from(len % 16), &table);
             let desc = indirect(at, u32::try_from(table.len()).unwrap());
             stage.bad.tx.area.write_desc(0, desc);
             stage.bad.tx.offer(&[0]);
-            assert_eq!(receive(&mut stage.peer).frame, sent, "{buffers:x?} indirect");
+            assert_eq!(
+                receive(&mut stage.peer).frame,
+                sent,
+                "{buffers:x?} indirect"
+            );
             stage.bad.tx.wait_used();
         }
     }

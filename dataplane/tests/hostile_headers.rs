@@ -46,7 +46,12 @@ impl Header {
     fn bytes(self) -> [u8; NET_HEADER_BYTES] {
         let mut bytes = [0xee; NET_HEADER_BYTES];
         bytes[..2].copy_from_slice(&[self.flags, self.gso_type]);
-        let fields = [self.hdr_len, self.gso_size, self.csum_start, self.csum_offset];
+        let fields = [
+            self.hdr_len,
+            self.gso_size,
+            self.csum_start,
+            self.csum_offset,
+        ];
         for (at, field) in fields.into_iter().enumerate() {
             bytes[2 + 2 * at..][..2].copy_from_slice(&field.to_le_bytes());
         }
@@ -119,7 +124,9 @@ fn sweep(
 
 /// Values at and around the edges of what a frame of `len` bytes may say, and coarsely between.
 fn edges(len: u16) -> Vec<u16> {
-    let mut values = vec![0, 1, 13, 14, 15, 33, 34, 35, 53, 54, 55, 0x7fff, 0x8000, 0xfffe, 0xffff];
+    let mut values = vec![
+        0, 1, 13, 14, 15, 33, 34, 35, 53, 54, 55, 0x7fff, 0x8000, 0xfffe, 0xffff,
+    ];
     values.extend([len - 3, len - 2, len - 1, len, len + 1]);
     values.extend((0..=65_535).step_by(8191));
     values
@@ -178,10 +185,22 @@ fn cve_2026_100236_segmentation_that_contradicts_its_frame_is_dropped() {
         headers.extend((0..=255).map(|gso_type| Header { gso_type, ..good }));
         headers.extend((0..=255).map(|flags| Header { flags, ..good }));
         for value in edges(2054) {
-            headers.push(Header { hdr_len: value, ..good });
-            headers.push(Header { gso_size: value, ..good });
-            headers.push(Header { csum_start: value, ..good });
-            headers.push(Header { csum_offset: value, ..good });
+            headers.push(Header {
+                hdr_len: value,
+                ..good
+            });
+            headers.push(Header {
+                gso_size: value,
+                ..good
+            });
+            headers.push(Header {
+                csum_start: value,
+                ..good
+            });
+            headers.push(Header {
+                csum_offset: value,
+                ..good
+            });
         }
         let bytes = u32::try_from(frame.len()).unwrap();
         dropped += sweep(&mut stage, &frame, &headers, |header| {
@@ -190,7 +209,10 @@ fn cve_2026_100236_segmentation_that_contradicts_its_frame_is_dropped() {
             if header.gso_type == 0 && !has_csum {
                 // Nothing is asked for: the other fields mean nothing and do not travel on.
                 let flags = header.flags & DATA_VALID;
-                return Some(Header { flags, ..Header::default() });
+                return Some(Header {
+                    flags,
+                    ..Header::default()
+                });
             }
             let clean = Header {
                 flags: NEEDS_CSUM,
@@ -277,7 +299,16 @@ fn cve_2020_35498_frames_cut_off_anywhere_pass_or_are_dropped() {
     }
     let mut arp = frame(PEER, BAD, 60, 3);
     arp[12..22].copy_from_slice(&[8, 6, 0, 1, 8, 0, 255, 255, 0, 1]);
-    let whole = [tcp4(20), tcp6(20), vlan_tcp4(20), options, long_ip, extensions, tags, arp];
+    let whole = [
+        tcp4(20),
+        tcp6(20),
+        vlan_tcp4(20),
+        options,
+        long_ip,
+        extensions,
+        tags,
+        arp,
+    ];
     let mut offered = 0;
     for frame in &whole {
         for len in 0..=frame.len() {
@@ -392,7 +423,12 @@ fn cve_2024_0340_receive_buffers_hold_nothing_but_header_and_frame() {
 fn assert_received_clean(stage: &mut Stage, bytes: usize, pieces: u32) {
     let area = stage.bad.put(0, &[0xa5; 8192]);
     let buffers: Vec<_> = (0..pieces)
-        .map(|i| (area + u64::from(i) * 700, if i + 1 < pieces { 700 } else { 2000 }))
+        .map(|i| {
+            (
+                area + u64::from(i) * 700,
+                if i + 1 < pieces { 700 } else { 2000 },
+            )
+        })
         .collect();
     stage.bad.rx.write_chain(0, &buffers);
     let slot = stage.bad.rx.next & (stage.bad.rx.area.size() - 1);

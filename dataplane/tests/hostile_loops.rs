@@ -8,9 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::hostile::{
-    BAD, PEER, RX, RawConfig, Stage, StopOnDrop, TX, chain, plain, table_bytes,
-};
+use common::hostile::{BAD, PEER, RX, RawConfig, Stage, StopOnDrop, TX, chain, plain, table_bytes};
 use common::{eventually, frame, receive};
 use ringway_bridge::DropReason;
 use ringway_dataplane::driver::features::{
@@ -57,7 +55,11 @@ fn cve_2020_14378_chains_that_link_to_themselves_or_each_other_stop_their_ring_o
             let cycles: [Vec<u16>; 3] = [vec![0], vec![0, 1], (0..=last).collect()];
             for cycle in cycles {
                 // Empty buffers add nothing to a transmit chain but its length.
-                for len in if ring == TX { vec![0, 1, 4096] } else { vec![1, 4096] } {
+                for len in if ring == TX {
+                    vec![0, 1, 4096]
+                } else {
+                    vec![1, 4096]
+                } {
                     let descs: Vec<_> = (0..cycle.len())
                         .map(|i| SplitDesc {
                             addr,
@@ -100,7 +102,11 @@ fn put_table(stage: &Stage, table: &[SplitDesc]) -> SplitDesc {
 #[test]
 fn indirect_tables_in_tables_or_not_negotiated_stop_their_ring_only() {
     for negotiated in [true, false] {
-        let feature = if negotiated { VIRTIO_RING_F_INDIRECT_DESC } else { 0 };
+        let feature = if negotiated {
+            VIRTIO_RING_F_INDIRECT_DESC
+        } else {
+            0
+        };
         let config = RawConfig {
             features: VIRTIO_F_VERSION_1 | feature,
             ..RawConfig::default()
@@ -167,11 +173,9 @@ fn cve_2019_3900_receive_chains_of_many_tiny_buffers_do_not_hold_up_others() {
             stage.peer.send(&large).unwrap();
         }
         assert!(stage.peer.flush(common::DEADLINE).unwrap());
-        stage.lab.eventually_dropped(
-            &stage.port,
-            |c| c.tx_drops[DropReason::BufferTooSmall],
-            64,
-        );
+        stage
+            .lab
+            .eventually_dropped(&stage.port, |c| c.tx_drops[DropReason::BufferTooSmall], 64);
         assert_eq!(stage.bad.rx.area.used_idx(), stage.bad.rx.next - 256);
         stage.recover(RX);
     }

@@ -9,9 +9,10 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use common::hostile::{
-    BAD, Footprint, MAIN, MAIN_END, PEER, RX, Stage, StopOnDrop, TX, plain,
+    BAD, Footprint, MAIN, MAIN_END, PEER, RX, RawConfig, Stage, StopOnDrop, TX, plain,
 };
 use common::{DEADLINE, eventually, frame, name, receive};
 use ringway_dataplane::PortState;
@@ -53,12 +54,24 @@ fn bad_tables() -> Vec<(&'static str, RegionWords)> {
         ("wrap", [u64::MAX - 4095, 8 * KIB, user + (1 << 30), 0]),
         ("wrap", [u64::MAX, 1, user + (1 << 30), 0]),
         ("wrap", [1 << 30, 8 * KIB, u64::MAX - 4095, 0]),
-        ("wrap", [1 << 30, 8 * KIB, user + (1 << 30), u64::MAX - 4095]),
+        (
+            "wrap",
+            [1 << 30, 8 * KIB, user + (1 << 30), u64::MAX - 4095],
+        ),
         ("wrap", [1 << 30, u64::MAX, user + (1 << 30), 4096]),
-        ("behind its file", [1 << 30, 64 * KIB + 1, user + (1 << 30), 0]),
-        ("behind its file", [1 << 30, 4 * KIB, user + (1 << 30), 61 * KIB]),
+        (
+            "behind its file",
+            [1 << 30, 64 * KIB + 1, user + (1 << 30), 0],
+        ),
+        (
+            "behind its file",
+            [1 << 30, 4 * KIB, user + (1 << 30), 61 * KIB],
+        ),
         ("behind its file", [1 << 30, 1, user + (1 << 30), 64 * KIB]),
-        ("behind its file", [1 << 30, 4 * KIB, user + (1 << 30), 1 << 62]),
+        (
+            "behind its file",
+            [1 << 30, 4 * KIB, user + (1 << 30), 1 << 62],
+        ),
         ("behind its file", [1 << 30, 1 << 62, user + (1 << 30), 0]),
     ]
 }
@@ -66,7 +79,13 @@ fn bad_tables() -> Vec<(&'static str, RegionWords)> {
 const GOOD_REGION: RegionWords = [0, 32 << 10, 1 << 40, 0];
 
 /// Sends a request that must end the session for a reason that holds `why`, and comes back.
-fn expect_end(stage: &mut Stage, request: FrontendReq, body: &[u8], fds: &[BorrowedFd<'_>], why: &str) {
+fn expect_end(
+    stage: &mut Stage,
+    request: FrontendReq,
+    body: &[u8],
+    fds: &[BorrowedFd<'_>],
+    why: &str,
+) {
     let answer = stage.bad.frontend.request(request, body, fds);
     assert!(answer.is_err(), "{why}: {body:x?}");
     eventually("the session ends", || {
@@ -97,7 +116,13 @@ fn cve_2020_10722_memory_that_contradicts_itself_ends_the_session_only() {
                 .request(FrontendReq::SET_MEM_TABLE, &table, &[file.as_fd()])
                 .unwrap();
             let body = region_body(bad);
-            expect_end(&mut stage, FrontendReq::ADD_MEM_REG, &body, &[file.as_fd()], why);
+            expect_end(
+                &mut stage,
+                FrontendReq::ADD_MEM_REG,
+                &body,
+                &[file.as_fd()],
+                why,
+            );
         }
         stage.assert_works();
         footprint.get_or_insert_with(Footprint::now);
@@ -132,7 +157,13 @@ fn memory_files_of_the_wrong_kind_end_the_session_only() {
     let footprint = Footprint::now();
     for (why, file) in &files {
         let body = table_body(&[GOOD_REGION]);
-        expect_end(&mut stage, FrontendReq::SET_MEM_TABLE, &body, &[file.as_fd()], why);
+        expect_end(
+            &mut stage,
+            FrontendReq::SET_MEM_TABLE,
+            &body,
+            &[file.as_fd()],
+            why,
+        );
         stage.assert_works();
     }
     footprint.assert_flat();
@@ -145,17 +176,31 @@ fn too_many_regions_and_unknown_ones_end_the_session_only() {
     let mut stage = Stage::new();
     let file = memfd(4096);
     let region = |i: u64| [i << 20, 4096, (1 << 40) + (i << 20), 0];
-    expect_end(&mut stage, FrontendReq::REM_MEM_REG, &region_body(region(1)), &[], "to remove");
+    expect_end(
+        &mut stage,
+        FrontendReq::REM_MEM_REG,
+        &region_body(region(1)),
+        &[],
+        "to remove",
+    );
     // Three regions are there already.
     for i in 0..506 {
         let body = region_body(region(i));
         let frontend = &mut stage.bad.frontend;
-        frontend.request(FrontendReq::ADD_MEM_REG, &body, &[file.as_fd()]).unwrap();
+        frontend
+            .request(FrontendReq::ADD_MEM_REG, &body, &[file.as_fd()])
+            .unwrap();
     }
     assert_eq!(stage.detail().memory_regions, 509);
     stage.assert_works();
     let body = region_body(region(600));
-    expect_end(&mut stage, FrontendReq::ADD_MEM_REG, &body, &[file.as_fd()], "more than 509");
+    expect_end(
+        &mut stage,
+        FrontendReq::ADD_MEM_REG,
+        &body,
+        &[file.as_fd()],
+        "more than 509",
+    );
     stage.assert_works();
     stage.finish();
 }
@@ -213,7 +258,14 @@ fn churn_guest(stage: &Stage, config: GuestConfig) -> Guest {
 
 fn burst(to: u8, from: u8, round: u64, count: u64) -> Vec<Vec<u8>> {
     (0..count)
-        .map(|i| plain(&frame(to, from, 60 + 20 * usize::try_from(i).unwrap(), round * count + i)))
+        .map(|i| {
+            plain(&frame(
+                to,
+                from,
+                60 + 20 * usize::try_from(i).unwrap(),
+                round * count + i,
+            ))
+        })
         .collect()
 }
 
@@ -240,7 +292,9 @@ fn cve_2026_86567_memory_is_replaced_under_traffic_without_losing_a_frame() {
         }
     }
     footprint.unwrap().assert_flat();
-    stage.lab.assert_conserved(&["left", "right", "peer", "churn"], 0);
+    stage
+        .lab
+        .assert_conserved(&["left", "right", "peer", "churn"], 0);
     stage.finish_flooded();
 }
 
@@ -310,7 +364,10 @@ fn cve_2026_86567_buffers_whose_memory_goes_stop_their_ring_only() {
         }
     }
     footprint.unwrap().assert_flat();
-    assert!(received > 0, "no frame at all in {ROUNDS} rounds, {stops} stops");
+    assert!(
+        received > 0,
+        "no frame at all in {ROUNDS} rounds, {stops} stops"
+    );
     memory.write(at, &[0xc5; 72]).unwrap();
     stage.assert_works();
     stage.finish();
@@ -357,8 +414,17 @@ fn cve_2026_86567_guests_connect_and_vanish_under_traffic_and_leave_nothing() {
     while stage.peer.try_recv(0).unwrap().is_some() {}
     guest.send_burst(0, &there).unwrap();
     assert_eq!(receive(&mut stage.peer).frame, there[0][12..]);
-    stage.lab.assert_conserved(&["left", "right", "peer", "churn"], 0);
+    stage
+        .lab
+        .assert_conserved(&["left", "right", "peer", "churn"], 0);
     stage.finish_flooded();
+}
+
+/// A stage whose sources do not wait for a guest without buffers.
+fn impatient() -> Stage {
+    Stage::with(RawConfig::default(), GuestConfig::default(), |switch| {
+        switch.idle.patience = Duration::from_millis(1);
+    })
 }
 
 /// What is left of the main region's file: nothing, or the rings without the buffers.
@@ -369,7 +435,7 @@ const CUTS: [u64; 2] = [0, 4096 + (64 << 10)];
 #[test]
 fn cve_2026_86561_memory_that_is_cut_off_under_traffic_fails_its_port_only() {
     const ROUNDS: usize = 30;
-    let mut stage = Stage::new();
+    let mut stage = impatient();
     let mut footprint = None;
     for round in 0..ROUNDS {
         let message = plain(&frame(PEER, BAD, 1500, 1));
@@ -380,7 +446,10 @@ fn cve_2026_86561_memory_that_is_cut_off_under_traffic_fails_its_port_only() {
             let at = u64::from(*head) * 2048;
             let addr = stage.bad.put(at, &message);
             stage.bad.tx.write_chain(*head, &[(addr, len)]);
-            stage.bad.rx.write_chain(*head, &[(addr + (512 << 10), 2048)]);
+            stage
+                .bad
+                .rx
+                .write_chain(*head, &[(addr + (512 << 10), 2048)]);
         }
         stage.bad.rx.offer(&heads);
         stage.bad.tx.offer(&heads);
@@ -425,7 +494,7 @@ fn cut_off(stage: &Stage, bytes: u64) {
 /// is lost, but nothing else is touched.
 #[test]
 fn cve_2026_86561_memory_that_shrinks_and_grows_under_traffic_fails_its_port_only() {
-    let mut stage = Stage::new();
+    let mut stage = impatient();
     for _ in 0..20 {
         let message = plain(&frame(PEER, BAD, 60, 1));
         let addr = stage.bad.put(0, &message);

@@ -17,17 +17,22 @@ use common::{eventually, frame};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use ringway_dataplane::driver::features::{TSO, VIRTIO_NET_F_MRG_RXBUF};
-use ringway_dataplane::driver::{DESC_F_INDIRECT, GuestConfig, SplitArea, SplitDesc, Window};
+use ringway_dataplane::driver::{
+    DESC_F_INDIRECT, DESC_F_NEXT, GuestConfig, SplitArea, SplitDesc, Window,
+};
 
 /// How long the guest flips bits.
 const RACE: Duration = Duration::from_secs(2);
 
-/// Buffers of 2 KiB that descriptors may name, then indirect tables of 4 descriptors. What is
-/// behind them in the main region is never named.
-const BUFFERS: u64 = 256;
+/// What the descriptors of a ring may name: buffers of 2 KiB, then a table of 4 descriptors per
+/// head, then room for what overruns them.
+const BUFFERS: u64 = 128;
 const TABLES: u64 = BUFFERS * 2048;
 const TABLE_BYTES: u64 = 64;
-const UNNAMED: u64 = TABLES + BUFFERS * TABLE_BYTES + 8192;
+const SHARE: u64 = TABLES + 256 * TABLE_BYTES + 8192;
+
+/// What is behind the shares of both rings is never named.
+const UNNAMED: u64 = 2 * SHARE;
 
 /// Fills what is never named; the same as in the guards, so that [`leaks_canary`] sees it.
 const CANARY: u8 = 0xc5;
@@ -51,11 +56,6 @@ impl Noise {
         let at = self.below(from.len() as u64);
         from[usize::try_from(at).unwrap()]
     }
-
-    /// True once in so many times.
-    fn once_in(&mut self, times: u64) -> bool {
-        self.below(times) == 0
-    }
 }
 
 /// What one thread flips: a ring, and the buffers and tables behind it.
@@ -68,55 +68,108 @@ struct Flipper {
 }
 
 impl Flipper {
-    /// Mostly sound descriptors, so that rings live long enough for their contents to matter.
-    fn desc(&mut self) -> SplitDesc {
+    /// A sound chain of one or two buffers that starts at `head`.
+    fn sound(&mut self, head: u16) -> SplitDesc {
+        SplitDesc {
+            addr: self.buffers + self.noise.below(BUFFERS) * 2048,
+            len: self.noise.pick(&[72, 200, 1514, 2048]),
+            flags: self.direction,
+            next: head,
+        }
+    }
+
+    /// Any descriptor that does not name what is never to be named.
+    fn hostile(&mut self) -> SplitDesc {
         let noise = &mut self.noise;
         let good = self.buffers + noise.below(BUFFERS) * 2048;
-        let sound = noise.below(64) != 0;
-        if sound {
-            return SplitDesc {
-                addr: good,
-                len: noise.pick(&[72, 72, 72, 12, 200, 1514, 2048]),
-                flags: self.direction | u16::from(noise.once_in(4)),
-                next: u16::try_from(noise.below(256)).unwrap(),
-            };
-        }
-        let edge = [MAIN_END - 1, MAIN_END, 0, MAIN - 1, u64::MAX - 3, u64::MAX, good];
+        let edge = [
+            MAIN_END - 1,
+            MAIN_END,
+            0,
+            MAIN - 1,
+            u64::MAX - 3,
+            u64::MAX,
+            good,
+            good,
+        ];
         SplitDesc {
             addr: noise.pick(&edge),
-            len: noise.pick(&[0, 2, 72, 8192, u32::MAX]),
-            flags: self.direction ^ noise.pick(&[0, 1, 2, 3, 5, 7]),
+            len: noise.pick(&[0, 2, 12, 72, 8192, u32::MAX]),
+            flags: self.direction ^ noise.pick(&[0, 1, 1, 2, 3, 4, 5, 7]),
             next: noise.pick(&[0, 1, 255, 256, 0xffff]),
         }
     }
 
-    fn flip(&mut self) {
-        let head = u16::try_from(self.noise.below(256)).unwrap();
-        let desc = if self.noise.once_in(4) {
-            let table = TABLES + self.noise.below(BUFFERS) * TABLE_BYTES;
-            let entry = self.desc();
-            let slot = usize::try_from(table + 16 * self.noise.below(4)).unwrap();
-            self.window.write(slot, &table_bytes(&[entry]));
+    /// All descriptors name an indirect table or a buffer, all tables two buffers.
+    fn reset(&mut self) {
+        for head in 0..256 {
+            self.reset_table(head);
+            self.reset_desc(head);
+        }
+    }
+
+    fn reset_desc(&mut self, head: u16) {
+        let desc = if head % 4 == 0 {
             SplitDesc {
-                addr: self.buffers + table,
-                len: self.noise.pick(&[16, 64, 64, 64, 24]),
+                addr: self.buffers + TABLES + u64::from(head) * TABLE_BYTES,
+                len: 32,
                 flags: DESC_F_INDIRECT,
                 next: 0,
             }
         } else {
-            self.desc()
+            self.sound(head)
         };
         self.area.write_desc(head, desc);
-        // The header of some frame, field by field.
-        let at = self.noise.below(BUFFERS) * 2048 + self.noise.below(12);
-        let byte = [u8::try_from(self.noise.below(256)).unwrap()];
-        self.window.write(usize::try_from(at).unwrap(), &byte);
-        if self.noise.once_in(256) {
-            let entry = self.noise.pick(&[0, 255, 256, 0xffff]);
-            self.area.set_avail_entry(head, entry);
-        } else {
-            self.area.set_avail_entry(head, head);
+        self.area.set_avail_entry(head, head);
+    }
+
+    fn reset_table(&mut self, head: u16) {
+        let (first, second) = (self.sound(1), self.sound(0));
+        let first = SplitDesc {
+            flags: first.flags | DESC_F_NEXT,
+            ..first
+        };
+        self.write_table(head, 0, &[first, second]);
+    }
+
+    fn write_table(&self, head: u16, entry: u64, descs: &[SplitDesc]) {
+        let at = TABLES + u64::from(head) * TABLE_BYTES + 16 * entry;
+        self.window
+            .write(usize::try_from(at).unwrap(), &table_bytes(descs));
+    }
+
+    /// Something is bad for a moment, and sound again.
+    fn flip(&mut self) {
+        let head = u16::try_from(self.noise.below(256)).unwrap();
+        let hostile = self.hostile();
+        match self.noise.below(400) {
+            0 => {
+                let entry = self.noise.pick(&[0, 255, 256, 0xffff]);
+                self.area.set_avail_entry(head, entry);
+            }
+            1 => {
+                let entry = self.noise.below(2);
+                self.write_table(head, entry, &[hostile]);
+            }
+            2 => {
+                let len = self.noise.pick(&[0, 8, 16, 48, 64, u32::MAX]);
+                let desc = self.area.read_desc(head);
+                self.area.write_desc(head, SplitDesc { len, ..desc });
+            }
+            3 => self.area.write_desc(head, hostile),
+            _ => {
+                // The header of some frame, field by field, and it stays so.
+                let at = self.noise.below(BUFFERS) * 2048 + self.noise.below(12);
+                let byte = self
+                    .noise
+                    .pick(&[0, 0, 0, 0, 0, 0, 0, 0, 1, 4, 34, 54, 255]);
+                self.window.write(usize::try_from(at).unwrap(), &[byte]);
+                return;
+            }
         }
+        std::hint::spin_loop();
+        self.reset_table(head);
+        self.reset_desc(head);
     }
 }
 
@@ -124,8 +177,11 @@ fn flipper(bad: &RawGuest, ring: u32) -> Flipper {
     let raw = if ring == RX { &bad.rx } else { &bad.tx };
     Flipper {
         area: raw.area.clone(),
-        buffers: bad.buffers,
-        window: bad.memory.window(bad.buffers, UNNAMED).unwrap(),
+        buffers: bad.buffers + SHARE * u64::from(ring),
+        window: bad
+            .memory
+            .window(bad.buffers + SHARE * u64::from(ring), SHARE)
+            .unwrap(),
         direction: raw.direction(),
         noise: Noise(0x9e37_79b9_7f4a_7c15 + u64::from(ring)),
     }
@@ -148,24 +204,29 @@ fn cve_2020_14375_what_is_changed_while_it_is_read_reaches_nothing_outside() {
     });
     let message = plain(&frame(PEER, BAD, 2036, 1));
     for buffer in 0..BUFFERS {
-        stage.bad.put(buffer * 2048, &message);
+        stage
+            .bad
+            .put(SHARE * u64::from(TX) + buffer * 2048, &message);
     }
     let unnamed = usize::try_from(common::hostile::BUFFER_BYTES - UNNAMED).unwrap();
     stage.bad.put(UNNAMED, &vec![CANARY; unnamed]);
     let stop = AtomicBool::new(false);
     let flips = AtomicU64::new(0);
-    let (mut received, mut restarts) = (0_u64, 0_u64);
+    let (mut received, mut restarts) = (0_u64, [0_u64; 2]);
     let (until, count) = (&stop, &flips);
     std::thread::scope(|scope| {
         let _stop = StopOnDrop(&stop);
         let mut flippers = [flipper(&stage.bad, TX), flipper(&stage.bad, RX)];
+        flippers.iter_mut().for_each(Flipper::reset);
         scope.spawn(move || {
             while !until.load(Ordering::Relaxed) {
                 flippers.iter_mut().for_each(Flipper::flip);
                 count.fetch_add(1, Ordering::Relaxed);
             }
         });
-        let burst: Vec<_> = (0..16).map(|i| plain(&frame(BAD, PEER, 60 + i * 90, 1))).collect();
+        let burst: Vec<_> = (0..16)
+            .map(|i| plain(&frame(BAD, PEER, 60 + i * 90, 1)))
+            .collect();
         let start = Instant::now();
         while start.elapsed() < RACE {
             for ring in [RX, TX] {
@@ -176,21 +237,32 @@ fn cve_2020_14375_what_is_changed_while_it_is_read_reaches_nothing_outside() {
             }
             stage.peer.send_burst(0, &burst).unwrap();
             while let Some(frame) = stage.peer.try_recv(0).unwrap() {
-                assert!(!leaks_canary(&frame.frame), "memory that no descriptor named");
+                assert!(
+                    !leaks_canary(&frame.frame),
+                    "memory that no descriptor named"
+                );
                 received += 1;
             }
             for ring in [RX, TX] {
                 if !stage.is_started(ring) {
                     stage.bad.restart_ring(ring);
-                    restarts += 1;
+                    restarts[ring as usize] += 1;
                 }
             }
         }
     });
     assert!(flips.into_inner() > 1000);
-    assert!(received > 1000 && restarts > 10, "{received} frames, {restarts} restarts");
+    let sent = stage.lab.counters(&stage.port).tx_frames;
+    let was_a_race = received.min(sent) > 1000 && restarts.iter().all(|count| *count > 3);
+    assert!(
+        was_a_race,
+        "{received} from it, {sent} to it, {restarts:?} restarts"
+    );
     let rest = stage.bad.bytes(stage.bad.buffers + UNNAMED, unnamed);
-    assert!(rest.iter().all(|b| *b == CANARY), "written where no descriptor points");
+    assert!(
+        rest.iter().all(|b| *b == CANARY),
+        "written where no descriptor points"
+    );
     for ring in [RX, TX] {
         stage.bad.restart_ring(ring);
     }
@@ -267,13 +339,23 @@ fn random_rings_neither_crash_nor_leak() {
             run_tables(&mut stage.borrow_mut(), &tables);
             *cases.borrow_mut() += 1;
             if *cases.borrow() == 40 {
-                *footprint.borrow_mut() = Some(Footprint::now());
+                *footprint.borrow_mut() = Some(at_rest(&mut stage.borrow_mut()));
             }
             Ok(())
         })
         .unwrap();
+    let mut stage = stage.into_inner();
+    at_rest(&mut stage);
     footprint.into_inner().unwrap().assert_flat();
-    stage.into_inner().finish_flooded();
+    stage.finish_flooded();
+}
+
+/// What is in use when both rings of a fresh session run: rings that are stopped hold fewer fds.
+fn at_rest(stage: &mut Stage) -> Footprint {
+    stage.reconnect();
+    while stage.peer.try_recv(0).unwrap().is_some() {}
+    stage.assert_works();
+    Footprint::now()
 }
 
 fn run_tables(stage: &mut Stage, tables: &Tables) {
@@ -285,7 +367,10 @@ fn run_tables(stage: &mut Stage, tables: &Tables) {
         .unwrap();
     let frames = frame(PEER, BAD, 1500, 1).repeat(64);
     memory.write(MAIN + (1 << 18), &frames).unwrap();
-    for (ring, (descs, heads)) in [RX, TX].into_iter().zip(tables.descs.iter().zip(&tables.heads)) {
+    for (ring, (descs, heads)) in [RX, TX]
+        .into_iter()
+        .zip(tables.descs.iter().zip(&tables.heads))
+    {
         for (index, desc) in (0..).zip(descs) {
             stage.bad.ring(ring).area.write_desc(index, *desc);
         }
@@ -297,7 +382,9 @@ fn run_tables(stage: &mut Stage, tables: &Tables) {
         let is_done = stage.bad.tx.area.used_idx() == stage.bad.tx.next;
         is_done || !stage.is_started(TX)
     });
-    let burst: Vec<_> = (0..16).map(|i| plain(&frame(BAD, PEER, 60 + i * 90, 1))).collect();
+    let burst: Vec<_> = (0..16)
+        .map(|i| plain(&frame(BAD, PEER, 60 + i * 90, 1)))
+        .collect();
     stage.peer.send_burst(0, &burst).unwrap();
     assert!(stage.peer.flush(common::DEADLINE).unwrap());
     stage.bad.assert_guards_intact();

@@ -539,9 +539,7 @@ fn exchange(guests: &mut [Guest; 2], stop: &AtomicBool, frames: &AtomicU64) -> D
             }
             assert_eq!(guest.send_burst(0, burst).unwrap() as u64, WINDOW);
         }
-        for ((guest, burst), (from, _)) in
-            guests.iter_mut().rev().zip(&bursts).zip(stations)
-        {
+        for ((guest, burst), (from, _)) in guests.iter_mut().rev().zip(&bursts).zip(stations) {
             for sent in burst {
                 let received = next_from(guest, from);
                 assert!(received == sent[12..], "round {round}: a frame differs");
@@ -644,7 +642,9 @@ static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// Lines of the log, warnings and errors, that hold all of `parts`.
 pub(crate) fn logged(parts: &[&str]) -> Vec<String> {
     let lines = LINES.lock().unwrap_or_else(PoisonError::into_inner);
-    let matching = lines.iter().filter(|line| parts.iter().all(|p| line.contains(p)));
+    let matching = lines
+        .iter()
+        .filter(|line| parts.iter().all(|p| line.contains(p)));
     matching.cloned().collect()
 }
 
