@@ -101,8 +101,6 @@ fn cve_2018_1059_an_indirect_table_that_leaves_guest_memory_stops_its_ring_only(
         ];
         for (desc, why) in tables {
             stage.bad.ring(ring).area.write_desc(9, desc);
-            let error = stage.bad.ring(ring).index;
-            assert_eq!(error, ring);
             // A range that begins in memory but leaves it is told as crossing regions.
             let begins_inside = desc.addr >= MAIN && desc.addr < MAIN_END;
             let why = if why == NOT_MEMORY && begins_inside {
@@ -263,7 +261,8 @@ fn cve_2022_2132_a_header_in_any_pieces_is_one_header() {
             assert_eq!(receive(&mut stage.peer).frame, sent, "{buffers:x?}");
             stage.bad.tx.wait_used();
             let table = table_bytes(&chain(0, &buffers, 0));
-            let at = stage.bad.put(1 << 16, &table);
+            // Tables may lie anywhere: 2.7 asks for alignment of a ring's own table only.
+            let at = stage.bad.put((1 << 16) + u64::from(len % 16), &table);
             let desc = indirect(at, u32::try_from(table.len()).unwrap());
             stage.bad.tx.area.write_desc(0, desc);
             stage.bad.tx.offer(&[0]);

@@ -20,6 +20,9 @@ use crate::ring::{Areas, RingFault, SplitRing, areas};
 use crate::vhost_user::{Device, RingAddresses, RingError, RingStart};
 use crate::worker::{Token, WorkerHandle};
 
+/// Why a ring stops whose memory is no longer the guest's (SIGBUS).
+const CUT_OFF: &str = "its memory file was cut off";
+
 /// A ring that is started.
 #[derive(Debug)]
 pub(crate) struct StartedRing {
@@ -242,7 +245,13 @@ impl VhostPort {
     /// logged here, once, since the ring is gone afterwards.
     #[cold]
     pub(crate) fn fail_queue(&self, queue: &VhostQueue, state: &mut QueueState, why: &RingFault) {
-        self.stop_in_worker(queue, state, &why.to_string());
+        let started = state.started.as_ref();
+        if started.is_some_and(|started| started.ring.is_broken()) {
+            // Zero pages broke the rule, not the guest.
+            self.stop_in_worker(queue, state, CUT_OFF);
+        } else {
+            self.stop_in_worker(queue, state, &why.to_string());
+        }
     }
 
     /// Stops every ring whose memory was cut off (SIGBUS); returns without those that are busy,
@@ -263,7 +272,7 @@ impl VhostPort {
                 .as_ref()
                 .is_some_and(|started| started.ring.is_broken())
             {
-                self.stop_in_worker(queue, &mut state, "its memory file was cut off");
+                self.stop_in_worker(queue, &mut state, CUT_OFF);
             }
         }
         all
@@ -398,6 +407,10 @@ impl Device for VhostPort {
         // SAFETY: `find_areas` checked the areas of a ring of this size in this memory.
         let mut ring = unsafe { SplitRing::new(start.size, at, next_avail, features, memory) };
         ring.disarm();
+        // Asked after the first access: a break from here on is found by the workers.
+        if ring.is_broken() {
+            return Err(RingError::Broken { index });
+        }
         let offloads = if is_transmit {
             Offloads::from_guest
         } else {

@@ -53,6 +53,9 @@ pub(crate) enum RingError {
     /// A size that no ring can have.
     #[error("ring {index} can't have {size} entries")]
     Size { index: u16, size: u16 },
+    /// The file behind the guest's memory was cut off.
+    #[error("ring {index} can't start: the guest's memory file was cut off")]
+    Broken { index: u16 },
     /// The kick or call fd can't be used.
     #[error("the {which} fd of ring {index} is unusable: {source}")]
     Fd {

@@ -583,6 +583,7 @@ fn failed_ring(error: &RingError) -> u16 {
     match error {
         RingError::Address { index, .. }
         | RingError::Size { index, .. }
+        | RingError::Broken { index }
         | RingError::Fd { index, .. } => *index,
     }
 }

@@ -2,6 +2,7 @@
 //! of it, and a second, innocent pair of ports that must not notice.
 
 use std::fmt::{Debug, Write as _};
+use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
@@ -428,6 +429,8 @@ impl Stage {
 
     /// Connects the bad guest again, with fresh memory.
     pub(crate) fn reconnect(&mut self) {
+        // There is one front-end at a time. The socket may be closed already.
+        let _ = self.bad.frontend.socket().shutdown(Shutdown::Both);
         self.bad = RawGuest::connect(&self.path, self.bad.config);
     }
 
