@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::hostile::{
-    BAD, Footprint, MAIN, MAIN_END, PEER, RX, RawConfig, RawGuest, Stage, StopOnDrop, TX,
-    leaks_canary, plain, table_bytes,
+    BAD, MAIN, MAIN_END, PEER, RX, RawConfig, RawGuest, Stage, StopOnDrop, TX, leaks_canary, plain,
+    table_bytes,
 };
+use common::observe::Footprint;
 use common::{eventually, frame};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -109,7 +110,7 @@ impl Flipper {
     }
 
     fn reset_desc(&mut self, head: u16) {
-        let desc = if head % 4 == 0 {
+        let desc = if head.is_multiple_of(4) {
             SplitDesc {
                 addr: self.buffers + TABLES + u64::from(head) * TABLE_BYTES,
                 len: 32,

@@ -6,6 +6,7 @@
 )]
 
 pub(crate) mod hostile;
+pub(crate) mod observe;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
