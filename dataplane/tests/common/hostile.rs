@@ -102,6 +102,15 @@ impl RawRing {
         });
     }
 
+    /// As [`RawRing::wait_used`], while the peer throws away what it receives.
+    pub(crate) fn wait_used_discarding(&self, peer: &mut Guest) {
+        eventually("the device uses all chains", || {
+            while peer.try_recv(0).unwrap().is_some() {}
+            self.area.used_idx() == self.next
+        });
+        while peer.try_recv(0).unwrap().is_some() {}
+    }
+
     /// Where it lies, from a base on.
     pub(crate) fn place(&self, base: u32) -> RingPlace {
         RingPlace {
