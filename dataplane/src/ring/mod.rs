@@ -37,3 +37,6 @@ pub(crate) enum RingFault {
     #[error("indirect descriptor: {rule}")]
     Indirect { rule: &'static str },
 }
+
+#[cfg(test)]
+mod tests;
