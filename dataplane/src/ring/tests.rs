@@ -247,7 +247,6 @@ proptest! {
             for frame in burst.frames() {
                 let pieces: Vec<_> = burst
                     .rest(frame)
-                    .iter()
                     .map(|piece| (machine.guest(piece.ptr), piece.len))
                     .collect();
                 prop_assert_eq!(frame.total_bytes, pieces.iter().map(|p| p.1).sum::<u32>());

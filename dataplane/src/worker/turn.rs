@@ -295,9 +295,13 @@ impl Worker {
         started.ring.give_back(given_back as u16);
         queue.counters.frames.add_owned(taken as u64);
         queue.counters.bytes.add_owned(bytes);
+        let mut called = Ok(());
         if started.ring.publish() {
-            started.call();
+            called = started.call();
             queue.counters.calls.add_owned(1);
+        }
+        if called.is_err() {
+            guest.fail_call(queue, &mut state);
         }
         if let Err(fault) = gathered {
             // The chain at fault is a frame received and dropped.
