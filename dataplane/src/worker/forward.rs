@@ -9,7 +9,7 @@ use super::pairs::PairTable;
 use crate::burst::Burst;
 use crate::net_header::{self, Offloads};
 use crate::port::{Port, QueueGuard, TapPort, VhostPort, VhostQueue, max_l2_bytes};
-use crate::ring::{RingFault, RxScratch, SplitRing};
+use crate::ring::{Deliver, Ring, RingFault, RxScratch};
 
 /// How often a receive queue that another thread holds is tried: about one of its bursts.
 const LOCK_TRIES: u32 = 400;
@@ -304,10 +304,38 @@ fn deliver_to_guest(
     let Some(started) = state.started.as_mut().filter(|started| started.enabled) else {
         return Outcome::all(mask, DropReason::PortDown);
     };
+    let limits = (started.offloads, max_l2_bytes(port.mtu()));
+    let (mut outcome, fault) = match &mut started.ring {
+        Ring::Split(ring) => deliver_burst(ring, mask, burst, limits, scratch),
+        Ring::Packed(ring) => deliver_burst(ring, mask, burst, limits, scratch),
+    };
+    queue
+        .counters
+        .frames
+        .add_owned(u64::from(outcome.sent.count_ones()));
+    queue.counters.bytes.add_owned(outcome.sent_bytes);
+    if started.ring.publish() {
+        started.call();
+        queue.counters.calls.add_owned(1);
+    }
+    if let Some(fault) = fault {
+        let lost = mask & !outcome.sent & !outcome.drops.iter().fold(0, |all, drop| all | drop.0);
+        outcome.drop(lost, DropReason::BadDescriptor);
+        port.fail_queue(queue, &mut state, &fault);
+    }
+    outcome
+}
+
+/// Delivers the frames of `mask` for as long as there is room, to be published; also returns the
+/// rule that the guest broke, if it did.
+fn deliver_burst<R: Deliver>(
+    ring: &mut R,
+    mask: u64,
+    burst: &mut Burst,
+    limits: (Offloads, u32),
+    scratch: &mut RxScratch,
+) -> (Outcome, Option<RingFault>) {
     let mut outcome = Outcome::default();
-    let max_bytes = max_l2_bytes(port.mtu());
-    let offloads = started.offloads;
-    let ring = &mut started.ring;
     let mut fault = None;
     let mut available = match ring.available() {
         Ok(available) => available,
@@ -319,7 +347,7 @@ fn deliver_to_guest(
     let mut left = if fault.is_none() { mask } else { 0 };
     while left != 0 {
         // The common frames in one go, then one that is not, and again.
-        let (sent, bytes) = ring.deliver_plain(burst, left, max_bytes, &mut available, scratch);
+        let (sent, bytes) = ring.deliver_plain(burst, left, limits.1, &mut available, scratch);
         outcome.sent |= sent;
         outcome.sent_bytes += bytes;
         left &= !sent;
@@ -327,14 +355,7 @@ fn deliver_to_guest(
             break;
         }
         let index = left.trailing_zeros() as usize;
-        match deliver_any(
-            ring,
-            burst,
-            index,
-            (offloads, max_bytes),
-            &mut available,
-            scratch,
-        ) {
+        match deliver_any(ring, burst, index, limits, &mut available, scratch) {
             Ok(Ok(())) => outcome.sent(index, burst.frames()[index].l2_bytes()),
             // Frames behind it are refused too, lest they overtake it.
             Ok(Err(DropReason::RingFull)) => {
@@ -349,27 +370,13 @@ fn deliver_to_guest(
         }
         left &= left - 1;
     }
-    queue
-        .counters
-        .frames
-        .add_owned(u64::from(outcome.sent.count_ones()));
-    queue.counters.bytes.add_owned(outcome.sent_bytes);
-    if ring.publish() {
-        started.call();
-        queue.counters.calls.add_owned(1);
-    }
-    if let Some(fault) = fault {
-        let lost = mask & !outcome.sent & !outcome.drops.iter().fold(0, |all, drop| all | drop.0);
-        outcome.drop(lost, DropReason::BadDescriptor);
-        port.fail_queue(queue, &mut state, &fault);
-    }
-    outcome
+    (outcome, fault)
 }
 
 /// Delivers a frame of any kind, if the destination takes it.
 #[cold]
-fn deliver_any(
-    ring: &mut SplitRing,
+fn deliver_any<R: Deliver>(
+    ring: &mut R,
     burst: &mut Burst,
     index: usize,
     (offloads, max_bytes): (Offloads, u32),

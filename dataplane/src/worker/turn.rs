@@ -16,6 +16,7 @@ use crate::burst::Burst;
 use crate::memory::{Segment, breaks};
 use crate::net_header::{HEADER_BYTES, HEADER_LEN, Offloads};
 use crate::port::{Port, TapPort, TapReader, VhostPort};
+use crate::ring::Entry;
 use crate::switch::IdleConfig;
 
 /// Frames taken from a source queue in one turn: long enough to share the cost of a lock, an index
@@ -257,13 +258,10 @@ impl Worker {
             0
         };
         let taken = count - given_back;
-        let mut bytes = 0;
-        for frame in &self.burst.frames()[..taken] {
-            started.ring.complete(frame.entry, 0);
-            bytes += u64::from(frame.l2_bytes());
-        }
-        #[expect(clippy::cast_possible_truncation, reason = "at most BURST")]
-        started.ring.give_back(given_back as u16);
+        let (done, again) = self.burst.frames().split_at(taken);
+        started.ring.complete_gathered(done);
+        started.ring.give_back(again);
+        let bytes = done.iter().map(|frame| u64::from(frame.l2_bytes())).sum();
         queue.counters.frames.add_owned(taken as u64);
         queue.counters.bytes.add_owned(bytes);
         if started.ring.publish() {
@@ -514,7 +512,7 @@ impl Worker {
                     len,
                 },
             );
-            self.burst.add(mark, 0, len);
+            self.burst.add(mark, Entry::single(0), len);
         }
         self.burst.take_snapshots(HEADER_BYTES, Offloads::NONE);
         let now = self.now();
