@@ -483,3 +483,6 @@ impl PackedRing {
         event_passed(slot, new, new.wrapping_sub(count))
     }
 }
+
+#[cfg(test)]
+mod tests;
