@@ -11,7 +11,7 @@ use crate::burst::Burst;
 ///
 /// # Errors
 /// The rule that the guest broke.
-#[inline]
+#[inline(never)]
 pub(super) fn gather<R: DeviceRing>(
     ring: &mut R,
     max: usize,
@@ -21,8 +21,9 @@ pub(super) fn gather<R: DeviceRing>(
     let available = ring.available()?;
     // How many chains may be taken: each further descriptor of one is a chain less.
     let mut most = usize::from(available);
+    let mut end = most.min(max);
     let mut taken = 0;
-    while taken < most.min(max) {
+    while taken < end {
         let at = ring.place();
         if let Some((entry, segment)) = ring.single(at, Direction::FromGuest) {
             prefetch(segment.ptr);
@@ -33,6 +34,7 @@ pub(super) fn gather<R: DeviceRing>(
                 break;
             };
             most -= usize::from(slots) - 1;
+            end = end.min(most);
         }
         taken += 1;
     }

@@ -246,17 +246,14 @@ impl Ring {
         each!(self, ring => gather::gather(ring, max, burst))
     }
 
-    /// Completes frames that were gathered, in their order; the driver sees it after
-    /// [`Ring::publish`].
+    /// Completes frames that were gathered, in their order, and returns their L2 bytes; the driver
+    /// sees it after [`Ring::publish`].
     #[inline]
-    pub(crate) fn complete_gathered(&mut self, frames: &[Frame]) {
+    pub(crate) fn complete_gathered(&mut self, frames: &[Frame]) -> u64 {
         match self {
-            Self::Split(ring) => {
-                for frame in frames {
-                    ring.complete(frame.entry, 0);
-                }
-            }
-            Self::Packed(ring) => ring.complete_gathered(frames),
+            Self::Packed(ring) if ring.in_order() => ring.complete_batch(frames),
+            Self::Packed(ring) => complete_each(ring, frames),
+            Self::Split(ring) => complete_each(ring, frames),
         }
     }
 
@@ -288,6 +285,16 @@ impl Ring {
     pub(crate) fn arm(&mut self) -> bool {
         each!(self, ring => ring.arm())
     }
+}
+
+#[inline(always)]
+fn complete_each<R: DeviceRing>(ring: &mut R, frames: &[Frame]) -> u64 {
+    let mut bytes = 0;
+    for frame in frames {
+        ring.complete(frame.entry, 0);
+        bytes += u64::from(frame.l2_bytes());
+    }
+    bytes
 }
 
 /// How a guest broke the rules of its ring; the ring stops for it.

@@ -212,19 +212,26 @@ impl PackedRing {
         self.chains.is_broken()
     }
 
-    /// Completes frames that were gathered. In order, one used descriptor is enough for all of
-    /// them (2.8.9): that of the last, in the place of the first.
+    /// Whether the driver takes chains back in the order in which it made them available.
+    pub(super) fn in_order(&self) -> bool {
+        self.in_order
+    }
+
+    /// Completes frames that were gathered from an in-order driver and returns their L2 bytes. One
+    /// used descriptor is enough for all of them (2.8.9): that of the last, in the place of the
+    /// first.
     #[inline]
-    pub(super) fn complete_gathered(&mut self, frames: &[Frame]) {
-        if !self.in_order {
-            for frame in frames {
-                self.complete(frame.entry, 0);
-            }
-        } else if let Some(last) = frames.last() {
-            let slots = frames.iter().map(|frame| frame.entry.slots).sum();
+    pub(super) fn complete_batch(&mut self, frames: &[Frame]) -> u64 {
+        let (mut slots, mut bytes) = (0, 0);
+        for frame in frames {
+            slots += frame.entry.slots;
+            bytes += u64::from(frame.l2_bytes());
+        }
+        if let Some(last) = frames.last() {
             let id = last.entry.id;
             self.complete(Entry { id, slots }, 0);
         }
+        bytes
     }
 
     /// Gives back the last `slots` that were taken and not completed.

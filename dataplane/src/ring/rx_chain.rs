@@ -96,12 +96,12 @@ pub(crate) trait Deliver: DeviceRing {
         for slot in &scratch.slots[..usize::from(ready)] {
             let (frame, snapshot) = burst.at(left.trailing_zeros() as usize);
             let total = frame.total_bytes;
-            let Some(rest) = frame
-                .plain_rest()
-                .filter(|_| total <= slot.buffer.len.min(limit))
-            else {
+            let Some(rest) = frame.plain_rest() else {
                 break;
             };
+            if total > slot.buffer.len.min(limit) {
+                break;
+            }
             let (to, head_bytes) = (slot.buffer.ptr, frame.snapshot_bytes as usize);
             // SAFETY: the snapshot holds `head_bytes`, at most 128, the buffer has room for the
             // whole frame, and private and guest memory are distinct.

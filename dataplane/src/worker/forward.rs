@@ -328,6 +328,7 @@ fn deliver_to_guest(
 
 /// Delivers the frames of `mask` for as long as there is room, to be published; also returns the
 /// rule that the guest broke, if it did.
+#[inline(never)]
 fn deliver_burst<R: Deliver>(
     ring: &mut R,
     mask: u64,

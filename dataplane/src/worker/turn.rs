@@ -259,9 +259,8 @@ impl Worker {
         };
         let taken = count - given_back;
         let (done, again) = self.burst.frames().split_at(taken);
-        started.ring.complete_gathered(done);
+        let bytes = started.ring.complete_gathered(done);
         started.ring.give_back(again);
-        let bytes = done.iter().map(|frame| u64::from(frame.l2_bytes())).sum();
         queue.counters.frames.add_owned(taken as u64);
         queue.counters.bytes.add_owned(bytes);
         if started.ring.publish() {

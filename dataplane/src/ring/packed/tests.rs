@@ -15,6 +15,7 @@ use crate::driver::features::{
 };
 use crate::driver::{DriverMemory, PackedArea, PackedDesc};
 use crate::memory::{Region, RegionHint, RegionSpec};
+use crate::ring::complete_each;
 use crate::ring::gather::gather;
 
 const FEATURES: u64 = VIRTIO_F_VERSION_1
@@ -256,7 +257,12 @@ impl Bench {
             self.assert_found(chain, frame.entry, &pieces);
         }
         let (done, again) = frames.split_at(kept);
-        self.ring.complete_gathered(done);
+        let bytes = if self.ring.in_order() {
+            self.ring.complete_batch(done)
+        } else {
+            complete_each(&mut self.ring, done)
+        };
+        assert_eq!(bytes, done.iter().map(|f| u64::from(f.l2_bytes())).sum());
         let slots = again.iter().map(|frame| frame.entry.slots).sum();
         self.ring.give_back(slots);
         if self.features & VIRTIO_F_IN_ORDER != 0 {
@@ -464,7 +470,7 @@ fn used_descriptors_are_hidden_until_the_burst_is_published() {
     }
     let mut burst = Burst::new();
     gather(&mut bench.ring, 32, &mut burst).unwrap();
-    bench.ring.complete_gathered(burst.frames());
+    complete_each(&mut bench.ring, burst.frames());
     let flags = |slot| bench.area.read_desc(slot).flags;
     assert_eq!(flags(0), F_AVAIL, "held back");
     assert_eq!(flags(2), F_AVAIL | F_USED);
