@@ -15,6 +15,7 @@ use crate::driver::features::{
 };
 use crate::driver::{DriverMemory, PackedArea, PackedDesc};
 use crate::memory::{Region, RegionHint, RegionSpec};
+use crate::net_header::Offloads;
 use crate::ring::complete_each;
 use crate::ring::gather::gather;
 
@@ -256,13 +257,15 @@ impl Bench {
             let pieces: Vec<_> = burst.rest(frame).collect();
             self.assert_found(chain, frame.entry, &pieces);
         }
-        let (done, again) = frames.split_at(kept);
+        burst.take_snapshots(12, Offloads::ALL);
+        let (done, again) = burst.frames().split_at(kept);
         let bytes = if self.ring.in_order() {
             self.ring.complete_batch(done)
         } else {
             complete_each(&mut self.ring, done)
         };
-        assert_eq!(bytes, done.iter().map(|f| u64::from(f.l2_bytes())).sum());
+        let l2_bytes: u64 = done.iter().map(|f| u64::from(f.l2_bytes())).sum();
+        assert_eq!(bytes, l2_bytes);
         let slots = again.iter().map(|frame| frame.entry.slots).sum();
         self.ring.give_back(slots);
         if self.features & VIRTIO_F_IN_ORDER != 0 {
