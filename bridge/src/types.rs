@@ -125,7 +125,7 @@ impl FromStr for MacAddr {
         for byte in &mut bytes {
             let part = parts
                 .next()
-                .filter(|part| part.len() == 2)
+                .filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
                 .ok_or_else(error)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
         }
@@ -156,7 +156,7 @@ mod tests {
             "52:54:00:ab:cd",
             "52:54:00:ab:cd:ef:01",
             "5254:00:ab:cd:ef",
-            "+1:54:00:00:00:00x",
+            "+1:54:00:00:00:00",
             "zz:54:00:ab:cd:ef",
         ] {
             assert!(text.parse::<MacAddr>().is_err(), "{text}");

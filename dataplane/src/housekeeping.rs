@@ -1,4 +1,5 @@
-//! Slow work that no worker should do: forgetting addresses that were not seen for long.
+//! Slow work that no worker should do: forgetting addresses that were not seen for long, and freeing
+//! workers that a front-end holds up.
 
 use std::io;
 use std::sync::Arc;
@@ -8,13 +9,18 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{self, RecvTimeoutError, Sender};
 use ringway_bridge::Bridge;
 
+use crate::port::rescue;
 use crate::switch::now_tick;
 
 /// How often the database is swept. Expired entries are not used even before: the sweep only makes
 /// room and keeps the ports' counts true.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The thread that sweeps; ends when dropped.
+/// How often stuck calls are looked for: bounds for how long a front-end can hold up a worker to
+/// two of these, once, and costs 10 wake-ups a second.
+const RESCUE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The thread; ends when dropped.
 #[derive(Debug)]
 pub(crate) struct Housekeeping {
     /// Dropped to end the thread.
@@ -26,12 +32,17 @@ impl Housekeeping {
     pub(crate) fn start(bridge: Arc<Bridge>, epoch: Instant) -> io::Result<Self> {
         let (stop, stopped) = channel::bounded(0);
         let sweep = move || {
-            while stopped.recv_timeout(SWEEP_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                bridge.fdb().age(now_tick(epoch));
+            let mut swept = Instant::now();
+            while stopped.recv_timeout(RESCUE_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                rescue();
+                if swept.elapsed() >= SWEEP_INTERVAL {
+                    swept = Instant::now();
+                    bridge.fdb().age(now_tick(epoch));
+                }
             }
         };
         let thread = std::thread::Builder::new()
-            .name("ringway-age".into())
+            .name("ringway-care".into())
             .spawn(sweep)?;
         Ok(Self {
             stop: Some(stop),

@@ -11,9 +11,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::hostile::{
-    BAD, Footprint, MAIN, MAIN_END, PEER, RX, RawConfig, Stage, StopOnDrop, TX, plain,
-};
+use common::hostile::{BAD, MAIN, MAIN_END, PEER, RX, RawConfig, Stage, StopOnDrop, TX, plain};
+use common::observe::Footprint;
 use common::{DEADLINE, eventually, frame, name, receive};
 use ringway_dataplane::PortState;
 use ringway_dataplane::driver::{EventFd, Guest, GuestConfig, RegionView};
@@ -246,6 +245,40 @@ fn kick_and_call_fds_that_are_no_eventfds_are_refused() {
     }
     footprint.unwrap().assert_flat();
     assert_eq!(stage.detail().connections, 1);
+    stage.finish();
+}
+
+/// Takes the signals of a call fd when the test ends, however it ends: a worker that waits for it
+/// could not be joined.
+struct Drain(EventFd);
+
+impl Drop for Drain {
+    fn drop(&mut self) {
+        let _ = self.0.take();
+    }
+}
+
+/// The front-end shares the call fd's file, so it can clear O_NONBLOCK after it was set and fill
+/// the counter: the next call then blocks the worker until it is interrupted, and the ring is lost.
+#[test]
+fn a_call_fd_that_is_made_to_block_and_filled_holds_up_nobody() {
+    let mut stage = Stage::new();
+    let drain = Drain(EventFd::new().unwrap());
+    let frontend = &mut stage.bad.frontend;
+    frontend
+        .set_vring_fd(FrontendReq::SET_VRING_CALL, TX, Some(&drain.0))
+        .unwrap();
+    // Whoever sets a call fd is called once.
+    eventually("the switch has the fd", || drain.0.take().unwrap() > 0);
+    let flags = rustix::fs::fcntl_getfl(&drain.0).unwrap();
+    rustix::fs::fcntl_setfl(&drain.0, flags - OFlags::NONBLOCK).unwrap();
+    rustix::io::write(&drain.0, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    let addr = stage.bad.put(0, &plain(&frame(PEER, BAD, 60, 1)));
+    stage.bad.tx.write_chain(0, &[(addr, 72)]);
+    stage.bad.tx.offer(&[0]);
+    assert_eq!(receive(&mut stage.peer).frame.len(), 60);
+    stage.let_innocents_run(1000);
+    drop(drain);
     stage.finish();
 }
 

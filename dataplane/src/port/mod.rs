@@ -1,5 +1,6 @@
 //! Ports: what can stand behind a slot of the bridge.
 
+mod call;
 mod counters;
 mod tap;
 mod vhost;
@@ -8,6 +9,7 @@ use std::sync::Arc;
 
 use ringway_bridge::PortId;
 
+pub(crate) use call::rescue;
 pub(crate) use counters::{Counter, DropCounters, QueueCounters};
 pub(crate) use tap::{TapPort, TapReader};
 pub(crate) use vhost::{Binding, QueueGuard, VhostPort, VhostQueue};

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use ringway_bridge::MacAddr;
 use tracing::{info, warn};
 
+use super::call::{Blocked, signal};
 use super::{PortBase, QueueCounters};
 use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
@@ -42,12 +43,13 @@ impl StartedRing {
         self.kick.is_none()
     }
 
-    /// Sends the guest a call. Best effort: an eventfd whose counter is full is signalled already.
+    /// Sends the guest a call, if the driver does not poll.
+    ///
+    /// # Errors
+    /// The front-end made its fd block: the ring is to be stopped.
     #[inline]
-    pub(crate) fn call(&self) {
-        if let Some(call) = &self.call {
-            let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
-        }
+    pub(crate) fn call(&self) -> Result<(), Blocked> {
+        self.call.as_ref().map_or(Ok(()), signal)
     }
 }
 
@@ -252,6 +254,12 @@ impl VhostPort {
         } else {
             self.stop_in_worker(queue, state, &why.to_string());
         }
+    }
+
+    /// Stops a ring whose call fd blocked the worker.
+    #[cold]
+    pub(crate) fn fail_call(&self, queue: &VhostQueue, state: &mut QueueState) {
+        self.stop_in_worker(queue, state, "its call fd blocks");
     }
 
     /// Stops every ring whose memory was cut off (SIGBUS); returns without those that are busy,
@@ -478,12 +486,23 @@ impl Device for VhostPort {
         if let Some(call) = &call {
             prepare_call(index, call)?;
         }
-        if let Some(queue) = self.queue(index)
-            && let Some(started) = &mut queue.lock().started
-        {
-            started.call = call;
-            // The old fd may have missed a call: one too many is harmless.
-            started.call();
+        let Some(queue) = self.queue(index) else {
+            return Ok(());
+        };
+        let mut state = queue.lock();
+        let Some(started) = &mut state.started else {
+            return Ok(());
+        };
+        started.call = call;
+        // The old fd may have missed a call: one too many is harmless.
+        if started.call().is_err() {
+            self.fail_call(queue, &mut state);
+            let source = std::io::Error::other("writing to it blocks");
+            return Err(RingError::Fd {
+                index,
+                which: "call",
+                source,
+            });
         }
         Ok(())
     }

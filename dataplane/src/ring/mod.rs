@@ -331,3 +331,6 @@ pub(crate) enum RingFault {
     #[error("indirect descriptor: {rule}")]
     Indirect { rule: &'static str },
 }
+
+#[cfg(test)]
+mod tests;

@@ -480,7 +480,6 @@ impl DeviceRing for PackedRing {
 impl PackedRing {
     /// Whether the descriptor that an event names is among the last `count` that were used.
     fn was_used(&self, event: u32, count: u16) -> bool {
-        #[expect(clippy::cast_possible_truncation, reason = "15 bits")]
         let mut slot = (event & 0x7fff) as u16;
         if (event & 0x8000 != 0) != self.next_used.wrap {
             // In the lap before.

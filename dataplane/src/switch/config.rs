@@ -130,7 +130,7 @@ impl IdleConfig {
     pub const DEFAULT: Self = Self {
         spin: Duration::from_micros(50),
         pause: Duration::from_micros(250),
-        patience: Duration::from_millis(1),
+        patience: Duration::from_millis(10),
     };
 }
 

@@ -94,7 +94,9 @@ impl SwitchError {
             Self::TooManyPorts => "delete a port first".into(),
             Self::SocketPath { hint, .. } | Self::Tap { hint, .. } => hint.clone(),
             Self::NoSuchFdbEntry { .. } => "`ringway fdb list` shows the entries".into(),
-            Self::FdbRefused { .. } => "`ringway fdb flush` forgets learned entries".into(),
+            Self::FdbRefused { .. } => {
+                "an entry is a station's own address; `ringway fdb flush` makes room".into()
+            }
             Self::System { .. } => "see the daemon's log".into(),
         }
     }

@@ -12,6 +12,7 @@
 mod forward;
 mod inline;
 mod pairs;
+mod sharing;
 mod turn;
 
 use std::io;

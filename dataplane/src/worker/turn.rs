@@ -11,6 +11,7 @@ use rustix::time::Timespec;
 use tracing::{debug, warn};
 
 use super::forward::{Forwarder, Now};
+use super::sharing::Sharing;
 use super::{Command, DOORBELL, Token, WorkerHandle};
 use crate::burst::Burst;
 use crate::memory::{Segment, breaks};
@@ -18,6 +19,12 @@ use crate::net_header::{HEADER_BYTES, HEADER_LEN, Offloads};
 use crate::port::{Port, TapPort, TapReader, VhostPort};
 use crate::ring::Entry;
 use crate::switch::IdleConfig;
+
+/// How long to sleep while frames wait for a destination without free buffers.
+const DOZE: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000,
+};
 
 /// Frames taken from a source queue in one turn: long enough to share the cost of a lock, an index
 /// and a call, short enough to stay in the first-level cache and to be fair.
@@ -76,6 +83,11 @@ pub(super) struct Worker {
     last_frame_ns: u64,
     last_events_ns: u64,
     seen_breaks: u64,
+    sharing: Sharing,
+    /// Somebody else wants this core: sleep rather than poll.
+    is_shared: bool,
+    /// Frames wait and nothing else is to be done.
+    must_doze: bool,
 }
 
 impl Worker {
@@ -93,6 +105,9 @@ impl Worker {
             last_frame_ns: 0,
             last_events_ns: 0,
             seen_breaks: breaks(),
+            sharing: Sharing::default(),
+            is_shared: false,
+            must_doze: false,
         }
     }
 
@@ -101,7 +116,9 @@ impl Worker {
         self.read_clock();
         while self.step(commands) {
             if self.active.is_empty() {
-                self.sleep();
+                self.sleep(None);
+            } else if self.must_doze {
+                self.sleep(Some(&DOZE));
             }
         }
     }
@@ -124,8 +141,10 @@ impl Worker {
 
     /// Polls each active source once.
     fn turn(&mut self) {
+        self.is_shared = self.sharing.is_shared(self.now_ns);
         let mut frames = 0;
         let mut bursts = 0;
+        let mut waiting = false;
         let mut at = 0;
         while let Some(&index) = self.active.get(at) {
             let polled = self.poll(index);
@@ -133,9 +152,13 @@ impl Worker {
                 Polled::Frames(count) => {
                     frames += count as u64;
                     bursts += 1;
-                    self.note_frame(index)
+                    self.last_frame_ns = self.now_ns;
+                    self.note_activity(index)
                 }
-                Polled::Waiting => self.note_frame(index),
+                Polled::Waiting => {
+                    waiting = true;
+                    self.note_activity(index)
+                }
                 Polled::Empty => !self.is_silent(index) || !self.arm(index),
                 Polled::Stopped => false,
             };
@@ -158,6 +181,10 @@ impl Worker {
                 self.pause();
             }
         }
+        // Whoever makes room for the frames that wait does not tell.
+        let silent_ns = self.now_ns - self.last_frame_ns;
+        self.must_doze =
+            waiting && frames == 0 && (self.is_shared || silent_ns > saturating_ns(self.idle.spin));
         let has_armed = self.active.len() < self.by_token.len();
         if has_armed && self.now_ns - self.last_events_ns > EVENT_INTERVAL_NS {
             self.take_events(Some(&Timespec {
@@ -184,8 +211,7 @@ impl Worker {
         }
     }
 
-    fn note_frame(&mut self, index: usize) -> bool {
-        self.last_frame_ns = self.now_ns;
+    fn note_activity(&mut self, index: usize) -> bool {
         if let Some(source) = &mut self.sources[index] {
             source.last_frame_ns = self.now_ns;
         }
@@ -193,6 +219,9 @@ impl Worker {
     }
 
     fn is_silent(&self, index: usize) -> bool {
+        if self.is_shared {
+            return true;
+        }
         let limit_ns = saturating_ns(self.idle.spin + self.idle.pause);
         self.sources[index]
             .as_ref()
@@ -263,9 +292,13 @@ impl Worker {
         started.ring.give_back(again);
         queue.counters.frames.add_owned(taken as u64);
         queue.counters.bytes.add_owned(bytes);
+        let mut called = Ok(());
         if started.ring.publish() {
-            started.call();
+            called = started.call();
             queue.counters.calls.add_owned(1);
+        }
+        if called.is_err() {
+            guest.fail_call(queue, &mut state);
         }
         if let Err(fault) = gathered {
             // The chain at fault is a frame received and dropped.
@@ -375,21 +408,23 @@ impl Worker {
             .set(self.active.len() as u64);
     }
 
-    /// Waits until an armed queue or a command needs the worker.
-    fn sleep(&mut self) {
+    /// Waits until an armed queue or a command needs the worker, or for `timeout`.
+    fn sleep(&mut self, timeout: Option<&Timespec>) {
         let stats = &self.handle.stats;
         stats.sleeping_since_ns.set(self.now_ns.max(1));
-        self.take_events(None);
+        self.take_events(timeout);
         let slept_ns = self.read_clock();
-        // Silence is counted from now: a sleeper polls at full speed again after each event.
-        self.last_frame_ns = self.now_ns;
         let stats = &self.handle.stats;
         stats.sleeping_since_ns.set(0);
         stats.asleep_ns.add_owned(slept_ns);
         stats.sleeps.add_owned(1);
+        if timeout.is_none() {
+            // Silence is counted from now: after an event a sleeper polls at full speed again.
+            self.last_frame_ns = self.now_ns;
+        }
         for at in 0..self.active.len() {
             let index = self.active[at];
-            self.note_frame(index);
+            self.note_activity(index);
         }
     }
 

@@ -6,8 +6,10 @@
 )]
 
 pub(crate) mod hostile;
+pub(crate) mod observe;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ringway_dataplane::driver::{Guest, GuestConfig, Layout, Received};
@@ -30,7 +32,7 @@ pub(crate) const LAYOUTS: [[Layout; 2]; 4] = [
 
 /// A running switch and the folder of its sockets.
 pub(crate) struct Lab {
-    pub(crate) switch: Switch,
+    pub(crate) switch: Arc<Switch>,
     folder: TempDir,
 }
 
@@ -53,7 +55,7 @@ impl Lab {
         };
         change(&mut config);
         Self {
-            switch: Switch::start(config).unwrap(),
+            switch: Arc::new(Switch::start(config).unwrap()),
             folder: TempDir::new().unwrap(),
         }
     }
@@ -124,6 +126,15 @@ impl Lab {
                 .sum();
             received + extra_copies == sent + dropped
         });
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // A worker that hangs can't be joined: let the test end and say what failed.
+        if std::thread::panicking() {
+            std::mem::forget(Arc::clone(&self.switch));
+        }
     }
 }
 
