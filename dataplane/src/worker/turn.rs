@@ -115,6 +115,11 @@ impl Worker {
     pub(super) fn run(mut self, commands: &Receiver<Command>) {
         self.read_clock();
         while self.step(commands) {
+            // The turn may have taken the doorbell's event of commands that came after the last
+            // look at them: no other will come.
+            if self.handle.rung.load(Ordering::Acquire) {
+                continue;
+            }
             if self.active.is_empty() {
                 self.sleep(None);
             } else if self.must_doze {
