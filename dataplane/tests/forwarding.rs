@@ -252,6 +252,13 @@ fn kinds_of(layout: Layout) -> Vec<GuestConfig> {
             mergeable: false,
             ..base.clone()
         },
+        // Several chains of two descriptors for one frame.
+        GuestConfig {
+            chained: true,
+            indirect: false,
+            buffer_size: 128,
+            ..base.clone()
+        },
         GuestConfig {
             event_idx: false,
             ..base.clone()
