@@ -4,6 +4,7 @@
 //! segmentation are left to whoever can do them; a frame goes to the kernel by one writev from the
 //! source's buffers.
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -65,7 +66,7 @@ impl TapPort {
         persist: bool,
     ) -> Result<Self, SwitchError> {
         check_ifname(ifname)?;
-        let existed = std::path::Path::new("/sys/class/net").join(ifname).exists();
+        let existed = interface_exists(ifname);
         let explain = |error: &io::Error| explain(ifname, pairs, existed, error);
         let queues = open_queues(ifname, pairs).map_err(|error| explain(&error))?;
         let set_up = |first: &SyncDevice| -> io::Result<()> {
@@ -264,6 +265,16 @@ fn check_ifname(ifname: &str) -> Result<(), SwitchError> {
         reason: "no interface can have this name".into(),
         hint: format!("use 1 to {MAX_IFNAME} printable characters other than / : and %"),
     })
+}
+
+/// Whether this network namespace has an interface of this name. (sysfs may be another's.)
+fn interface_exists(ifname: &str) -> bool {
+    let Ok(text) = CString::new(ifname) else {
+        return false;
+    };
+    // SAFETY: the pointer is a valid C string.
+    let index = unsafe { libc::if_nametoindex(text.as_ptr()) };
+    index != 0
 }
 
 fn open_queues(ifname: &str, pairs: u16) -> io::Result<Box<[SyncDevice]>> {

@@ -1,0 +1,213 @@
+//! Tap ports, each test in a network namespace of its own. Needs root and iproute2.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
+
+mod common;
+
+use std::net::UdpSocket;
+use std::process::Command;
+
+use common::{DEADLINE, Lab, eventually, frame, name, receive};
+use etherparse::{PacketBuilder, PacketHeaders, TransportHeader};
+use ringway_bridge::DropReason;
+use ringway_dataplane::driver::{Guest, GuestConfig, features::TSO};
+use ringway_dataplane::{PortConfig, PortKind, PortState, QueuePairs, SwitchError};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+const GUEST: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
+
+/// Moves this thread, and so the switch's to come, into a fresh namespace.
+fn fresh_namespace() {
+    // SAFETY: only the network namespace changes; nothing else in the process depends on it.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(status.unwrap().success(), "ip {arguments}");
+}
+
+fn exists(ifname: &str) -> bool {
+    let output = Command::new("ip").args(["link", "show", ifname]).output();
+    output.unwrap().status.success()
+}
+
+fn tap(ifname: &str, queues: u16, persist: bool) -> PortConfig {
+    PortConfig {
+        kind: PortKind::Tap {
+            ifname: ifname.to_owned(),
+            queue_pairs: QueuePairs::new(queues).unwrap(),
+            persist,
+        },
+        mtu: None,
+        fdb_limit: None,
+    }
+}
+
+/// A lab with a tap `rw0` at 10.0.0.1 whose neighbour 10.0.0.2 is the guest.
+fn lab_with_host(queues: u16) -> Lab {
+    fresh_namespace();
+    let lab = Lab::start();
+    let config = tap("rw0", queues, false);
+    lab.switch.add_port(name("host"), config).unwrap();
+    ip("addr add 10.0.0.1/24 dev rw0");
+    ip("neigh add 10.0.0.2 lladdr 52:54:00:00:00:01 dev rw0");
+    lab
+}
+
+fn host_mac() -> [u8; 6] {
+    // The namespace's own sysfs is not mounted: ask iproute2.
+    let output = Command::new("ip")
+        .args(["-br", "link", "show", "rw0"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mac: ringway_bridge::MacAddr = text.split_whitespace().nth(2).unwrap().parse().unwrap();
+    mac.0
+}
+
+fn datagram(payload: &[u8]) -> Vec<u8> {
+    let builder = PacketBuilder::ethernet2(GUEST, host_mac())
+        .ipv4([10, 0, 0, 2], [10, 0, 0, 1], 64)
+        .udp(7000, 7001);
+    let mut frame = Vec::new();
+    builder.write(&mut frame, payload).unwrap();
+    frame
+}
+
+/// The next UDP datagram's payload that a guest receives; the kernel sends others on its own.
+fn receive_datagram(guest: &mut Guest) -> Vec<u8> {
+    loop {
+        let received = receive(guest).frame;
+        let headers = PacketHeaders::from_ethernet_slice(&received).unwrap();
+        if let (Some(TransportHeader::Udp(udp)), payload) = (headers.transport, headers.payload)
+            && udp.destination_port == 7000
+        {
+            return payload.slice().to_vec();
+        }
+    }
+}
+
+#[test]
+fn host_and_guest_exchange_datagrams() {
+    for queues in [1, 2] {
+        let lab = lab_with_host(queues);
+        let config = GuestConfig {
+            features: TSO,
+            ..GuestConfig::default()
+        };
+        let mut guest = lab.guest("vm", config);
+        let socket = UdpSocket::bind("10.0.0.1:7001").unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        for bytes in [1, 100, 1472] {
+            let sent: Vec<u8> = (0..=250).cycle().take(bytes).collect();
+            guest.send_frame(&datagram(&sent)).unwrap();
+            let mut buffer = [0; 2000];
+            let (count, from) = socket.recv_from(&mut buffer).unwrap();
+            assert_eq!(
+                (&buffer[..count], from.to_string()),
+                (&sent[..], "10.0.0.2:7000".into())
+            );
+            // The kernel leaves the checksum to whoever can complete it: the guest negotiated it.
+            socket.send_to(&sent, from).unwrap();
+            assert_eq!(receive_datagram(&mut guest), sent);
+        }
+    }
+}
+
+#[test]
+fn a_frame_that_the_host_left_unfinished_does_not_reach_a_guest_without_offloads() {
+    let lab = lab_with_host(1);
+    let mut guest = lab.guest("vm", GuestConfig::default());
+    let socket = UdpSocket::bind("10.0.0.1:7001").unwrap();
+    guest.send_frame(&datagram(b"hello")).unwrap();
+    let mut buffer = [0; 100];
+    socket.recv_from(&mut buffer).unwrap();
+    socket
+        .send_to(b"an open checksum", "10.0.0.2:7000")
+        .unwrap();
+    eventually("the frame is dropped", || {
+        lab.counters("vm").tx_drops[DropReason::OffloadUnsupported] > 0
+    });
+}
+
+#[test]
+fn interfaces_go_with_their_port_unless_they_are_to_stay() {
+    fresh_namespace();
+    let lab = Lab::start();
+    for (ifname, queues, persist) in [("rw0", 1, false), ("rw1", 4, false), ("rw2", 1, true)] {
+        lab.switch
+            .add_port(name("p"), tap(ifname, queues, persist))
+            .unwrap();
+        let detail = lab.switch.port(&name("p")).unwrap();
+        assert_eq!(detail.info.state, PortState::Up);
+        assert_eq!(detail.queues.len(), usize::from(queues));
+        assert!(exists(ifname));
+        lab.switch.remove_port(&name("p")).unwrap();
+        assert_eq!(exists(ifname), persist, "{ifname}");
+    }
+    // What stayed, and what others made, can be attached.
+    ip("tuntap add rw3 mode tap multi_queue");
+    ip("tuntap add rw4 mode tap");
+    for (ifname, queues) in [("rw2", 1), ("rw3", 2), ("rw3", 1), ("rw4", 1)] {
+        lab.switch
+            .add_port(name("p"), tap(ifname, queues, false))
+            .unwrap();
+        lab.switch.remove_port(&name("p")).unwrap();
+        assert!(exists(ifname), "{ifname} was there before");
+    }
+}
+
+#[test]
+fn interfaces_that_can_not_be_taps_are_refused_with_a_reason() {
+    fresh_namespace();
+    let lab = Lab::start();
+    ip("tuntap add rw4 mode tap");
+    ip("tuntap add rw5 mode tun");
+    let cases = [
+        ("lo", 1, "no tap"),
+        ("rw4", 2, "no tap"),
+        ("rw5", 1, "no tap"),
+        ("a/b", 1, "name"),
+        ("sixteen-letters-", 1, "name"),
+        ("", 1, "name"),
+    ];
+    for (ifname, queues, part) in cases {
+        let error = lab
+            .switch
+            .add_port(name("p"), tap(ifname, queues, false))
+            .unwrap_err();
+        assert!(
+            matches!(error, SwitchError::Tap { .. }),
+            "{ifname}: {error}"
+        );
+        assert!(error.to_string().contains(part), "{ifname}: {error}");
+        assert!(!error.hint().is_empty());
+        assert!(lab.switch.ports().is_empty(), "nothing is half-created");
+    }
+    lab.switch
+        .add_port(name("p"), tap("rw6", 1, false))
+        .unwrap();
+    let busy = lab
+        .switch
+        .add_port(name("q"), tap("rw6", 1, false))
+        .unwrap_err();
+    assert!(busy.to_string().contains("another process"), "{busy}");
+}
+
+#[test]
+fn an_interface_that_is_deleted_takes_its_port_down_and_nothing_else() {
+    let lab = lab_with_host(1);
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", GuestConfig::default());
+    ip("link del rw0");
+    eventually("the port is down", || {
+        lab.switch.port(&name("host")).unwrap().info.state == PortState::Down
+    });
+    let sent = frame(0xff, 1, 64, 1);
+    a.send_frame(&sent).unwrap();
+    while receive(&mut b).frame != sent {}
+    eventually("frames for it are dropped", || {
+        lab.counters("host").tx_drops[DropReason::HostError] > 0
+    });
+    lab.switch.remove_port(&name("host")).unwrap();
+}
