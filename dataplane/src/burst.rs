@@ -14,6 +14,7 @@ use ringway_bridge::{DropReason, FrameHead, MAX_BURST};
 use crate::copy::{copy, copy_head};
 use crate::memory::Segment;
 use crate::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES, Offloads};
+use crate::ring::Entry;
 
 /// Bytes of the snapshot: the header and the frame's first 116 bytes, enough for Ethernet, IPv6
 /// and TCP with all options (114); two cache lines.
@@ -37,8 +38,8 @@ struct Snapshot([u8; SNAPSHOT_LEN]);
 /// One frame of a burst.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Frame {
-    /// Ring entry to complete: head of the descriptor chain.
-    pub(crate) entry: u16,
+    /// Ring entry to complete.
+    pub(crate) entry: Entry,
     /// Bytes in the snapshot.
     pub(crate) snapshot_bytes: u32,
     /// Header and frame.
@@ -54,7 +55,7 @@ pub(crate) struct Frame {
 
 impl Frame {
     const EMPTY: Self = Self {
-        entry: 0,
+        entry: Entry::single(0),
         snapshot_bytes: 0,
         total_bytes: 0,
         rest: Segment::EMPTY,
@@ -180,7 +181,7 @@ impl Burst {
     }
 
     /// Ends a chain: it becomes the burst's next frame, of `total_bytes` in all pieces.
-    pub(crate) fn add(&mut self, mark: usize, entry: u16, total_bytes: u32) {
+    pub(crate) fn add(&mut self, mark: usize, entry: Entry, total_bytes: u32) {
         let first = self.segments.get(mark).copied();
         let from = mark + usize::from(first.is_some());
         // Both fit: there are at most MAX_SEGMENTS.
@@ -191,12 +192,12 @@ impl Burst {
 
     /// Adds a frame that is one piece.
     #[inline(always)]
-    pub(crate) fn add_single(&mut self, entry: u16, segment: Segment) {
+    pub(crate) fn add_single(&mut self, entry: Entry, segment: Segment) {
         self.add_frame(entry, segment.len, segment, (0, 0));
     }
 
     #[inline(always)]
-    fn add_frame(&mut self, entry: u16, total_bytes: u32, rest: Segment, more: (u32, u32)) {
+    fn add_frame(&mut self, entry: Entry, total_bytes: u32, rest: Segment, more: (u32, u32)) {
         let frame = &mut self.frames[self.len];
         frame.entry = entry;
         frame.total_bytes = total_bytes;

@@ -87,6 +87,8 @@ pub(crate) mod vhost_features {
     pub(crate) const RING_INDIRECT_DESC: u32 = 28;
     pub(crate) const RING_EVENT_IDX: u32 = 29;
     pub(crate) const VERSION_1: u32 = 32;
+    pub(crate) const RING_PACKED: u32 = 34;
+    pub(crate) const IN_ORDER: u32 = 35;
 }
 
 /// What was found in a frame's header.

@@ -3,11 +3,10 @@
 
 mod common;
 
-use common::{Lab, eventually, frame, receive};
+use common::{LAYOUTS, Lab, eventually, frame, receive};
 use etherparse::PacketBuilder;
 use ringway_bridge::DropReason;
-use ringway_dataplane::PortState;
-use ringway_dataplane::driver::{Guest, GuestConfig, features::TSO};
+use ringway_dataplane::driver::{Guest, GuestConfig, Layout, features::TSO};
 
 #[test]
 fn two_guests_exchange_frames_whole() {
@@ -76,27 +75,43 @@ fn tcp_segment(payload: usize) -> Vec<u8> {
 
 #[test]
 fn a_tso_frame_of_64_kib_passes_whole() {
-    let lab = Lab::start();
-    let mut a = lab.guest(
-        "a",
-        GuestConfig {
-            buffer_size: 65_600,
-            ..with_offloads()
-        },
-    );
-    let mut b = lab.guest("b", with_offloads());
     let frame = tcp_segment(65_535 - 40);
     let mut message = header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (34, 16));
     message.extend(&frame);
-    a.send(&message).unwrap();
-    let received = receive(&mut b);
-    assert_eq!(received.frame, frame);
-    assert_eq!(
-        received.num_buffers(),
-        33,
-        "65,561 bytes in buffers of 2,048"
-    );
-    assert_eq!(received.header[..10], message[..10]);
+    for (from, to) in LAYOUTS.map(|[from, to]| (from, to)) {
+        // One buffer, a chain of 33, and a table of as many.
+        for (buffer_size, indirect) in [(65_600, true), (2048, false), (2048, true)] {
+            let lab = Lab::start();
+            let mut a = lab.guest(
+                "a",
+                GuestConfig {
+                    layout: from,
+                    buffer_size,
+                    indirect,
+                    ..with_offloads()
+                },
+            );
+            let mut b = lab.guest(
+                "b",
+                GuestConfig {
+                    layout: to,
+                    ..with_offloads()
+                },
+            );
+            // More than a lap of both rings.
+            for _ in 0..20 {
+                a.send(&message).unwrap();
+                let received = receive(&mut b);
+                assert_eq!(received.frame, frame);
+                assert_eq!(
+                    received.num_buffers(),
+                    33,
+                    "65,561 bytes in buffers of 2,048"
+                );
+                assert_eq!(received.header[..10], message[..10]);
+            }
+        }
+    }
 }
 
 #[test]
@@ -183,8 +198,45 @@ fn headers_that_contradict_their_frame_are_dropped() {
 
 #[test]
 fn every_kind_of_buffer_takes_every_size() {
-    let base = GuestConfig::default();
-    let kinds = [
+    let split = kinds_of(Layout::Split);
+    let mut packed = kinds_of(Layout::Packed);
+    // A packed ring's size need not be a power of two.
+    packed.push(GuestConfig {
+        queue_size: 7,
+        ..packed[0].clone()
+    });
+    let kinds = [split, packed].concat();
+    // All at one switch: what differs is who sends to whom.
+    let lab = Lab::start();
+    let connect = |first: u8| {
+        let connect = |(station, kind): (u8, &GuestConfig)| {
+            let port = format!("p{station}");
+            let guest = lab.guest(&port, kind.clone());
+            lab.pin(&port, station);
+            (station, guest)
+        };
+        (first..).zip(&kinds).map(connect).collect::<Vec<_>>()
+    };
+    let (mut sources, mut destinations) = (connect(1), connect(101));
+    for (from, source) in &mut sources {
+        for (to, destination) in &mut destinations {
+            for (seed, bytes) in [64, 116, 117, 200, 240].into_iter().enumerate() {
+                let there = frame(*to, *from, bytes, seed as u64);
+                source.send_frame(&there).unwrap();
+                let received = receive(destination).frame;
+                assert_eq!(received, there, "{from} to {to}, {bytes} bytes");
+            }
+        }
+    }
+}
+
+/// Guests that differ in all that rings can differ in but their layout.
+fn kinds_of(layout: Layout) -> Vec<GuestConfig> {
+    let base = GuestConfig {
+        layout,
+        ..GuestConfig::default()
+    };
+    vec![
         base.clone(),
         GuestConfig {
             mergeable: false,
@@ -198,6 +250,13 @@ fn every_kind_of_buffer_takes_every_size() {
             chained: true,
             indirect: false,
             mergeable: false,
+            ..base.clone()
+        },
+        // Several chains of two descriptors for one frame.
+        GuestConfig {
+            chained: true,
+            indirect: false,
+            buffer_size: 128,
             ..base.clone()
         },
         GuestConfig {
@@ -221,23 +280,7 @@ fn every_kind_of_buffer_takes_every_size() {
             queue_size: 4,
             ..base
         },
-    ];
-    for (i, kind) in kinds.iter().enumerate() {
-        for (j, other) in kinds.iter().enumerate() {
-            let lab = Lab::start();
-            let mut a = lab.guest("a", kind.clone());
-            let mut b = lab.guest("b", other.clone());
-            for (seed, bytes) in [64, 116, 117, 200, 240].into_iter().enumerate() {
-                let there = frame(2, 1, bytes, seed as u64);
-                a.send_frame(&there).unwrap();
-                assert_eq!(
-                    receive(&mut b).frame,
-                    there,
-                    "kind {i} to {j}, {bytes} bytes"
-                );
-            }
-        }
-    }
+    ]
 }
 
 #[test]
@@ -325,30 +368,78 @@ fn a_station_that_moves_is_followed() {
 
 #[test]
 fn a_full_destination_costs_no_frame_while_the_source_may_wait() {
-    let lab = Lab::start();
-    let mut a = lab.guest(
-        "a",
-        GuestConfig {
-            queue_size: 512,
-            ..GuestConfig::default()
-        },
-    );
-    let mut b = lab.guest(
-        "b",
-        GuestConfig {
-            queue_size: 8,
-            ..GuestConfig::default()
-        },
-    );
-    for round in 0..20 {
-        let burst: Vec<_> = (0..100).map(|i| frame(2, 1, 64, round * 100 + i)).collect();
-        a.send_burst(0, &with_headers(&burst)).unwrap();
-        for sent in &burst {
-            assert_eq!(&receive(&mut b).frame, sent);
+    for [from, to] in LAYOUTS {
+        for in_order in [false, true] {
+            let lab = Lab::start();
+            let mut a = lab.guest(
+                "a",
+                GuestConfig {
+                    layout: from,
+                    in_order,
+                    queue_size: 512,
+                    ..GuestConfig::default()
+                },
+            );
+            let mut b = lab.guest(
+                "b",
+                GuestConfig {
+                    layout: to,
+                    in_order,
+                    queue_size: 8,
+                    ..GuestConfig::default()
+                },
+            );
+            for round in 0..20 {
+                let burst: Vec<_> = (0..100).map(|i| frame(2, 1, 64, round * 100 + i)).collect();
+                a.send_burst(0, &with_headers(&burst)).unwrap();
+                for sent in &burst {
+                    assert_eq!(&receive(&mut b).frame, sent);
+                }
+            }
+            lab.assert_conserved(&["a", "b"], 0);
+            assert_eq!(lab.counters("b").tx_drops.total(), 0);
         }
     }
-    lab.assert_conserved(&["a", "b"], 0);
-    assert_eq!(lab.counters("b").tx_drops.total(), 0);
+}
+
+/// Chains of several descriptors are given back whole.
+#[test]
+fn chains_that_wait_for_a_full_destination_come_again_whole() {
+    for [from, to] in LAYOUTS {
+        let lab = Lab::start();
+        let mut a = lab.guest(
+            "a",
+            GuestConfig {
+                layout: from,
+                indirect: false,
+                chained: true,
+                buffer_size: 256,
+                ..GuestConfig::default()
+            },
+        );
+        let mut b = lab.guest(
+            "b",
+            GuestConfig {
+                layout: to,
+                queue_size: 4,
+                ..GuestConfig::default()
+            },
+        );
+        for round in 0..40 {
+            // Of 2, 3 and 4 descriptors.
+            let lengths = (0..20).map(|i| 200 + 250 * (i % 3));
+            let burst: Vec<_> = (0..)
+                .zip(lengths)
+                .map(|(i, bytes)| frame(2, 1, bytes, round * 100 + i))
+                .collect();
+            a.send_burst(0, &with_headers(&burst)).unwrap();
+            for sent in &burst {
+                assert_eq!(&receive(&mut b).frame, sent);
+            }
+        }
+        lab.assert_conserved(&["a", "b"], 0);
+        assert_eq!(lab.counters("b").tx_drops.total(), 0);
+    }
 }
 
 #[test]
@@ -422,35 +513,31 @@ fn several_queue_pairs_keep_to_their_numbers() {
 
 #[test]
 fn a_sleeping_worker_wakes_for_each_frame() {
-    let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", GuestConfig::default());
-    for seed in 0..50 {
-        let sleeps = lab.switch.workers()[0].sleeps;
-        let asleep = || lab.switch.workers()[0].active_queues == 0;
-        eventually("the worker sleeps", asleep);
-        let sent = frame(2, 1, 64, seed);
-        a.send_frame(&sent).unwrap();
-        assert_eq!(receive(&mut b).frame, sent);
-        eventually("it was woken", || lab.switch.workers()[0].sleeps > sleeps);
-    }
-}
-
-#[test]
-fn a_guest_that_comes_back_finds_its_port() {
-    let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let path = lab.add_port("b");
-    for seed in 0..20 {
-        let mut b = Guest::connect(&path, GuestConfig::default()).unwrap();
-        let sent = frame(0xff, 1, 64, seed);
-        a.send_frame(&sent).unwrap();
-        assert_eq!(receive(&mut b).frame, sent);
-        drop(b);
-        eventually("the port is down and its memory unmapped", || {
-            let port = lab.switch.port(&common::name("b")).unwrap();
-            port.info.state == PortState::Down && port.mapped_bytes == 0
-        });
+    for [from, to] in LAYOUTS {
+        for event_idx in [true, false] {
+            let lab = Lab::start();
+            let guest = |port, layout| {
+                let config = GuestConfig {
+                    layout,
+                    event_idx,
+                    // So that the rings wrap.
+                    queue_size: 16,
+                    ..GuestConfig::default()
+                };
+                lab.guest(port, config)
+            };
+            let mut a = guest("a", from);
+            let mut b = guest("b", to);
+            for seed in 0..50 {
+                let sleeps = lab.switch.workers()[0].sleeps;
+                let asleep = || lab.switch.workers()[0].active_queues == 0;
+                eventually("the worker sleeps", asleep);
+                let sent = frame(2, 1, 64, seed);
+                a.send_frame(&sent).unwrap();
+                assert_eq!(receive(&mut b).frame, sent);
+                eventually("it was woken", || lab.switch.workers()[0].sleeps > sleeps);
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ringway_dataplane::InlineSwitch;
 use ringway_dataplane::driver::features::{
-    VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF,
 };
 use ringway_dataplane::driver::{
     Calls, DeviceStart, Direction, DriverMemory, EventFd, Frontend, Lane, LaneShape, Layout,
@@ -84,7 +84,12 @@ impl Guest {
         let offered = frontend
             .negotiate_protocol(WANTED_PROTOCOL_FEATURES)
             .unwrap();
-        let features = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF | VIRTIO_F_IN_ORDER;
+        let packed = if layout == Layout::Packed {
+            VIRTIO_F_RING_PACKED
+        } else {
+            0
+        };
+        let features = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF | VIRTIO_F_IN_ORDER | packed;
         let memory = DriverMemory::single(4 << 20, false).unwrap();
         let bytes = u64::from(RING_SIZE) * u64::from(STRIDE);
         let lane = |direction, len: u32| {

@@ -17,6 +17,7 @@ use crate::burst::{Burst, MAX_CHAIN};
 use crate::info::{PortState, QueueInfo};
 use crate::memory::Segment;
 use crate::net_header::{HEADER_BYTES, MAX_FRAME_BYTES};
+use crate::ring::Entry;
 use crate::switch::SwitchError;
 
 /// Bytes of a read buffer: the longest frame and its header.
@@ -241,7 +242,7 @@ impl TapReader {
                     len: self.lens[slot],
                 },
             );
-            burst.add(mark, 0, self.lens[slot]);
+            burst.add(mark, Entry::single(0), self.lens[slot]);
             self.kept.start = slot + 1;
         }
         Ok(())

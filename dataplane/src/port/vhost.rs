@@ -17,7 +17,7 @@ use super::{PortBase, QueueCounters};
 use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
 use crate::net_header::Offloads;
-use crate::ring::{Areas, RingFault, SplitRing, areas};
+use crate::ring::{Areas, Layout, Ring, RingFault};
 use crate::vhost_user::{Device, RingAddresses, RingError, RingStart};
 use crate::worker::{Token, WorkerHandle};
 
@@ -27,7 +27,7 @@ const CUT_OFF: &str = "its memory file was cut off";
 /// A ring that is started.
 #[derive(Debug)]
 pub(crate) struct StartedRing {
-    pub(crate) ring: SplitRing,
+    pub(crate) ring: Ring,
     /// Frames pass; a transmit ring that is disabled is drained and discarded.
     pub(crate) enabled: bool,
     /// What the guest may send through the ring, or takes from it.
@@ -57,7 +57,7 @@ impl StartedRing {
 pub(crate) struct QueueState {
     pub(crate) started: Option<StartedRing>,
     /// Where a ring stood that a worker stopped, for the GET_VRING_BASE to come.
-    stopped_at: Option<u16>,
+    stopped_at: Option<u32>,
 }
 
 /// One virtqueue.
@@ -312,7 +312,7 @@ impl VhostPort {
 
     /// Takes a started ring out of use. Its kick fd leaves the worker's epoll instance first: the
     /// front-end holds the same file, so closing it alone would leave it there.
-    fn take_started(&self, queue: &VhostQueue, index: u16, state: &mut QueueState) -> Option<u16> {
+    fn take_started(&self, queue: &VhostQueue, index: u16, state: &mut QueueState) -> Option<u32> {
         let started = state.started.take()?;
         if let (Some(kick), Some(binding)) = (&started.kick, self.transmit_binding(index)) {
             binding.worker.unwatch(kick.as_fd());
@@ -320,7 +320,7 @@ impl VhostPort {
         queue.is_started.store(false, Ordering::Relaxed);
         queue.size.store(0, Ordering::Relaxed);
         self.show_receiver(index, false);
-        Some(started.ring.next_avail())
+        Some(started.ring.base())
     }
 
     /// The worker that polls ring `index`, if it is a transmit ring.
@@ -377,9 +377,10 @@ impl Device for VhostPort {
             let Some(started) = &mut state.started else {
                 continue;
             };
-            match find_areas(index, started.ring.size(), started.addresses, &memory) {
+            let shape = (started.ring.layout(), started.ring.size());
+            match find_areas(index, shape, started.addresses, &memory) {
                 Ok(at) => {
-                    // SAFETY: `find_areas` checked the areas of a ring of this size.
+                    // SAFETY: `find_areas` checked the areas of a ring of this shape.
                     unsafe { started.ring.relocate(at, Arc::clone(&memory)) };
                 }
                 Err(error) => {
@@ -399,7 +400,8 @@ impl Device for VhostPort {
             });
         };
         let memory = Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner));
-        let at = find_areas(index, start.size, start.addresses, &memory)?;
+        let (layout, base) = (Layout::of(start.features), start.base);
+        let at = find_areas(index, (layout, start.size), start.addresses, &memory)?;
         if let Some(kick) = &start.kick {
             check_eventfd(index, "kick", kick)?;
         }
@@ -407,13 +409,9 @@ impl Device for VhostPort {
             prepare_call(index, call)?;
         }
         let (is_transmit, features) = (index % 2 == 1, start.features);
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "split rings use the low half"
-        )]
-        let next_avail = start.base as u16;
-        // SAFETY: `find_areas` checked the areas of a ring of this size in this memory.
-        let mut ring = unsafe { SplitRing::new(start.size, at, next_avail, features, memory) };
+        // SAFETY: `find_areas` checked size and areas of a ring of this layout in this memory.
+        let ring = unsafe { Ring::new(start.size, at, base, features, memory) };
+        let mut ring = ring.ok_or(RingError::Base { index, base })?;
         ring.disarm();
         // Asked after the first access: a break from here on is found by the workers.
         if ring.is_broken() {
@@ -451,7 +449,7 @@ impl Device for VhostPort {
         state.started = Some(started);
         self.show_receiver(index, enabled);
         drop(state);
-        info!(port = %self.base.name, ring = index, size = start.size, next_avail, enabled, "ring started");
+        info!(port = %self.base.name, ring = index, size = start.size, ?layout, base, enabled, "ring started");
         // Look at the ring once without waiting for a kick: frames may be there already.
         if let Some(binding) = binding {
             binding.worker.activate(binding.token);
@@ -464,8 +462,8 @@ impl Device for VhostPort {
         let mut state = queue.lock();
         let stopped_at = state.stopped_at.take();
         let base = self.take_started(queue, index, &mut state).or(stopped_at)?;
-        info!(port = %self.base.name, ring = index, next_avail = base, "ring stopped");
-        Some(u32::from(base))
+        info!(port = %self.base.name, ring = index, base, "ring stopped");
+        Some(base)
     }
 
     fn set_ring_enabled(&self, index: u16, enabled: bool) {
@@ -520,14 +518,15 @@ impl Device for VhostPort {
     }
 }
 
-/// Host addresses of a ring's areas, if each lies in one region and is aligned (virtio 1.3, 2.7).
+/// Host addresses of a ring's areas, if each lies in one region and is aligned (virtio 1.3, 2.7,
+/// 2.8.10.1).
 fn find_areas(
     index: u16,
-    size: u16,
+    (layout, size): (Layout, u16),
     addresses: RingAddresses,
     memory: &GuestMemory,
 ) -> Result<Areas, RingError> {
-    if !size.is_power_of_two() || size > 32_768 {
+    if !layout.allows(size) {
         return Err(RingError::Size { index, size });
     }
     let find = |area, address: u64, (bytes, align): (u64, u64)| {
@@ -543,14 +542,14 @@ fn find_areas(
         if aligned {
             Ok(host)
         } else {
-            Err(error("aligned as virtio 1.3, 2.7 demands"))
+            Err(error("aligned as virtio 1.3, 2.7 and 2.8.10.1 demand"))
         }
     };
-    let [desc, avail, used] = areas(size);
+    let [desc, driver, device] = layout.areas(size);
     Ok(Areas {
-        desc: find("descriptor table", addresses.desc, desc)?,
-        avail: find("avail ring", addresses.avail, avail)?,
-        used: find("used ring", addresses.used, used)?,
+        desc: find("descriptor area", addresses.desc, desc)?,
+        driver: find("driver area", addresses.avail, driver)?,
+        device: find("device area", addresses.used, device)?,
     })
 }
 

@@ -1,10 +1,301 @@
-//! Device side of virtqueues: split rings now; packed rings will stand beside them.
+//! Device side of virtqueues, split and packed.
+//!
+//! Workers hold a [`Ring`] and choose its layout once per burst; gathering and delivery are
+//! written once, over [`DeviceRing`], and compiled for each layout.
 
+mod chain;
+mod gather;
+mod packed;
 mod rx_chain;
 mod split;
 
-pub(crate) use rx_chain::RxScratch;
-pub(crate) use split::{Areas, SplitRing, areas};
+use std::sync::Arc;
+
+use crate::burst::{Burst, Frame};
+use crate::memory::{GuestMemory, Segment};
+use crate::net_header::vhost_features;
+
+pub(crate) use chain::Direction;
+pub(crate) use packed::PackedRing;
+pub(crate) use rx_chain::{Deliver, RxScratch};
+pub(crate) use split::SplitRing;
+
+/// How a virtqueue is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// Descriptor table, avail ring, used ring (virtio 1.3, 2.7).
+    Split,
+    /// One descriptor ring and two event suppression structures (2.8).
+    Packed,
+}
+
+impl Layout {
+    /// The layout that goes with these features.
+    pub(crate) fn of(features: u64) -> Self {
+        if features & (1 << vhost_features::RING_PACKED) == 0 {
+            Self::Split
+        } else {
+            Self::Packed
+        }
+    }
+
+    /// Whether a ring can have so many entries (2.7, 2.8.10.1).
+    pub(crate) fn allows(self, size: u16) -> bool {
+        let most = 32_768;
+        match self {
+            Self::Split => size.is_power_of_two() && size <= most,
+            Self::Packed => (1..=most).contains(&size),
+        }
+    }
+
+    /// Bytes of each area of a ring of `size` and its alignment: descriptors, driver's, device's.
+    pub(crate) fn areas(self, size: u16) -> [(u64, u64); 3] {
+        let size = u64::from(size);
+        match self {
+            Self::Split => [(16 * size, 16), (6 + 2 * size, 2), (6 + 8 * size, 4)],
+            Self::Packed => [(16 * size, 16), (4, 4), (4, 4)],
+        }
+    }
+
+    /// Where a fresh ring begins, in the form of SET_VRING_BASE.
+    pub(crate) fn first_base(self) -> u32 {
+        match self {
+            Self::Split => 0,
+            Self::Packed => 0x8000_8000,
+        }
+    }
+}
+
+/// Host addresses of a ring's three areas, checked for size and alignment by the caller.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Areas {
+    /// Descriptor table or ring.
+    pub(crate) desc: *mut u8,
+    /// Avail ring, or driver event suppression.
+    pub(crate) driver: *mut u8,
+    /// Used ring, or device event suppression.
+    pub(crate) device: *mut u8,
+}
+
+/// A chain, as it is completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Head of the chain (split) or buffer id (packed).
+    pub(crate) id: u16,
+    /// What it takes of the ring: an avail entry (split), or so many descriptors (packed).
+    pub(crate) slots: u16,
+}
+
+impl Entry {
+    /// A chain that takes one.
+    #[inline(always)]
+    pub(crate) const fn single(id: u16) -> Self {
+        Self { id, slots: 1 }
+    }
+}
+
+/// What gathering and delivery need of a ring.
+pub(crate) trait DeviceRing {
+    /// A place in the order in which the driver makes chains available.
+    type Place: Copy;
+
+    /// Bytes of the header in front of each frame: 10 for legacy drivers, else 12.
+    fn header_bytes(&self) -> u32;
+
+    /// Whether frames may be spread over several chains (VIRTIO_NET_F_MRG_RXBUF).
+    fn mergeable(&self) -> bool;
+
+    /// How many slots may be taken until the next publish: all that are available, or more.
+    ///
+    /// # Errors
+    /// The guest claims more than the ring has.
+    fn available(&self) -> Result<u16, RingFault>;
+
+    /// The place of the next chain to take.
+    fn place(&self) -> Self::Place;
+
+    /// The place `slots` on.
+    fn after(&self, place: Self::Place, slots: u16) -> Self::Place;
+
+    /// Takes so many slots.
+    fn take(&mut self, slots: u16);
+
+    /// The chain at a place, if it is the common case: one direct descriptor of the right
+    /// direction, whose buffer lies in the region that served last. `None` says nothing about the
+    /// chain, not even that there is one or that it is good.
+    fn single(&self, place: Self::Place, direction: Direction) -> Option<(Entry, Segment)>;
+
+    /// Gives the pieces of the chain at a place to `piece` and returns the chain and its length;
+    /// `None` if there is none. At most `limit` slots and [`crate::burst::MAX_CHAIN`] descriptors
+    /// are followed, whatever the guest links.
+    ///
+    /// # Errors
+    /// The rule that the chain breaks; pieces may have been given before.
+    fn chain(
+        &mut self,
+        place: Self::Place,
+        limit: usize,
+        direction: Direction,
+        piece: impl FnMut(Segment) -> bool,
+    ) -> Result<Option<(Entry, u32)>, RingFault>;
+
+    /// Completes a chain that was taken; the driver sees it after [`DeviceRing::publish`].
+    fn complete(&mut self, entry: Entry, written_bytes: u32);
+
+    /// Shows the driver all completed chains, and returns whether it wants a call for them.
+    fn publish(&mut self) -> bool;
+}
+
+/// Device side of one virtqueue. Its owner holds the queue's lock.
+#[derive(Debug)]
+pub(crate) enum Ring {
+    Split(SplitRing),
+    Packed(PackedRing),
+}
+
+/// One expression for the ring of whatever layout.
+macro_rules! each {
+    ($ring:expr, $name:ident => $body:expr) => {
+        match $ring {
+            Ring::Split($name) => $body,
+            Ring::Packed($name) => $body,
+        }
+    };
+}
+
+impl Ring {
+    /// A ring of the layout that goes with `features`, which goes on at `base`, in the form of
+    /// SET_VRING_BASE. `None` if no such ring can be there.
+    ///
+    /// # Safety
+    /// The areas are those of a ring of `size` entries and this layout, which allows it; they lie
+    /// in `memory` and are aligned as [`Layout::areas`] says.
+    pub(crate) unsafe fn new(
+        size: u16,
+        at: Areas,
+        base: u32,
+        features: u64,
+        memory: Arc<GuestMemory>,
+    ) -> Option<Self> {
+        match Layout::of(features) {
+            Layout::Split => {
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    reason = "split rings use the low half"
+                )]
+                let next_avail = base as u16;
+                // SAFETY: the caller's promise is the same.
+                let ring = unsafe { SplitRing::new(size, at, next_avail, features, memory) };
+                Some(Self::Split(ring))
+            }
+            Layout::Packed => {
+                // SAFETY: the caller's promise is the same.
+                let ring = unsafe { PackedRing::new(size, at, base, features, memory) };
+                ring.map(Self::Packed)
+            }
+        }
+    }
+
+    /// Puts the ring, with the same content, at other host addresses.
+    ///
+    /// # Safety
+    /// As for [`Ring::new`], for this ring's size and layout.
+    pub(crate) unsafe fn relocate(&mut self, at: Areas, memory: Arc<GuestMemory>) {
+        // SAFETY: the caller's promise is the same.
+        each!(self, ring => unsafe { ring.relocate(at, memory) });
+    }
+
+    pub(crate) fn layout(&self) -> Layout {
+        match self {
+            Self::Split(_) => Layout::Split,
+            Self::Packed(_) => Layout::Packed,
+        }
+    }
+
+    /// Entries.
+    pub(crate) fn size(&self) -> u16 {
+        each!(self, ring => ring.size())
+    }
+
+    /// Where it stands, for GET_VRING_BASE. Nothing must be taken and not completed.
+    pub(crate) fn base(&self) -> u32 {
+        match self {
+            Self::Split(ring) => ring.next_avail().into(),
+            Self::Packed(ring) => ring.base(),
+        }
+    }
+
+    /// Bytes of the header in front of each frame: 10 for legacy drivers, else 12.
+    #[inline]
+    pub(crate) fn header_bytes(&self) -> u32 {
+        each!(self, ring => ring.header_bytes())
+    }
+
+    /// Whether the memory behind the ring was cut off.
+    pub(crate) fn is_broken(&self) -> bool {
+        each!(self, ring => ring.is_broken())
+    }
+
+    /// Takes up to `max` chains of a transmit ring into `burst`. A chain that breaks the rules
+    /// ends the burst before it and is the error; the frames before it are good.
+    ///
+    /// # Errors
+    /// The rule that the guest broke.
+    #[inline]
+    pub(crate) fn gather(&mut self, max: usize, burst: &mut Burst) -> Result<(), RingFault> {
+        each!(self, ring => gather::gather(ring, max, burst))
+    }
+
+    /// Completes frames that were gathered, in their order, and returns their L2 bytes; the driver
+    /// sees it after [`Ring::publish`].
+    #[inline]
+    pub(crate) fn complete_gathered(&mut self, frames: &[Frame]) -> u64 {
+        match self {
+            Self::Packed(ring) if ring.in_order() => ring.complete_batch(frames),
+            Self::Packed(ring) => complete_each(ring, frames),
+            Self::Split(ring) => complete_each(ring, frames),
+        }
+    }
+
+    /// Gives back the last frames that were gathered: they will be taken, read and checked again.
+    #[inline]
+    pub(crate) fn give_back(&mut self, frames: &[Frame]) {
+        if !frames.is_empty() {
+            // A ring holds no more than 32,768.
+            let slots = frames
+                .iter()
+                .fold(0, |sum: u16, frame| sum + frame.entry.slots);
+            each!(self, ring => ring.give_back(slots));
+        }
+    }
+
+    /// Shows the driver all completed chains, and returns whether it wants a call for them.
+    #[inline]
+    pub(crate) fn publish(&mut self) -> bool {
+        each!(self, ring => ring.publish())
+    }
+
+    /// Tells the driver not to kick, while the ring is polled.
+    pub(crate) fn disarm(&mut self) {
+        each!(self, ring => ring.disarm());
+    }
+
+    /// Asks the driver for a kick and returns whether the ring is still empty, so that waiting for
+    /// the kick can't miss a frame.
+    pub(crate) fn arm(&mut self) -> bool {
+        each!(self, ring => ring.arm())
+    }
+}
+
+#[inline(always)]
+fn complete_each<R: DeviceRing>(ring: &mut R, frames: &[Frame]) -> u64 {
+    let mut bytes = 0;
+    for frame in frames {
+        ring.complete(frame.entry, 0);
+        bytes += u64::from(frame.l2_bytes());
+    }
+    bytes
+}
 
 /// How a guest broke the rules of its ring; the ring stops for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -21,6 +312,9 @@ pub(crate) enum RingFault {
     /// An entry of the avail ring or a next field is no descriptor (2.7.5).
     #[error("descriptor {index} does not exist in a table of {size}")]
     DescriptorIndex { index: u16, size: u32 },
+    /// A chain of a packed ring goes on in a descriptor that was not made available (2.8.6).
+    #[error("a chain goes on in descriptor {slot}, whose flags {flags:#x} are not available")]
+    NotAvailable { slot: u16, flags: u16 },
     /// A buffer does not lie in guest memory.
     #[error("buffer {addr:#x} of {len} bytes is not in guest memory")]
     Address { addr: u64, len: u32 },
@@ -30,10 +324,10 @@ pub(crate) enum RingFault {
     /// Readable where writable is due or the reverse (2.7.4.2).
     #[error("a {ring} buffer has descriptor flags {flags:#x}")]
     Direction { ring: &'static str, flags: u16 },
-    /// A chain longer than any the driver may make (2.7.5.1), or a loop.
+    /// A chain longer than any the driver may make (2.7.5.1, 2.8.17), or a loop.
     #[error("a chain has more than {max} descriptors")]
     ChainTooLong { max: usize },
-    /// An indirect descriptor that was not negotiated, nested or malformed (2.7.5.3).
+    /// An indirect descriptor that was not negotiated, nested or malformed (2.7.5.3, 2.8.19).
     #[error("indirect descriptor: {rule}")]
     Indirect { rule: &'static str },
 }

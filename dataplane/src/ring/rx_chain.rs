@@ -3,12 +3,12 @@
 
 use ringway_bridge::{DropReason, MAX_BURST};
 
+use super::chain::prefetch;
+use super::{DeviceRing, Direction, Entry, RingFault};
 use crate::burst::{Burst, Frame, MAX_CHAIN};
 use crate::copy::{copy, copy_head};
 use crate::memory::Segment;
 use crate::net_header::{self, HEADER_BYTES, HEADER_LEN};
-use crate::ring::RingFault;
-use crate::ring::split::{Direction, SplitRing, prefetch};
 
 /// Most chains that one frame is spread over: 64 KiB in buffers of 64 bytes. A guest with smaller
 /// ones can't receive such frames.
@@ -18,8 +18,8 @@ const MAX_MERGED: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct RxScratch {
     segments: Vec<Segment>,
-    /// Head and capacity of each chain.
-    chains: Vec<(u16, u32)>,
+    /// Each chain and its capacity.
+    chains: Vec<(Entry, u32)>,
     slots: [RxSlot; MAX_BURST],
 }
 
@@ -27,7 +27,7 @@ pub(crate) struct RxScratch {
 #[derive(Clone, Copy, Debug)]
 struct RxSlot {
     buffer: Segment,
-    head: u16,
+    entry: Entry,
 }
 
 // SAFETY: the segments are used only within one call of `deliver`.
@@ -40,31 +40,32 @@ impl RxScratch {
             chains: Vec::with_capacity(MAX_MERGED),
             slots: [RxSlot {
                 buffer: Segment::EMPTY,
-                head: 0,
+                entry: Entry::single(0),
             }; MAX_BURST],
         }
     }
 }
 
 /// How a frame fared.
-enum Reserved {
-    /// The scratch holds room for it.
-    Room,
+pub(crate) enum Reserved {
+    /// The scratch holds room for it, in so many descriptors of the ring.
+    Room(u16),
     /// Not enough buffers are available now.
     Full,
     /// The buffers that there are can't hold it.
     TooSmall,
 }
 
-impl SplitRing {
+/// Delivery into a ring of any layout.
+pub(crate) trait Deliver: DeviceRing {
     /// Delivers the frames of `mask`, in order, for as long as they are of the common kind: a
     /// plain frame of at most `max_bytes` L2 bytes into one direct buffer that holds it. Returns
     /// those that were delivered and their L2 bytes; the others are left to
-    /// [`SplitRing::deliver`]. Used entries are written, to be published with the burst.
+    /// [`Deliver::deliver`]. Used entries are written, to be published with the burst.
     ///
     /// Two passes: all buffers are on the way into the cache before the first is written.
     #[inline]
-    pub(crate) fn deliver_plain(
+    fn deliver_plain(
         &mut self,
         burst: &Burst,
         mask: u64,
@@ -78,14 +79,15 @@ impl SplitRing {
         let limit = max_bytes.saturating_add(HEADER_BYTES);
         #[expect(clippy::cast_possible_truncation, reason = "at most 64")]
         let wanted = (mask.count_ones() as u16).min(*available);
-        let mut ready = 0;
+        let mut ready = 0_u16;
+        let mut at = self.place();
         for slot in &mut scratch.slots[..usize::from(wanted)] {
-            let index = self.next_avail().wrapping_add(ready);
-            let Some((head, buffer)) = self.single_buffer(index, Direction::ToGuest) else {
+            let Some((entry, buffer)) = self.single(at, Direction::ToGuest) else {
                 break;
             };
             prefetch(buffer.ptr);
-            *slot = RxSlot { buffer, head };
+            *slot = RxSlot { buffer, entry };
+            at = self.after(at, 1);
             ready += 1;
         }
         let mut left = mask;
@@ -94,12 +96,12 @@ impl SplitRing {
         for slot in &scratch.slots[..usize::from(ready)] {
             let (frame, snapshot) = burst.at(left.trailing_zeros() as usize);
             let total = frame.total_bytes;
-            let Some(rest) = frame
-                .plain_rest()
-                .filter(|_| total <= slot.buffer.len.min(limit))
-            else {
+            let Some(rest) = frame.plain_rest() else {
                 break;
             };
+            if total > slot.buffer.len.min(limit) {
+                break;
+            }
             let (to, head_bytes) = (slot.buffer.ptr, frame.snapshot_bytes as usize);
             // SAFETY: the snapshot holds `head_bytes`, at most 128, the buffer has room for the
             // whole frame, and private and guest memory are distinct.
@@ -111,23 +113,23 @@ impl SplitRing {
                 // show one file.
                 unsafe { copy(to, rest.ptr, len) };
             }
-            self.complete(slot.head, total);
+            self.complete(slot.entry, total);
             bytes += u64::from(total - HEADER_BYTES);
             left &= left - 1;
             done += 1;
         }
-        self.advance(done);
+        self.take(done);
         *available -= done;
         (mask & !left, bytes)
     }
 
     /// Delivers frame `index` of `burst` into as many chains of as many pieces as it takes; its used
-    /// entries are written, to be published with the burst. `available` is the number of chains
-    /// that the guest has made available, and is kept up to date.
+    /// entries are written, to be published with the burst. `available` is what
+    /// [`DeviceRing::available`] said, and is kept up to date.
     ///
     /// # Errors
     /// `Ok(Err(reason))` if the frame does not fit; the ring's rule that the guest broke.
-    pub(crate) fn deliver(
+    fn deliver(
         &mut self,
         burst: &mut Burst,
         index: usize,
@@ -137,11 +139,11 @@ impl SplitRing {
         let frame = burst.frames()[index];
         let gap = HEADER_BYTES - self.header_bytes();
         let needed = frame.total_bytes - gap;
-        match self.reserve(needed, *available, scratch)? {
-            Reserved::Room => {}
+        let slots = match self.reserve(needed, *available, scratch)? {
+            Reserved::Room(slots) => slots,
             Reserved::Full => return Ok(Err(DropReason::RingFull)),
             Reserved::TooSmall => return Ok(Err(DropReason::BufferTooSmall)),
-        }
+        };
         let RxScratch {
             segments, chains, ..
         } = scratch;
@@ -149,13 +151,13 @@ impl SplitRing {
         let count = chains.len() as u16;
         copy_scattered(burst, index, &frame, gap, count, segments);
         let mut left = needed;
-        for (head, capacity) in chains.iter() {
+        for (entry, capacity) in chains.iter() {
             let written = left.min(*capacity);
-            self.complete(*head, written);
+            self.complete(*entry, written);
             left -= written;
         }
-        self.advance(count);
-        *available -= count;
+        self.take(slots);
+        *available -= slots;
         Ok(Ok(()))
     }
 
@@ -170,11 +172,13 @@ impl SplitRing {
         scratch.segments.clear();
         scratch.chains.clear();
         let mut room: u32 = 0;
-        for offset in 0..available {
-            let head = self.avail_entry(self.next_avail().wrapping_add(offset))?;
+        let mut at = self.place();
+        let mut slots = 0;
+        while slots < available {
             let from = scratch.segments.len();
             let segments = &mut scratch.segments;
-            let capacity = self.walk(head, Direction::ToGuest, |segment| {
+            let limit = usize::from(available - slots);
+            let found = self.chain(at, limit, Direction::ToGuest, |segment| {
                 prefetch(segment.ptr);
                 let fits = segments.len() - from < MAX_CHAIN;
                 if fits {
@@ -182,10 +186,15 @@ impl SplitRing {
                 }
                 fits
             })?;
-            scratch.chains.push((head, capacity));
+            let Some((entry, capacity)) = found else {
+                break;
+            };
+            at = self.after(at, entry.slots);
+            slots += entry.slots;
+            scratch.chains.push((entry, capacity));
             room = room.saturating_add(capacity);
             if room >= needed {
-                return Ok(Reserved::Room);
+                return Ok(Reserved::Room(slots));
             }
             if !self.mergeable()
                 || scratch.chains.len() == MAX_MERGED
@@ -197,6 +206,8 @@ impl SplitRing {
         Ok(Reserved::Full)
     }
 }
+
+impl<R: DeviceRing> Deliver for R {}
 
 /// The general case: pieces into pieces, which have room for the frame in all.
 #[cold]

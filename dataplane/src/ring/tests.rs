@@ -11,6 +11,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
+use super::gather::gather;
 use super::*;
 use crate::burst::Burst;
 use crate::memory::{GuestMemory, Region, RegionSpec};
@@ -63,8 +64,8 @@ impl Machine {
     fn ring(&self, base: u16, features: u64) -> SplitRing {
         let at = Areas {
             desc: self.host(DESC),
-            avail: self.host(AVAIL),
-            used: self.host(USED),
+            driver: self.host(AVAIL),
+            device: self.host(USED),
         };
         // SAFETY: the areas are aligned, do not overlap and hold a ring of SIZE entries.
         unsafe { SplitRing::new(SIZE, at, base, features, Arc::clone(&self.ours)) }
@@ -239,7 +240,7 @@ proptest! {
         let mut found = Vec::new();
         loop {
             burst.clear();
-            prop_assert_eq!(ring.gather(max, &mut burst), Ok(()));
+            prop_assert_eq!(gather(&mut ring, max, &mut burst), Ok(()));
             prop_assert!(burst.len() <= max);
             if burst.len() == 0 {
                 break;
@@ -250,7 +251,7 @@ proptest! {
                     .map(|piece| (machine.guest(piece.ptr), piece.len))
                     .collect();
                 prop_assert_eq!(frame.total_bytes, pieces.iter().map(|p| p.1).sum::<u32>());
-                found.push((frame.entry, pieces));
+                found.push((frame.entry.id, pieces));
             }
             for frame in burst.frames() {
                 ring.complete(frame.entry, 0);
@@ -276,14 +277,14 @@ proptest! {
         let machine = Machine::new();
         machine.publish(&chains, &places, base, false);
         let mut ring = machine.ring(base, VERSION_1 | INDIRECT);
-        let entries = |burst: &Burst| burst.frames().iter().map(|f| f.entry).collect::<Vec<_>>();
+        let entries = |burst: &Burst| burst.frames().iter().map(|f| f.entry.id).collect::<Vec<_>>();
         let mut burst = Burst::new();
-        ring.gather(64, &mut burst).unwrap();
+        gather(&mut ring, 64, &mut burst).unwrap();
         let all = entries(&burst);
         let back = back.min(all.len());
         ring.give_back(u16::try_from(back).unwrap());
         burst.clear();
-        ring.gather(64, &mut burst).unwrap();
+        gather(&mut ring, 64, &mut burst).unwrap();
         prop_assert_eq!(entries(&burst), &all[all.len() - back..]);
         prop_assert_eq!(machine.read_u16(USED + 2), base);
     }
@@ -384,7 +385,7 @@ proptest! {
             machine.write_u16(AVAIL, u16::from(no_calls));
             let mut is_due = false;
             for _ in 0..count {
-                ring.complete(0, 0);
+                ring.complete(Entry::single(0), 0);
                 is_due |= index == event;
                 index = index.wrapping_add(1);
             }
@@ -429,7 +430,7 @@ proptest! {
                 offer(&machine);
             }
             prop_assert_eq!(ring.available(), Ok(count));
-            ring.advance(count);
+            ring.take(count);
             index = index.wrapping_add(count);
         }
     }
@@ -463,7 +464,7 @@ impl Source {
     fn burst(&self) -> Burst {
         let mut ring = self.machine.ring(0, VERSION_1);
         let mut burst = Burst::new();
-        ring.gather(1, &mut burst).unwrap();
+        gather(&mut ring, 1, &mut burst).unwrap();
         burst.take_snapshots(ring.header_bytes(), Offloads::NONE);
         assert_eq!(burst.valid(), 1);
         burst
@@ -478,7 +479,7 @@ fn notification_words_lie_behind_the_entries() {
     ring.arm();
     assert_eq!(machine.read_u16(USED + 4 + 8 * u64::from(SIZE)), 7);
     for _ in 0..SIZE {
-        ring.complete(0xffff, u32::MAX);
+        ring.complete(Entry::single(0xffff), u32::MAX);
     }
     ring.publish();
     assert_eq!(machine.read_u16(USED + 4 + 8 * u64::from(SIZE)), 7);

@@ -53,6 +53,9 @@ pub(crate) enum RingError {
     /// A size that no ring can have.
     #[error("ring {index} can't have {size} entries")]
     Size { index: u16, size: u16 },
+    /// A base beyond the ring's size.
+    #[error("ring {index} can't go on at {base:#x}")]
+    Base { index: u16, base: u32 },
     /// The file behind the guest's memory was cut off.
     #[error("ring {index} can't start: the guest's memory file was cut off")]
     Broken { index: u16 },

@@ -6,9 +6,7 @@ use std::sync::Arc;
 
 use super::device::{RingAddresses, RingStart};
 use crate::memory::Region;
-
-/// VIRTIO_F_RING_PACKED (virtio 1.3, 6).
-const RING_PACKED: u64 = 1 << 34;
+use crate::ring::Layout;
 
 /// A ring's configuration and state. An fd that comes again replaces the one before, which is
 /// closed by that, so a ring never holds more than three.
@@ -19,7 +17,7 @@ pub(super) struct Ring {
     /// SET_VRING_ADDR.
     pub(super) addresses: Option<RingAddresses>,
     /// SET_VRING_BASE, or where the ring was when it stopped.
-    pub(super) base: u32,
+    pub(super) base: Option<u32>,
     /// SET_VRING_ENABLE.
     pub(super) enabled: bool,
     /// The device runs it.
@@ -36,6 +34,11 @@ impl Ring {
     /// SET_VRING_KICK: the ring may start.
     pub(super) fn arm(&mut self, kick: Option<OwnedFd>) {
         self.kick = Some(kick);
+    }
+
+    /// Where the ring starts: a front-end that does not tell means a fresh one.
+    pub(super) fn base(&self, features: u64) -> u32 {
+        self.base.unwrap_or(Layout::of(features).first_base())
     }
 
     /// The ring may not start before the next [`Ring::arm`].
@@ -60,10 +63,9 @@ impl Ring {
         };
         let size = u64::from(size);
         // virtio 1.3, 2.7 and 2.8.
-        let (avail_len, used_len) = if features & RING_PACKED == 0 {
-            (4 + 2 * size, 4 + 8 * size)
-        } else {
-            (4, 4)
+        let (avail_len, used_len) = match Layout::of(features) {
+            Layout::Split => (4 + 2 * size, 4 + 8 * size),
+            Layout::Packed => (4, 4),
         };
         let areas = [
             (at.desc, 16 * size),
@@ -95,7 +97,7 @@ impl Ring {
         Ok(Some(RingStart {
             size,
             addresses,
-            base: self.base,
+            base: self.base(features),
             kick: duplicate(kick)?,
             call: duplicate(&self.call)?,
             features,

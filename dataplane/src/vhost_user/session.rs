@@ -18,12 +18,13 @@ use super::log_limit::LogLimit;
 use super::message::{Reply, ReplyBody, Request, VringFd};
 use super::ring::Ring;
 use crate::memory::{GuestMemory, MemoryError, Region, RegionSpec};
+use crate::ring::Layout;
 
 /// Virtio features that this back-end offers, and the only place that says so.
 ///
 /// QEMU masks away from the guest whatever is in its list of features for vhost-user-net back-ends
-/// and not in ours; of that list we lack what the data path can't do (UFO, USO, RSS, packed rings,
-/// an IOMMU, and NOTIFY_ON_EMPTY and GSO of drivers older than virtio 1.0). STATUS, CTRL_VQ and
+/// and not in ours; of that list we lack what the data path can't do (UFO, USO, RSS, an IOMMU,
+/// and NOTIFY_ON_EMPTY and GSO of drivers older than virtio 1.0). STATUS, CTRL_VQ and
 /// the CTRL_* that the front-end serves by itself are outside of the list of QEMU 10, but in that
 /// of older versions, which would mask them too.
 pub(crate) const OFFERED_FEATURES: u64 = feature_bits(&[
@@ -50,6 +51,7 @@ pub(crate) const OFFERED_FEATURES: u64 = feature_bits(&[
     29, // VIRTIO_F_RING_EVENT_IDX
     30, // VHOST_USER_F_PROTOCOL_FEATURES
     32, // VIRTIO_F_VERSION_1
+    34, // VIRTIO_F_RING_PACKED
     35, // VIRTIO_F_IN_ORDER
 ]);
 
@@ -93,8 +95,8 @@ pub(crate) enum SessionError {
     /// A ring that the device does not have.
     #[error("there is no ring {index}, only {count}")]
     NoSuchRing { index: u32, count: usize },
-    /// SET_VRING_NUM with a size that no split ring can have (virtio 1.3, 2.7.1).
-    #[error("ring {index} can't have {size} entries: not a power of two from 1 to 32768")]
+    /// SET_VRING_NUM with a size that no ring can have (virtio 1.3, 2.7, 2.8.10.1).
+    #[error("ring {index} can't have {size} entries: not 1 to 32768, or split and no power of two")]
     RingSize { index: u32, size: u32 },
     /// A request whose reply we can't give.
     #[error("request {request} needs a reply, but {rule}")]
@@ -322,11 +324,8 @@ impl<D: Device> Session<D> {
     }
 
     fn set_vring_num(&mut self, index: u32, size: u32) -> Result<Answer, SessionError> {
-        /// Most entries of a virtqueue (virtio 1.3, 2.6).
-        const MAX_SIZE: u16 = 32768;
-        let valid = u16::try_from(size)
-            .ok()
-            .filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
+        let layout = Layout::of(self.features);
+        let valid = u16::try_from(size).ok().filter(|n| layout.allows(*n));
         let ring_index = self.ring_index(index)?;
         let size = valid.ok_or(SessionError::RingSize { index, size })?;
         let ring = &mut self.rings[usize::from(ring_index)];
@@ -343,7 +342,7 @@ impl<D: Device> Session<D> {
         if ring.started {
             return Ok(self.refuse("the base of a started ring can't change"));
         }
-        ring.base = base;
+        ring.base = Some(base);
         Ok(Answer::Done)
     }
 
@@ -353,7 +352,7 @@ impl<D: Device> Session<D> {
         self.stop(ring_index);
         let ring = &mut self.rings[usize::from(ring_index)];
         ring.disarm();
-        let num = ring.base;
+        let num = ring.base(self.features);
         Ok(Answer::Reply(ReplyBody::VringState { index, num }))
     }
 
@@ -503,7 +502,7 @@ impl<D: Device> Session<D> {
         if std::mem::take(&mut ring.started)
             && let Some(base) = self.device.stop_ring(index)
         {
-            ring.base = base;
+            ring.base = Some(base);
         }
     }
 
@@ -583,6 +582,7 @@ fn failed_ring(error: &RingError) -> u16 {
     match error {
         RingError::Address { index, .. }
         | RingError::Size { index, .. }
+        | RingError::Base { index, .. }
         | RingError::Broken { index }
         | RingError::Fd { index, .. } => *index,
     }

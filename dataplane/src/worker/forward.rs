@@ -9,7 +9,7 @@ use super::pairs::PairTable;
 use crate::burst::Burst;
 use crate::net_header::{self, Offloads};
 use crate::port::{Port, QueueGuard, TapPort, VhostPort, VhostQueue, max_l2_bytes};
-use crate::ring::{RingFault, RxScratch, SplitRing};
+use crate::ring::{Deliver, Ring, RingFault, RxScratch};
 
 /// How often a receive queue that another thread holds is tried: about one of its bursts.
 const LOCK_TRIES: u32 = 400;
@@ -304,58 +304,18 @@ fn deliver_to_guest(
     let Some(started) = state.started.as_mut().filter(|started| started.enabled) else {
         return Outcome::all(mask, DropReason::PortDown);
     };
-    let mut outcome = Outcome::default();
-    let max_bytes = max_l2_bytes(port.mtu());
-    let offloads = started.offloads;
-    let ring = &mut started.ring;
-    let mut fault = None;
-    let mut available = match ring.available() {
-        Ok(available) => available,
-        Err(error) => {
-            fault = Some(error);
-            0
-        }
+    let limits = (started.offloads, max_l2_bytes(port.mtu()));
+    let (mut outcome, fault) = match &mut started.ring {
+        Ring::Split(ring) => deliver_burst(ring, mask, burst, limits, scratch),
+        Ring::Packed(ring) => deliver_burst(ring, mask, burst, limits, scratch),
     };
-    let mut left = if fault.is_none() { mask } else { 0 };
-    while left != 0 {
-        // The common frames in one go, then one that is not, and again.
-        let (sent, bytes) = ring.deliver_plain(burst, left, max_bytes, &mut available, scratch);
-        outcome.sent |= sent;
-        outcome.sent_bytes += bytes;
-        left &= !sent;
-        if left == 0 {
-            break;
-        }
-        let index = left.trailing_zeros() as usize;
-        match deliver_any(
-            ring,
-            burst,
-            index,
-            (offloads, max_bytes),
-            &mut available,
-            scratch,
-        ) {
-            Ok(Ok(())) => outcome.sent(index, burst.frames()[index].l2_bytes()),
-            // Frames behind it are refused too, lest they overtake it.
-            Ok(Err(DropReason::RingFull)) => {
-                outcome.full = left;
-                break;
-            }
-            Ok(Err(reason)) => outcome.drop(1 << index, reason),
-            Err(error) => {
-                fault = Some(error);
-                break;
-            }
-        }
-        left &= left - 1;
-    }
     queue
         .counters
         .frames
         .add_owned(u64::from(outcome.sent.count_ones()));
     queue.counters.bytes.add_owned(outcome.sent_bytes);
     let mut called = Ok(());
-    if ring.publish() {
+    if started.ring.publish() {
         called = started.call();
         queue.counters.calls.add_owned(1);
     }
@@ -370,10 +330,58 @@ fn deliver_to_guest(
     outcome
 }
 
+/// Delivers the frames of `mask` for as long as there is room, to be published; also returns the
+/// rule that the guest broke, if it did.
+#[inline(never)]
+fn deliver_burst<R: Deliver>(
+    ring: &mut R,
+    mask: u64,
+    burst: &mut Burst,
+    limits: (Offloads, u32),
+    scratch: &mut RxScratch,
+) -> (Outcome, Option<RingFault>) {
+    let mut outcome = Outcome::default();
+    let mut fault = None;
+    let mut available = match ring.available() {
+        Ok(available) => available,
+        Err(error) => {
+            fault = Some(error);
+            0
+        }
+    };
+    let mut left = if fault.is_none() { mask } else { 0 };
+    while left != 0 {
+        // The common frames in one go, then one that is not, and again.
+        let (sent, bytes) = ring.deliver_plain(burst, left, limits.1, &mut available, scratch);
+        outcome.sent |= sent;
+        outcome.sent_bytes += bytes;
+        left &= !sent;
+        if left == 0 {
+            break;
+        }
+        let index = left.trailing_zeros() as usize;
+        match deliver_any(ring, burst, index, limits, &mut available, scratch) {
+            Ok(Ok(())) => outcome.sent(index, burst.frames()[index].l2_bytes()),
+            // Frames behind it are refused too, lest they overtake it.
+            Ok(Err(DropReason::RingFull)) => {
+                outcome.full = left;
+                break;
+            }
+            Ok(Err(reason)) => outcome.drop(1 << index, reason),
+            Err(error) => {
+                fault = Some(error);
+                break;
+            }
+        }
+        left &= left - 1;
+    }
+    (outcome, fault)
+}
+
 /// Delivers a frame of any kind, if the destination takes it.
 #[cold]
-fn deliver_any(
-    ring: &mut SplitRing,
+fn deliver_any<R: Deliver>(
+    ring: &mut R,
     burst: &mut Burst,
     index: usize,
     (offloads, max_bytes): (Offloads, u32),

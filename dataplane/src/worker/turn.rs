@@ -17,6 +17,7 @@ use crate::burst::Burst;
 use crate::memory::{Segment, breaks};
 use crate::net_header::{HEADER_BYTES, HEADER_LEN, Offloads};
 use crate::port::{Port, TapPort, TapReader, VhostPort};
+use crate::ring::Entry;
 use crate::switch::IdleConfig;
 
 /// How long to sleep while frames wait for a destination without free buffers.
@@ -114,6 +115,11 @@ impl Worker {
     pub(super) fn run(mut self, commands: &Receiver<Command>) {
         self.read_clock();
         while self.step(commands) {
+            // The turn may have taken the doorbell's event of commands that came after the last
+            // look at them: no other will come.
+            if self.handle.rung.load(Ordering::Acquire) {
+                continue;
+            }
             if self.active.is_empty() {
                 self.sleep(None);
             } else if self.must_doze {
@@ -286,13 +292,9 @@ impl Worker {
             0
         };
         let taken = count - given_back;
-        let mut bytes = 0;
-        for frame in &self.burst.frames()[..taken] {
-            started.ring.complete(frame.entry, 0);
-            bytes += u64::from(frame.l2_bytes());
-        }
-        #[expect(clippy::cast_possible_truncation, reason = "at most BURST")]
-        started.ring.give_back(given_back as u16);
+        let (done, again) = self.burst.frames().split_at(taken);
+        let bytes = started.ring.complete_gathered(done);
+        started.ring.give_back(again);
         queue.counters.frames.add_owned(taken as u64);
         queue.counters.bytes.add_owned(bytes);
         let mut called = Ok(());
@@ -549,7 +551,7 @@ impl Worker {
                     len,
                 },
             );
-            self.burst.add(mark, 0, len);
+            self.burst.add(mark, Entry::single(0), len);
         }
         self.burst.take_snapshots(HEADER_BYTES, Offloads::NONE);
         let now = self.now();

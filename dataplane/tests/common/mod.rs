@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ringway_dataplane::driver::{Guest, GuestConfig, Received};
+use ringway_dataplane::driver::{Guest, GuestConfig, Layout, Received};
 use ringway_dataplane::{
     IdleConfig, PortConfig, PortCounters, PortKind, PortName, QueuePairs, SocketSpec, Switch,
     SwitchConfig,
@@ -21,6 +21,14 @@ use tempfile::TempDir;
 
 /// How long anything may take that should happen at once.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+
+/// All pairs of layouts, in order.
+pub(crate) const LAYOUTS: [[Layout; 2]; 4] = [
+    [Layout::Split, Layout::Split],
+    [Layout::Split, Layout::Packed],
+    [Layout::Packed, Layout::Split],
+    [Layout::Packed, Layout::Packed],
+];
 
 /// A running switch and the folder of its sockets.
 pub(crate) struct Lab {

@@ -292,7 +292,7 @@ fn features_that_were_not_offered_end_the_session() {
     let offered = fixture.ok(Request::GetFeatures);
     assert_eq!(offered, Some(u64_reply(OFFERED_FEATURES)));
     assert_eq!(OFFERED_FEATURES >> 26 & 1, 0, "no dirty log yet");
-    assert_eq!(OFFERED_FEATURES >> 34 & 1, 0, "no packed rings yet");
+    assert_eq!(OFFERED_FEATURES >> 34 & 1, 1, "packed rings");
 }
 
 #[test]

@@ -1,0 +1,106 @@
+//! Rings and guests that stop and come back.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
+
+mod common;
+
+use common::{LAYOUTS, Lab, eventually, frame, receive};
+use ringway_dataplane::PortState;
+use ringway_dataplane::driver::{EventFd, Guest, GuestConfig, Layout, RingPlace};
+
+#[test]
+fn rings_that_are_stopped_go_on_where_they_were() {
+    for [from, to] in LAYOUTS {
+        let lab = Lab::start();
+        let guest = |port, layout| {
+            let config = GuestConfig {
+                layout,
+                queue_size: 16,
+                ..GuestConfig::default()
+            };
+            lab.guest(port, config)
+        };
+        let mut a = guest("a", from);
+        let mut b = guest("b", to);
+        for round in 0..20_u64 {
+            // 7 and 16 have no common factor: every slot and lap comes.
+            for seed in 0..7 {
+                let sent = frame(2, 1, 64, round * 7 + seed);
+                a.send_frame(&sent).unwrap();
+                assert_eq!(receive(&mut b).frame, sent);
+            }
+            let stopped = if round % 2 == 0 { &mut a } else { &mut b };
+            assert!(stopped.flush(common::DEADLINE).unwrap());
+            let bases = stopped.stop().unwrap();
+            let starts = [
+                stopped.receive_queue(0).ring().place().base,
+                stopped.transmit_queue(0).ring().place().base,
+            ];
+            let layout = if round % 2 == 0 { from } else { to };
+            if layout == Layout::Packed {
+                assert_eq!(bases[1], starts[1], "the driver's account is the device's");
+            }
+            stopped.resume().unwrap();
+        }
+        lab.assert_conserved(&["a", "b"], 0);
+    }
+}
+
+/// DPDK's virtio_user tells the avail half of a fresh packed ring's base only.
+#[test]
+fn a_packed_ring_starts_with_half_a_base() {
+    let lab = Lab::start();
+    let config = GuestConfig {
+        layout: Layout::Packed,
+        ..GuestConfig::default()
+    };
+    let mut a = lab.guest("a", config.clone());
+    let mut b = lab.guest("b", config);
+    for guest in [&mut a, &mut b] {
+        let memory = std::sync::Arc::clone(guest.memory());
+        for index in [0, 1] {
+            let frontend = guest.frontend();
+            let base = frontend.stop_ring(index).unwrap();
+            assert_eq!(base, 0x8000_8000);
+        }
+        let places = [
+            guest.receive_queue(0).ring().place(),
+            guest.transmit_queue(0).ring().place(),
+        ];
+        for (index, place) in (0..).zip(places) {
+            let half = RingPlace {
+                base: 0x8000,
+                ..place
+            };
+            let kick = EventFd::new().unwrap();
+            let call = EventFd::new().unwrap();
+            let frontend = guest.frontend();
+            frontend
+                .start_ring(index, &memory, half, Some(&kick), Some(&call))
+                .unwrap();
+            frontend.enable_ring(index, true).unwrap();
+            assert_eq!(frontend.stop_ring(index).unwrap(), 0x8000_8000);
+        }
+        guest.resume().unwrap();
+    }
+    let sent = frame(2, 1, 64, 1);
+    a.send_frame(&sent).unwrap();
+    assert_eq!(receive(&mut b).frame, sent);
+}
+
+#[test]
+fn a_guest_that_comes_back_finds_its_port() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let path = lab.add_port("b");
+    for seed in 0..20 {
+        let mut b = Guest::connect(&path, GuestConfig::default()).unwrap();
+        let sent = frame(0xff, 1, 64, seed);
+        a.send_frame(&sent).unwrap();
+        assert_eq!(receive(&mut b).frame, sent);
+        drop(b);
+        eventually("the port is down and its memory unmapped", || {
+            let port = lab.switch.port(&common::name("b")).unwrap();
+            port.info.state == PortState::Down && port.mapped_bytes == 0
+        });
+    }
+}
