@@ -1,9 +1,11 @@
 //! The vhost-user wire format, without I/O: a header and a body of bytes with their fds become a
 //! [`Request`] that holds only values of the right shape, and a [`Reply`] becomes bytes.
 //!
-//!     0        4        8        12
-//!     | request | flags  | size   | body: `size` bytes, native endian …
-//!                 bits 0-1 version = 1, bit 2 REPLY, bit 3 NEED_REPLY
+//! ```text
+//! 0        4        8        12
+//! | request | flags  | size   | body: `size` bytes, native endian …
+//!             bits 0-1 version = 1, bit 2 REPLY, bit 3 NEED_REPLY
+//! ```
 //!
 //! Authority: QEMU's docs/interop/vhost-user.rst, "Message Specification" and "Front-end message
 //! types". Fds that a request does not take are closed when the parser drops them.

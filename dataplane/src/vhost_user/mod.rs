@@ -1,8 +1,10 @@
 //! The vhost-user back-end: codec and state machine without sockets, and a thin socket shell.
 //!
-//!     socket --bytes, fds--> message --Request--> session --> Device
-//!        ^                      ^                    |
-//!        +-------- Reply -------+--------------------+        server: one thread for all of them
+//! ```text
+//! socket --bytes, fds--> message --Request--> session --> Device
+//!    ^                      ^                    |
+//!    +-------- Reply -------+--------------------+        server: one thread for all of them
+//! ```
 
 mod device;
 mod endpoint;

@@ -1,8 +1,10 @@
 //! The thread that serves all vhost-user sockets: one epoll for listeners, sessions and commands.
 //!
-//!     add/remove --channel + eventfd--> [ session thread ] <--sockets--> front-ends
-//!                                              |
-//!                                              +--> Device (rings, memory) of each port
+//! ```text
+//! add/remove --channel + eventfd--> [ session thread ] <--sockets--> front-ends
+//!                                          |
+//!                                          +--> Device (rings, memory) of each port
+//! ```
 //!
 //! It does nothing per frame: front-ends talk when a guest starts, stops or migrates.
 

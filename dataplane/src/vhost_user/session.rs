@@ -1,9 +1,11 @@
 //! One front-end's session as a state machine without sockets: requests in, replies and calls of
 //! the [`Device`] out.
 //!
-//!     ring:  stopped --SET_VRING_KICK, size, addresses and memory known--> started
-//!            started --GET_VRING_BASE, reset, end of session--> stopped
-//!            started --its memory goes--> waiting --its memory is back--> started
+//! ```text
+//! ring:  stopped --SET_VRING_KICK, size, addresses and memory known--> started
+//!        started --GET_VRING_BASE, reset, end of session--> stopped
+//!        started --its memory goes--> waiting --its memory is back--> started
+//! ```
 //!
 //! A ring's *enabled* flag is apart from that ("Ring states"): it may change in any state.
 

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use crossbeam::channel::Receiver;
 use ringway_bridge::{Bridge, DropReason, PortId, Tick};
@@ -146,7 +147,7 @@ impl Worker {
 
     /// Polls each active source once.
     fn turn(&mut self) {
-        self.is_shared = self.sharing.is_shared(self.now_ns);
+        self.is_shared = self.idle.spin != Duration::MAX && self.sharing.is_shared(self.now_ns);
         let mut frames = 0;
         let mut bursts = 0;
         let mut waiting = false;
