@@ -181,13 +181,42 @@ impl Chains {
     }
 }
 
-/// Brings the line at `ptr` towards the cache; a hint, valid for any address.
+/// Bytes of a cache line, on all processors that this is tuned for.
+const LINE: usize = 64;
+
+/// Brings the first two lines of `segment` towards the cache, to be read. A hint: valid for any
+/// address.
 #[inline(always)]
-pub(super) fn prefetch(ptr: *const u8) {
+pub(super) fn prefetch(segment: Segment) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: prefetching has no effect that a program can see.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(ptr.cast());
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: prefetching has no effect that a program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(segment.ptr.cast()) };
+        if segment.len as usize > LINE {
+            // SAFETY: as above.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(segment.ptr.wrapping_add(LINE).cast()) };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (segment, LINE);
+}
+
+/// Has the first two lines at `ptr` handed over by whoever wrote them last, to be written. A hint:
+/// valid for any address.
+#[inline(always)]
+pub(super) fn prefetch_for_write(ptr: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    for line in [ptr, ptr.wrapping_add(LINE)] {
+        // SAFETY: prefetching has no effect that a program can see; processors without the
+        // instruction take it for one without effect.
+        unsafe {
+            std::arch::asm!(
+                "prefetchw [{line}]",
+                line = in(reg) line,
+                options(nostack, preserves_flags, readonly)
+            );
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = ptr;

@@ -26,7 +26,7 @@ pub(super) fn gather<R: DeviceRing>(
     while taken < end {
         let at = ring.place();
         if let Some((entry, segment)) = ring.single(at, Direction::FromGuest) {
-            prefetch(segment.ptr);
+            prefetch(segment);
             burst.add_single(entry, segment);
             ring.take(1);
         } else {
@@ -53,7 +53,7 @@ fn gather_chain<R: DeviceRing>(
         return Ok(None);
     };
     let found = ring.chain(ring.place(), limit, Direction::FromGuest, |segment| {
-        prefetch(segment.ptr);
+        prefetch(segment);
         burst.push(mark, segment)
     });
     match found {

@@ -3,7 +3,7 @@
 
 use ringway_bridge::{DropReason, MAX_BURST};
 
-use super::chain::prefetch;
+use super::chain::prefetch_for_write;
 use super::{DeviceRing, Direction, Entry, RingFault};
 use crate::burst::{Burst, Frame, MAX_CHAIN};
 use crate::copy::{copy, copy_head};
@@ -85,7 +85,7 @@ pub(crate) trait Deliver: DeviceRing {
             let Some((entry, buffer)) = self.single(at, Direction::ToGuest) else {
                 break;
             };
-            prefetch(buffer.ptr);
+            prefetch_for_write(buffer.ptr);
             *slot = RxSlot { buffer, entry };
             at = self.after(at, 1);
             ready += 1;
@@ -179,7 +179,7 @@ pub(crate) trait Deliver: DeviceRing {
             let segments = &mut scratch.segments;
             let limit = usize::from(available - slots);
             let found = self.chain(at, limit, Direction::ToGuest, |segment| {
-                prefetch(segment.ptr);
+                prefetch_for_write(segment.ptr);
                 let fits = segments.len() - from < MAX_CHAIN;
                 if fits {
                     segments.push(segment);

@@ -586,6 +586,6 @@ impl Worker {
     }
 }
 
-fn saturating_ns(duration: std::time::Duration) -> u64 {
+fn saturating_ns(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
