@@ -563,3 +563,22 @@ fn ports_come_and_go_under_traffic_without_disturbing_others() {
         while a.recv(std::time::Duration::ZERO).unwrap().is_some() {}
     }
 }
+
+#[test]
+fn a_guest_that_moved_here_is_announced_and_learned() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", GuestConfig::default());
+    let mac = [0x52, 0x54, 0, 0, 0, 9];
+    a.frontend().send_rarp(mac).unwrap();
+    let announced = receive(&mut b).frame;
+    assert_eq!(announced[..6], [0xff; 6]);
+    assert_eq!(announced[6..14], [&mac[..], &[0x80, 0x35]].concat());
+    eventually("the switch knows it behind a", || {
+        lab.switch
+            .fdb()
+            .iter()
+            .any(|entry| entry.mac.0 == mac && entry.port.as_str() == "a")
+    });
+    lab.assert_conserved(&["a", "b"], 0);
+}

@@ -2,6 +2,7 @@
 
 mod call;
 mod counters;
+mod rarp;
 mod tap;
 mod vhost;
 

@@ -13,6 +13,7 @@ use ringway_bridge::MacAddr;
 use tracing::{info, warn};
 
 use super::call::{Blocked, signal};
+use super::rarp::rarp;
 use super::{PortBase, QueueCounters};
 use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
@@ -581,23 +582,4 @@ fn prepare_call(index: u16, call: &OwnedFd) -> Result<(), RingError> {
     let flags = rustix::fs::fcntl_getfl(call).map_err(|e| error(e.into()))?;
     let flags = flags | rustix::fs::OFlags::NONBLOCK;
     rustix::fs::fcntl_setfl(call, flags).map_err(|e| error(e.into()))
-}
-
-/// The broadcast that tells switches where a guest is now: a reverse ARP request (RFC 903) for
-/// `mac`, padded to the least length of an Ethernet frame without FCS.
-fn rarp(mac: MacAddr) -> Box<[u8]> {
-    const ETHERTYPE_RARP: [u8; 2] = [0x80, 0x35];
-    const REQUEST_REVERSE: u8 = 3;
-    let mut frame = Vec::with_capacity(60);
-    frame.extend_from_slice(&MacAddr::BROADCAST.0);
-    frame.extend_from_slice(&mac.0);
-    frame.extend_from_slice(&ETHERTYPE_RARP);
-    // Hardware type Ethernet, protocol IPv4, address lengths 6 and 4.
-    frame.extend_from_slice(&[0, 1, 8, 0, 6, 4, 0, REQUEST_REVERSE]);
-    for _ in ["sender", "target"] {
-        frame.extend_from_slice(&mac.0);
-        frame.extend_from_slice(&[0; 4]);
-    }
-    frame.resize(60, 0);
-    frame.into()
 }
