@@ -25,6 +25,9 @@ use crate::worker::{Token, WorkerHandle};
 /// Why a ring stops whose memory is no longer the guest's (SIGBUS).
 const CUT_OFF: &str = "its memory file was cut off";
 
+/// Why a ring stops whose front-end holds up whoever calls it.
+const CALL_BLOCKS: &str = "its call fd blocks";
+
 /// A ring that is started.
 #[derive(Debug)]
 pub(crate) struct StartedRing {
@@ -49,7 +52,7 @@ impl StartedRing {
     /// # Errors
     /// The front-end made its fd block: the ring is to be stopped.
     #[inline]
-    pub(crate) fn call(&self) -> Result<(), Blocked> {
+    fn call(&self) -> Result<(), Blocked> {
         self.call.as_ref().map_or(Ok(()), signal)
     }
 }
@@ -257,10 +260,19 @@ impl VhostPort {
         }
     }
 
-    /// Stops a ring whose call fd blocked the worker.
-    #[cold]
-    pub(crate) fn fail_call(&self, queue: &VhostQueue, state: &mut QueueState) {
-        self.stop_in_worker(queue, state, "its call fd blocks");
+    /// Shows the guest what was completed in a ring, and calls it if it wants that. A ring whose
+    /// call fd blocked is stopped.
+    #[inline]
+    pub(crate) fn publish(&self, queue: &VhostQueue, state: &mut QueueState) {
+        let Some(started) = &mut state.started else {
+            return;
+        };
+        if started.ring.publish() {
+            queue.counters.calls.add_owned(1);
+            if started.call().is_err() {
+                self.stop_in_worker(queue, state, CALL_BLOCKS);
+            }
+        }
     }
 
     /// Stops every ring whose memory was cut off (SIGBUS); returns without those that are busy,
@@ -287,7 +299,13 @@ impl VhostPort {
         all
     }
 
+    /// Stops a started ring for a reason of ours. A ring that was stopped in the same burst stays as
+    /// it is: where it stood and the first reason are kept.
+    #[cold]
     fn stop_in_worker(&self, queue: &VhostQueue, state: &mut QueueState, why: &str) {
+        if state.started.is_none() {
+            return;
+        }
         let index = self.index_of(queue);
         warn!(port = %self.base.name, ring = index, "ring stopped: {why}");
         self.set_last_error(Some(format!("ring {index} stopped: {why}")));
@@ -497,7 +515,7 @@ impl Device for VhostPort {
         started.call = call;
         // The old fd may have missed a call: one too many is harmless.
         if started.call().is_err() {
-            self.fail_call(queue, &mut state);
+            self.stop_in_worker(queue, &mut state, CALL_BLOCKS);
             let source = std::io::Error::other("writing to it blocks");
             return Err(RingError::Fd {
                 index,

@@ -314,14 +314,7 @@ fn deliver_to_guest(
         .frames
         .add_owned(u64::from(outcome.sent.count_ones()));
     queue.counters.bytes.add_owned(outcome.sent_bytes);
-    let mut called = Ok(());
-    if started.ring.publish() {
-        called = started.call();
-        queue.counters.calls.add_owned(1);
-    }
-    if called.is_err() {
-        port.fail_call(queue, &mut state);
-    }
+    port.publish(queue, &mut state);
     if let Some(fault) = fault {
         let lost = mask & !outcome.sent & !outcome.drops.iter().fold(0, |all, drop| all | drop.0);
         outcome.drop(lost, DropReason::BadDescriptor);

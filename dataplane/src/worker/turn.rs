@@ -298,14 +298,7 @@ impl Worker {
         started.ring.give_back(again);
         queue.counters.frames.add_owned(taken as u64);
         queue.counters.bytes.add_owned(bytes);
-        let mut called = Ok(());
-        if started.ring.publish() {
-            called = started.call();
-            queue.counters.calls.add_owned(1);
-        }
-        if called.is_err() {
-            guest.fail_call(queue, &mut state);
-        }
+        guest.publish(queue, &mut state);
         if let Err(fault) = gathered {
             // The chain at fault is a frame received and dropped.
             queue.counters.frames.add_owned(1);
