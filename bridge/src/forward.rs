@@ -26,11 +26,18 @@ pub struct Bridge {
 pub struct Burst<'a> {
     /// The port that the frames came from.
     pub in_port: PortId,
-    /// Their heads, at most [`MAX_BURST`]; bit i of each mask is the frame of `heads[i]`.
-    pub heads: &'a [FrameHead],
-    /// The frames to forward. Others, runts for example, are skipped and in no result; bits without
-    /// a head are ignored.
-    pub valid: u64,
+    /// The frames, in their order, successive ones with one head together. At most [`MAX_BURST`].
+    pub runs: &'a [Run],
+}
+
+/// Successive frames of a burst with one head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Run {
+    /// What they begin with.
+    pub head: FrameHead,
+    /// Bit i is frame i of the burst, and bit i of all results. Frames in no run, runts for example,
+    /// are in no result.
+    pub frames: u64,
 }
 
 impl Bridge {
@@ -66,14 +73,14 @@ impl Bridge {
     /// [`DropReason::LinkLocal`] frame is not learned.
     pub fn forward(&self, members: &Members, now: Tick, burst: &Burst<'_>, out: &mut Decisions) {
         out.clear();
-        self.split_runs(burst, &mut out.runs);
-        let Decisions { runs, result } = out;
+        self.probe_all(burst.runs, &mut out.probed);
+        let Decisions { probed, result } = out;
         let mut previous = Known {
             src: u64::MAX,
             dst: u64::MAX,
             port: None,
         };
-        for run in runs.iter() {
+        for run in probed.iter() {
             match self.decide(run, burst.in_port, now, &mut previous, &mut result.learned) {
                 Ok(Some(port)) if members.contains(port) => result.deliver(port, run.mask),
                 Ok(_) => result.flood(members, burst.in_port, run.mask),
@@ -83,43 +90,31 @@ impl Bridge {
         result.finish();
     }
 
-    /// Groups successive frames of one source and destination, and has the buckets of all of them on
-    /// their way into the cache before the first look-up waits for one.
+    /// Hashes the addresses of all runs, and has their buckets on the way into the cache before the
+    /// first look-up waits for one.
     #[inline]
-    fn split_runs(&self, burst: &Burst<'_>, runs: &mut Vec<Run>) {
-        debug_assert!(burst.heads.len() <= MAX_BURST, "frames beyond the masks");
-        let heads = &burst.heads[..burst.heads.len().min(MAX_BURST)];
+    fn probe_all(&self, runs: &[Run], probed: &mut Vec<Probed>) {
+        debug_assert!(runs.len() <= MAX_BURST, "frames beyond the masks");
         let mut touched = 0;
-        let mut current = Run {
+        let mut last = Probed {
             src: Probe::unhashed(0),
             dst: Probe::unhashed(0),
             mask: 0,
         };
-        for (i, head) in heads.iter().enumerate() {
-            let bit = 1 << i & burst.valid;
-            let same_src = head.src == current.src.mac();
-            let same_dst = head.dst == current.dst.mac();
-            if same_src & same_dst | (bit == 0) {
-                current.mask |= bit;
-                continue;
-            }
-            if current.mask != 0 {
-                runs.push(current);
-            }
-            if !same_src {
-                current.src = self.fdb.probe(head.src);
-                touched ^= self.fdb.touch(current.src);
+        for run in &runs[..runs.len().min(MAX_BURST)] {
+            let head = &run.head;
+            if head.src != last.src.mac() {
+                last.src = self.fdb.probe(head.src);
+                touched ^= self.fdb.touch(last.src);
             }
             if is_group(head.dst) {
-                current.dst = Probe::unhashed(head.dst);
-            } else if !same_dst {
-                current.dst = self.fdb.probe(head.dst);
-                touched ^= self.fdb.touch(current.dst);
+                last.dst = Probe::unhashed(head.dst);
+            } else if head.dst != last.dst.mac() {
+                last.dst = self.fdb.probe(head.dst);
+                touched ^= self.fdb.touch(last.dst);
             }
-            current.mask = bit;
-        }
-        if current.mask != 0 {
-            runs.push(current);
+            last.mask = run.frames;
+            probed.push(last);
         }
         std::hint::black_box(touched);
     }
@@ -128,7 +123,7 @@ impl Bridge {
     #[inline]
     fn decide(
         &self,
-        run: &Run,
+        run: &Probed,
         in_port: PortId,
         now: Tick,
         previous: &mut Known,
@@ -164,9 +159,9 @@ impl Bridge {
     }
 }
 
-/// Successive frames of one source and destination.
+/// A run with its addresses hashed.
 #[derive(Clone, Copy, Debug)]
-struct Run {
+struct Probed {
     src: Probe,
     /// Not hashed for a group.
     dst: Probe,
@@ -257,7 +252,7 @@ impl Default for Members {
 /// What became of a burst; the scratch of one worker, to be used again and again.
 #[derive(Debug)]
 pub struct Decisions {
-    runs: Vec<Run>,
+    probed: Vec<Probed>,
     result: Lists,
 }
 
@@ -277,7 +272,7 @@ impl Decisions {
     /// of which a burst touches 8 bytes for each port that it goes to.
     pub fn new() -> Self {
         Self {
-            runs: Vec::with_capacity(MAX_BURST),
+            probed: Vec::with_capacity(MAX_BURST),
             result: Lists {
                 masks: vec![0; MAX_PORTS].into_boxed_slice(),
                 destinations: Vec::with_capacity(MAX_PORTS),
@@ -312,7 +307,7 @@ impl Decisions {
 
     /// Forgets the last burst.
     pub fn clear(&mut self) {
-        self.runs.clear();
+        self.probed.clear();
         self.result.destinations.clear();
         self.result.drops.clear();
         self.result.flooded = 0;

@@ -23,23 +23,18 @@ pub struct FrameHead {
     pub src: u64,
     /// EtherType, or length, behind the addresses: of the outer VLAN tag if there is one.
     pub ether_type: u16,
-    /// Length of the frame without the FCS.
-    pub l2_bytes: u32,
 }
 
 impl FrameHead {
-    /// Reads the Ethernet header of a frame of `l2_bytes` bytes that begins with `first_bytes`.
+    /// Reads the Ethernet header of a frame that begins with `first_bytes`.
     ///
     /// # Errors
-    /// [`DropReason::Runt`] if either is shorter than an Ethernet header.
+    /// [`DropReason::Runt`] if they are fewer than an Ethernet header has.
     #[inline]
-    pub fn parse(first_bytes: &[u8], l2_bytes: u32) -> Result<Self, DropReason> {
+    pub fn parse(first_bytes: &[u8]) -> Result<Self, DropReason> {
         let Some(header) = first_bytes.first_chunk::<ETHERNET_BYTES>() else {
             return Err(DropReason::Runt);
         };
-        if (l2_bytes as usize) < ETHERNET_BYTES {
-            return Err(DropReason::Runt);
-        }
         // Two loads that overlap, rather than fourteen of a byte.
         let (Some(low), Some(high)) = (header.first_chunk(), header.last_chunk()) else {
             return Err(DropReason::Runt);
@@ -49,7 +44,6 @@ impl FrameHead {
             dst: u64::from_be_bytes(*low) >> 16,
             src: high >> 16,
             ether_type: (high & 0xffff) as u16,
-            l2_bytes,
         })
     }
 }
@@ -203,7 +197,7 @@ mod tests {
     fn head(dst: &str, src: &str) -> FrameHead {
         let mac = |text: &str| text.parse::<MacAddr>().unwrap();
         let frame = [&mac(dst).0[..], &mac(src).0[..], &[0x08, 0x06]].concat();
-        FrameHead::parse(&frame, 64).unwrap()
+        FrameHead::parse(&frame).unwrap()
     }
 
     #[test]
@@ -211,17 +205,15 @@ mod tests {
         let head = head("52:54:00:ab:cd:ef", "02:00:00:00:00:01");
         assert_eq!(head.dst, 0x5254_00ab_cdef);
         assert_eq!(head.src, 0x0200_0000_0001);
-        assert_eq!((head.ether_type, head.l2_bytes), (0x0806, 64));
+        assert_eq!(head.ether_type, 0x0806);
     }
 
     #[test]
     fn frames_below_fourteen_bytes_are_runts() {
         for len in 0..14 {
-            assert_eq!(FrameHead::parse(&[2; 14][..len], 64), Err(DropReason::Runt));
-            let l2_bytes = u32::try_from(len).unwrap();
-            assert_eq!(FrameHead::parse(&[2; 64], l2_bytes), Err(DropReason::Runt));
+            assert_eq!(FrameHead::parse(&[2; 14][..len]), Err(DropReason::Runt));
         }
-        assert!(FrameHead::parse(&[2; 14], 14).is_ok());
+        assert!(FrameHead::parse(&[2; 14]).is_ok());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The pure half of ringway: decides where frames go, and does no I/O.
 //!
 //! ```text
-//!  first bytes --FrameHead::parse--> heads --Bridge::forward--> Decisions
+//!  first bytes --FrameHead::parse--> runs --Bridge::forward--> Decisions
 //!                                              |        ^         destinations (port, mask)
 //!                                        learn |        | look up drops (reason, mask)
 //!                                              v        |
@@ -20,6 +20,6 @@ mod types;
 
 pub use drop_reason::{DropCounts, DropReason};
 pub use fdb::{Fdb, FdbConfig, FdbError, Learned, MAX_FDB_CAPACITY};
-pub use forward::{Bridge, BridgeConfig, Burst, Decisions, LearnCounts, Members};
+pub use forward::{Bridge, BridgeConfig, Burst, Decisions, LearnCounts, Members, Run};
 pub use frame::{FrameHead, Headers, L4Protocol, MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS};
 pub use types::{MAX_BURST, MAX_PORTS, MacAddr, ParseMacError, PortId, Tick};

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 
 use proptest::prelude::*;
 use ringway_bridge::{
-    Bridge, BridgeConfig, Burst, Decisions, DropReason, FrameHead, MacAddr, Members, PortId, Tick,
+    Bridge, BridgeConfig, Burst, Decisions, DropReason, FrameHead, MacAddr, Members, PortId, Run,
+    Tick,
 };
 
 const AGEING: u32 = 10;
@@ -66,7 +67,6 @@ fn heads() -> impl Strategy<Value = Vec<FrameHead>> {
                 dst,
                 src,
                 ether_type: 0x0800,
-                l2_bytes: 60
             };
             n
         ]
@@ -76,6 +76,22 @@ fn heads() -> impl Strategy<Value = Vec<FrameHead>> {
         heads.truncate(64);
         heads
     })
+}
+
+/// The valid frames of a burst, successive ones with one head together.
+fn runs(heads: &[FrameHead], valid: u64) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (i, head) in heads.iter().enumerate() {
+        match runs.last_mut() {
+            _ if valid >> i & 1 == 0 => {}
+            Some(run) if run.head == *head => run.frames |= 1 << i,
+            _ => runs.push(Run {
+                head: *head,
+                frames: 1 << i,
+            }),
+        }
+    }
+    runs
 }
 
 fn mask_of(frames: impl Iterator<Item = usize>) -> u64 {
@@ -108,7 +124,7 @@ proptest! {
                 .filter(|(i, _)| valid >> i & 1 != 0)
                 .map(|(i, head)| (i, model.forward(&member_ports, now, in_port, head)))
                 .collect();
-            let burst = Burst { in_port, heads: &heads, valid };
+            let burst = Burst { in_port, runs: &runs(&heads, valid) };
             bridge.forward(&members, Tick(now), &burst, &mut out);
 
             let with = |wanted: Fate| {
@@ -173,13 +189,11 @@ fn a_full_burst_uses_all_64_bits() {
         dst: 0xffff_ffff_ffff,
         src: 2,
         ether_type: 0x0806,
-        l2_bytes: 60,
     };
     let mut out = Decisions::new();
     let burst = Burst {
         in_port: port(1),
-        heads: &[head; 64],
-        valid: u64::MAX,
+        runs: &runs(&[head; 64], u64::MAX),
     };
     bridge.forward(&members, Tick(0), &burst, &mut out);
     assert_eq!(out.destinations(), [(port(2), u64::MAX)]);
@@ -200,13 +214,11 @@ fn a_limit_keeps_a_source_from_being_learned_but_not_its_frames_from_going() {
         dst: 4,
         src: 2,
         ether_type: 0x0800,
-        l2_bytes: 60,
     };
     let mut out = Decisions::new();
     let burst = Burst {
         in_port: port(1),
-        heads: &[head; 3],
-        valid: 0b101,
+        runs: &runs(&[head; 3], 0b101),
     };
     bridge.forward(&members, Tick(0), &burst, &mut out);
     assert_eq!(out.destinations(), [(port(2), 0b101)]);

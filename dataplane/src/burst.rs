@@ -2,26 +2,36 @@
 //!
 //! ```text
 //!   source buffers            Burst (private to the worker)
-//!   +--------+-----------+    snapshots[i]: header 12 B + the frame's first 116 B, copied once
-//!   | header | frame ... | -> frames[i]:    ring entry, lengths, offloads
-//!   +--------+-----------+    segments[..]: where the rest of the frame lies
+//!   +--------+-----------+    snapshots[i]: header 12 B + the frame's first bytes, copied once
+//!   | header | frame ... | -> frames[i]:    ring entry, first buffer, length
+//!   +--------+-----------+    details[i], segments[..]: of frames that are not plain
 //! ```
 //! Decisions are taken on the snapshot, and it is the snapshot that is delivered: the source may
 //! rewrite its buffer at any time, and no byte of it is read twice for one destination.
+//!
+//! A *plain* frame lies in one buffer and asks nothing of its destination. Its snapshot is
+//! [`PLAIN_BYTES`] long, which is all that the bridge looks at; of the others it is up to
+//! [`SNAPSHOT_BYTES`], enough for the headers that offloads are checked against.
 
-use ringway_bridge::{DropReason, FrameHead, MAX_BURST};
+use ringway_bridge::{DropReason, FrameHead, MAX_BURST, Run};
 
-use crate::copy::{copy, copy_head};
+use crate::copy::copy;
 use crate::memory::Segment;
 use crate::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES, Offloads};
-use crate::ring::Entry;
+use crate::ring::{Entry, Single};
 
-/// Bytes of the snapshot: the header and the frame's first 116 bytes, enough for Ethernet, IPv6
+/// Bytes of a snapshot: the header and the frame's first 116 bytes, enough for Ethernet, IPv6
 /// and TCP with all options (114); two cache lines.
 pub(crate) const SNAPSHOT_BYTES: u32 = 128;
 
 /// [`SNAPSHOT_BYTES`] as a length of arrays.
 const SNAPSHOT_LEN: usize = SNAPSHOT_BYTES as usize;
+
+/// Bytes of a plain frame's snapshot: header, addresses, EtherType and six more.
+pub(crate) const PLAIN_BYTES: u32 = 32;
+
+/// Longest frame with its header.
+const MAX_TOTAL_BYTES: u32 = MAX_FRAME_BYTES + HEADER_BYTES;
 
 /// Most descriptors, or pieces of them, of one chain: what QEMU (VIRTQUEUE_MAX_SIZE) and
 /// writev (IOV_MAX) take too.
@@ -35,58 +45,32 @@ const MAX_SEGMENTS: usize = 2 * MAX_CHAIN;
 #[repr(C, align(64))]
 struct Snapshot([u8; SNAPSHOT_LEN]);
 
-/// One frame of a burst.
+/// What is to be known of a frame that is not plain.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Frame {
-    /// Ring entry to complete.
-    pub(crate) entry: Entry,
+struct Details {
     /// Bytes in the snapshot.
-    pub(crate) snapshot_bytes: u32,
-    /// Header and frame.
-    pub(crate) total_bytes: u32,
+    snapshot_bytes: u32,
     /// What lies behind the snapshot: the first piece, of length 0 if there is nothing,
     rest: Segment,
     /// and further ones, as indices into the burst's segments.
     more: (u32, u32),
-    pub(crate) header: Checked,
-    /// One piece at most behind the snapshot, and nothing asked of the destination.
-    is_plain: bool,
-}
-
-impl Frame {
-    const EMPTY: Self = Self {
-        entry: Entry::single(0),
-        snapshot_bytes: 0,
-        total_bytes: 0,
-        rest: Segment::EMPTY,
-        more: (0, 0),
-        header: Checked::NONE,
-        is_plain: false,
-    };
-
-    /// L2 bytes without FCS.
-    #[inline]
-    pub(crate) fn l2_bytes(&self) -> u32 {
-        self.total_bytes - HEADER_BYTES
-    }
-
-    /// What lies behind the snapshot, of length 0 if it is nothing, if it is one piece and the
-    /// frame asks nothing of its destination.
-    #[inline(always)]
-    pub(crate) fn plain_rest(&self) -> Option<Segment> {
-        self.is_plain.then_some(self.rest)
-    }
+    header: Checked,
 }
 
 /// The frames of one turn of one source queue. Allocated once per worker.
 #[derive(Debug)]
 pub(crate) struct Burst {
     snapshots: Box<[Snapshot; MAX_BURST]>,
-    frames: Box<[Frame; MAX_BURST]>,
-    heads: Box<[FrameHead; MAX_BURST]>,
+    /// Ring entry, first buffer, and the length of header and frame.
+    frames: Box<[Single; MAX_BURST]>,
+    details: Box<[Details; MAX_BURST]>,
     len: usize,
-    /// Frames that passed their checks.
-    valid: u64,
+    /// Frames in several pieces.
+    scattered: u64,
+    /// Frames in one piece that ask nothing of their destination.
+    plain: u64,
+    /// Frames that passed their checks, by what they begin with.
+    runs: Vec<Run>,
     /// Frames that did not, by reason.
     pub(crate) rejected: Vec<(DropReason, u64)>,
     segments: Vec<Segment>,
@@ -98,12 +82,20 @@ unsafe impl Send for Burst {}
 
 impl Burst {
     pub(crate) fn new() -> Self {
+        const NOTHING: Details = Details {
+            snapshot_bytes: 0,
+            rest: Segment::EMPTY,
+            more: (0, 0),
+            header: Checked::NONE,
+        };
         Self {
             snapshots: Box::new([Snapshot([0; SNAPSHOT_LEN]); MAX_BURST]),
-            frames: Box::new([Frame::EMPTY; MAX_BURST]),
-            heads: Box::new([FrameHead::default(); MAX_BURST]),
+            frames: Box::new([Single::EMPTY; MAX_BURST]),
+            details: Box::new([NOTHING; MAX_BURST]),
             len: 0,
-            valid: 0,
+            scattered: 0,
+            plain: 0,
+            runs: Vec::with_capacity(MAX_BURST),
             rejected: Vec::with_capacity(DropReason::ALL.len()),
             segments: Vec::with_capacity(MAX_SEGMENTS),
         }
@@ -111,7 +103,9 @@ impl Burst {
 
     pub(crate) fn clear(&mut self) {
         self.len = 0;
-        self.valid = 0;
+        self.scattered = 0;
+        self.plain = 0;
+        self.runs.clear();
         self.rejected.clear();
         self.segments.clear();
     }
@@ -120,41 +114,100 @@ impl Burst {
         self.len
     }
 
-    pub(crate) fn valid(&self) -> u64 {
-        self.valid
+    /// The frames that passed their checks, for the bridge.
+    pub(crate) fn runs(&self) -> &[Run] {
+        &self.runs
     }
 
+    /// The frames that are plain.
+    pub(crate) fn plain(&self) -> u64 {
+        self.plain
+    }
+
+    /// The ring entries of all frames, and their lengths.
     #[inline]
-    pub(crate) fn frames(&self) -> &[Frame] {
+    pub(crate) fn frames(&self) -> &[Single] {
         &self.frames[..self.len]
     }
 
-    /// Frame `index` of the burst and its snapshot; of indices past the last some older frame.
+    /// Plain frame `index` with its whole buffer, of at least [`PLAIN_BYTES`], whose first bytes are
+    /// to be taken from the snapshot. Of indices past the last some older frame.
     #[inline(always)]
-    pub(crate) fn at(&self, index: usize) -> (&Frame, *const u8) {
+    pub(crate) fn plain_at(&self, index: usize) -> (&Single, *const u8) {
         let index = index % MAX_BURST;
         (&self.frames[index], self.snapshots[index].0.as_ptr())
     }
 
+    /// Header and frame.
     #[inline]
-    pub(crate) fn heads(&self) -> &[FrameHead] {
-        &self.heads[..self.len]
+    pub(crate) fn total_bytes(&self, index: usize) -> u32 {
+        self.frames[index].len
     }
 
+    /// L2 bytes without FCS.
+    #[inline]
+    pub(crate) fn l2_bytes(&self, index: usize) -> u32 {
+        self.total_bytes(index) - HEADER_BYTES
+    }
+
+    /// What frame `index`'s header asks for.
+    pub(crate) fn header(&self, index: usize) -> Checked {
+        if self.is_plain(index) {
+            Checked {
+                wire_bytes: self.l2_bytes(index),
+                ..Checked::NONE
+            }
+        } else {
+            self.details[index].header
+        }
+    }
+
+    /// The snapshot, of which the first [`Burst::snapshot_bytes`] belong to the frame.
     #[inline]
     pub(crate) fn snapshot(&mut self, index: usize) -> &mut [u8; SNAPSHOT_LEN] {
         &mut self.snapshots[index].0
     }
 
-    /// What lies behind a frame's snapshot.
+    /// Bytes in frame `index`'s snapshot.
+    pub(crate) fn snapshot_bytes(&self, index: usize) -> u32 {
+        if self.is_plain(index) {
+            PLAIN_BYTES
+        } else {
+            self.details[index].snapshot_bytes
+        }
+    }
+
+    /// What lies behind frame `index`'s snapshot.
     #[inline]
-    pub(crate) fn rest(&self, frame: &Frame) -> impl ExactSizeIterator<Item = Segment> {
-        let (from, to) = frame.more;
-        let first = (frame.rest.len > 0).then_some(frame.rest);
+    pub(crate) fn rest(&self, index: usize) -> impl ExactSizeIterator<Item = Segment> {
+        let (first, (from, to)) = if self.is_plain(index) {
+            (self.frames[index].buffer().skip(PLAIN_BYTES), (0, 0))
+        } else {
+            (self.details[index].rest, self.details[index].more)
+        };
+        let first = (first.len > 0).then_some(first);
         let more = &self.segments[from as usize..to as usize];
         let count = usize::from(first.is_some()) + more.len();
         let mut pieces = first.into_iter().chain(more.iter().copied());
         (0..count).map(move |_| pieces.next().unwrap_or(Segment::EMPTY))
+    }
+
+    /// Frame `index`'s buffers, before the snapshots are taken.
+    #[cfg(test)]
+    pub(crate) fn pieces(&self, index: usize) -> Vec<Segment> {
+        let (from, to) = self.details[index].more;
+        let (first, more) = if self.scattered >> index & 1 == 0 {
+            (self.frames[index].buffer(), [].as_slice())
+        } else {
+            let more = &self.segments[from as usize..to as usize];
+            (self.details[index].rest, more)
+        };
+        let first = (first.len > 0).then_some(first);
+        first.into_iter().chain(more.iter().copied()).collect()
+    }
+
+    fn is_plain(&self, index: usize) -> bool {
+        self.plain >> index & 1 != 0
     }
 
     /// Starts a chain: returns a mark for [`Burst::add`], or `None` if the burst is full or a
@@ -182,71 +235,109 @@ impl Burst {
 
     /// Ends a chain: it becomes the burst's next frame, of `total_bytes` in all pieces.
     pub(crate) fn add(&mut self, mark: usize, entry: Entry, total_bytes: u32) {
-        let first = self.segments.get(mark).copied();
-        let from = mark + usize::from(first.is_some());
-        // Both fit: there are at most MAX_SEGMENTS.
+        let first = self.segments.get(mark).copied().unwrap_or(Segment::EMPTY);
+        let end = self.segments.len();
+        let more = (mark + 1).min(end)..end;
+        if !more.is_empty() {
+            self.scattered |= 1 << self.len;
+        }
+        self.details[self.len].rest = first;
         #[expect(clippy::cast_possible_truncation, reason = "at most MAX_SEGMENTS")]
-        let more = (from as u32, self.segments.len() as u32);
-        self.add_frame(entry, total_bytes, first.unwrap_or(Segment::EMPTY), more);
-    }
-
-    /// Adds a frame that is one piece.
-    #[inline(always)]
-    pub(crate) fn add_single(&mut self, entry: Entry, segment: Segment) {
-        self.add_frame(entry, segment.len, segment, (0, 0));
-    }
-
-    #[inline(always)]
-    fn add_frame(&mut self, entry: Entry, total_bytes: u32, rest: Segment, more: (u32, u32)) {
-        let frame = &mut self.frames[self.len];
-        frame.entry = entry;
-        frame.total_bytes = total_bytes;
-        frame.rest = rest;
-        frame.more = more;
+        let more = (more.start as u32, more.end as u32);
+        self.details[self.len].more = more;
+        self.frames[self.len] = Single {
+            ptr: first.ptr,
+            len: total_bytes,
+            entry,
+        };
         self.len += 1;
+    }
+
+    /// Room for further frames of one buffer each: the first `n` that are filled in are to be
+    /// announced by [`Burst::added`].
+    #[inline]
+    pub(crate) fn spare(&mut self) -> &mut [Single] {
+        &mut self.frames[self.len..]
+    }
+
+    /// Adds the frames that were put into the first `count` places of [`Burst::spare`].
+    #[inline]
+    pub(crate) fn added(&mut self, count: usize) {
+        self.len = (self.len + count).min(MAX_BURST);
     }
 
     /// Takes the snapshots of all frames, whose headers have `header_bytes` (10 or 12), and checks
     /// them: from here on nothing that a decision rests on is read from the source again.
-    #[inline]
+    #[inline(never)]
     pub(crate) fn take_snapshots(&mut self, header_bytes: u32, allowed: Offloads) {
-        for index in 0..self.len {
-            match self.take_snapshot(index, header_bytes, allowed) {
-                Ok(()) => self.valid |= 1 << index,
-                Err(reason) => self.reject(reason, 1 << index),
+        let whole = if header_bytes == HEADER_BYTES {
+            !self.scattered
+        } else {
+            0
+        };
+        let mut plain = 0;
+        let (mut head, mut mask) = (Head::NONE, 0);
+        for index in 0..self.len.min(MAX_BURST) {
+            let bit = 1 << index;
+            let frame = self.frames[index];
+            let mut seen = Head::NONE;
+            if whole & bit != 0 && (PLAIN_BYTES..=MAX_TOTAL_BYTES).contains(&frame.len) {
+                // SAFETY: the buffer is valid for its length, which is no less.
+                seen = unsafe { Head::read(frame.ptr) };
             }
+            if seen.asks_nothing() {
+                seen.write_clean(&mut self.snapshots[index].0);
+                plain |= bit;
+            } else {
+                match self.take_any(index, header_bytes, allowed) {
+                    Ok(taken) => seen = taken,
+                    Err(reason) => {
+                        self.reject(reason, bit);
+                        continue;
+                    }
+                }
+            }
+            if !seen.is_like(&head) {
+                self.add_run(head, mask);
+                (head, mask) = (seen, 0);
+            }
+            mask |= bit;
+        }
+        self.add_run(head, mask);
+        self.plain = plain;
+    }
+
+    #[inline]
+    fn add_run(&mut self, head: Head, frames: u64) {
+        if frames != 0 {
+            self.runs.push(Run {
+                head: head.parse(),
+                frames,
+            });
         }
     }
 
-    #[inline(always)]
-    fn take_snapshot(
+    /// Takes the snapshot of a frame of any kind, and checks it.
+    #[cold]
+    fn take_any(
         &mut self,
         index: usize,
         header_bytes: u32,
         allowed: Offloads,
-    ) -> Result<(), DropReason> {
+    ) -> Result<Head, DropReason> {
         let frame = &mut self.frames[index];
         let snapshot = &mut self.snapshots[index].0;
-        let is_common = header_bytes == HEADER_BYTES
-            && frame.more.0 == frame.more.1
-            && (HEADER_BYTES..=MAX_FRAME_BYTES + HEADER_BYTES).contains(&frame.total_bytes);
-        if is_common {
-            let taken = frame.total_bytes.min(SNAPSHOT_BYTES);
-            // SAFETY: the piece is valid for its length, which is the frame's, and so for `taken`
-            // bytes of it; the snapshot has room for them; private and guest memory are distinct.
-            unsafe { copy_head(snapshot.as_mut_ptr(), frame.rest.ptr, taken as usize) };
-            frame.rest.ptr = frame.rest.ptr.wrapping_add(taken as usize);
-            frame.rest.len -= taken;
-            frame.snapshot_bytes = taken;
-        } else {
-            take_pieces(frame, snapshot, &mut self.segments, header_bytes)?;
+        let details = &mut self.details[index];
+        if self.scattered >> index & 1 == 0 {
+            details.rest = frame.buffer();
+            details.more = (0, 0);
         }
-        let l2_bytes = frame.l2_bytes();
-        // The bytes behind a runt are not looked at again: it is dropped.
-        self.heads[index] = FrameHead::parse(&snapshot[HEADER_LEN..], l2_bytes)?;
-        frame.header = net_header::check(snapshot, frame.snapshot_bytes, l2_bytes, allowed)?;
-        frame.is_plain = frame.more.0 == frame.more.1 && frame.header.is_plain();
-        Ok(())
+        take_pieces(frame, details, snapshot, &self.segments, header_bytes)?;
+        let l2_bytes = frame.len - HEADER_BYTES;
+        let seen = &snapshot[HEADER_LEN..details.snapshot_bytes as usize];
+        FrameHead::parse(seen)?;
+        details.header = net_header::check(snapshot, details.snapshot_bytes, l2_bytes, allowed)?;
+        Ok(Head::of(snapshot))
     }
 
     #[cold]
@@ -258,21 +349,92 @@ impl Burst {
     }
 }
 
-/// Takes the snapshot of a frame in several pieces, or with a legacy header.
-#[cold]
+/// The first [`PLAIN_BYTES`] of header and frame, in registers.
+///
+/// ```text
+///   word 0      flags u8 | gso_type u8 | hdr_len u16 | gso_size u16 | csum_start u16
+///   word 1      csum_offset u16 | num_buffers u16 | destination, 4 of 6
+///   word 2      destination, last 2 | source 6
+///   word 3      EtherType u16 | 6 bytes more
+/// ```
+#[derive(Clone, Copy)]
+struct Head([u64; 4]);
+
+impl Head {
+    /// Asks for something, and is like no frame's: such a header's flags are never let through.
+    const NONE: Self = Self([u64::MAX; 4]);
+
+    /// # Safety
+    /// `from` is valid for reading [`PLAIN_BYTES`].
+    #[inline(always)]
+    unsafe fn read(from: *const u8) -> Self {
+        // SAFETY: the caller's promise. The guest may write meanwhile: any mix of old and new will
+        // do, and it is read once.
+        Self(unsafe { from.cast::<[u64; 4]>().read_unaligned() }.map(u64::from_le))
+    }
+
+    fn of(snapshot: &[u8; SNAPSHOT_LEN]) -> Self {
+        // SAFETY: a snapshot is longer.
+        unsafe { Self::read(snapshot.as_ptr()) }
+    }
+
+    /// Whether neither a flag that means anything nor a segmentation is set.
+    #[inline(always)]
+    fn asks_nothing(&self) -> bool {
+        self.0[0] & u64::from(net_header::ASKING) == 0
+    }
+
+    /// Writes it with a header of zeros but for num_buffers, which is 1.
+    #[inline(always)]
+    fn write_clean(&self, snapshot: &mut [u8; SNAPSHOT_LEN]) {
+        let words = [
+            0,
+            self.0[1] & 0xffff_ffff_0000_0000 | 1 << 16,
+            self.0[2],
+            self.0[3],
+        ];
+        // SAFETY: a snapshot is longer.
+        unsafe {
+            snapshot
+                .as_mut_ptr()
+                .cast::<[u64; 4]>()
+                .write_unaligned(words.map(u64::to_le));
+        }
+    }
+
+    /// Whether addresses and EtherType are the same.
+    #[inline(always)]
+    fn is_like(&self, other: &Self) -> bool {
+        let differ = |word: usize| self.0[word] ^ other.0[word];
+        differ(1) >> 32 | differ(2) | differ(3) << 48 == 0
+    }
+
+    fn parse(&self) -> FrameHead {
+        let dst = self.0[1] >> 32 | self.0[2] << 32;
+        let [high, low, ..] = self.0[3].to_le_bytes();
+        FrameHead {
+            dst: dst.swap_bytes() >> 16,
+            src: (self.0[2] >> 16).swap_bytes() >> 16,
+            ether_type: u16::from_be_bytes([high, low]),
+        }
+    }
+}
+
+/// Takes the snapshot of a frame in any number of pieces, with a header of either length.
 fn take_pieces(
-    frame: &mut Frame,
+    frame: &mut Single,
+    details: &mut Details,
     snapshot: &mut [u8; SNAPSHOT_LEN],
-    segments: &mut [Segment],
+    segments: &[Segment],
     header_bytes: u32,
 ) -> Result<(), DropReason> {
-    let chain_bytes = frame.total_bytes;
+    let chain_bytes = frame.len;
     let gap = HEADER_BYTES - header_bytes;
     // The longest frame fits, so nothing below overflows.
     if chain_bytes > MAX_FRAME_BYTES + header_bytes {
         return Err(DropReason::TooLong);
     }
-    frame.total_bytes = (chain_bytes + gap).max(HEADER_BYTES);
+    frame.len = (chain_bytes + gap).max(HEADER_BYTES);
     if chain_bytes < header_bytes {
         return Err(DropReason::BadHeader);
     }
@@ -280,24 +442,21 @@ fn take_pieces(
     let target = snapshot.as_mut_ptr().wrapping_add(gap as usize);
     let mut taken = 0;
     loop {
-        let part = frame.rest.len.min(wanted - taken);
-        let from = frame.rest.ptr;
+        let part = details.rest.len.min(wanted - taken);
+        let from = details.rest.ptr;
         // SAFETY: the piece is valid for its length and `part` is within it; the snapshot has room
         // for `wanted` bytes behind the gap; private and guest memory are distinct.
         unsafe { copy(target.wrapping_add(taken as usize), from, part as usize) };
         taken += part;
-        frame.rest = Segment {
-            ptr: from.wrapping_add(part as usize),
-            len: frame.rest.len - part,
-        };
+        details.rest = details.rest.skip(part);
         if taken == wanted {
             break;
         }
         // The lengths of the pieces sum up to `chain_bytes`, so there is one.
-        frame.rest = segments[frame.more.0 as usize];
-        frame.more.0 += 1;
+        details.rest = segments[details.more.0 as usize];
+        details.more.0 += 1;
     }
-    frame.snapshot_bytes = gap + taken;
+    details.snapshot_bytes = gap + taken;
     if gap > 0 {
         // A legacy header without num_buffers: move it to the front.
         snapshot.copy_within(gap as usize..HEADER_LEN, 0);

@@ -46,21 +46,6 @@ unsafe fn move_string(dst: *mut u8, src: *const u8, len: usize) {
     };
 }
 
-/// Copies `len` bytes, at most 128: the head of a frame.
-///
-/// # Safety
-/// As for [`copy`], and `len` is at most 128.
-#[inline(always)]
-pub(crate) unsafe fn copy_head(dst: *mut u8, src: *const u8, len: usize) {
-    if len == 128 {
-        // SAFETY: the caller vouches for 128 bytes.
-        unsafe { dst.copy_from_nonoverlapping(src, 128) };
-    } else {
-        // SAFETY: the caller vouches for the ranges.
-        unsafe { copy(dst, src, len) };
-    }
-}
-
 /// Copies `len` bytes, `N..=2N` of them, as two blocks of `N` that meet or overlap.
 ///
 /// # Safety

@@ -17,6 +17,9 @@ pub(crate) const MAX_FRAME_BYTES: u32 = 65_535 + 14 + 8;
 
 const FLAG_NEEDS_CSUM: u8 = 1;
 const FLAG_DATA_VALID: u8 = 2;
+/// The bits of flags and gso_type, as the header's first two bytes, that ask something of the
+/// destination or tell it something.
+pub(crate) const ASKING: u16 = 0xff00 | (FLAG_NEEDS_CSUM | FLAG_DATA_VALID) as u16;
 const GSO_TCPV4: u8 = 1;
 const GSO_TCPV6: u8 = 4;
 const GSO_ECN: u8 = 0x80;
@@ -103,12 +106,6 @@ pub(crate) struct Checked {
 }
 
 impl Checked {
-    /// Whether nothing is asked of the destination.
-    #[inline(always)]
-    pub(crate) fn is_plain(&self) -> bool {
-        (self.needs.0 | u8::from(self.data_valid)) == 0
-    }
-
     /// Of a frame of no length.
     pub(crate) const NONE: Self = Self {
         needs: Offloads::NONE,
@@ -123,7 +120,6 @@ impl Checked {
 ///
 /// # Errors
 /// `OffloadNotNegotiated`, or `BadHeader` if the fields contradict each other or the frame.
-#[inline(always)]
 pub(crate) fn check<const N: usize>(
     snapshot: &mut [u8; N],
     seen_bytes: u32,
@@ -131,7 +127,7 @@ pub(crate) fn check<const N: usize>(
     allowed: Offloads,
 ) -> Result<Checked, DropReason> {
     const { assert!(N >= HEADER_LEN) };
-    if (snapshot[0] & (FLAG_NEEDS_CSUM | FLAG_DATA_VALID)) | snapshot[1] == 0 {
+    if u16::from_le_bytes([snapshot[0], snapshot[1]]) & ASKING == 0 {
         snapshot[..HEADER_LEN].copy_from_slice(&clean(0, 0, 0, 0, [0, 0]));
         return Ok(Checked {
             wire_bytes: frame_bytes,
@@ -145,7 +141,6 @@ pub(crate) fn check<const N: usize>(
     }
 }
 
-#[cold]
 fn check_offloads(
     header: &mut [u8; HEADER_LEN],
     frame: &[u8],

@@ -174,6 +174,15 @@ impl Segment {
         ptr: std::ptr::null_mut(),
         len: 0,
     };
+
+    /// What lies behind its first `bytes`, which are no more than it has.
+    #[inline(always)]
+    pub(crate) fn skip(self, bytes: u32) -> Self {
+        Self {
+            ptr: self.ptr.wrapping_add(bytes as usize),
+            len: self.len - bytes,
+        }
+    }
 }
 
 /// The region that served a translation last, held apart from the list of regions so that the next

@@ -159,7 +159,6 @@ impl TapPort {
         burst: &mut Burst,
         index: usize,
     ) -> Result<(), DropReason> {
-        let frame = burst.frames()[index];
         let snapshot = burst.snapshot(index).as_ptr();
         let mut pieces = [const {
             libc::iovec {
@@ -169,9 +168,9 @@ impl TapPort {
         }; 1 + MAX_CHAIN];
         pieces[0] = libc::iovec {
             iov_base: snapshot.cast_mut().cast(),
-            iov_len: frame.snapshot_bytes as usize,
+            iov_len: burst.snapshot_bytes(index) as usize,
         };
-        let rest = burst.rest(&frame);
+        let rest = burst.rest(index);
         let count = i32::try_from(1 + rest.len()).map_err(|_| DropReason::HostError)?;
         for (piece, segment) in pieces[1..].iter_mut().zip(rest) {
             *piece = libc::iovec {

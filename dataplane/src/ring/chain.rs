@@ -31,6 +31,15 @@ impl Direction {
             Self::ToGuest => F_WRITE,
         }
     }
+
+    /// How many of a buffer's `bytes` the device has written.
+    #[inline(always)]
+    pub(super) fn written(self, bytes: u32) -> u32 {
+        match self {
+            Self::FromGuest => 0,
+            Self::ToGuest => bytes,
+        }
+    }
 }
 
 /// A descriptor as one load; packed, since indirect tables may lie anywhere.
@@ -105,10 +114,10 @@ impl Chains {
         self.memory.is_broken()
     }
 
-    /// A buffer, if it lies in the region that served last. `None` says nothing about it.
+    /// The region that served last.
     #[inline(always)]
-    pub(super) fn find(&self, addr: u64, len: u32) -> Option<Segment> {
-        self.hint.find(addr, len)
+    pub(super) fn hint(&self) -> RegionHint {
+        self.hint
     }
 
     /// Checks a buffer of a chain that has `bytes` so far, gives its pieces to `piece` and returns
@@ -184,42 +193,28 @@ impl Chains {
 /// Bytes of a cache line, on all processors that this is tuned for.
 const LINE: usize = 64;
 
-/// Brings the first two lines of `segment` towards the cache, to be read. A hint: valid for any
-/// address.
+/// Brings the first two lines of a buffer towards the cache: to be read, or to be written, handed
+/// over by whoever wrote them last. A hint: valid for any address.
 #[inline(always)]
-pub(super) fn prefetch(segment: Segment) {
+pub(super) fn prefetch(buffer: Segment, direction: Direction) {
     #[cfg(target_arch = "x86_64")]
-    {
+    for line in [buffer.ptr, buffer.ptr.wrapping_add(LINE)] {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: prefetching has no effect that a program can see.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(segment.ptr.cast()) };
-        if segment.len as usize > LINE {
-            // SAFETY: as above.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(segment.ptr.wrapping_add(LINE).cast()) };
+        match direction {
+            // SAFETY: prefetching has no effect that a program can see.
+            Direction::FromGuest => unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) },
+            // SAFETY: likewise; processors without the instruction take it for one without effect.
+            Direction::ToGuest => unsafe {
+                std::arch::asm!(
+                    "prefetchw [{line}]",
+                    line = in(reg) line,
+                    options(nostack, preserves_flags, readonly)
+                );
+            },
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (segment, LINE);
-}
-
-/// Has the first two lines at `ptr` handed over by whoever wrote them last, to be written. A hint:
-/// valid for any address.
-#[inline(always)]
-pub(super) fn prefetch_for_write(ptr: *mut u8) {
-    #[cfg(target_arch = "x86_64")]
-    for line in [ptr, ptr.wrapping_add(LINE)] {
-        // SAFETY: prefetching has no effect that a program can see; processors without the
-        // instruction take it for one without effect.
-        unsafe {
-            std::arch::asm!(
-                "prefetchw [{line}]",
-                line = in(reg) line,
-                options(nostack, preserves_flags, readonly)
-            );
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = ptr;
+    let _ = (buffer, direction, LINE);
 }
 
 /// Whether going from index `old` to `new` passed `event`: vring_need_event (2.7.10).

@@ -21,22 +21,22 @@ pub(super) fn gather<R: DeviceRing>(
     let available = ring.available()?;
     // How many chains may be taken: each further descriptor of one is a chain less.
     let mut most = usize::from(available);
-    let mut end = most.min(max);
     let mut taken = 0;
-    while taken < end {
-        let at = ring.place();
-        if let Some((entry, segment)) = ring.single(at, Direction::FromGuest) {
-            prefetch(segment);
-            burst.add_single(entry, segment);
-            ring.take(1);
-        } else {
+    while taken < most.min(max) {
+        let spare = burst.spare();
+        let wanted = (most.min(max) - taken).min(spare.len());
+        let singles = ring.singles(Direction::FromGuest, &mut spare[..wanted]);
+        burst.added(singles);
+        #[expect(clippy::cast_possible_truncation, reason = "at most MAX_BURST")]
+        ring.take(singles as u16);
+        taken += singles;
+        if singles < wanted {
             let Some(slots) = gather_chain(ring, most - taken, burst)? else {
                 break;
             };
             most -= usize::from(slots) - 1;
-            end = end.min(most);
+            taken += 1;
         }
-        taken += 1;
     }
     Ok(())
 }
@@ -53,7 +53,7 @@ fn gather_chain<R: DeviceRing>(
         return Ok(None);
     };
     let found = ring.chain(ring.place(), limit, Direction::FromGuest, |segment| {
-        prefetch(segment);
+        prefetch(segment, Direction::FromGuest);
         burst.push(mark, segment)
     });
     match found {

@@ -11,9 +11,9 @@ mod split;
 
 use std::sync::Arc;
 
-use crate::burst::{Burst, Frame};
+use crate::burst::Burst;
 use crate::memory::{GuestMemory, Segment};
-use crate::net_header::vhost_features;
+use crate::net_header::{HEADER_BYTES, vhost_features};
 
 pub(crate) use chain::Direction;
 pub(crate) use packed::PackedRing;
@@ -94,6 +94,31 @@ impl Entry {
     }
 }
 
+/// A chain of one buffer: the common case, whose buffer is checked and translated.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Single {
+    /// The buffer, valid while the ring's lock is held.
+    pub(crate) ptr: *mut u8,
+    pub(crate) len: u32,
+    pub(crate) entry: Entry,
+}
+
+impl Single {
+    pub(crate) const EMPTY: Self = Self {
+        ptr: std::ptr::null_mut(),
+        len: 0,
+        entry: Entry::single(0),
+    };
+
+    #[inline(always)]
+    pub(crate) fn buffer(&self) -> Segment {
+        Segment {
+            ptr: self.ptr,
+            len: self.len,
+        }
+    }
+}
+
 /// What gathering and delivery need of a ring.
 pub(crate) trait DeviceRing {
     /// A place in the order in which the driver makes chains available.
@@ -120,10 +145,11 @@ pub(crate) trait DeviceRing {
     /// Takes so many slots.
     fn take(&mut self, slots: u16);
 
-    /// The chain at a place, if it is the common case: one direct descriptor of the right
-    /// direction, whose buffer lies in the region that served last. `None` says nothing about the
-    /// chain, not even that there is one or that it is good.
-    fn single(&self, place: Self::Place, direction: Direction) -> Option<(Entry, Segment)>;
+    /// Reads the next chains into `to`, for as long as they are the common case: one direct
+    /// descriptor of the right direction, whose buffer lies in the region that served last. Returns
+    /// how many; that it ends says nothing about the chain there, not even that there is one or
+    /// that it is good. Nothing is taken; the buffers are on the way into the cache.
+    fn singles(&self, direction: Direction, to: &mut [Single]) -> usize;
 
     /// Gives the pieces of the chain at a place to `piece` and returns the chain and its length;
     /// `None` if there is none. At most `limit` slots and [`crate::burst::MAX_CHAIN`] descriptors
@@ -141,6 +167,13 @@ pub(crate) trait DeviceRing {
 
     /// Completes a chain that was taken; the driver sees it after [`DeviceRing::publish`].
     fn complete(&mut self, entry: Entry, written_bytes: u32);
+
+    /// Completes chains in their order, likewise; of each `len` bytes were written if it is
+    /// [`Direction::ToGuest`].
+    fn complete_all(&mut self, chains: &[Single], direction: Direction);
+
+    /// Whether the driver takes chains back in the order in which it made them available.
+    fn in_order(&self) -> bool;
 
     /// Shows the driver all completed chains, and returns whether it wants a call for them.
     fn publish(&mut self) -> bool;
@@ -249,17 +282,13 @@ impl Ring {
     /// Completes frames that were gathered, in their order, and returns their L2 bytes; the driver
     /// sees it after [`Ring::publish`].
     #[inline]
-    pub(crate) fn complete_gathered(&mut self, frames: &[Frame]) -> u64 {
-        match self {
-            Self::Packed(ring) if ring.in_order() => ring.complete_batch(frames),
-            Self::Packed(ring) => complete_each(ring, frames),
-            Self::Split(ring) => complete_each(ring, frames),
-        }
+    pub(crate) fn complete_gathered(&mut self, frames: &[Single]) -> u64 {
+        each!(self, ring => complete_gathered(ring, frames))
     }
 
     /// Gives back the last frames that were gathered: they will be taken, read and checked again.
     #[inline]
-    pub(crate) fn give_back(&mut self, frames: &[Frame]) {
+    pub(crate) fn give_back(&mut self, frames: &[Single]) {
         if !frames.is_empty() {
             // A ring holds no more than 32,768.
             let slots = frames
@@ -288,13 +317,18 @@ impl Ring {
 }
 
 #[inline(always)]
-fn complete_each<R: DeviceRing>(ring: &mut R, frames: &[Frame]) -> u64 {
-    let mut bytes = 0;
-    for frame in frames {
-        ring.complete(frame.entry, 0);
-        bytes += u64::from(frame.l2_bytes());
+fn complete_gathered<R: DeviceRing>(ring: &mut R, frames: &[Single]) -> u64 {
+    let l2_bytes = |frame: &Single| u64::from(frame.len - HEADER_BYTES);
+    if let (true, Some(last)) = (ring.in_order(), frames.last()) {
+        // One used entry is enough for all of them: the last's, in the place of the first's (2.7.9,
+        // 2.8.9).
+        let slots = frames.iter().map(|frame| frame.entry.slots).sum();
+        let id = last.entry.id;
+        ring.complete(Entry { id, slots }, 0);
+    } else {
+        ring.complete_all(frames, Direction::FromGuest);
     }
-    bytes
+    frames.iter().map(l2_bytes).sum()
 }
 
 /// How a guest broke the rules of its ring; the ring stops for it.

@@ -14,9 +14,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
-use super::chain::{Chains, DESC_BYTES, F_INDIRECT, F_NEXT, F_WRITE, event_passed};
-use super::{Areas, DeviceRing, Direction, Entry, RingFault};
-use crate::burst::{Frame, MAX_CHAIN};
+use super::chain::{Chains, DESC_BYTES, F_INDIRECT, F_NEXT, F_WRITE, event_passed, prefetch};
+use super::{Areas, DeviceRing, Direction, Entry, RingFault, Single};
+use crate::burst::MAX_CHAIN;
 use crate::memory::{GuestMemory, Segment};
 use crate::net_header::vhost_features;
 
@@ -212,28 +212,6 @@ impl PackedRing {
         self.chains.is_broken()
     }
 
-    /// Whether the driver takes chains back in the order in which it made them available.
-    pub(super) fn in_order(&self) -> bool {
-        self.in_order
-    }
-
-    /// Completes frames that were gathered from an in-order driver and returns their L2 bytes. One
-    /// used descriptor is enough for all of them (2.8.9): that of the last, in the place of the
-    /// first.
-    #[inline]
-    pub(super) fn complete_batch(&mut self, frames: &[Frame]) -> u64 {
-        let (mut slots, mut bytes) = (0, 0);
-        for frame in frames {
-            slots += frame.entry.slots;
-            bytes += u64::from(frame.l2_bytes());
-        }
-        if let Some(last) = frames.last() {
-            let id = last.entry.id;
-            self.complete(Entry { id, slots }, 0);
-        }
-        bytes
-    }
-
     /// Gives back the last `slots` that were taken and not completed.
     pub(super) fn give_back(&mut self, slots: u16) {
         self.next_avail = self.next_avail.back(slots, self.size);
@@ -407,13 +385,28 @@ impl DeviceRing for PackedRing {
     }
 
     #[inline(always)]
-    fn single(&self, place: Place, direction: Direction) -> Option<(Entry, Segment)> {
-        let tail = self.read_tail(place);
-        if tail.flags != place.available_flags() | direction.flag() || tail.len == 0 {
-            return None;
+    fn singles(&self, direction: Direction, to: &mut [Single]) -> usize {
+        let region = self.chains.hint();
+        let mut place = self.next_avail;
+        let mut count = 0;
+        for single in to {
+            let tail = self.read_tail(place);
+            if tail.flags != place.available_flags() | direction.flag() || tail.len == 0 {
+                break;
+            }
+            let Some(buffer) = region.find(self.read_addr(place), tail.len) else {
+                break;
+            };
+            prefetch(buffer, direction);
+            *single = Single {
+                ptr: buffer.ptr,
+                len: buffer.len,
+                entry: Entry::single(tail.id),
+            };
+            place = place.forward(1, self.size);
+            count += 1;
         }
-        let buffer = self.chains.find(self.read_addr(place), tail.len)?;
-        Some((Entry::single(tail.id), buffer))
+        count
     }
 
     #[inline]
@@ -449,6 +442,17 @@ impl DeviceRing for PackedRing {
         }
         self.next_used = self.next_used.forward(entry.slots, self.size);
         self.unpublished += entry.slots;
+    }
+
+    #[inline(always)]
+    fn complete_all(&mut self, chains: &[Single], direction: Direction) {
+        for chain in chains {
+            self.complete(chain.entry, direction.written(chain.len));
+        }
+    }
+
+    fn in_order(&self) -> bool {
+        self.in_order
     }
 
     #[inline]

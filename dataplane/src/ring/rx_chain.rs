@@ -3,10 +3,10 @@
 
 use ringway_bridge::{DropReason, MAX_BURST};
 
-use super::chain::prefetch_for_write;
-use super::{DeviceRing, Direction, Entry, RingFault};
-use crate::burst::{Burst, Frame, MAX_CHAIN};
-use crate::copy::{copy, copy_head};
+use super::chain::prefetch;
+use super::{DeviceRing, Direction, Entry, RingFault, Single};
+use crate::burst::{Burst, MAX_CHAIN, PLAIN_BYTES};
+use crate::copy::copy;
 use crate::memory::Segment;
 use crate::net_header::{self, HEADER_BYTES, HEADER_LEN};
 
@@ -20,14 +20,7 @@ pub(crate) struct RxScratch {
     segments: Vec<Segment>,
     /// Each chain and its capacity.
     chains: Vec<(Entry, u32)>,
-    slots: [RxSlot; MAX_BURST],
-}
-
-/// A chain of one buffer.
-#[derive(Clone, Copy, Debug)]
-struct RxSlot {
-    buffer: Segment,
-    entry: Entry,
+    singles: [Single; MAX_BURST],
 }
 
 // SAFETY: the segments are used only within one call of `deliver`.
@@ -38,10 +31,7 @@ impl RxScratch {
         Self {
             segments: Vec::with_capacity(MAX_MERGED + MAX_CHAIN),
             chains: Vec::with_capacity(MAX_MERGED),
-            slots: [RxSlot {
-                buffer: Segment::EMPTY,
-                entry: Entry::single(0),
-            }; MAX_BURST],
+            singles: [Single::EMPTY; MAX_BURST],
         }
     }
 }
@@ -73,54 +63,43 @@ pub(crate) trait Deliver: DeviceRing {
         available: &mut u16,
         scratch: &mut RxScratch,
     ) -> (u64, u64) {
-        if self.header_bytes() != HEADER_BYTES {
+        // In order: up to the first that is not plain.
+        let odd = mask & !burst.plain();
+        let plain = mask & (odd & odd.wrapping_neg()).wrapping_sub(1);
+        let wanted = plain.count_ones().min(u32::from(*available)) as usize;
+        if self.header_bytes() != HEADER_BYTES || wanted == 0 {
             return (0, 0);
         }
         let limit = max_bytes.saturating_add(HEADER_BYTES);
-        #[expect(clippy::cast_possible_truncation, reason = "at most 64")]
-        let wanted = (mask.count_ones() as u16).min(*available);
-        let mut ready = 0_u16;
-        let mut at = self.place();
-        for slot in &mut scratch.slots[..usize::from(wanted)] {
-            let Some((entry, buffer)) = self.single(at, Direction::ToGuest) else {
-                break;
-            };
-            prefetch_for_write(buffer.ptr);
-            *slot = RxSlot { buffer, entry };
-            at = self.after(at, 1);
-            ready += 1;
-        }
-        let mut left = mask;
+        let ready = self.singles(Direction::ToGuest, &mut scratch.singles[..wanted]);
+        let mut left = plain;
         let mut bytes = 0;
         let mut done = 0;
-        for slot in &scratch.slots[..usize::from(ready)] {
-            let (frame, snapshot) = burst.at(left.trailing_zeros() as usize);
-            let total = frame.total_bytes;
-            let Some(rest) = frame.plain_rest() else {
-                break;
-            };
-            if total > slot.buffer.len.min(limit) {
+        for to in &mut scratch.singles[..ready] {
+            let (frame, snapshot) = burst.plain_at(left.trailing_zeros() as usize);
+            let total = frame.len;
+            if total > to.len.min(limit) {
                 break;
             }
-            let (to, head_bytes) = (slot.buffer.ptr, frame.snapshot_bytes as usize);
-            // SAFETY: the snapshot holds `head_bytes`, at most 128, the buffer has room for the
-            // whole frame, and private and guest memory are distinct.
-            unsafe { copy_head(to, snapshot, head_bytes) };
-            if rest.len > 0 {
-                let (to, len) = (to.wrapping_add(head_bytes), rest.len as usize);
-                // SAFETY: the piece is valid for its length, and the buffer has room for it behind
-                // the snapshot. Source and destination are mappings of their own, even if they
-                // show one file.
-                unsafe { copy(to, rest.ptr, len) };
-            }
-            self.complete(slot.entry, total);
+            let (head, rest) = (PLAIN_BYTES as usize, total - PLAIN_BYTES);
+            // SAFETY: the snapshot holds as many bytes, the buffer has room for the whole frame,
+            // which is no shorter, and private and guest memory are distinct.
+            unsafe { to.ptr.copy_from_nonoverlapping(snapshot, head) };
+            let (target, source) = (to.ptr.wrapping_add(head), frame.ptr.wrapping_add(head));
+            // SAFETY: the frame's buffer holds all of it and the destination has room for it.
+            // They are in mappings of their own, even if these show one file.
+            unsafe { copy(target, source, rest as usize) };
+            to.len = total;
             bytes += u64::from(total - HEADER_BYTES);
             left &= left - 1;
             done += 1;
         }
+        self.complete_all(&scratch.singles[..done], Direction::ToGuest);
+        #[expect(clippy::cast_possible_truncation, reason = "at most MAX_BURST")]
+        let done = done as u16;
         self.take(done);
         *available -= done;
-        (mask & !left, bytes)
+        (plain & !left, bytes)
     }
 
     /// Delivers frame `index` of `burst` into as many chains of as many pieces as it takes; its used
@@ -136,9 +115,8 @@ pub(crate) trait Deliver: DeviceRing {
         available: &mut u16,
         scratch: &mut RxScratch,
     ) -> Result<Result<(), DropReason>, RingFault> {
-        let frame = burst.frames()[index];
         let gap = HEADER_BYTES - self.header_bytes();
-        let needed = frame.total_bytes - gap;
+        let needed = burst.total_bytes(index) - gap;
         let slots = match self.reserve(needed, *available, scratch)? {
             Reserved::Room(slots) => slots,
             Reserved::Full => return Ok(Err(DropReason::RingFull)),
@@ -149,7 +127,7 @@ pub(crate) trait Deliver: DeviceRing {
         } = scratch;
         #[expect(clippy::cast_possible_truncation, reason = "at most MAX_MERGED")]
         let count = chains.len() as u16;
-        copy_scattered(burst, index, &frame, gap, count, segments);
+        copy_scattered(burst, index, gap, count, segments);
         let mut left = needed;
         for (entry, capacity) in chains.iter() {
             let written = left.min(*capacity);
@@ -179,7 +157,7 @@ pub(crate) trait Deliver: DeviceRing {
             let segments = &mut scratch.segments;
             let limit = usize::from(available - slots);
             let found = self.chain(at, limit, Direction::ToGuest, |segment| {
-                prefetch_for_write(segment.ptr);
+                prefetch(segment, Direction::ToGuest);
                 let fits = segments.len() - from < MAX_CHAIN;
                 if fits {
                     segments.push(segment);
@@ -211,14 +189,7 @@ impl<R: DeviceRing> Deliver for R {}
 
 /// The general case: pieces into pieces, which have room for the frame in all.
 #[cold]
-fn copy_scattered(
-    burst: &mut Burst,
-    index: usize,
-    frame: &Frame,
-    gap: u32,
-    buffers: u16,
-    to: &[Segment],
-) {
+fn copy_scattered(burst: &mut Burst, index: usize, gap: u32, buffers: u16, to: &[Segment]) {
     let mut bytes = *burst.snapshot(index);
     if gap == 0 {
         net_header::set_num_buffers(&mut bytes, buffers);
@@ -250,9 +221,9 @@ fn copy_scattered(
     };
     put(
         bytes.as_ptr().wrapping_add(gap as usize),
-        frame.snapshot_bytes - gap,
+        burst.snapshot_bytes(index) - gap,
     );
-    for piece in burst.rest(frame) {
+    for piece in burst.rest(index) {
         put(piece.ptr, piece.len);
     }
 }

@@ -12,8 +12,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use super::chain::{Chains, F_INDIRECT, F_NEXT, Table, event_passed};
-use super::{Areas, DeviceRing, Direction, Entry, RingFault};
+use super::chain::{Chains, F_INDIRECT, F_NEXT, Table, event_passed, prefetch};
+use super::{Areas, DeviceRing, Direction, Entry, RingFault, Single};
 use crate::burst::MAX_CHAIN;
 use crate::memory::{GuestMemory, Segment};
 use crate::net_header::vhost_features;
@@ -61,6 +61,7 @@ pub(crate) struct SplitRing {
     /// A call was decided on since the ring started: `published` can be compared with used_event.
     call_known: bool,
     event_idx: bool,
+    in_order: bool,
     chains: Chains,
 }
 
@@ -95,6 +96,7 @@ impl SplitRing {
             published: 0,
             call_known: false,
             event_idx: features & (1 << vhost_features::RING_EVENT_IDX) != 0,
+            in_order: features & (1 << vhost_features::IN_ORDER) != 0,
             chains: Chains::new(features, memory),
         };
         ring.published = ring.used_u16(2).load(Ordering::Relaxed);
@@ -220,6 +222,17 @@ impl SplitRing {
         self.available() == Ok(0)
     }
 
+    /// Writes the used entry at a used index.
+    #[inline(always)]
+    fn write_used(&self, index: u16, id: u16, written_bytes: u32) {
+        let slot = usize::from(index & (self.size - 1));
+        let bits = u64::from(id) | u64::from(written_bytes) << 32;
+        let at = self.used.wrapping_add(4 + 8 * slot).cast::<u64>();
+        // SAFETY: the slot is in the used ring, which lies in guest memory that we hold; entries
+        // are aligned to 4 bytes only, hence unaligned.
+        unsafe { at.write_unaligned(bits.to_le()) };
+    }
+
     /// The u16 at `offset` of the avail area. Offsets are even and within the area.
     #[inline(always)]
     fn avail_u16(&self, offset: usize) -> &AtomicU16 {
@@ -283,13 +296,32 @@ impl DeviceRing for SplitRing {
     }
 
     #[inline(always)]
-    fn single(&self, place: u16, direction: Direction) -> Option<(Entry, Segment)> {
-        let head = self.avail_entry(place).ok()?;
-        let desc = Descriptor::from_bits(self.desc.read(head).ok()?);
-        if desc.flags != direction.flag() || desc.len == 0 {
-            return None;
+    fn singles(&self, direction: Direction, to: &mut [Single]) -> usize {
+        let (table, region) = (self.desc, self.chains.hint());
+        let mut index = self.next_avail;
+        let mut count = 0;
+        for single in to {
+            let Ok(head) = self.avail_entry(index) else {
+                break;
+            };
+            let Ok(bits) = table.read(head) else { break };
+            let desc = Descriptor::from_bits(bits);
+            if desc.flags != direction.flag() || desc.len == 0 {
+                break;
+            }
+            let Some(buffer) = region.find(desc.addr, desc.len) else {
+                break;
+            };
+            prefetch(buffer, direction);
+            *single = Single {
+                ptr: buffer.ptr,
+                len: buffer.len,
+                entry: Entry::single(head),
+            };
+            index = index.wrapping_add(1);
+            count += 1;
         }
-        Some((Entry::single(head), self.chains.find(desc.addr, desc.len)?))
+        count
     }
 
     #[inline]
@@ -310,13 +342,23 @@ impl DeviceRing for SplitRing {
 
     #[inline]
     fn complete(&mut self, entry: Entry, written_bytes: u32) {
-        let slot = usize::from(self.next_used & (self.size - 1));
-        let bits = u64::from(entry.id) | u64::from(written_bytes) << 32;
-        let at = self.used.wrapping_add(4 + 8 * slot).cast::<u64>();
-        // SAFETY: the slot is in the used ring, which lies in guest memory that we hold; entries
-        // are aligned to 4 bytes only, hence unaligned.
-        unsafe { at.write_unaligned(bits.to_le()) };
-        self.next_used = self.next_used.wrapping_add(1);
+        self.write_used(self.next_used, entry.id, written_bytes);
+        self.next_used = self.next_used.wrapping_add(entry.slots);
+    }
+
+    #[inline(always)]
+    fn complete_all(&mut self, chains: &[Single], direction: Direction) {
+        let mut index = self.next_used;
+        for chain in chains {
+            let written_bytes = direction.written(chain.len);
+            self.write_used(index, chain.entry.id, written_bytes);
+            index = index.wrapping_add(1);
+        }
+        self.next_used = index;
+    }
+
+    fn in_order(&self) -> bool {
+        self.in_order
     }
 
     #[inline]

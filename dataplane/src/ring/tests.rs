@@ -245,17 +245,16 @@ proptest! {
             if burst.len() == 0 {
                 break;
             }
-            for frame in burst.frames() {
+            for (index, frame) in burst.frames().iter().enumerate() {
                 let pieces: Vec<_> = burst
-                    .rest(frame)
+                    .pieces(index)
+                    .into_iter()
                     .map(|piece| (machine.guest(piece.ptr), piece.len))
                     .collect();
-                prop_assert_eq!(frame.total_bytes, pieces.iter().map(|p| p.1).sum::<u32>());
+                prop_assert_eq!(frame.len, pieces.iter().map(|p| p.1).sum::<u32>());
                 found.push((frame.entry.id, pieces));
             }
-            for frame in burst.frames() {
-                ring.complete(frame.entry, 0);
-            }
+            ring.complete_all(burst.frames(), Direction::FromGuest);
             ring.publish();
         }
         prop_assert_eq!(&found, &expected);
@@ -466,7 +465,7 @@ impl Source {
         let mut burst = Burst::new();
         gather(&mut ring, 1, &mut burst).unwrap();
         burst.take_snapshots(ring.header_bytes(), Offloads::NONE);
-        assert_eq!(burst.valid(), 1);
+        assert_eq!(burst.runs().len(), 1);
         burst
     }
 }

@@ -107,8 +107,7 @@ impl Forwarder {
         let from = source.base().id;
         let heads = ringway_bridge::Burst {
             in_port: from,
-            heads: burst.heads(),
-            valid: burst.valid(),
+            runs: burst.runs(),
         };
         self.bridge
             .forward(&self.members, now.tick, &heads, &mut self.decisions);
@@ -354,7 +353,7 @@ fn deliver_burst<R: Deliver>(
         }
         let index = left.trailing_zeros() as usize;
         match deliver_any(ring, burst, index, limits, &mut available, scratch) {
-            Ok(Ok(())) => outcome.sent(index, burst.frames()[index].l2_bytes()),
+            Ok(Ok(())) => outcome.sent(index, burst.l2_bytes(index)),
             // Frames behind it are refused too, lest they overtake it.
             Ok(Err(DropReason::RingFull)) => {
                 outcome.full = left;
@@ -381,7 +380,7 @@ fn deliver_any<R: Deliver>(
     available: &mut u16,
     scratch: &mut RxScratch,
 ) -> Result<Result<(), DropReason>, RingFault> {
-    let header = burst.frames()[index].header;
+    let header = burst.header(index);
     if let Some(reason) = unsuited(&header, offloads, max_bytes) {
         return Ok(Err(reason));
     }
@@ -401,13 +400,12 @@ fn deliver_to_tap(port: &TapPort, source_queue: u16, mask: u64, burst: &mut Burs
     let max_bytes = max_l2_bytes(port.configured_mtu());
     let mut outcome = Outcome::default();
     for index in bits(mask) {
-        let frame = burst.frames()[index];
-        if let Some(reason) = unsuited(&frame.header, Offloads::ALL, max_bytes) {
+        if let Some(reason) = unsuited(&burst.header(index), Offloads::ALL, max_bytes) {
             outcome.drop(1 << index, reason);
             continue;
         }
         match port.deliver(queue, burst, index) {
-            Ok(()) => outcome.sent(index, frame.l2_bytes()),
+            Ok(()) => outcome.sent(index, burst.l2_bytes(index)),
             Err(reason) => outcome.drop(1 << index, reason),
         }
     }

@@ -331,12 +331,10 @@ impl Worker {
             reader.give_back(given_back);
         }
         let taken = count - given_back;
-        let frames = &self.burst.frames()[..taken];
+        let bytes = (0..taken).map(|i| u64::from(self.burst.l2_bytes(i))).sum();
         let counters = tap.queue_counters(pair).0;
         counters.frames.add_owned(taken as u64);
-        counters
-            .bytes
-            .add_owned(frames.iter().map(|frame| u64::from(frame.l2_bytes())).sum());
+        counters.bytes.add_owned(bytes);
         if taken > 0 {
             Polled::Frames(taken)
         } else {

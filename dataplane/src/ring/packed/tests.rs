@@ -16,7 +16,7 @@ use crate::driver::features::{
 use crate::driver::{DriverMemory, PackedArea, PackedDesc};
 use crate::memory::{Region, RegionHint, RegionSpec};
 use crate::net_header::Offloads;
-use crate::ring::complete_each;
+use crate::ring::complete_gathered;
 use crate::ring::gather::gather;
 
 const FEATURES: u64 = VIRTIO_F_VERSION_1
@@ -253,18 +253,13 @@ impl Bench {
         gather(&mut self.ring, max, &mut burst).unwrap();
         let frames = burst.frames();
         assert_eq!(frames.len(), count);
-        for (frame, chain) in frames.iter().zip(&self.pending) {
-            let pieces: Vec<_> = burst.rest(frame).collect();
-            self.assert_found(chain, frame.entry, &pieces);
+        for (index, chain) in (0..frames.len()).zip(&self.pending) {
+            self.assert_found(chain, frames[index].entry, &burst.pieces(index));
         }
         burst.take_snapshots(12, Offloads::ALL);
         let (done, again) = burst.frames().split_at(kept);
-        let bytes = if self.ring.in_order() {
-            self.ring.complete_batch(done)
-        } else {
-            complete_each(&mut self.ring, done)
-        };
-        let l2_bytes: u64 = done.iter().map(|f| u64::from(f.l2_bytes())).sum();
+        let bytes = complete_gathered(&mut self.ring, done);
+        let l2_bytes: u64 = done.iter().map(|f| u64::from(f.len - 12)).sum();
         assert_eq!(bytes, l2_bytes);
         let slots = again.iter().map(|frame| frame.entry.slots).sum();
         self.ring.give_back(slots);
@@ -290,8 +285,9 @@ impl Bench {
     fn receive(&mut self, count: usize, kept: usize, written: u32) {
         let mut place = self.ring.place();
         let mut entries = Vec::new();
-        for chain in self.pending.iter().take(count) {
-            let single = self.ring.single(place, self.direction);
+        let mut singles = vec![Single::EMPTY; count + 1];
+        let ready = self.ring.singles(self.direction, &mut singles);
+        for (index, chain) in self.pending.iter().take(count).enumerate() {
             let mut pieces = Vec::new();
             let found = self.ring.chain(place, 64, self.direction, |piece| {
                 pieces.push(piece);
@@ -300,15 +296,15 @@ impl Bench {
             let (entry, bytes) = found.unwrap().unwrap();
             self.assert_found(chain, entry, &pieces);
             assert_eq!(bytes, chain.buffers.iter().map(|b| b.1).sum::<u32>());
-            if let Some((same, _)) = single {
-                assert_eq!(same, entry);
+            if index < ready {
+                assert_eq!(singles[index].entry, entry);
                 assert!(!chain.indirect && chain.slots == 1);
             }
             place = self.ring.after(place, entry.slots);
             entries.push(entry);
         }
         if count == self.pending.len() && self.offered < self.used + self.size {
-            assert!(self.ring.single(place, self.direction).is_none());
+            assert!(ready <= count);
             let none = self.ring.chain(place, 64, self.direction, |_| true);
             assert_eq!(none, Ok(None));
         }
@@ -473,7 +469,9 @@ fn used_descriptors_are_hidden_until_the_burst_is_published() {
     }
     let mut burst = Burst::new();
     gather(&mut bench.ring, 32, &mut burst).unwrap();
-    complete_each(&mut bench.ring, burst.frames());
+    bench
+        .ring
+        .complete_all(burst.frames(), Direction::FromGuest);
     let flags = |slot| bench.area.read_desc(slot).flags;
     assert_eq!(flags(0), F_AVAIL, "held back");
     assert_eq!(flags(2), F_AVAIL | F_USED);
