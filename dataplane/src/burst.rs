@@ -368,9 +368,15 @@ impl Head {
     /// `from` is valid for reading [`PLAIN_BYTES`].
     #[inline(always)]
     unsafe fn read(from: *const u8) -> Self {
-        // SAFETY: the caller's promise. The guest may write meanwhile: any mix of old and new will
-        // do, and it is read once.
-        Self(unsafe { from.cast::<[u64; 4]>().read_unaligned() }.map(u64::from_le))
+        // Packed, since buffers may lie anywhere.
+        #[repr(C, packed)]
+        struct Word(u64);
+        let from = from.cast::<Word>();
+        Self([0, 1, 2, 3].map(|word| {
+            // SAFETY: the caller's promise. The guest may write meanwhile: any mix of old and new
+            // will do, and volatile reads are done once.
+            u64::from_le(unsafe { from.wrapping_add(word).read_volatile() }.0)
+        }))
     }
 
     fn of(snapshot: &[u8; SNAPSHOT_LEN]) -> Self {

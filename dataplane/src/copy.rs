@@ -53,18 +53,11 @@ unsafe fn move_string(dst: *mut u8, src: *const u8, len: usize) {
 #[inline(always)]
 unsafe fn ends<const N: usize>(dst: *mut u8, src: *const u8, len: usize) {
     let tail = len.wrapping_sub(N);
-    // SAFETY: the first N of `len` bytes are readable.
-    let first = unsafe { src.cast::<[u8; N]>().read_unaligned() };
-    // SAFETY: the last N of `len` bytes are readable.
-    let last = unsafe { src.wrapping_add(tail).cast::<[u8; N]>().read_unaligned() };
-    // SAFETY: the first N of `len` bytes are writable.
-    unsafe { dst.cast::<[u8; N]>().write_unaligned(first) };
-    // SAFETY: the last N of `len` bytes are writable.
-    unsafe {
-        dst.wrapping_add(tail)
-            .cast::<[u8; N]>()
-            .write_unaligned(last)
-    };
+    // SAFETY: the first N of `len` bytes lie in both ranges.
+    unsafe { dst.copy_from_nonoverlapping(src, N) };
+    let (dst, src) = (dst.wrapping_add(tail), src.wrapping_add(tail));
+    // SAFETY: the last N of `len` bytes lie in both ranges.
+    unsafe { dst.copy_from_nonoverlapping(src, N) };
 }
 
 #[cfg(test)]

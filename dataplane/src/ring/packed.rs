@@ -308,6 +308,17 @@ impl PackedRing {
         Ok(bytes)
     }
 
+    /// The used descriptor of a chain (2.8.6).
+    #[inline(always)]
+    fn used_tail(place: Place, entry: Entry, written_bytes: u32) -> Tail {
+        let written = if written_bytes > 0 { F_WRITE } else { 0 };
+        Tail {
+            len: written_bytes,
+            id: entry.id,
+            flags: place.used_flags() | written,
+        }
+    }
+
     /// Reads all of the descriptor at `place` but its address.
     #[inline(always)]
     fn read_tail(&self, place: Place) -> Tail {
@@ -426,12 +437,7 @@ impl DeviceRing for PackedRing {
 
     #[inline]
     fn complete(&mut self, entry: Entry, written_bytes: u32) {
-        let written = if written_bytes > 0 { F_WRITE } else { 0 };
-        let tail = Tail {
-            len: written_bytes,
-            id: entry.id,
-            flags: self.next_used.used_flags() | written,
-        };
+        let tail = Self::used_tail(self.next_used, entry, written_bytes);
         let slot = self.next_used.slot;
         if self.held.is_none() {
             self.held = Some((slot, tail));
@@ -446,9 +452,25 @@ impl DeviceRing for PackedRing {
 
     #[inline(always)]
     fn complete_all(&mut self, chains: &[Single], direction: Direction) {
-        for chain in chains {
-            self.complete(chain.entry, direction.written(chain.len));
+        let mut chains = chains.iter();
+        let written = |chain: &Single| (chain.entry, direction.written(chain.len));
+        if self.held.is_none()
+            && let Some((entry, bytes)) = chains.next().map(written)
+        {
+            self.complete(entry, bytes);
         }
+        let mut place = self.next_used;
+        let mut slots = 0;
+        for (entry, bytes) in chains.map(written) {
+            let tail = Self::used_tail(place, entry, bytes);
+            // Relaxed: as in `complete`.
+            self.word(place.slot, 1)
+                .store(tail.bits().to_le(), Ordering::Relaxed);
+            place = place.forward(entry.slots, self.size);
+            slots += entry.slots;
+        }
+        self.next_used = place;
+        self.unpublished += slots;
     }
 
     fn in_order(&self) -> bool {
