@@ -16,6 +16,7 @@
 use ringway_bridge::{DropReason, FrameHead, MAX_BURST, Run};
 
 use crate::copy::copy;
+use crate::isa::for_this_cpu;
 use crate::memory::Segment;
 use crate::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES, Offloads};
 use crate::ring::{Entry, Single};
@@ -268,8 +269,13 @@ impl Burst {
 
     /// Takes the snapshots of all frames, whose headers have `header_bytes` (10 or 12), and checks
     /// them: from here on nothing that a decision rests on is read from the source again.
-    #[inline(never)]
+    #[inline]
     pub(crate) fn take_snapshots(&mut self, header_bytes: u32, allowed: Offloads) {
+        take_snapshots(self, header_bytes, allowed);
+    }
+
+    #[inline(always)]
+    fn take_all(&mut self, header_bytes: u32, allowed: Offloads) {
         let whole = if header_bytes == HEADER_BYTES {
             !self.scattered
         } else {
@@ -347,6 +353,10 @@ impl Burst {
             None => self.rejected.push((reason, mask)),
         }
     }
+}
+
+for_this_cpu! {
+    fn take_snapshots(burst: &mut Burst, header_bytes: u32, allowed: Offloads) = Burst::take_all;
 }
 
 /// The first [`PLAIN_BYTES`] of header and frame, in registers.

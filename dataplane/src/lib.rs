@@ -6,6 +6,7 @@ pub mod driver;
 mod features;
 mod housekeeping;
 mod info;
+mod isa;
 mod memory;
 mod net_header;
 mod port;
@@ -19,6 +20,7 @@ pub use info::{
     FdbEntryInfo, PairCounters, PortCounters, PortDetail, PortInfo, PortState, QueueInfo,
     WorkerInfo,
 };
+pub use isa::isa_level;
 pub use switch::{
     IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName, PortNameError,
     QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,

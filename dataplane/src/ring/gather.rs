@@ -5,14 +5,23 @@ use ringway_bridge::MAX_BURST;
 use super::chain::prefetch;
 use super::{DeviceRing, Direction, RingFault};
 use crate::burst::Burst;
+use crate::isa::for_this_cpu;
 
-/// Takes up to `max` chains into `burst`. A chain that breaks the rules ends the burst before it
-/// and is the error; the frames before it are good.
-///
-/// # Errors
-/// The rule that the guest broke.
-#[inline(never)]
-pub(super) fn gather<R: DeviceRing>(
+for_this_cpu! {
+    /// Takes up to `max` chains into `burst`. A chain that breaks the rules ends the burst before
+    /// it and is the error; the frames before it are good.
+    ///
+    /// # Errors
+    /// The rule that the guest broke.
+    pub(super) fn gather<R: DeviceRing>(
+        ring: &mut R,
+        max: usize,
+        burst: &mut Burst,
+    ) -> Result<(), RingFault> = gather_burst;
+}
+
+#[inline(always)]
+fn gather_burst<R: DeviceRing>(
     ring: &mut R,
     max: usize,
     burst: &mut Burst,

@@ -54,7 +54,7 @@ pub(crate) trait Deliver: DeviceRing {
     /// [`Deliver::deliver`]. Used entries are written, to be published with the burst.
     ///
     /// Two passes: all buffers are on the way into the cache before the first is written.
-    #[inline]
+    #[inline(always)]
     fn deliver_plain(
         &mut self,
         burst: &Burst,

@@ -7,6 +7,7 @@ use ringway_bridge::{Bridge, Decisions, DropReason, MAX_BURST, MAX_PORTS, Member
 
 use super::pairs::PairTable;
 use crate::burst::Burst;
+use crate::isa::for_this_cpu;
 use crate::net_header::{self, Offloads};
 use crate::port::{Port, QueueGuard, TapPort, VhostPort, VhostQueue, max_l2_bytes};
 use crate::ring::{Deliver, Ring, RingFault, RxScratch};
@@ -322,10 +323,20 @@ fn deliver_to_guest(
     outcome
 }
 
-/// Delivers the frames of `mask` for as long as there is room, to be published; also returns the
-/// rule that the guest broke, if it did.
-#[inline(never)]
-fn deliver_burst<R: Deliver>(
+for_this_cpu! {
+    /// Delivers the frames of `mask` for as long as there is room, to be published; also returns
+    /// the rule that the guest broke, if it did.
+    fn deliver_burst<R: Deliver>(
+        ring: &mut R,
+        mask: u64,
+        burst: &mut Burst,
+        limits: (Offloads, u32),
+        scratch: &mut RxScratch,
+    ) -> (Outcome, Option<RingFault>) = deliver_frames;
+}
+
+#[inline(always)]
+fn deliver_frames<R: Deliver>(
     ring: &mut R,
     mask: u64,
     burst: &mut Burst,
