@@ -470,6 +470,32 @@ impl Source {
     }
 }
 
+// 2.7.9: a batch of an in-order driver's buffers is used by one entry with the last one's id, in the
+// first one's place.
+#[test]
+fn an_in_order_driver_gets_one_used_entry_for_a_burst() {
+    let chain = || Chain {
+        lens: vec![100],
+        indirect: false,
+    };
+    let machine = Machine::new();
+    let base = u16::MAX - 1;
+    machine.publish(&[chain(), chain(), chain()], &[9, 4, 7], base, false);
+    let untouched = |index: u64| {
+        let at = USED + 4 + 8 * (index % u64::from(SIZE));
+        [machine.read_u16(at), machine.read_u16(at + 2)]
+    };
+    let before = [untouched(0xffff), untouched(0)];
+    let mut ring = machine.ring(base, VERSION_1 | 1 << vhost_features::IN_ORDER);
+    let mut burst = Burst::new();
+    gather(&mut ring, 32, &mut burst).unwrap();
+    assert_eq!(complete_gathered(&mut ring, burst.frames()), 3 * 88);
+    ring.publish();
+    assert_eq!(machine.read_u16(USED + 2), base.wrapping_add(3));
+    assert_eq!(untouched(0xfffe), [7, 0]);
+    assert_eq!([untouched(0xffff), untouched(0)], before);
+}
+
 // 2.7.13.4.1: flags that were set stay set while polled, and the words do not overlap entries.
 #[test]
 fn notification_words_lie_behind_the_entries() {
