@@ -191,14 +191,34 @@ impl Chains {
 }
 
 /// Bytes of a cache line, on all processors that this is tuned for.
-const LINE: usize = 64;
+const LINE: u32 = 64;
+
+/// Where a buffer's lines end that [`prefetch_more`] brings: beyond, the processor has noticed.
+const PREFETCH_END: u32 = 2048;
 
 /// Brings the first two lines of a buffer towards the cache: to be read, or to be written, handed
 /// over by whoever wrote them last. A hint: valid for any address.
 #[inline(always)]
 pub(super) fn prefetch(buffer: Segment, direction: Direction) {
+    prefetch_line(buffer.ptr, direction);
+    prefetch_line(buffer.ptr.wrapping_add(LINE as usize), direction);
+}
+
+/// Brings the lines of a buffer that [`prefetch`] left out, as far as its first `bytes`, to be
+/// written. A hint, likewise.
+#[inline(always)]
+pub(super) fn prefetch_more(buffer: *mut u8, bytes: u32) {
+    let mut at = 2 * LINE;
+    while at < bytes.min(PREFETCH_END) {
+        prefetch_line(buffer.wrapping_add(at as usize), Direction::ToGuest);
+        at += LINE;
+    }
+}
+
+#[inline(always)]
+fn prefetch_line(line: *mut u8, direction: Direction) {
     #[cfg(target_arch = "x86_64")]
-    for line in [buffer.ptr, buffer.ptr.wrapping_add(LINE)] {
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         match direction {
             // SAFETY: prefetching has no effect that a program can see.
@@ -214,7 +234,7 @@ pub(super) fn prefetch(buffer: Segment, direction: Direction) {
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (buffer, direction, LINE);
+    let _ = (line, direction);
 }
 
 /// Whether going from index `old` to `new` passed `event`: vring_need_event (2.7.10).

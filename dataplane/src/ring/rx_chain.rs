@@ -3,7 +3,7 @@
 
 use ringway_bridge::{DropReason, MAX_BURST};
 
-use super::chain::prefetch;
+use super::chain::{prefetch, prefetch_more};
 use super::{DeviceRing, Direction, Entry, RingFault, Single};
 use crate::burst::{Burst, MAX_CHAIN, PLAIN_BYTES};
 use crate::copy::copy;
@@ -53,7 +53,8 @@ pub(crate) trait Deliver: DeviceRing {
     /// those that were delivered and their L2 bytes; the others are left to
     /// [`Deliver::deliver`]. Used entries are written, to be published with the burst.
     ///
-    /// Two passes: all buffers are on the way into the cache before the first is written.
+    /// Two passes: the first lines of all buffers are on the way into the cache before the first is
+    /// written; the others come while the frame before is copied.
     #[inline(always)]
     fn deliver_plain(
         &mut self,
@@ -75,11 +76,16 @@ pub(crate) trait Deliver: DeviceRing {
         let mut left = plain;
         let mut bytes = 0;
         let mut done = 0;
-        for to in &mut scratch.singles[..ready] {
+        for at in 0..ready {
+            let to = scratch.singles[at];
             let (frame, snapshot) = burst.plain_at(left.trailing_zeros() as usize);
             let total = frame.len;
             if total > to.len.min(limit) {
                 break;
+            }
+            if let Some(next) = scratch.singles[..ready].get(at + 1) {
+                // Most likely the next frame is as long as this one.
+                prefetch_more(next.ptr, total);
             }
             let (head, rest) = (PLAIN_BYTES as usize, total - PLAIN_BYTES);
             // SAFETY: the snapshot holds as many bytes, the buffer has room for the whole frame,
@@ -89,7 +95,7 @@ pub(crate) trait Deliver: DeviceRing {
             // SAFETY: the frame's buffer holds all of it and the destination has room for it.
             // They are in mappings of their own, even if these show one file.
             unsafe { copy(target, source, rest as usize) };
-            to.len = total;
+            scratch.singles[at].len = total;
             bytes += u64::from(total - HEADER_BYTES);
             left &= left - 1;
             done += 1;
