@@ -9,6 +9,7 @@
 //! the list it sleeps in `epoll_wait`. Arming re-checks the queue after a full fence, so no frame
 //! is left behind; an armed queue costs nothing.
 
+mod allowance;
 mod forward;
 mod inline;
 mod pairs;

@@ -11,6 +11,7 @@ use rustix::event::epoll;
 use rustix::time::Timespec;
 use tracing::{debug, warn};
 
+use super::allowance::Allowance;
 use super::forward::{Forwarder, Now};
 use super::sharing::Sharing;
 use super::{Command, DOORBELL, Token, WorkerHandle};
@@ -26,10 +27,6 @@ const DOZE: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000,
 };
-
-/// Frames taken from a source queue in one turn: long enough to share the cost of a lock, an index
-/// and a call, short enough to stay in the first-level cache and to be fair.
-const BURST: usize = 32;
 
 /// While queues are busy, events of the others are looked for this often: one system call of half
 /// a microsecond each time.
@@ -52,6 +49,7 @@ struct Source {
     /// Buffers of a tap's queue.
     reader: Option<Box<TapReader>>,
     is_active: bool,
+    allowance: Allowance,
     /// When it last had a frame, or became active.
     last_frame_ns: u64,
 }
@@ -250,7 +248,9 @@ impl Worker {
         };
         let (port, pair) = (&*source.port, source.token.pair());
         let polled = match (port, &mut source.reader) {
-            (Port::VhostUser(guest), _) => self.poll_guest(port, guest, pair),
+            (Port::VhostUser(guest), _) => {
+                self.poll_guest(port, guest, pair, &mut source.allowance)
+            }
             (Port::Tap(tap), Some(reader)) => self.poll_tap(port, tap, pair, reader),
             (Port::Tap(_), None) => Polled::Stopped,
         };
@@ -258,7 +258,13 @@ impl Worker {
         polled
     }
 
-    fn poll_guest(&mut self, port: &Port, guest: &VhostPort, pair: u16) -> Polled {
+    fn poll_guest(
+        &mut self,
+        port: &Port,
+        guest: &VhostPort,
+        pair: u16,
+        allowance: &mut Allowance,
+    ) -> Polled {
         let queue = guest.transmit_queue(pair);
         let Some(mut state) = queue.try_lock() else {
             queue.counters.contended.add_owned(1);
@@ -268,7 +274,7 @@ impl Worker {
             return Polled::Stopped;
         };
         self.burst.clear();
-        let gathered = started.ring.gather(BURST, &mut self.burst);
+        let gathered = started.ring.gather(allowance.frames(), &mut self.burst);
         let count = self.burst.len();
         if count == 0 && gathered.is_ok() {
             return Polled::Empty;
@@ -293,6 +299,7 @@ impl Worker {
         started.ring.give_back(again);
         queue.counters.frames.add_owned(taken as u64);
         queue.counters.bytes.add_owned(bytes);
+        allowance.note(taken, bytes);
         guest.publish(queue, &mut state);
         if let Err(fault) = gathered {
             // The chain at fault is a frame received and dropped.
@@ -486,6 +493,7 @@ impl Worker {
                 port: Arc::clone(&port),
                 token,
                 reader,
+                allowance: Allowance::new(),
                 is_active: false,
                 last_frame_ns: 0,
             };
