@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: all demo test lint packages nextest schema clean
+.PHONY: all demo test lint guard guard-update packages nextest schema clean
 
 all:
 	$(CARGO) build --release --locked
@@ -12,7 +12,7 @@ demo: packages all
 	target/release/ringway-bench lab --queues 1 --mtu 1500 --seconds 3
 
 # Everything that CI runs.
-test: packages nextest lint
+test: packages nextest lint guard
 	$(CARGO) build --locked --workspace --bins
 	$(CARGO) test --locked --workspace --doc --quiet
 	$(CARGO) nextest run --locked --workspace
@@ -20,6 +20,14 @@ test: packages nextest lint
 lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+# Fails if a frame costs more instructions than dataplane/benches/instructions.txt allows.
+guard: packages
+	@dataplane/benches/instructions.sh
+
+# Sets the bounds a little above today's counts.
+guard-update: packages
+	@dataplane/benches/instructions.sh update
 
 packages:
 	@sh bench/install-packages.sh
