@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs what building, tests and `ringway-bench lab` need on Debian 12 or later: a linker, QEMU,
-# iperf3, busybox, valgrind and a few tools by name, and a cloud kernel that is unpacked into the cache and never installed.
+# iperf3, busybox, valgrind and a few tools by name, and a cloud kernel that is unpacked into the
+# cache and never installed.
 # Safe to run again; it returns at once when nothing is missing.
 set -eu
 

@@ -43,6 +43,8 @@ pub(crate) struct Shape {
     pub(crate) guests: u8,
     /// Bytes of a receive buffer, at most 2,048. Buffers are mergeable.
     pub(crate) buffer_bytes: u32,
+    /// The header of a frame that is sent has a buffer of its own.
+    pub(crate) chained: bool,
     pub(crate) in_order: bool,
     pub(crate) event_idx: bool,
 }
@@ -55,6 +57,7 @@ impl Shape {
             frame_bytes,
             guests: 2,
             buffer_bytes: 2048,
+            chained: false,
             in_order: true,
             event_idx: false,
         }
@@ -194,7 +197,7 @@ impl Guest {
     }
 }
 
-/// A lane of buffers of `len` bytes whose driver polls, and the memory of the buffers.
+/// A lane of slots of `len` bytes whose driver polls, and the memory of the buffers.
 fn lane(
     memory: &Arc<DriverMemory>,
     shape: Shape,
@@ -204,11 +207,15 @@ fn lane(
     let bytes = u64::from(RING_SIZE) * u64::from(STRIDE);
     let buffers = memory.alloc(bytes, 64).unwrap();
     let window = memory.window(buffers, bytes).unwrap();
+    let header = match direction {
+        Direction::Transmit if shape.chained => HEADER,
+        _ => 0,
+    };
     let of_ring = LaneShape {
         layout: shape.layout,
         size: RING_SIZE,
         direction,
-        per_slot: 1,
+        per_slot: if header == 0 { 1 } else { 2 },
     };
     let options = RingOptions {
         in_order: shape.in_order,
@@ -217,7 +224,14 @@ fn lane(
     };
     let segments = |slot: u16| {
         let addr = buffers + u64::from(slot) * u64::from(STRIDE);
-        vec![Segment { addr, len }]
+        let rest = Segment {
+            addr: addr + u64::from(header),
+            len: len - header,
+        };
+        match header {
+            0 => vec![rest],
+            len => vec![Segment { addr, len }, rest],
+        }
     };
     let mut lane = Lane::new(memory, of_ring, options, segments).unwrap();
     lane.set_calls(Calls::Never);
