@@ -94,7 +94,6 @@ pub(crate) struct Wire {
     pub(crate) guests: Vec<Guest>,
     pub(crate) switch: InlineSwitch,
     used: Box<[UsedSlot]>,
-    _folder: TempDir,
 }
 
 impl Wire {
@@ -114,7 +113,6 @@ impl Wire {
             guests,
             switch,
             used: vec![UsedSlot::default(); usize::from(RING_SIZE)].into(),
-            _folder: folder,
         };
         // Everybody once, so that all stations are learned.
         for _ in 0..shape.guests {
