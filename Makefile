@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: all demo test lint guard guard-update packages nextest schema clean
+.PHONY: all demo test lint guard guard-update benches packages nextest schema clean
 
 all:
 	$(CARGO) build --release --locked
@@ -12,7 +12,7 @@ demo: packages all
 	target/release/ringway-bench lab --queues 1 --mtu 1500 --seconds 3
 
 # Everything that CI runs.
-test: packages nextest lint guard
+test: packages nextest lint guard benches
 	$(CARGO) build --locked --workspace --bins
 	$(CARGO) test --locked --workspace --doc --quiet
 	$(CARGO) nextest run --locked --workspace
@@ -28,6 +28,10 @@ guard: packages
 # Sets the bounds a little above today's counts.
 guard-update: packages
 	@dataplane/benches/instructions.sh update
+
+# Each bench once, to see that it runs; `cargo bench` measures.
+benches:
+	$(CARGO) bench --locked --quiet -p ringway-bridge -p ringway-dataplane -- --test
 
 packages:
 	@sh bench/install-packages.sh
