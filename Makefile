@@ -28,6 +28,7 @@ check-aarch64:
 
 # Fails if a frame costs more instructions than dataplane/benches/instructions.txt allows.
 guard: packages
+	$(CARGO) bench --locked --no-run -p ringway-dataplane --bench fixed
 	@dataplane/benches/instructions.sh
 
 # Sets the bounds a little above today's counts.
