@@ -1,10 +1,11 @@
 #!/bin/sh
-# Installs what building and `ringway-bench lab` need on Debian 12 or later: a linker, QEMU, iperf3,
-# busybox and a few tools by name, and a cloud kernel that is unpacked into the cache and never installed.
+# Installs what building, tests and `ringway-bench lab` need on Debian 12 or later: a linker, QEMU,
+# iperf3, busybox, valgrind and a few tools by name, and a cloud kernel that is unpacked into the
+# cache and never installed.
 # Safe to run again; it returns at once when nothing is missing.
 set -eu
 
-tools="gcc libc6-dev qemu-system-x86 iperf3 busybox-static iproute2 xz-utils kmod util-linux"
+tools="gcc libc6-dev qemu-system-x86 iperf3 busybox-static iproute2 xz-utils kmod util-linux valgrind"
 lock_seconds=120
 cache=${XDG_CACHE_HOME:-${HOME:?}/.cache}/ringway
 kernels=$cache/kernel
@@ -135,7 +136,7 @@ if [ -z "$missing" ] && have_kernel; then
     exit 0
 fi
 command -v apt-get >/dev/null 2>&1 && command -v dpkg-deb >/dev/null 2>&1 ||
-    die "no apt here: install QEMU 9.2 or later, iperf3, a static busybox, iproute2, xz and kmod, and unpack a Debian cloud kernel into $kernels/current"
+    die "no apt here: install QEMU 9.2 or later, iperf3, a static busybox, iproute2, xz, kmod and valgrind, and unpack a Debian cloud kernel into $kernels/current"
 [ "$(id -u)" = 0 ] || die "needs root to install ${missing:-a guest kernel}: run it with sudo -E"
 
 if [ -n "$missing" ]; then

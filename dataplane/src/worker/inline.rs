@@ -65,14 +65,15 @@ impl InlineSwitch {
         })
     }
 
-    /// Adds a port of up to 8 queue pairs that listens at `socket`.
+    /// Adds a port of one queue pair that listens at `socket`. While all ports have a guest, the
+    /// worker polls all of its queues and has no events to look for.
     ///
     /// # Errors
     /// The path can't be used, or there are [`ringway_bridge::MAX_PORTS`] ports.
     pub fn add_port(&mut self, name: PortName, socket: &Path) -> Result<(), SwitchError> {
         let id = PortId::new(self.ports).ok_or(SwitchError::TooManyPorts)?;
         let endpoint = Endpoint::listen(socket)?;
-        let guest = Arc::new(VhostPort::new(PortBase::new(name, id), 8, None));
+        let guest = Arc::new(VhostPort::new(PortBase::new(name, id), 1, None));
         let tokens = || (0..guest.pairs()).map(|pair| Token::new(id, pair, 0));
         let bind = |token| Binding {
             worker: Arc::clone(&self.handle),
