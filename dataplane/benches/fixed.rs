@@ -23,6 +23,7 @@ fn main() {
         _ => Layout::Split,
     };
     println!("variant: {}", isa_level());
+    println!("frames: {}", bursts * u32::from(BURST));
     counted(&mut Wire::new(Shape::plain(layout, frame_bytes)), bursts);
 }
 

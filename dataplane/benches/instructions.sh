@@ -10,7 +10,6 @@ cd "$(dirname "$0")"
 
 bounds=instructions.txt
 bursts=1000
-frames=$((bursts * 32))
 # For a compiler's whims; an allocation, a system call or a second look-up costs more.
 slack=12
 # Only the loop is counted, not what is set up before it.
@@ -29,6 +28,7 @@ measure() {
 $output"
     all=$(echo "$output" | sed -n 's/.*Collected : //p')
     [ "${all:-0}" -gt 0 ] || die "nothing was counted: is the loop of fixed.rs still called counted?"
+    frames=$(echo "$output" | sed -n 's/^frames: //p')
     count=$(((all + frames / 2) / frames))
     variant=$(echo "$output" | sed -n 's/^variant: //p')
 }

@@ -20,7 +20,7 @@ use ringway_dataplane::driver::{
 use tempfile::TempDir;
 
 /// Frames made available at once: one turn of the worker.
-pub(crate) const BURST: u16 = 32;
+pub(crate) const BURST: u16 = 64;
 
 /// Everybody's address.
 pub(crate) const BROADCAST: [u8; 6] = [0xff; 6];
