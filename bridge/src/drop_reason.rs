@@ -26,8 +26,11 @@ pub enum DropReason {
     RingBusy,
     /// The guest's receive buffers can't hold the frame, which it did not ask to be split (no MRG_RXBUF).
     BufferTooSmall,
-    /// The frame needs an offload that the destination did not negotiate.
+    /// The destination did not negotiate the segmentation that the frame needs, and its IP header
+    /// tells another length than it has.
     OffloadUnsupported,
+    /// The frame would have to be cut into more segments than the switch makes of one.
+    TooManySegments,
     /// The frame asks for an offload that its source did not negotiate.
     OffloadNotNegotiated,
     /// The virtio-net header contradicts itself or the frame.
@@ -42,7 +45,7 @@ pub enum DropReason {
 
 impl DropReason {
     /// Every reason, in declaration order.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Runt,
         Self::TooLong,
         Self::BadSource,
@@ -54,6 +57,7 @@ impl DropReason {
         Self::RingBusy,
         Self::BufferTooSmall,
         Self::OffloadUnsupported,
+        Self::TooManySegments,
         Self::OffloadNotNegotiated,
         Self::BadHeader,
         Self::BadDescriptor,
@@ -75,6 +79,7 @@ impl DropReason {
             Self::RingBusy => "ring_busy",
             Self::BufferTooSmall => "buffer_too_small",
             Self::OffloadUnsupported => "offload_unsupported",
+            Self::TooManySegments => "too_many_segments",
             Self::OffloadNotNegotiated => "offload_not_negotiated",
             Self::BadHeader => "bad_header",
             Self::BadDescriptor => "bad_descriptor",
@@ -103,7 +108,10 @@ impl DropReason {
                 "The guest's receive buffers can't hold the frame, which it did not ask to be split (no MRG_RXBUF)."
             }
             Self::OffloadUnsupported => {
-                "The frame needs an offload that the destination did not negotiate."
+                "The destination did not negotiate the segmentation that the frame needs, and its IP header tells another length than it has."
+            }
+            Self::TooManySegments => {
+                "The frame would have to be cut into more segments than the switch makes of one."
             }
             Self::OffloadNotNegotiated => {
                 "The frame asks for an offload that its source did not negotiate."

@@ -11,22 +11,27 @@
 //!
 //! A *plain* frame lies in one buffer and asks nothing of its destination. Its snapshot is
 //! [`PLAIN_BYTES`] long, which is all that the bridge looks at; of the others it is up to
-//! [`SNAPSHOT_BYTES`], enough for the headers that offloads are checked against.
+//! [`SNAPSHOT_BYTES`], and up to [`MAX_SNAPSHOT_BYTES`] if they are to be segmented.
 
 use ringway_bridge::{DropReason, FrameHead, MAX_BURST, Run};
 
 use crate::copy::copy;
 use crate::isa::for_this_cpu;
 use crate::memory::Segment;
-use crate::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES, Offloads};
+use crate::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES};
+use crate::offload::{Offloads, Pieces};
 use crate::ring::{Entry, Single};
 
-/// Bytes of a snapshot: the header and the frame's first 116 bytes, enough for Ethernet, IPv6
-/// and TCP with all options (114); two cache lines.
+/// Bytes of a snapshot: the header and the frame's first 116 bytes; two cache lines.
 pub(crate) const SNAPSHOT_BYTES: u32 = 128;
 
-/// [`SNAPSHOT_BYTES`] as a length of arrays.
-const SNAPSHOT_LEN: usize = SNAPSHOT_BYTES as usize;
+/// Bytes of the snapshot of a frame to be segmented: all of its headers must be there, which are up
+/// to 142 with two VLAN tags and all options of IPv4 and TCP; IPv6 has room for 122 bytes of
+/// extension headers.
+pub(crate) const MAX_SNAPSHOT_BYTES: u32 = 256;
+
+/// [`MAX_SNAPSHOT_BYTES`] as a length of arrays.
+const SNAPSHOT_LEN: usize = MAX_SNAPSHOT_BYTES as usize;
 
 /// Bytes of a plain frame's snapshot: header, addresses, EtherType and six more.
 pub(crate) const PLAIN_BYTES: u32 = 32;
@@ -165,8 +170,8 @@ impl Burst {
 
     /// The snapshot, of which the first [`Burst::snapshot_bytes`] belong to the frame.
     #[inline]
-    pub(crate) fn snapshot(&mut self, index: usize) -> &mut [u8; SNAPSHOT_LEN] {
-        &mut self.snapshots[index].0
+    pub(crate) fn snapshot(&self, index: usize) -> &[u8; SNAPSHOT_LEN] {
+        &self.snapshots[index].0
     }
 
     /// Bytes in frame `index`'s snapshot.
@@ -180,17 +185,23 @@ impl Burst {
 
     /// What lies behind frame `index`'s snapshot.
     #[inline]
-    pub(crate) fn rest(&self, index: usize) -> impl ExactSizeIterator<Item = Segment> {
-        let (first, (from, to)) = if self.is_plain(index) {
-            (self.frames[index].buffer().skip(PLAIN_BYTES), (0, 0))
-        } else {
-            (self.details[index].rest, self.details[index].more)
-        };
-        let first = (first.len > 0).then_some(first);
+    pub(crate) fn body(&self, index: usize) -> Pieces<'_> {
+        if self.is_plain(index) {
+            return Pieces::new(self.frames[index].buffer().skip(PLAIN_BYTES), &[]);
+        }
+        let details = &self.details[index];
+        let (from, to) = details.more;
         let more = &self.segments[from as usize..to as usize];
-        let count = usize::from(first.is_some()) + more.len();
-        let mut pieces = first.into_iter().chain(more.iter().copied());
-        (0..count).map(move |_| pieces.next().unwrap_or(Segment::EMPTY))
+        Pieces::new(details.rest, more)
+    }
+
+    /// What lies behind the first `bytes` of header and frame, which are in the snapshot.
+    pub(crate) fn body_from(&self, index: usize, bytes: usize) -> Pieces<'_> {
+        let seen = &self.snapshots[index].0[bytes..self.snapshot_bytes(index) as usize];
+        self.body(index).behind(Segment {
+            ptr: seen.as_ptr().cast_mut(),
+            len: u32::try_from(seen.len()).unwrap_or(0),
+        })
     }
 
     /// Frame `index`'s buffers, before the snapshots are taken.
@@ -339,6 +350,10 @@ impl Burst {
             details.more = (0, 0);
         }
         take_pieces(frame, details, snapshot, &self.segments, header_bytes)?;
+        if net_header::wants_segmentation(snapshot) {
+            let wanted = frame.len.min(MAX_SNAPSHOT_BYTES);
+            take_up_to(wanted, details, snapshot, &self.segments);
+        }
         let l2_bytes = frame.len - HEADER_BYTES;
         let seen = &snapshot[HEADER_LEN..details.snapshot_bytes as usize];
         FrameHead::parse(seen)?;
@@ -454,28 +469,35 @@ fn take_pieces(
     if chain_bytes < header_bytes {
         return Err(DropReason::BadHeader);
     }
-    let wanted = chain_bytes.min(SNAPSHOT_BYTES - gap);
-    let target = snapshot.as_mut_ptr().wrapping_add(gap as usize);
-    let mut taken = 0;
-    loop {
-        let part = details.rest.len.min(wanted - taken);
-        let from = details.rest.ptr;
-        // SAFETY: the piece is valid for its length and `part` is within it; the snapshot has room
-        // for `wanted` bytes behind the gap; private and guest memory are distinct.
-        unsafe { copy(target.wrapping_add(taken as usize), from, part as usize) };
-        taken += part;
-        details.rest = details.rest.skip(part);
-        if taken == wanted {
-            break;
-        }
-        // The lengths of the pieces sum up to `chain_bytes`, so there is one.
-        details.rest = segments[details.more.0 as usize];
-        details.more.0 += 1;
-    }
-    details.snapshot_bytes = gap + taken;
+    details.snapshot_bytes = gap;
+    take_up_to(frame.len.min(SNAPSHOT_BYTES), details, snapshot, segments);
     if gap > 0 {
         // A legacy header without num_buffers: move it to the front.
         snapshot.copy_within(gap as usize..HEADER_LEN, 0);
     }
     Ok(())
+}
+
+/// Goes on with a snapshot until it has `wanted` bytes, no more than the frame has with its header.
+fn take_up_to(
+    wanted: u32,
+    details: &mut Details,
+    snapshot: &mut [u8; SNAPSHOT_LEN],
+    segments: &[Segment],
+) {
+    while details.snapshot_bytes < wanted {
+        let part = details.rest.len.min(wanted - details.snapshot_bytes);
+        let from = details.rest.ptr;
+        let target = snapshot[details.snapshot_bytes as usize..].as_mut_ptr();
+        // SAFETY: the piece is valid for its length and `part` is within it; the snapshot has room
+        // for `wanted` bytes; private and guest memory are distinct.
+        unsafe { copy(target, from, part as usize) };
+        details.snapshot_bytes += part;
+        details.rest = details.rest.skip(part);
+        if details.snapshot_bytes < wanted {
+            // The lengths of the pieces sum up to the frame's, so there is one.
+            details.rest = segments[details.more.0 as usize];
+            details.more.0 += 1;
+        }
+    }
 }

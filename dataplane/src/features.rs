@@ -1,5 +1,7 @@
 //! Names of feature bits, for people.
 
+use crate::offload::Offloads;
+
 /// virtio feature bits by their names in virtio 1.3, 5.1.3 and 6; bit 30 is vhost-user's own.
 const VIRTIO: &[(u32, &str)] = &[
     (0, "VIRTIO_NET_F_CSUM"),
@@ -36,6 +38,9 @@ const VIRTIO: &[(u32, &str)] = &[
     (34, "VIRTIO_F_RING_PACKED"),
     (35, "VIRTIO_F_IN_ORDER"),
     (40, "VIRTIO_F_RING_RESET"),
+    (54, "VIRTIO_NET_F_GUEST_USO4"),
+    (55, "VIRTIO_NET_F_GUEST_USO6"),
+    (56, "VIRTIO_NET_F_HOST_USO"),
 ];
 
 /// Protocol feature bits by their names in QEMU's docs/interop/vhost-user.rst.
@@ -50,14 +55,23 @@ const PROTOCOL: &[(u32, &str)] = &[
     (16, "VHOST_USER_PROTOCOL_F_STATUS"),
 ];
 
-/// What every tap of ours has, by the names of linux/if_tun.h.
-pub(crate) const TAP_OFFLOADS: [&str; 5] = [
-    "IFF_VNET_HDR",
-    "TUN_F_CSUM",
-    "TUN_F_TSO4",
-    "TUN_F_TSO6",
-    "TUN_F_TSO_ECN",
+/// What taps have by the names of linux/if_tun.h, in the order of the bits of [`Offloads`].
+const TAP: [(&str, Offloads); 6] = [
+    ("TUN_F_CSUM", Offloads::CSUM),
+    ("TUN_F_TSO4", Offloads::TSO4),
+    ("TUN_F_TSO6", Offloads::TSO6),
+    ("TUN_F_TSO_ECN", Offloads::ECN),
+    ("TUN_F_USO4", Offloads::USO4),
+    ("TUN_F_USO6", Offloads::USO6),
 ];
+
+/// Names of what a tap with these offloads has.
+pub(crate) fn tap_names(offloads: Offloads) -> Vec<&'static str> {
+    let set = TAP.iter().filter(|(_, offload)| offload.within(offloads));
+    std::iter::once("IFF_VNET_HDR")
+        .chain(set.map(|(name, _)| *name))
+        .collect()
+}
 
 /// Names of the virtio features in `bits`.
 pub(crate) fn virtio_names(bits: u64) -> Vec<&'static str> {

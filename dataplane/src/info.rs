@@ -25,14 +25,22 @@ pub struct PortCounters {
     pub rx_frames: u64,
     /// L2 bytes taken from the port.
     pub rx_bytes: u64,
-    /// Frames delivered to the port, each flooded copy counted.
+    /// Frames delivered to the port, each flooded copy and each segment counted.
     pub tx_frames: u64,
     /// L2 bytes delivered to the port.
     pub tx_bytes: u64,
     /// Frames from this port that found no destination or broke a rule, by reason.
     pub rx_drops: DropCounts,
-    /// Frames meant for this port that it could not take, by reason.
+    /// Frames, or segments of such, meant for this port that it could not take, by reason.
     pub tx_drops: DropCounts,
+    /// Frames delivered whole to the port whose checksum was completed, since it takes no others.
+    pub tx_completed: u64,
+    /// Frames that were cut into segments, since the port does not take them whole. None of them is
+    /// in `tx_frames`; their segments are, or in `tx_drops`. So over all ports, frames received, and
+    /// flooded copies, are as many as frames delivered and dropped, less `tx_segments - tx_cut`.
+    pub tx_cut: u64,
+    /// Segments that they became.
+    pub tx_segments: u64,
 }
 
 /// A port in a listing.
@@ -101,6 +109,26 @@ pub struct PortDetail {
     pub last_error: Option<String>,
     /// L3 MTU in effect: configured, or told by the front-end.
     pub mtu: Option<u16>,
+    /// Offloads that frames from the port may ask for: `checksum`, `tso4`, `tso6`, `ecn`, `uso4`,
+    /// `uso6`.
+    pub sends: Vec<&'static str>,
+    /// Offloads that the port takes.
+    pub takes: Vec<&'static str>,
+    /// What is done to headers on the way to each other port.
+    pub actions: Vec<HeaderAction>,
+}
+
+/// What is done to the headers of frames from one port to another: the most that any frame needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeaderAction {
+    /// The destination.
+    pub to: PortName,
+    /// `pass`, `complete_checksum`, `segment` or `segment_and_complete_checksum`.
+    pub action: &'static str,
+    /// Offloads that pass through.
+    pub passed: Vec<&'static str>,
+    /// Offloads that the source may ask for and the switch does, since the destination does not.
+    pub done: Vec<&'static str>,
 }
 
 /// A row of the forwarding database.

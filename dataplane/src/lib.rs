@@ -9,6 +9,7 @@ mod info;
 mod isa;
 mod memory;
 mod net_header;
+mod offload;
 mod port;
 mod ring;
 mod switch;
@@ -17,8 +18,8 @@ mod vhost_user;
 mod worker;
 
 pub use info::{
-    FdbEntryInfo, PairCounters, PortCounters, PortDetail, PortInfo, PortState, QueueInfo,
-    WorkerInfo,
+    FdbEntryInfo, HeaderAction, PairCounters, PortCounters, PortDetail, PortInfo, PortState,
+    QueueInfo, WorkerInfo,
 };
 pub use isa::isa_level;
 pub use switch::{

@@ -6,6 +6,8 @@
 
 use ringway_bridge::{DropReason, Headers, L4Protocol};
 
+use crate::offload::Offloads;
+
 /// Bytes of `struct virtio_net_hdr` with `num_buffers`, the only form used inside ringway.
 pub(crate) const HEADER_BYTES: u32 = 12;
 
@@ -22,59 +24,12 @@ const FLAG_DATA_VALID: u8 = 2;
 pub(crate) const ASKING: u16 = 0xff00 | (FLAG_NEEDS_CSUM | FLAG_DATA_VALID) as u16;
 const GSO_TCPV4: u8 = 1;
 const GSO_TCPV6: u8 = 4;
+const GSO_UDP_L4: u8 = 5;
 const GSO_ECN: u8 = 0x80;
 
-/// Offset of the checksum in a TCP header.
+/// Offset of the checksum in a TCP header, and in a UDP header.
 const TCP_CHECKSUM: u16 = 16;
-
-/// A set of offloads: what a frame needs, or what a side may send or take.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Offloads(u8);
-
-impl Offloads {
-    pub(crate) const NONE: Self = Self(0);
-    /// A partial checksum to complete.
-    pub(crate) const CSUM: Self = Self(1);
-    /// TCP over IPv4 to segment.
-    pub(crate) const TSO4: Self = Self(2);
-    /// TCP over IPv6 to segment.
-    pub(crate) const TSO6: Self = Self(4);
-    /// Segmentation of TCP with ECN.
-    pub(crate) const ECN: Self = Self(8);
-    pub(crate) const ALL: Self = Self(15);
-
-    /// What a guest with these negotiated features may ask of us when it transmits.
-    pub(crate) fn from_guest(features: u64) -> Self {
-        use vhost_features::*;
-        Self::select(features, [CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN])
-    }
-
-    /// What a guest with these negotiated features takes when it receives.
-    pub(crate) fn to_guest(features: u64) -> Self {
-        use vhost_features::*;
-        Self::select(features, [GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN])
-    }
-
-    fn select(features: u64, bits: [u32; 4]) -> Self {
-        let sets = [Self::CSUM, Self::TSO4, Self::TSO6, Self::ECN];
-        let chosen = bits
-            .into_iter()
-            .zip(sets)
-            .filter(|(bit, _)| features & (1 << bit) != 0);
-        Self(chosen.fold(0, |all, (_, set)| all | set.0))
-    }
-
-    /// Whether all of `self` is in `offered`.
-    #[inline]
-    pub(crate) fn within(self, offered: Self) -> bool {
-        self.0 & !offered.0 == 0
-    }
-
-    #[inline]
-    pub(crate) fn with(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-}
+const UDP_CHECKSUM: u16 = 6;
 
 /// Feature bits of the network device (virtio 1.3, 5.1.3).
 pub(crate) mod vhost_features {
@@ -92,6 +47,9 @@ pub(crate) mod vhost_features {
     pub(crate) const VERSION_1: u32 = 32;
     pub(crate) const RING_PACKED: u32 = 34;
     pub(crate) const IN_ORDER: u32 = 35;
+    pub(crate) const GUEST_USO4: u32 = 54;
+    pub(crate) const GUEST_USO6: u32 = 55;
+    pub(crate) const HOST_USO: u32 = 56;
 }
 
 /// What was found in a frame's header.
@@ -180,18 +138,21 @@ fn check_offloads(
         });
     }
     let headers = Headers::parse(frame).ok_or(DropReason::BadHeader)?;
-    let is_ipv4 = match gso_type & !GSO_ECN {
-        GSO_TCPV4 => true,
-        GSO_TCPV6 => false,
-        // UFO, USO and types to come: no feature of ours allows them.
+    let (kind, is_ipv4) = match gso_type & !GSO_ECN {
+        GSO_TCPV4 => (Offloads::TSO4, true),
+        GSO_TCPV6 => (Offloads::TSO6, false),
+        GSO_UDP_L4 if headers.is_ipv4 => (Offloads::USO4, true),
+        GSO_UDP_L4 => (Offloads::USO6, false),
+        // UFO and types to come: no feature of ours allows them.
         _ => return Err(DropReason::OffloadNotNegotiated),
     };
-    needs = needs.with(if is_ipv4 {
-        Offloads::TSO4
-    } else {
-        Offloads::TSO6
-    });
-    if gso_type & GSO_ECN != 0 {
+    let (protocol, checksum) = match gso_type & !GSO_ECN {
+        GSO_UDP_L4 => (L4Protocol::Udp, UDP_CHECKSUM),
+        _ => (L4Protocol::Tcp, TCP_CHECKSUM),
+    };
+    needs = needs.with(kind);
+    let has_ecn = gso_type & GSO_ECN != 0;
+    if has_ecn {
         needs = needs.with(Offloads::ECN);
     }
     if !needs.within(allowed) {
@@ -199,9 +160,10 @@ fn check_offloads(
     }
     let headers_bytes = u16::try_from(headers.payload_offset).map_err(|_| DropReason::BadHeader)?;
     let consistent = headers.is_ipv4 == is_ipv4
-        && headers.l4_protocol == L4Protocol::Tcp
+        && headers.l4_protocol == protocol
         && headers.l4_offset == usize::from(csum_start)
-        && csum_offset == TCP_CHECKSUM
+        && csum_offset == checksum
+        && (protocol == L4Protocol::Tcp || !has_ecn)
         && u32::from(headers_bytes) <= frame_bytes
         && gso_size > 0;
     if !consistent {
@@ -259,8 +221,37 @@ pub(crate) fn set_num_buffers(snapshot: &mut [u8], buffers: u16) {
     snapshot[11] = high;
 }
 
-/// Sets or clears the hint that the checksum is verified.
-#[inline]
-pub(crate) fn set_data_valid(snapshot: &mut [u8], valid: bool) {
-    snapshot[0] = if valid { FLAG_DATA_VALID } else { 0 };
+/// Whether a header that was not checked yet asks for segmentation.
+pub(crate) fn wants_segmentation(snapshot: &[u8]) -> bool {
+    snapshot[0] & FLAG_NEEDS_CSUM != 0 && snapshot[1] != 0
+}
+
+/// Makes a header ask for nothing and tell nothing, for one buffer.
+pub(crate) fn clear(snapshot: &mut [u8]) {
+    snapshot[..HEADER_LEN].copy_from_slice(&clean(0, 0, 0, 0, [0, 0]));
+}
+
+/// Makes a header ask for nothing but its checksum.
+pub(crate) fn ask_for_checksum(snapshot: &mut [u8], csum_start: u16, csum_offset: u16) {
+    let header = clean(FLAG_NEEDS_CSUM, 0, 0, 0, [csum_start, csum_offset]);
+    snapshot[..HEADER_LEN].copy_from_slice(&header);
+}
+
+/// Fields of a header that was checked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fields {
+    pub(crate) gso_size: u16,
+    pub(crate) csum_start: u16,
+    pub(crate) csum_offset: u16,
+}
+
+impl Fields {
+    pub(crate) fn of(snapshot: &[u8]) -> Self {
+        let field = |at: usize| u16::from_le_bytes([snapshot[at], snapshot[at + 1]]);
+        Self {
+            gso_size: field(4),
+            csum_start: field(6),
+            csum_offset: field(8),
+        }
+    }
 }

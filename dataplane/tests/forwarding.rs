@@ -115,34 +115,6 @@ fn a_tso_frame_of_64_kib_passes_whole() {
 }
 
 #[test]
-fn an_offload_that_the_destination_lacks_is_dropped_and_counted() {
-    let lab = Lab::start();
-    let mut a = lab.guest(
-        "a",
-        GuestConfig {
-            buffer_size: 4096,
-            ..with_offloads()
-        },
-    );
-    let mut b = lab.guest("b", GuestConfig::default());
-    for header in [
-        header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (34, 16)),
-        header(NEEDS_CSUM, 0, 0, 0, (34, 16)),
-    ] {
-        let mut message = header;
-        message.extend(tcp_segment(3000));
-        a.send(&message).unwrap();
-    }
-    let marker = frame(2, 1, 64, 1);
-    a.send_frame(&marker).unwrap();
-    assert_eq!(receive(&mut b).frame, marker);
-    eventually("the drops are counted", || {
-        lab.counters("b").tx_drops[DropReason::OffloadUnsupported] == 2
-    });
-    lab.assert_conserved(&["a", "b"], 0);
-}
-
-#[test]
 fn an_offload_that_the_source_did_not_negotiate_is_dropped_and_counted() {
     let lab = Lab::start();
     let mut a = lab.guest("a", GuestConfig::default());

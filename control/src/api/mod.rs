@@ -26,7 +26,7 @@ pub use port::{
 pub use schema::document;
 pub use state::{
     Counters, DaemonReport, Done, FdbAddParams, FdbDelParams, FdbEntry, FdbFlushParams,
-    FdbFlushResult, FdbListParams, FdbListResult, NoParams, PortAddParams, PortDelParams,
-    PortDelResult, PortListResult, PortReport, PortShowParams, PortShowResult, PortState,
-    QueueReport, WorkerListResult, WorkerReport, WorkerShowParams,
+    FdbFlushResult, FdbListParams, FdbListResult, HeaderActionReport, NoParams, PortAddParams,
+    PortDelParams, PortDelResult, PortListResult, PortReport, PortShowParams, PortShowResult,
+    PortState, QueueReport, WorkerListResult, WorkerReport, WorkerShowParams,
 };

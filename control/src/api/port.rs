@@ -31,7 +31,8 @@ const MAX_IFNAME: usize = 15;
 pub enum KindName {
     /// A guest, through a vhost-user socket: `listen` or `connect`, `queues`, `mtu`, `fdb_limit`.
     VhostUser,
-    /// A tap interface of the host: `ifname`, `queues`, `mtu`, `persist`, `fdb_limit`.
+    /// A tap interface of the host: `ifname`, `queues`, `mtu`, `persist`, `offload`,
+    /// `fdb_limit`.
     Tap,
 }
 
@@ -72,6 +73,10 @@ pub struct PortSettings {
     /// tap: leave the interface in place when the port goes (default false).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub persist: Option<bool>,
+    /// tap: leave checksums and segmentation to others, and take such frames (default true); false
+    /// gives the interface, and takes from it, whole frames with their checksums.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offload: Option<bool>,
     /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
@@ -111,6 +116,7 @@ impl PortSettings {
             queues: None,
             mtu: None,
             persist: None,
+            offload: None,
             fdb_limit: None,
         }
     }
@@ -124,6 +130,7 @@ impl PortSettings {
             KindName::VhostUser => {
                 self.refuse("ifname", self.ifname.is_some())?;
                 self.refuse("persist", self.persist.is_some())?;
+                self.refuse("offload", self.offload.is_some())?;
                 PortKind::VhostUser {
                     socket: self.socket()?,
                     queue_pairs: self.queue_pairs(DEFAULT_VHOST_USER_QUEUES)?,
@@ -136,6 +143,7 @@ impl PortSettings {
                     ifname: self.checked_ifname()?,
                     queue_pairs: self.queue_pairs(DEFAULT_TAP_QUEUES)?,
                     persist: self.persist.unwrap_or(false),
+                    offload: self.offload.unwrap_or(true),
                 }
             }
         };
@@ -279,11 +287,13 @@ impl From<&PortConfig> for PortSettings {
                 ifname,
                 queue_pairs,
                 persist,
+                offload,
             } => {
                 let mut settings = Self::new(KindName::Tap);
                 settings.ifname = Some(ifname.clone());
                 settings.queues = Some(queue_pairs.get());
                 settings.persist = Some(*persist);
+                settings.offload = Some(*offload);
                 settings
             }
         };
@@ -316,6 +326,7 @@ mod tests {
             ifname: Some("rw0".into()),
             queues: Some(1),
             persist: Some(true),
+            offload: Some(false),
             ..PortSettings::new(KindName::Tap)
         };
         for settings in [vm, tap] {
@@ -331,7 +342,8 @@ mod tests {
         let mut tap = PortSettings::new(KindName::Tap);
         tap.ifname = Some("rw0".into());
         let tap = tap.to_config().unwrap();
-        assert_eq!(PortSettings::from(&tap).queues, Some(1));
+        let tap = PortSettings::from(&tap);
+        assert_eq!((tap.queues, tap.offload), (Some(1), Some(true)));
     }
 
     #[test]
@@ -359,6 +371,13 @@ mod tests {
                     ..vm()
                 },
                 "ifname",
+            ),
+            (
+                PortSettings {
+                    offload: Some(false),
+                    ..vm()
+                },
+                "offload",
             ),
             (
                 PortSettings {

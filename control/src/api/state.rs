@@ -81,14 +81,22 @@ pub struct Counters {
     pub rx_frames: u64,
     /// L2 bytes taken from the port, without FCS and virtio-net headers.
     pub rx_bytes: u64,
-    /// Frames delivered to the port, each flooded copy counted: what its guest received.
+    /// Frames delivered to the port, each flooded copy and each segment counted: what its guest
+    /// received.
     pub tx_frames: u64,
     /// L2 bytes delivered to the port, without FCS and virtio-net headers.
     pub tx_bytes: u64,
     /// Frames from this port that found no destination or broke a rule.
     pub rx_drops: Drops,
-    /// Frames meant for this port that it could not take.
+    /// Frames, or segments of such, meant for this port that it could not take.
     pub tx_drops: Drops,
+    /// Frames delivered whole whose checksum the switch completed, since the port takes no others.
+    pub tx_completed: u64,
+    /// Frames that the switch cut into segments, since the port does not take them whole. They are
+    /// not among `tx_frames`; their segments are, or among `tx_drops`.
+    pub tx_cut: u64,
+    /// Segments that they became.
+    pub tx_segments: u64,
 }
 
 /// A port.
@@ -163,6 +171,26 @@ pub struct PortShowResult {
     pub last_error: Option<String>,
     /// L3 MTU in effect, in bytes; null if nobody told one.
     pub mtu: Option<u16>,
+    /// Offloads that frames from the port may ask for: `checksum` (to be completed), `tso4`, `tso6`
+    /// (TCP to be segmented), `ecn` (with its signal of congestion), `uso4`, `uso6` (UDP).
+    pub sends: Vec<String>,
+    /// Offloads that the port takes, likewise.
+    pub takes: Vec<String>,
+    /// What is done to headers on the way to each other port, by name.
+    pub actions: Vec<HeaderActionReport>,
+}
+
+/// What is done to the headers of frames from one port to another: the most that any frame needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct HeaderActionReport {
+    /// The destination.
+    pub to: String,
+    /// `pass`, `complete_checksum`, `segment` or `segment_and_complete_checksum`.
+    pub action: String,
+    /// Offloads that pass through.
+    pub passed: Vec<String>,
+    /// Offloads that the source may ask for and the destination does not take: the switch does them.
+    pub done: Vec<String>,
 }
 
 /// Parameters of `fdb.list`.
@@ -304,6 +332,9 @@ impl From<&dataplane::PortCounters> for Counters {
             tx_bytes: counters.tx_bytes,
             rx_drops: (&counters.rx_drops).into(),
             tx_drops: (&counters.tx_drops).into(),
+            tx_completed: counters.tx_completed,
+            tx_cut: counters.tx_cut,
+            tx_segments: counters.tx_segments,
         }
     }
 }
@@ -352,6 +383,18 @@ impl From<&dataplane::PortDetail> for PortShowResult {
             memory_regions: detail.memory_regions,
             last_error: detail.last_error.clone(),
             mtu: detail.mtu,
+            sends: owned(&detail.sends),
+            takes: owned(&detail.takes),
+            actions: detail
+                .actions
+                .iter()
+                .map(|action| HeaderActionReport {
+                    to: action.to.to_string(),
+                    action: action.action.to_owned(),
+                    passed: owned(&action.passed),
+                    done: owned(&action.done),
+                })
+                .collect(),
         }
     }
 }

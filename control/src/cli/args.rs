@@ -130,7 +130,9 @@ pub enum PortVerb {
     /// List the ports with their counters
     #[command(after_help = LIST_HELP)]
     List,
-    /// Show one port with its queue pairs, features and drops by reason
+    /// Show one port with its queue pairs, features and drops by reason, and what is done to headers
+    /// on the way to each other port
+    #[command(after_help = SHOW_HELP)]
     Show {
         /// The port
         #[arg(value_parser = port_name)]
@@ -153,6 +155,18 @@ Columns:
   DROPS      frames from and for the port that were dropped; `ringway port show` tells why
   MACS       MAC addresses known behind the port
 All counters are since the port was added.";
+
+const SHOW_HELP: &str = "\
+Offloads:
+  SENDS      what frames from the port may ask for: a checksum to be completed (checksum), TCP or
+             UDP over IPv4 or IPv6 to be segmented (tso4, tso6, uso4, uso6; ecn: TCP with a signal
+             of congestion)
+  TAKES      what the port takes of these
+Header actions, the most that any frame of the port needs:
+  pass       as it is: the destination takes all that the port may ask for
+  complete_checksum, segment, segment_and_complete_checksum
+             the switch does what the destination does not take; offloads that it does take pass
+Columns of queues are named as those of `ringway port list` and `ringway worker list`.";
 
 /// What is behind a new port.
 #[derive(Debug, Subcommand)]
@@ -183,6 +197,10 @@ pub enum AddKind {
         /// Leave the interface in place when the port goes
         #[arg(long)]
         persist: bool,
+        /// Exchange only whole frames with their checksums with the interface: no checksums left to
+        /// others, no segmentation. Slower; for what is behind the interface and can't take them
+        #[arg(long)]
+        no_offload: bool,
         #[command(flatten)]
         common: AddCommon,
     },
@@ -223,12 +241,14 @@ impl AddKind {
                 ifname,
                 queues,
                 persist,
+                no_offload,
                 common,
             } => {
                 let mut settings = PortSettings::new(KindName::Tap);
                 settings.ifname = Some(ifname.clone());
                 settings.queues = *queues;
                 settings.persist = Some(*persist);
+                settings.offload = Some(!no_offload);
                 (settings, common)
             }
         };
@@ -312,7 +332,8 @@ Columns:
   PAIR       where the frames came from and went to; (none) are frames without a destination
   INTERVAL   seconds since the start, by the daemon's monotonic clock
   BITRATE    L2 bits delivered per second, without FCS
-  PACKETS    frames delivered per second, each flooded copy counted; a TSO frame counts once
+  PACKETS    frames delivered per second, each flooded copy counted; a TSO frame counts once, and as
+             many times as it has segments if the destination does not take it whole
   DROPS      frames that the destination could not take, by reason
 
 Examples:

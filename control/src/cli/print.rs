@@ -5,8 +5,8 @@ use std::fmt::{self, Write};
 use super::table::{Align, Table};
 use super::units;
 use crate::api::{
-    Counters, DaemonReport, Drops, FdbListResult, KindName, PortListResult, PortReport,
-    PortShowResult, QueueReport, WorkerListResult, WorkerReport,
+    Counters, DaemonReport, Drops, FdbListResult, HeaderActionReport, KindName, PortListResult,
+    PortReport, PortShowResult, QueueReport, WorkerListResult, WorkerReport,
 };
 
 /// What stands for nothing.
@@ -83,13 +83,46 @@ pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
     }
     field(out, "features", &show.features.join(" "))?;
     field(out, "protocol", &show.protocol_features.join(" "))?;
+    field(out, "sends", &show.sends.join(" "))?;
+    field(out, "takes", &show.takes.join(" "))?;
     field(
         out,
         "last error",
         show.last_error.as_deref().unwrap_or_default(),
     )?;
     traffic(out, &port.counters)?;
-    queues(out, &show.queues)
+    queues(out, &show.queues)?;
+    actions(out, &show.actions)
+}
+
+/// Header actions, a line for all destinations of one kind.
+fn actions(out: &mut dyn Write, actions: &[HeaderActionReport]) -> fmt::Result {
+    let mut kinds: Vec<(&HeaderActionReport, Vec<&str>)> = Vec::new();
+    for action in actions {
+        let alike = |known: &&mut (&HeaderActionReport, Vec<&str>)| {
+            (&known.0.action, &known.0.done) == (&action.action, &action.done)
+        };
+        match kinds.iter_mut().find(alike) {
+            Some((_, names)) => names.push(&action.to),
+            None => kinds.push((action, vec![&action.to])),
+        }
+    }
+    if kinds.is_empty() {
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        ("HEADER ACTION", Align::Left),
+        ("DONE HERE", Align::Left),
+        ("TOWARDS", Align::Left),
+    ]);
+    for (action, names) in kinds {
+        let done = match action.done.join(" ") {
+            none if none.is_empty() => NONE.to_owned(),
+            done => done,
+        };
+        table.row([action.action.clone(), done, names.join(" ")]);
+    }
+    table.write(out)
 }
 
 fn where_it_is(out: &mut dyn Write, port: &PortReport) -> fmt::Result {
@@ -102,7 +135,13 @@ fn where_it_is(out: &mut dyn Write, port: &PortReport) -> fmt::Result {
     }
     if let Some(ifname) = &port.config.ifname {
         let persist = port.config.persist == Some(true);
-        let note = if persist { " (persistent)" } else { "" };
+        let offload = port.config.offload != Some(false);
+        let note = match (persist, offload) {
+            (false, true) => "",
+            (true, true) => " (persistent)",
+            (false, false) => " (no offload)",
+            (true, false) => " (persistent, no offload)",
+        };
         field(out, "interface", &format!("{ifname}{note}"))?;
     }
     Ok(())
@@ -121,7 +160,14 @@ fn traffic(out: &mut dyn Write, counters: &Counters) -> fmt::Result {
         &flow(counters.tx_frames, counters.tx_bytes),
     )?;
     field(out, "rx drops", &drops(&counters.rx_drops))?;
-    field(out, "tx drops", &drops(&counters.tx_drops))
+    field(out, "tx drops", &drops(&counters.tx_drops))?;
+    let cut = format!(
+        "{} checksums completed, {} frames cut into {} segments",
+        units::count(counters.tx_completed),
+        units::count(counters.tx_cut),
+        units::count(counters.tx_segments)
+    );
+    field(out, "tx offloads", &cut)
 }
 
 fn queues(out: &mut dyn Write, queues: &[QueueReport]) -> fmt::Result {

@@ -4,8 +4,9 @@ use clap::CommandFactory;
 
 use super::{Args, print};
 use crate::api::{
-    Counters, DaemonReport, Drops, FdbEntry, FdbListResult, KindName, PortListResult, PortReport,
-    PortSettings, PortShowResult, PortState, QueueReport, WorkerListResult, WorkerReport,
+    Counters, DaemonReport, Drops, FdbEntry, FdbListResult, HeaderActionReport, KindName,
+    PortListResult, PortReport, PortSettings, PortShowResult, PortState, QueueReport,
+    WorkerListResult, WorkerReport,
 };
 
 fn drops(list: &[(&str, u64)]) -> Drops {
@@ -32,6 +33,9 @@ fn vm() -> PortReport {
             tx_bytes: 6_600_000,
             rx_drops: drops(&[("no_destination", 3)]),
             tx_drops: drops(&[("ring_full", 120), ("port_down", 7_000_000)]),
+            tx_completed: 17,
+            tx_cut: 12,
+            tx_segments: 540,
         },
     }
 }
@@ -44,6 +48,7 @@ fn tap() -> PortReport {
             ifname: Some("rw0".into()),
             queues: Some(1),
             persist: Some(true),
+            offload: Some(false),
             ..PortSettings::new(KindName::Tap)
         },
         state: PortState::Down,
@@ -79,6 +84,23 @@ fn vm_detail() -> PortShowResult {
         memory_regions: 2,
         last_error: Some("the front-end hung up".into()),
         mtu: Some(9000),
+        sends: vec!["checksum".into(), "tso4".into()],
+        takes: vec!["checksum".into()],
+        actions: vec![
+            action("b", "pass", &["checksum", "tso4"], &[]),
+            action("c", "segment", &["checksum"], &["tso4"]),
+            action("host", "pass", &["checksum", "tso4"], &[]),
+        ],
+    }
+}
+
+fn action(to: &str, action: &str, passed: &[&str], done: &[&str]) -> HeaderActionReport {
+    let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    HeaderActionReport {
+        to: to.into(),
+        action: action.into(),
+        passed: owned(passed),
+        done: owned(done),
     }
 }
 
@@ -93,6 +115,9 @@ fn tap_detail() -> PortShowResult {
         memory_regions: 0,
         last_error: None,
         mtu: None,
+        sends: vec![],
+        takes: vec![],
+        actions: vec![],
     }
 }
 
@@ -216,6 +241,7 @@ fn help_texts() {
     );
     insta::assert_snapshot!("help_port_add_tap", help(&["port", "add", "tap"]));
     insta::assert_snapshot!("help_port_list", help(&["port", "list"]));
+    insta::assert_snapshot!("help_port_show", help(&["port", "show"]));
     insta::assert_snapshot!("help_measure", help(&["measure"]));
     let daemon = crate::daemon::Args::command()
         .term_width(100)

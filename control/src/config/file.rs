@@ -289,6 +289,7 @@ mtu = 1500
 kind = "tap"
 ifname = "rw0"
 persist = false
+offload = false
 "#;
 
     fn refused(text: &str) -> ConfigError {

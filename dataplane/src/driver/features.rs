@@ -42,6 +42,15 @@ pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 pub const VIRTIO_F_RING_PACKED: u64 = 1 << 34;
 /// Buffers are used in the order in which they were made available.
 pub const VIRTIO_F_IN_ORDER: u64 = 1 << 35;
+/// Driver takes UDP over IPv4 frames that want segmentation.
+pub const VIRTIO_NET_F_GUEST_USO4: u64 = 1 << 54;
+/// Driver takes UDP over IPv6 frames that want segmentation.
+pub const VIRTIO_NET_F_GUEST_USO6: u64 = 1 << 55;
+/// Device takes UDP frames that want segmentation.
+pub const VIRTIO_NET_F_HOST_USO: u64 = 1 << 56;
+
+/// UDP frames that want segmentation, both ways; with [`TSO`] or at least its checksums.
+pub const USO: u64 = VIRTIO_NET_F_GUEST_USO4 | VIRTIO_NET_F_GUEST_USO6 | VIRTIO_NET_F_HOST_USO;
 
 /// All that a driver needs for 64 KiB TCP frames both ways, checksums left open.
 pub const TSO: u64 = VIRTIO_NET_F_CSUM

@@ -47,6 +47,17 @@ pub(crate) struct QueueCounters {
     pub(crate) contended: Counter,
 }
 
+/// What was done to frames for a port, by any of several workers.
+#[derive(Debug, Default)]
+pub(crate) struct OffloadCounters {
+    /// Frames whose checksum was completed.
+    pub(crate) completed: Counter,
+    /// Frames that were cut,
+    pub(crate) cut: Counter,
+    /// and frames that they became.
+    pub(crate) segments: Counter,
+}
+
 /// A count per reason.
 #[derive(Debug, Default)]
 pub(crate) struct DropCounters([Counter; DropReason::ALL.len()]);

@@ -11,11 +11,12 @@ use std::sync::Arc;
 use ringway_bridge::PortId;
 
 pub(crate) use call::rescue;
-pub(crate) use counters::{Counter, DropCounters, QueueCounters};
+pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
 pub(crate) use tap::{TapPort, TapReader};
 pub(crate) use vhost::{Binding, QueueGuard, VhostPort, VhostQueue};
 
 use crate::info::{PortCounters, PortState, QueueInfo};
+use crate::offload::Offloads;
 use crate::switch::PortName;
 
 /// A port as workers see it. Dispatched once per burst.
@@ -34,6 +35,8 @@ pub(crate) struct PortBase {
     pub(crate) rx_drops: DropCounters,
     /// Frames for this port that it could not take.
     pub(crate) tx_drops: DropCounters,
+    /// What was done to frames for this port.
+    pub(crate) tx_offloads: OffloadCounters,
 }
 
 impl PortBase {
@@ -43,6 +46,7 @@ impl PortBase {
             id,
             rx_drops: DropCounters::default(),
             tx_drops: DropCounters::default(),
+            tx_offloads: OffloadCounters::default(),
         }
     }
 }
@@ -70,10 +74,24 @@ impl Port {
         }
     }
 
+    /// What frames from the port may ask for, and what it takes, as negotiated now.
+    pub(crate) fn offloads(&self) -> (Offloads, Offloads) {
+        match self {
+            Self::VhostUser(port) => {
+                let (features, _) = port.features();
+                (Offloads::from_guest(features), Offloads::to_guest(features))
+            }
+            Self::Tap(port) => (port.offloads(), port.offloads()),
+        }
+    }
+
     pub(crate) fn counters(&self) -> PortCounters {
         let mut sum = PortCounters {
             rx_drops: self.base().rx_drops.read(),
             tx_drops: self.base().tx_drops.read(),
+            tx_completed: self.base().tx_offloads.completed.get(),
+            tx_cut: self.base().tx_offloads.cut.get(),
+            tx_segments: self.base().tx_offloads.segments.get(),
             ..PortCounters::default()
         };
         for pair in 0..self.queue_pairs() {

@@ -1,8 +1,8 @@
 //! A tap port: an interface of the host's network stack, one fd per queue.
 //!
 //! Frames carry a virtio-net header of 12 bytes both ways (IFF_VNET_HDR), so that checksums and
-//! segmentation are left to whoever can do them; a frame goes to the kernel by one writev from the
-//! source's buffers.
+//! segmentation are left to whoever can do them, unless the port is to have no offload; a frame goes
+//! to the kernel by one writev from the source's buffers.
 
 use std::ffi::CString;
 use std::io;
@@ -17,6 +17,7 @@ use crate::burst::{Burst, MAX_CHAIN};
 use crate::info::{PortState, QueueInfo};
 use crate::memory::Segment;
 use crate::net_header::{HEADER_BYTES, MAX_FRAME_BYTES};
+use crate::offload::{Offloads, Parcel};
 use crate::ring::Entry;
 use crate::switch::SwitchError;
 
@@ -42,6 +43,8 @@ pub(crate) struct TapPort {
     queues: Box<[SyncDevice]>,
     counters: Box<[Counters]>,
     mtu: Option<u16>,
+    /// What the kernel leaves to us, and takes from us.
+    offloads: Offloads,
 }
 
 impl std::fmt::Debug for TapPort {
@@ -54,7 +57,7 @@ impl std::fmt::Debug for TapPort {
 
 impl TapPort {
     /// Opens `pairs` queues of interface `ifname`, which is created if there is none, and brings
-    /// it up.
+    /// it up. Without `offload`, frames are whole and their checksums complete, both ways.
     ///
     /// # Errors
     /// A name that no interface can have, an interface that is no tap or in use, no permission.
@@ -63,12 +66,14 @@ impl TapPort {
         ifname: &str,
         pairs: u16,
         mtu: Option<u16>,
-        persist: bool,
+        (persist, offload): (bool, bool),
     ) -> Result<Self, SwitchError> {
         check_ifname(ifname)?;
         let existed = interface_exists(ifname);
         let explain = |error: &io::Error| explain(ifname, pairs, existed, error);
         let queues = open_queues(ifname, pairs).map_err(|error| explain(&error))?;
+        let offloads = if offload { &LADDER[..] } else { &[] };
+        let offloads = set_offloads(&queues, offloads).map_err(|error| explain(&error))?;
         let set_up = |first: &SyncDevice| -> io::Result<()> {
             if let Some(mtu) = mtu {
                 first.set_mtu(mtu)?;
@@ -88,7 +93,14 @@ impl TapPort {
             queues,
             counters,
             mtu,
+            offloads,
         })
+    }
+
+    /// What the kernel leaves to us, and takes from us.
+    #[inline]
+    pub(crate) fn offloads(&self) -> Offloads {
+        self.offloads
     }
 
     pub(crate) fn pairs(&self) -> u16 {
@@ -149,39 +161,43 @@ impl TapPort {
         source_queue % self.pairs()
     }
 
-    /// Gives frame `index` of the burst to the kernel.
+    /// Gives a parcel to the kernel.
     ///
     /// # Errors
     /// The kernel did not take it.
     pub(crate) fn deliver(
         &self,
         queue: u16,
-        burst: &mut Burst,
-        index: usize,
+        parcel: &mut Parcel<'_, '_>,
     ) -> Result<(), DropReason> {
-        let snapshot = burst.snapshot(index).as_ptr();
+        const MOST: usize = 1 + MAX_CHAIN;
         let mut pieces = [const {
             libc::iovec {
                 iov_base: std::ptr::null_mut(),
                 iov_len: 0,
             }
-        }; 1 + MAX_CHAIN];
-        pieces[0] = libc::iovec {
-            iov_base: snapshot.cast_mut().cast(),
-            iov_len: burst.snapshot_bytes(index) as usize,
-        };
-        let rest = burst.rest(index);
-        let count = i32::try_from(1 + rest.len()).map_err(|_| DropReason::HostError)?;
-        for (piece, segment) in pieces[1..].iter_mut().zip(rest) {
-            *piece = libc::iovec {
-                iov_base: segment.ptr.cast(),
-                iov_len: segment.len as usize,
-            };
+        }; MOST];
+        let mut count = 0;
+        parcel.seal(|segment| {
+            if segment.len == 0 {
+                return;
+            }
+            if let Some(piece) = pieces.get_mut(count) {
+                *piece = libc::iovec {
+                    iov_base: segment.ptr.cast(),
+                    iov_len: segment.len as usize,
+                };
+            }
+            count += 1;
+        });
+        if count > MOST {
+            return Err(DropReason::HostError);
         }
+        let count = i32::try_from(count).map_err(|_| DropReason::HostError)?;
         let fd = self.fd(queue).as_raw_fd();
-        // SAFETY: the first `count` pieces are valid for their lengths: the snapshot is private,
-        // the others were translated under the source queue's lock, which is held. More pieces
-        // than IOV_MAX are refused by the kernel.
+        // SAFETY: the first `count` pieces are valid for their lengths: private ones as long as the
+        // parcel, the others were translated under the source queue's lock, which is held. More
+        // pieces than IOV_MAX are refused by the kernel.
         let written = unsafe { libc::writev(fd, pieces.as_ptr(), count) };
         if written >= 0 {
             Ok(())
@@ -298,7 +314,7 @@ fn open_queues(ifname: &str, pairs: u16) -> io::Result<Box<[SyncDevice]>> {
     (0..pairs).map(|_| open(true)).collect()
 }
 
-/// Sets what tun-rs does not: a header of 12 bytes, ECN, no UDP segmentation; and O_NONBLOCK.
+/// Sets what tun-rs does not: a header of 12 bytes; and O_NONBLOCK.
 fn configure(device: &SyncDevice) -> io::Result<()> {
     let fd = device.as_raw_fd();
     let bytes = libc::c_int::try_from(HEADER_BYTES).map_err(io::Error::other)?;
@@ -307,13 +323,53 @@ fn configure(device: &SyncDevice) -> io::Result<()> {
     if sized < 0 {
         return Err(io::Error::last_os_error());
     }
-    let offloads = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
-    // SAFETY: TUNSETOFFLOAD takes its argument by value.
-    let set = unsafe { libc::ioctl(fd, libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads)) };
-    if set < 0 {
-        return Err(io::Error::last_os_error());
-    }
     device.set_nonblocking(true)
+}
+
+/// Sets of offloads, the one that is liked most first, by the flags of TUNSETOFFLOAD.
+const LADDER: [(libc::c_uint, Offloads); 2] = [
+    (TCP_FLAGS | TUN_F_USO4 | TUN_F_USO6, Offloads::ALL),
+    // Before Linux 6.2.
+    (
+        TCP_FLAGS,
+        Offloads::ALL.without(Offloads::USO4.with(Offloads::USO6)),
+    ),
+];
+
+const TCP_FLAGS: libc::c_uint =
+    libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+/// Of linux/if_tun.h; the kernel takes both or none.
+const TUN_F_USO4: libc::c_uint = 0x20;
+const TUN_F_USO6: libc::c_uint = 0x40;
+
+/// Sets the first of `ladder` that the kernel takes, or none if it is empty.
+fn set_offloads(
+    queues: &[SyncDevice],
+    ladder: &[(libc::c_uint, Offloads)],
+) -> io::Result<Offloads> {
+    let Some(((flags, offloads), worse)) = ladder.split_first() else {
+        set_flags(queues, 0)?;
+        return Ok(Offloads::NONE);
+    };
+    match set_flags(queues, *flags) {
+        Ok(()) => Ok(*offloads),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) && !worse.is_empty() => {
+            set_offloads(queues, worse)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn set_flags(queues: &[SyncDevice], flags: libc::c_uint) -> io::Result<()> {
+    for queue in queues {
+        let flags = libc::c_ulong::from(flags);
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        let set = unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETOFFLOAD, flags) };
+        if set < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 fn explain(ifname: &str, pairs: u16, existed: bool, error: &io::Error) -> SwitchError {

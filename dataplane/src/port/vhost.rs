@@ -17,7 +17,7 @@ use super::rarp::rarp;
 use super::{PortBase, QueueCounters};
 use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
-use crate::net_header::Offloads;
+use crate::offload::Offloads;
 use crate::ring::{Areas, Layout, Ring, RingFault};
 use crate::vhost_user::{Device, RingAddresses, RingError, RingStart};
 use crate::worker::{Token, WorkerHandle};

@@ -130,6 +130,13 @@ pub(crate) trait DeviceRing {
     /// Whether frames may be spread over several chains (VIRTIO_NET_F_MRG_RXBUF).
     fn mergeable(&self) -> bool;
 
+    /// Slots of the ring.
+    fn entries(&self) -> u16;
+
+    /// Whether the slot at a place, no further than [`DeviceRing::available`] said, holds what the
+    /// driver made available.
+    fn is_offered(&self, place: Self::Place) -> bool;
+
     /// How many slots may be taken until the next publish: all that are available, or more.
     ///
     /// # Errors

@@ -374,6 +374,16 @@ impl DeviceRing for PackedRing {
         self.chains.mergeable
     }
 
+    #[inline(always)]
+    fn entries(&self) -> u16 {
+        self.size
+    }
+
+    #[inline(always)]
+    fn is_offered(&self, place: Place) -> bool {
+        place.is_available(self.read_tail(place).flags)
+    }
+
     /// Which descriptors are available is told by each; what bounds a burst is one lap.
     #[inline(always)]
     fn available(&self) -> Result<u16, RingFault> {

@@ -8,7 +8,8 @@ use super::{DeviceRing, Direction, Entry, RingFault, Single};
 use crate::burst::{Burst, MAX_CHAIN, PLAIN_BYTES};
 use crate::copy::copy;
 use crate::memory::Segment;
-use crate::net_header::{self, HEADER_BYTES, HEADER_LEN};
+use crate::net_header::HEADER_BYTES;
+use crate::offload::Parcel;
 
 /// Most chains that one frame is spread over: 64 KiB in buffers of 64 bytes. A guest with smaller
 /// ones can't receive such frames.
@@ -108,21 +109,20 @@ pub(crate) trait Deliver: DeviceRing {
         (plain & !left, bytes)
     }
 
-    /// Delivers frame `index` of `burst` into as many chains of as many pieces as it takes; its used
-    /// entries are written, to be published with the burst. `available` is what
-    /// [`DeviceRing::available`] said, and is kept up to date.
+    /// Delivers a parcel into as many chains of as many pieces as it takes; its used entries are
+    /// written, to be published with the burst. `available` is what [`DeviceRing::available`] said,
+    /// and is kept up to date.
     ///
     /// # Errors
     /// `Ok(Err(reason))` if the frame does not fit; the ring's rule that the guest broke.
     fn deliver(
         &mut self,
-        burst: &mut Burst,
-        index: usize,
+        parcel: &mut Parcel<'_, '_>,
         available: &mut u16,
         scratch: &mut RxScratch,
     ) -> Result<Result<(), DropReason>, RingFault> {
         let gap = HEADER_BYTES - self.header_bytes();
-        let needed = burst.total_bytes(index) - gap;
+        let needed = parcel.total_bytes() - gap;
         let slots = match self.reserve(needed, *available, scratch)? {
             Reserved::Room(slots) => slots,
             Reserved::Full => return Ok(Err(DropReason::RingFull)),
@@ -133,7 +133,7 @@ pub(crate) trait Deliver: DeviceRing {
         } = scratch;
         #[expect(clippy::cast_possible_truncation, reason = "at most MAX_MERGED")]
         let count = chains.len() as u16;
-        copy_scattered(burst, index, gap, count, segments);
+        parcel.write_to(gap, count, segments);
         let mut left = needed;
         for (entry, capacity) in chains.iter() {
             let written = left.min(*capacity);
@@ -143,6 +143,33 @@ pub(crate) trait Deliver: DeviceRing {
         self.take(slots);
         *available -= slots;
         Ok(Ok(()))
+    }
+
+    /// Whether to wait for more room before the first of `count` frames of `total_bytes` is
+    /// delivered: there will be room for all, and there is not yet. Judged by what the first takes.
+    ///
+    /// # Errors
+    /// The ring's rule that the guest broke.
+    fn should_wait_for(
+        &mut self,
+        count: u32,
+        total_bytes: u32,
+        available: u16,
+        scratch: &mut RxScratch,
+    ) -> Result<bool, RingFault> {
+        let needed = total_bytes - (HEADER_BYTES - self.header_bytes());
+        let Reserved::Room(slots) = self.reserve(needed, available, scratch)? else {
+            return Ok(false);
+        };
+        let needed = u32::from(slots) * count;
+        // Drivers refill a ring when half of it is empty: what needs more may wait for ever.
+        match u16::try_from(needed) {
+            Ok(needed) if needed <= self.entries() / 2 => {
+                let last = self.after(self.place(), needed - 1);
+                Ok(needed > available || !self.is_offered(last))
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Finds chains with room for `needed` bytes. Takes nothing yet.
@@ -192,44 +219,3 @@ pub(crate) trait Deliver: DeviceRing {
 }
 
 impl<R: DeviceRing> Deliver for R {}
-
-/// The general case: pieces into pieces, which have room for the frame in all.
-#[cold]
-fn copy_scattered(burst: &mut Burst, index: usize, gap: u32, buffers: u16, to: &[Segment]) {
-    let mut bytes = *burst.snapshot(index);
-    if gap == 0 {
-        net_header::set_num_buffers(&mut bytes, buffers);
-    } else {
-        // A legacy header ends before num_buffers.
-        bytes.copy_within(0..HEADER_LEN - gap as usize, gap as usize);
-    }
-    let mut targets = to.iter().copied();
-    let mut target = Segment {
-        ptr: std::ptr::null_mut(),
-        len: 0,
-    };
-    let mut put = |mut from: *const u8, mut left: u32| {
-        while left > 0 {
-            if target.len == 0 {
-                match targets.next() {
-                    Some(next) => target = next,
-                    None => return,
-                }
-            }
-            let part = left.min(target.len);
-            // SAFETY: both pieces are valid for `part` bytes and lie in different mappings.
-            unsafe { copy(target.ptr, from, part as usize) };
-            from = from.wrapping_add(part as usize);
-            left -= part;
-            target.ptr = target.ptr.wrapping_add(part as usize);
-            target.len -= part;
-        }
-    };
-    put(
-        bytes.as_ptr().wrapping_add(gap as usize),
-        burst.snapshot_bytes(index) - gap,
-    );
-    for piece in burst.rest(index) {
-        put(piece.ptr, piece.len);
-    }
-}

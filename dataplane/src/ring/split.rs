@@ -263,6 +263,17 @@ impl DeviceRing for SplitRing {
     }
 
     #[inline]
+    fn entries(&self) -> u16 {
+        self.size
+    }
+
+    #[inline(always)]
+    fn is_offered(&self, _place: u16) -> bool {
+        // `available` told exactly.
+        true
+    }
+
+    #[inline(always)]
     fn available(&self) -> Result<u16, RingFault> {
         // Acquire: pairs with the driver's barrier before it writes avail.idx (2.7.13.3), so that
         // entries and descriptors up to the index are visible.

@@ -15,7 +15,8 @@ use super::gather::gather;
 use super::*;
 use crate::burst::Burst;
 use crate::memory::{GuestMemory, Region, RegionSpec};
-use crate::net_header::{Offloads, vhost_features};
+use crate::net_header::vhost_features;
+use crate::offload::{Offloads, Workbench};
 
 const BASE: u64 = 1 << 32;
 const BYTES: u64 = 1 << 20;
@@ -312,12 +313,15 @@ proptest! {
         let mut free = popped(&reference, &mut queue).into_iter().peekable();
         let mut ring = machine.ring(base, features);
         let mut scratch = RxScratch::new();
+        let mut bench = Workbench::new();
         let mut available = ring.available().unwrap();
         let mut taken = 0;
         for (length, fill) in frames {
             let source = Source::new(length, fill);
-            let mut burst = source.burst();
-            let delivered = ring.deliver(&mut burst, 0, &mut available, &mut scratch).unwrap();
+            let burst = source.burst();
+            let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+            let mut parcel = parcels.next().unwrap();
+            let delivered = ring.deliver(&mut parcel, &mut available, &mut scratch).unwrap();
             let needed = length + header;
             let capacity = |chain: &(u16, Vec<(u64, u32)>)| chain.1.iter().map(|b| b.1).sum::<u32>();
             let mut rooms = free.clone().map(|chain| capacity(&chain));

@@ -98,6 +98,8 @@ pub enum PortKind {
         queue_pairs: QueuePairs,
         /// Leave the interface in place when the port goes.
         persist: bool,
+        /// Let the kernel leave checksums and segmentation to others, and take such frames.
+        offload: bool,
     },
 }
 

@@ -18,7 +18,8 @@ pub use error::SwitchError;
 
 use crate::features;
 use crate::housekeeping::Housekeeping;
-use crate::info::{FdbEntryInfo, PairCounters, PortDetail, PortInfo, WorkerInfo};
+use crate::info::{FdbEntryInfo, HeaderAction, PairCounters, PortDetail, PortInfo, WorkerInfo};
+use crate::offload::Action as Treatment;
 use crate::port::{Binding, Port, PortBase, TapPort, VhostPort};
 use crate::topology::{Action, Topology, diff};
 use crate::vhost_user::{Endpoint, SessionThread};
@@ -173,6 +174,9 @@ impl Switch {
         let port = &find(&state, name)?.port;
         let placement = state.topology.placement(port.base().id);
         let queues = port.queues(|pair| placement.get(usize::from(pair)).copied().unwrap_or(0));
+        let (sends, takes) = port.offloads();
+        let (sends, takes) = (sends.names(), takes.names());
+        let actions = header_actions(&state, port);
         Ok(match &**port {
             Port::VhostUser(guest) => {
                 let (features, protocol_features) = guest.features();
@@ -187,18 +191,24 @@ impl Switch {
                     memory_regions,
                     last_error: guest.last_error(),
                     mtu: guest.mtu(),
+                    sends,
+                    takes,
+                    actions,
                 }
             }
             Port::Tap(tap) => PortDetail {
                 info,
                 queues,
-                features: features::TAP_OFFLOADS.to_vec(),
+                features: features::tap_names(tap.offloads()),
                 protocol_features: Vec::new(),
                 connections: 0,
                 mapped_bytes: 0,
                 memory_regions: 0,
                 last_error: None,
                 mtu: tap.mtu(),
+                sends,
+                takes,
+                actions,
             },
         })
     }
@@ -435,6 +445,26 @@ fn find<'a>(state: &'a State, name: &PortName) -> Result<&'a Entry, SwitchError>
     state.ports.get(name).ok_or_else(missing)
 }
 
+/// What is done to headers from a port to each other, by name.
+fn header_actions(state: &State, from: &Port) -> Vec<HeaderAction> {
+    let (sends, _) = from.offloads();
+    let others = state
+        .ports
+        .iter()
+        .filter(|(_, entry)| entry.port.base().id != from.base().id);
+    others
+        .map(|(name, entry)| {
+            let (_, takes) = entry.port.offloads();
+            HeaderAction {
+                to: name.clone(),
+                action: Treatment::between(sends, takes).as_str(),
+                passed: sends.and(takes).names(),
+                done: sends.without(takes).names(),
+            }
+        })
+        .collect()
+}
+
 fn names(state: &State) -> BTreeMap<PortId, &PortName> {
     state
         .ports
@@ -461,8 +491,10 @@ fn open_port(base: PortBase, config: &PortConfig) -> Result<(Port, Option<Endpoi
             ifname,
             queue_pairs,
             persist,
+            offload,
         } => {
-            let tap = TapPort::open(base, ifname, queue_pairs.get(), config.mtu, *persist)?;
+            let flags = (*persist, *offload);
+            let tap = TapPort::open(base, ifname, queue_pairs.get(), config.mtu, flags)?;
             Ok((Port::Tap(Box::new(tap)), None))
         }
     }

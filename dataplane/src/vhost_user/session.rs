@@ -25,7 +25,7 @@ use crate::ring::Layout;
 /// Virtio features that this back-end offers, and the only place that says so.
 ///
 /// QEMU masks away from the guest whatever is in its list of features for vhost-user-net back-ends
-/// and not in ours; of that list we lack what the data path can't do (UFO, USO, RSS, an IOMMU,
+/// and not in ours; of that list we lack what the data path can't do (UFO, RSS, an IOMMU,
 /// and NOTIFY_ON_EMPTY and GSO of drivers older than virtio 1.0). STATUS, CTRL_VQ and
 /// the CTRL_* that the front-end serves by itself are outside of the list of QEMU 10, but in that
 /// of older versions, which would mask them too.
@@ -55,6 +55,9 @@ pub(crate) const OFFERED_FEATURES: u64 = feature_bits(&[
     32, // VIRTIO_F_VERSION_1
     34, // VIRTIO_F_RING_PACKED
     35, // VIRTIO_F_IN_ORDER
+    54, // VIRTIO_NET_F_GUEST_USO4
+    55, // VIRTIO_NET_F_GUEST_USO6
+    56, // VIRTIO_NET_F_HOST_USO
 ]);
 
 /// Protocol features that this back-end offers.

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use ringway_bridge::{Bridge, Decisions, DropReason, MAX_BURST, MAX_PORTS, Members, PortId, Tick};
 
 use super::pairs::PairTable;
+use super::parcels::{deliver_any, write_parcels};
 use crate::burst::Burst;
 use crate::isa::for_this_cpu;
-use crate::net_header::{self, Offloads};
+use crate::offload::{Offloads, Workbench};
 use crate::port::{Port, QueueGuard, TapPort, VhostPort, VhostQueue, max_l2_bytes};
 use crate::ring::{Deliver, Ring, RingFault, RxScratch};
 
@@ -23,6 +24,7 @@ pub(super) struct Forwarder {
     bridge: Arc<Bridge>,
     decisions: Decisions,
     scratch: RxScratch,
+    bench: Workbench,
     /// Per destination: since when its receive ring is full without having taken a frame, in
     /// nanoseconds of the worker's clock; 0 while it takes frames.
     full_since: Box<[u64]>,
@@ -57,9 +59,9 @@ impl Outcome {
     }
 
     #[inline]
-    fn sent(&mut self, index: usize, bytes: u32) {
+    fn sent(&mut self, index: usize, bytes: u64) {
         self.sent |= 1 << index;
-        self.sent_bytes += u64::from(bytes);
+        self.sent_bytes += bytes;
     }
 
     /// Notes a drop. A destination has at most three reasons of its own in one burst; should there
@@ -84,6 +86,7 @@ impl Forwarder {
             bridge,
             decisions: Decisions::new(),
             scratch: RxScratch::new(),
+            bench: Workbench::new(),
             full_since: vec![0; MAX_PORTS].into(),
             patience_ns,
         }
@@ -122,12 +125,17 @@ impl Forwarder {
             let Some(port) = &self.ports[to.index()] else {
                 continue;
             };
+            let haste = self.haste(to, flooded, now.ns);
+            let (scratch, bench) = (&mut self.scratch, &mut self.bench);
             let outcome = match &**port {
                 Port::VhostUser(port) => {
-                    deliver_to_guest(port, source_queue, mask, burst, &mut self.scratch)
+                    deliver_to_guest(port, source_queue, (mask, haste), burst, scratch, bench)
                 }
-                Port::Tap(port) => deliver_to_tap(port, source_queue, mask, burst),
+                Port::Tap(port) => deliver_to_tap(port, source_queue, mask, burst, bench),
             };
+            if !self.bench.tally.is_empty() {
+                self.count_offloads(from, to, pairs);
+            }
             let refused = outcome.full | outcome.busy;
             let may_wait = refused != 0 && self.may_wait(to, &outcome, now.ns);
             if refused == 0 && outcome.sent != 0 {
@@ -143,6 +151,18 @@ impl Forwarder {
         }
         self.count_source_drops(source, burst);
         given_back
+    }
+
+    /// Frames that are not to wait until a destination has room for all of their segments: those that
+    /// can't wait at all, or all of them if it did not take a frame for long.
+    #[inline]
+    fn haste(&self, to: PortId, flooded: u64, now_ns: u64) -> u64 {
+        let since = self.full_since[to.index()];
+        if since == 0 && self.patience_ns != 0 || now_ns.saturating_sub(since) < self.patience_ns {
+            flooded
+        } else {
+            u64::MAX
+        }
     }
 
     /// Whether a source waits for a destination that refused frames: for `patience_ns` since it
@@ -185,6 +205,26 @@ impl Forwarder {
         for (mask, reason) in outcome.drops.into_iter().chain(refusals) {
             if let (Some(reason), frames @ 1..) = (reason, mask.count_ones()) {
                 self.count_drop(from, to, reason, u64::from(frames), pairs);
+            }
+        }
+    }
+
+    /// Counts what was done to a destination's frames.
+    #[cold]
+    fn count_offloads(&mut self, from: PortId, to: PortId, pairs: &PairTable) {
+        let tally = std::mem::take(&mut self.bench.tally);
+        if let Some(port) = &self.ports[to.index()] {
+            let counters = &port.base().tx_offloads;
+            counters.completed.add(tally.completed);
+            counters.cut.add(tally.cut);
+            counters.segments.add(tally.segments);
+        }
+        if let Some(pair) = pairs.get(from, to) {
+            pair.frames.add_owned(tally.extra_delivered());
+        }
+        for (frames, reason) in tally.lost {
+            if let (1.., Some(reason)) = (frames, reason) {
+                self.count_drop(from, to, reason, frames, pairs);
             }
         }
     }
@@ -255,20 +295,14 @@ fn bits(mut mask: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Why a frame can't go to a destination that takes `offloads` and frames of `max_bytes`.
-#[inline]
-fn unsuited(
-    header: &net_header::Checked,
-    offloads: Offloads,
-    max_bytes: u32,
-) -> Option<DropReason> {
-    if !header.needs.within(offloads) {
-        Some(DropReason::OffloadUnsupported)
-    } else if header.wire_bytes > max_bytes {
-        Some(DropReason::TooLong)
-    } else {
-        None
-    }
+/// What a destination takes.
+#[derive(Clone, Copy)]
+pub(super) struct Limits {
+    pub(super) offloads: Offloads,
+    /// Longest frame, L2 bytes.
+    pub(super) max_bytes: u32,
+    /// Frames whose segments are delivered as far as there is room.
+    pub(super) haste: u64,
 }
 
 fn lock_queue(queue: &VhostQueue) -> Option<QueueGuard<'_>> {
@@ -288,9 +322,10 @@ fn lock_queue(queue: &VhostQueue) -> Option<QueueGuard<'_>> {
 fn deliver_to_guest(
     port: &VhostPort,
     source_queue: u16,
-    mask: u64,
-    burst: &mut Burst,
+    (mask, haste): (u64, u64),
+    burst: &Burst,
     scratch: &mut RxScratch,
+    bench: &mut Workbench,
 ) -> Outcome {
     let Some(queue) = port.receive_queue(source_queue) else {
         return Outcome::all(mask, DropReason::PortDown);
@@ -304,16 +339,24 @@ fn deliver_to_guest(
     let Some(started) = state.started.as_mut().filter(|started| started.enabled) else {
         return Outcome::all(mask, DropReason::PortDown);
     };
-    let limits = (started.offloads, max_l2_bytes(port.mtu()));
+    let limits = Limits {
+        offloads: started.offloads,
+        max_bytes: max_l2_bytes(port.mtu()),
+        haste,
+    };
     let (mut outcome, fault) = match &mut started.ring {
-        Ring::Split(ring) => deliver_burst(ring, mask, burst, limits, scratch),
-        Ring::Packed(ring) => deliver_burst(ring, mask, burst, limits, scratch),
+        Ring::Split(ring) => deliver_burst(ring, mask, burst, limits, scratch, bench),
+        Ring::Packed(ring) => deliver_burst(ring, mask, burst, limits, scratch, bench),
     };
     queue
         .counters
         .frames
         .add_owned(u64::from(outcome.sent.count_ones()));
     queue.counters.bytes.add_owned(outcome.sent_bytes);
+    if !bench.tally.is_empty() {
+        let extra = bench.tally.extra_delivered();
+        queue.counters.frames.add_owned(extra);
+    }
     port.publish(queue, &mut state);
     if let Some(fault) = fault {
         let lost = mask & !outcome.sent & !outcome.drops.iter().fold(0, |all, drop| all | drop.0);
@@ -329,9 +372,10 @@ for_this_cpu! {
     fn deliver_burst<R: Deliver>(
         ring: &mut R,
         mask: u64,
-        burst: &mut Burst,
-        limits: (Offloads, u32),
+        burst: &Burst,
+        limits: Limits,
         scratch: &mut RxScratch,
+        bench: &mut Workbench,
     ) -> (Outcome, Option<RingFault>) = deliver_frames;
 }
 
@@ -339,9 +383,10 @@ for_this_cpu! {
 fn deliver_frames<R: Deliver>(
     ring: &mut R,
     mask: u64,
-    burst: &mut Burst,
-    limits: (Offloads, u32),
+    burst: &Burst,
+    limits: Limits,
     scratch: &mut RxScratch,
+    bench: &mut Workbench,
 ) -> (Outcome, Option<RingFault>) {
     let mut outcome = Outcome::default();
     let mut fault = None;
@@ -355,7 +400,8 @@ fn deliver_frames<R: Deliver>(
     let mut left = if fault.is_none() { mask } else { 0 };
     while left != 0 {
         // The common frames in one go, then one that is not, and again.
-        let (sent, bytes) = ring.deliver_plain(burst, left, limits.1, &mut available, scratch);
+        let (sent, bytes) =
+            ring.deliver_plain(burst, left, limits.max_bytes, &mut available, scratch);
         outcome.sent |= sent;
         outcome.sent_bytes += bytes;
         left &= !sent;
@@ -363,66 +409,47 @@ fn deliver_frames<R: Deliver>(
             break;
         }
         let index = left.trailing_zeros() as usize;
-        match deliver_any(ring, burst, index, limits, &mut available, scratch) {
-            Ok(Ok(())) => outcome.sent(index, burst.l2_bytes(index)),
+        let delivery = deliver_any(ring, (burst, index), limits, &mut available, scratch, bench);
+        match delivery.sent {
+            Some(Ok(bytes)) => outcome.sent(index, bytes),
             // Frames behind it are refused too, lest they overtake it.
-            Ok(Err(DropReason::RingFull)) => {
+            Some(Err(DropReason::RingFull)) => {
                 outcome.full = left;
                 break;
             }
-            Ok(Err(reason)) => outcome.drop(1 << index, reason),
-            Err(error) => {
-                fault = Some(error);
-                break;
-            }
+            Some(Err(reason)) => outcome.drop(1 << index, reason),
+            None => {}
+        }
+        fault = delivery.fault;
+        if fault.is_some() {
+            break;
         }
         left &= left - 1;
     }
     (outcome, fault)
 }
 
-/// Delivers a frame of any kind, if the destination takes it.
-#[cold]
-fn deliver_any<R: Deliver>(
-    ring: &mut R,
-    burst: &mut Burst,
-    index: usize,
-    (offloads, max_bytes): (Offloads, u32),
-    available: &mut u16,
-    scratch: &mut RxScratch,
-) -> Result<Result<(), DropReason>, RingFault> {
-    let header = burst.header(index);
-    if let Some(reason) = unsuited(&header, offloads, max_bytes) {
-        return Ok(Err(reason));
-    }
-    let hide_hint = header.data_valid && !Offloads::CSUM.within(offloads);
-    if hide_hint {
-        net_header::set_data_valid(burst.snapshot(index), false);
-    }
-    let delivered = ring.deliver(burst, index, available, scratch);
-    if hide_hint {
-        net_header::set_data_valid(burst.snapshot(index), true);
-    }
-    delivered
-}
-
-fn deliver_to_tap(port: &TapPort, source_queue: u16, mask: u64, burst: &mut Burst) -> Outcome {
+fn deliver_to_tap(
+    port: &TapPort,
+    source_queue: u16,
+    mask: u64,
+    burst: &Burst,
+    bench: &mut Workbench,
+) -> Outcome {
     let queue = port.transmit_queue(source_queue);
     let max_bytes = max_l2_bytes(port.configured_mtu());
     let mut outcome = Outcome::default();
     for index in bits(mask) {
-        if let Some(reason) = unsuited(&burst.header(index), Offloads::ALL, max_bytes) {
-            outcome.drop(1 << index, reason);
-            continue;
-        }
-        match port.deliver(queue, burst, index) {
-            Ok(()) => outcome.sent(index, burst.l2_bytes(index)),
+        let sent = write_parcels(port, queue, (burst, index), max_bytes, bench);
+        match sent {
+            Ok(bytes) => outcome.sent(index, bytes),
             Err(reason) => outcome.drop(1 << index, reason),
         }
     }
     // Several workers may write to one tap queue.
     let counters = port.queue_counters(queue).1;
-    counters.frames.add(u64::from(outcome.sent.count_ones()));
+    let frames = u64::from(outcome.sent.count_ones()) + bench.tally.extra_delivered();
+    counters.frames.add(frames);
     counters.bytes.add(outcome.sent_bytes);
     outcome
 }

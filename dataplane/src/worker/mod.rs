@@ -13,6 +13,7 @@ mod allowance;
 mod forward;
 mod inline;
 mod pairs;
+mod parcels;
 mod sharing;
 mod turn;
 

@@ -17,7 +17,8 @@ use super::sharing::Sharing;
 use super::{Command, DOORBELL, Token, WorkerHandle};
 use crate::burst::Burst;
 use crate::memory::{Segment, breaks};
-use crate::net_header::{HEADER_BYTES, HEADER_LEN, Offloads};
+use crate::net_header::{HEADER_BYTES, HEADER_LEN};
+use crate::offload::Offloads;
 use crate::port::{Port, TapPort, TapReader, VhostPort};
 use crate::ring::Entry;
 use crate::switch::IdleConfig;
@@ -330,7 +331,7 @@ impl Worker {
         if count == 0 {
             return Polled::Empty;
         }
-        self.burst.take_snapshots(HEADER_BYTES, Offloads::ALL);
+        self.burst.take_snapshots(HEADER_BYTES, tap.offloads());
         let now = self.now();
         let pairs = &self.handle.pairs;
         let given_back = self

@@ -7,6 +7,7 @@
 
 pub(crate) mod hostile;
 pub(crate) mod observe;
+pub(crate) mod packet;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -112,8 +113,8 @@ impl Lab {
         assert_eq!(count(self.counters(port)), expected);
     }
 
-    /// Asserts that every frame received was delivered or dropped for a reason. `extra_copies` is
-    /// what floods to several ports made of one frame. Counters of a source follow those of the
+    /// Asserts that every frame received was delivered or dropped for a reason, or cut into segments
+    /// that were. `extra_copies` is what floods to several ports made of one frame. Counters of a source follow those of the
     /// destination by the rest of a burst, hence the wait.
     pub(crate) fn assert_conserved(&self, ports: &[&str], extra_copies: u64) {
         eventually("received + copies = sent + dropped", || {
@@ -124,7 +125,8 @@ impl Lab {
                 .iter()
                 .map(|c| c.rx_drops.total() + c.tx_drops.total())
                 .sum();
-            received + extra_copies == sent + dropped
+            let segments: u64 = all.iter().map(|c| c.tx_segments - c.tx_cut).sum();
+            received + extra_copies + segments == sent + dropped
         });
     }
 }

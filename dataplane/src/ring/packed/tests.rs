@@ -15,7 +15,7 @@ use crate::driver::features::{
 };
 use crate::driver::{DriverMemory, PackedArea, PackedDesc};
 use crate::memory::{Region, RegionHint, RegionSpec};
-use crate::net_header::Offloads;
+use crate::offload::Offloads;
 use crate::ring::complete_gathered;
 use crate::ring::gather::gather;
 

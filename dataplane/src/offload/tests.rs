@@ -1,0 +1,419 @@
+//! Parcels against etherparse: each is parsed and judged, and together they are the original.
+
+use proptest::prelude::*;
+use ringway_bridge::DropReason;
+
+use self::packet::{GSO_ECN, Packet, complete, judge, pattern};
+use super::{Action, MAX_PARCELS, Offloads, Parcels, Workbench};
+use crate::burst::Burst;
+use crate::memory::Segment;
+use crate::net_header::{HEADER_BYTES, HEADER_LEN};
+use crate::ring::Entry;
+
+#[path = "../../tests/common/packet.rs"]
+mod packet;
+
+const SEGMENTATION: Offloads = Offloads::ALL.without(Offloads::CSUM);
+
+/// A message in pieces, as a guest's buffers have it.
+fn burst(message: &mut [u8], cuts: &[prop::sample::Index]) -> Burst {
+    let mut ends: Vec<_> = cuts
+        .iter()
+        .map(|cut| cut.index(message.len() + 1))
+        .collect();
+    ends.extend([0, message.len()]);
+    ends.sort_unstable();
+    let mut burst = Burst::new();
+    let mark = burst.begin().unwrap();
+    let total = u32::try_from(message.len()).unwrap();
+    for pair in ends.windows(2) {
+        let part = &mut message[pair[0]..pair[1]];
+        let (ptr, len) = (part.as_mut_ptr(), u32::try_from(part.len()).unwrap());
+        assert!(burst.push(mark, Segment { ptr, len }));
+    }
+    burst.add(mark, Entry::single(0), total);
+    burst.take_snapshots(HEADER_BYTES, Offloads::ALL);
+    burst
+}
+
+/// A parcel as it arrives in buffers of these sizes, then larger ones.
+fn written(parcels: &mut Parcels<'_>, sizes: &[u32], gap: u32) -> Option<Vec<u8>> {
+    let mut parcel = parcels.next()?;
+    let needed = parcel.total_bytes() - gap;
+    let mut buffers = Vec::new();
+    let mut room = 0;
+    for size in sizes.iter().copied().chain(std::iter::repeat(700)) {
+        if room >= needed {
+            break;
+        }
+        buffers.push(vec![0xa5_u8; size as usize]);
+        room += size;
+    }
+    let to: Vec<_> = buffers
+        .iter_mut()
+        .map(|buffer| Segment {
+            ptr: buffer.as_mut_ptr(),
+            len: u32::try_from(buffer.len()).unwrap(),
+        })
+        .collect();
+    parcel.write_to(gap, 1, &to);
+    let mut all = buffers.concat();
+    assert!(
+        all[needed as usize..].iter().all(|b| *b == 0xa5),
+        "written past its end"
+    );
+    all.truncate(needed as usize);
+    Some(all)
+}
+
+/// A parcel as it is given to a tap.
+fn sealed(parcels: &mut Parcels<'_>) -> Option<Vec<u8>> {
+    let mut parcel = parcels.next()?;
+    let mut pieces = Vec::new();
+    parcel.seal(|piece| pieces.push(piece));
+    let mut all = Vec::new();
+    for piece in pieces {
+        // SAFETY: pieces are valid as long as the parcel.
+        let bytes = unsafe { std::slice::from_raw_parts(piece.ptr, piece.len as usize) };
+        all.extend_from_slice(bytes);
+    }
+    Some(all)
+}
+
+fn packets() -> impl Strategy<Value = Packet> {
+    let shape = (
+        any::<bool>(),
+        any::<bool>(),
+        0..=2_usize,
+        0..=10_usize,
+        0..=10_usize,
+    );
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+    let numbers = (any::<u16>(), any::<u32>());
+    let payload = prop_oneof![0..200_usize, 0..20_000_usize, Just(65_535 - 200)];
+    (shape, flags, numbers, payload, any::<u8>()).prop_map(
+        |((is_ipv4, is_udp, tags, ip_options, tcp_options), flags, numbers, payload, fill)| {
+            let payload = match fill {
+                // All ones, and zeros: what sums trip over.
+                0..20 => vec![0xff; payload],
+                20..40 => vec![0; payload],
+                _ => pattern(payload),
+            };
+            Packet {
+                tags,
+                ip_options,
+                tcp_options,
+                fin: flags.0,
+                psh: flags.1,
+                cwr: flags.2,
+                identification: numbers.0,
+                sequence: numbers.1,
+                ..Packet::new(is_ipv4, is_udp, payload)
+            }
+        },
+    )
+}
+
+/// Sets of offloads that a destination can have.
+fn takers() -> impl Strategy<Value = Offloads> {
+    let all = [
+        Offloads::TSO4,
+        Offloads::TSO6,
+        Offloads::ECN,
+        Offloads::USO4,
+        Offloads::USO6,
+    ];
+    prop_oneof![
+        Just(Offloads::NONE),
+        Just(Offloads::CSUM),
+        Just(Offloads::ALL),
+        prop::sample::subsequence(all.to_vec(), 0..=5)
+            .prop_map(|some| some.into_iter().fold(Offloads::CSUM, Offloads::with)),
+    ]
+}
+
+fn check_segments(packet: &Packet, gso_size: u16, taken: Offloads, parts: &[Vec<u8>]) {
+    let mut payload = Vec::new();
+    let count = packet.payload.len().div_ceil(gso_size.into()).max(1);
+    assert_eq!(parts.len(), count);
+    for (index, part) in parts.iter().enumerate() {
+        let (header, frame) = part.split_at(HEADER_LEN);
+        let mut frame = frame.to_vec();
+        assert_eq!((header[1], &header[2..6], header[10]), (0, &[0; 4][..], 1));
+        let was_open = complete(header, &mut frame);
+        assert_eq!(was_open, taken != Offloads::NONE);
+        if !was_open {
+            assert_eq!(header[..10], [0; 10]);
+        }
+        let judged = judge(&frame).unwrap_or_else(|error| panic!("segment {index}: {error}"));
+        let is_last = index + 1 == count;
+        assert!(judged.payload.len() <= gso_size.into());
+        assert!(is_last || judged.payload.len() == usize::from(gso_size));
+        assert_eq!(
+            frame[..packet.place().l3],
+            packet.frame()[..packet.place().l3]
+        );
+        if let Some(ip) = judged.ipv4 {
+            let step = u16::try_from(index).unwrap();
+            assert_eq!(ip.identification, packet.identification.wrapping_add(step));
+            assert_eq!(ip.options.len(), 4 * packet.ip_options);
+        }
+        if let Some(tcp) = judged.tcp {
+            let offset = u32::try_from(payload.len()).unwrap();
+            assert_eq!(tcp.sequence_number, packet.sequence.wrapping_add(offset));
+            assert_eq!(
+                (tcp.fin, tcp.psh),
+                (packet.fin && is_last, packet.psh && is_last)
+            );
+            assert_eq!(tcp.cwr, packet.cwr && index == 0);
+            assert_eq!((tcp.ack, tcp.acknowledgment_number), (true, 0x0102_0304));
+            assert_eq!(tcp.options.len(), 4 * packet.tcp_options);
+        }
+        payload.extend(judged.payload);
+    }
+    assert!(payload == packet.payload, "the payload changed");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn frames_are_cut_into_what_etherparse_finds_right(
+        packet in packets(),
+        gso_size in prop_oneof![1..300_u16, 500..9000_u16, Just(1448_u16)],
+        cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..8),
+        sizes in proptest::collection::vec(1..200_u32, 0..8),
+        taken in takers(),
+        legacy: bool,
+    ) {
+        let mut message = [packet.header(gso_size), packet.open()].concat();
+        let original = message.clone();
+        let burst = burst(&mut message, &cuts);
+        prop_assert!(burst.rejected.is_empty(), "{:?}", burst.rejected);
+        let needs = burst.header(0).needs;
+        let mut bench = Workbench::new();
+        let count = packet.payload.len().div_ceil(gso_size.into()).max(1);
+        let action = Action::between(needs, taken);
+        let mut parcels = match bench.parcels(&burst, 0, taken, u32::MAX) {
+            Ok(parcels) => parcels,
+            Err(reason) => {
+                prop_assert_eq!(reason, DropReason::TooManySegments);
+                prop_assert!(count > MAX_PARCELS as usize && action != Action::Pass);
+                return Ok(());
+            }
+        };
+        let mut parts = Vec::new();
+        while let Some(mut part) = written(&mut parcels, &sizes, if legacy { 2 } else { 0 }) {
+            if legacy {
+                part.splice(10..10, [1, 0]);
+            }
+            parts.push(part);
+        }
+        if action == Action::Pass {
+            // Whole, but for its header length, which is told anew.
+            prop_assert_eq!(parts.len(), 1);
+            prop_assert_eq!(&parts[0][HEADER_LEN..], &original[HEADER_LEN..]);
+            prop_assert_eq!(&parts[0][..10], &original[..10]);
+        } else {
+            check_segments(&packet, gso_size, taken, &parts);
+        }
+        // Those who gather get the same.
+        let mut parcels = bench.parcels(&burst, 0, taken, u32::MAX).unwrap();
+        for part in &parts {
+            prop_assert_eq!(&sealed(&mut parcels).unwrap(), part);
+        }
+        prop_assert!(sealed(&mut parcels).is_none());
+    }
+
+    #[test]
+    fn checksums_are_completed_wherever_they_are(
+        bytes in proptest::collection::vec(any::<u8>(), 60..3000),
+        start in any::<prop::sample::Index>(),
+        offset in any::<prop::sample::Index>(),
+        cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..8),
+        sizes in proptest::collection::vec(1..200_u32, 0..8),
+    ) {
+        let start = 14 + start.index(bytes.len() - 15);
+        let offset = offset.index(bytes.len() - 1 - start);
+        let mut header = vec![packet::NEEDS_CSUM, 0, 0, 0, 0, 0];
+        for field in [start, offset, 0] {
+            header.extend(u16::try_from(field).unwrap().to_le_bytes());
+        }
+        let mut expected = bytes.clone();
+        complete(&header, &mut expected);
+        let at = start + offset;
+        if expected[at..at + 2] == [0, 0] {
+            expected[at..at + 2].copy_from_slice(&[0xff, 0xff]);
+        }
+        let mut message = [header, bytes].concat();
+        let burst = burst(&mut message, &cuts);
+        prop_assert!(burst.rejected.is_empty(), "{:?}", burst.rejected);
+        let mut bench = Workbench::new();
+        let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+        let part = written(&mut parcels, &sizes, 0).unwrap();
+        prop_assert_eq!(&part[..HEADER_LEN], &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        prop_assert_eq!(&part[HEADER_LEN..], &expected);
+        let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+        let part = sealed(&mut parcels).unwrap();
+        prop_assert_eq!(&part[HEADER_LEN..], &expected);
+    }
+
+    #[test]
+    fn frames_that_lie_are_dropped_or_cut_and_never_more_than_they_are(
+        packet in packets(),
+        gso_size in 0..70_u16,
+        place in 12..160_usize,
+        value: u8,
+        length in any::<prop::sample::Index>(),
+    ) {
+        let mut frame = packet.open();
+        frame.truncate(14 + length.index(frame.len()));
+        if let Some(byte) = frame.get_mut(place) {
+            *byte = value;
+        }
+        let bytes = frame.len();
+        let mut message = [packet.header(gso_size.max(1)), frame].concat();
+        message[4..6].copy_from_slice(&gso_size.to_le_bytes());
+        let burst = burst(&mut message, &[]);
+        let mut bench = Workbench::new();
+        if !burst.rejected.is_empty() {
+            return Ok(());
+        }
+        let Ok(mut parcels) = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX) else {
+            return Ok(());
+        };
+        let count = parcels.count();
+        prop_assert!(count <= MAX_PARCELS);
+        let (mut made, mut sum) = (0, 0);
+        while let Some(part) = written(&mut parcels, &[], 0) {
+            made += 1;
+            sum += part.len() - HEADER_LEN;
+        }
+        prop_assert_eq!(made, count);
+        prop_assert!(sum <= bytes + made as usize * 250);
+    }
+}
+
+#[test]
+fn each_pair_of_offloads_has_its_action() {
+    use Offloads as O;
+    let tso = O::CSUM.with(O::TSO4);
+    let cases = [
+        (O::NONE, O::NONE, Action::Pass),
+        (O::ALL, O::ALL, Action::Pass),
+        (tso, O::ALL, Action::Pass),
+        (O::CSUM, O::NONE, Action::Complete),
+        (tso, O::CSUM, Action::Segment),
+        (tso.with(O::ECN), tso, Action::Segment),
+        (
+            O::CSUM.with(O::USO6),
+            O::CSUM.with(O::USO4),
+            Action::Segment,
+        ),
+        (tso, O::NONE, Action::SegmentAndComplete),
+        (O::ALL, O::NONE, Action::SegmentAndComplete),
+    ];
+    for (needed, taken, action) in cases {
+        assert_eq!(
+            Action::between(needed, taken),
+            action,
+            "{needed:?} {taken:?}"
+        );
+    }
+}
+
+#[test]
+fn nothing_is_offloaded_without_checksums() {
+    let features = !(1 << 0) & !(1 << 1);
+    assert_eq!(Offloads::from_guest(features), Offloads::NONE);
+    assert_eq!(Offloads::to_guest(features), Offloads::NONE);
+    assert_eq!(Offloads::from_guest(!0), Offloads::ALL);
+    assert_eq!(Offloads::to_guest(!0), Offloads::ALL);
+    assert_eq!(
+        Offloads::from_guest(1 | 1 << 56).names(),
+        ["checksum", "uso4", "uso6"]
+    );
+}
+
+/// Why a frame is not delivered to a destination that takes `taken`.
+fn refusal(packet: &Packet, gso_size: u16, taken: Offloads, max_bytes: u32) -> Option<DropReason> {
+    let mut message = [packet.header(gso_size), packet.open()].concat();
+    let burst = burst(&mut message, &[]);
+    assert!(burst.rejected.is_empty());
+    Workbench::new().parcels(&burst, 0, taken, max_bytes).err()
+}
+
+#[test]
+fn more_segments_than_the_limit_are_refused() {
+    let packet = Packet::new(true, false, pattern(51_200));
+    assert_eq!(refusal(&packet, 100, Offloads::NONE, 1518), None);
+    let reason = Some(DropReason::TooManySegments);
+    assert_eq!(refusal(&packet, 99, Offloads::NONE, 1518), reason);
+    assert_eq!(refusal(&packet, 1, Offloads::CSUM, 1518), reason);
+    assert_eq!(refusal(&packet, 1, Offloads::ALL, 1518), None);
+}
+
+#[test]
+fn a_segment_beyond_the_mtu_is_refused_whoever_cuts_it() {
+    let packet = Packet::new(true, false, pattern(9000));
+    for taken in [Offloads::NONE, Offloads::CSUM, Offloads::ALL] {
+        assert_eq!(refusal(&packet, 1460, taken, 1514), None);
+        let reason = Some(DropReason::TooLong);
+        assert_eq!(refusal(&packet, 1461, taken, 1514), reason);
+    }
+}
+
+#[test]
+fn ip_lengths_that_are_not_the_frames_are_refused() {
+    for (is_ipv4, at) in [(true, 16), (false, 18)] {
+        for wrong in [-1_i16, 1] {
+            let packet = Packet::new(is_ipv4, false, pattern(3000));
+            let mut message = [packet.header(1000), packet.open()].concat();
+            let field = &mut message[HEADER_LEN + at..][..2];
+            let told = u16::from_be_bytes([field[0], field[1]]);
+            field.copy_from_slice(&told.wrapping_add_signed(wrong).to_be_bytes());
+            let burst = burst(&mut message, &[]);
+            assert!(burst.rejected.is_empty());
+            let mut bench = Workbench::new();
+            let refused = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).err();
+            assert_eq!(refused, Some(DropReason::OffloadUnsupported));
+        }
+    }
+}
+
+#[test]
+fn headers_longer_than_a_usual_snapshot_are_cut_too() {
+    let packet = Packet {
+        tags: 2,
+        ip_options: 10,
+        tcp_options: 10,
+        ..Packet::new(true, false, pattern(10_000))
+    };
+    assert_eq!(packet.place().headers, 142);
+    assert_eq!(refusal(&packet, 1000, Offloads::NONE, 1518), None);
+}
+
+#[test]
+fn congestion_is_told_once_even_if_the_header_does_not_say_ecn() {
+    let packet = Packet {
+        cwr: true,
+        ..Packet::new(true, false, pattern(3000))
+    };
+    let mut header = packet.header(1000);
+    assert_eq!(header[1] & GSO_ECN, GSO_ECN);
+    header[1] &= !GSO_ECN;
+    let mut message = [header, packet.open()].concat();
+    let burst = burst(&mut message, &[]);
+    let mut bench = Workbench::new();
+    let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+    let mut parts = Vec::new();
+    while let Some(part) = written(&mut parcels, &[], 0) {
+        parts.push(part);
+    }
+    check_segments(&packet, 1000, Offloads::NONE, &parts);
+    let taken = Offloads::CSUM.with(SEGMENTATION.without(Offloads::ECN));
+    assert_eq!(
+        bench.parcels(&burst, 0, taken, u32::MAX).unwrap().count(),
+        1
+    );
+}

@@ -1,0 +1,312 @@
+//! TCP and UDP packets, whole and as drivers leave them to others, built and judged by etherparse.
+#![allow(
+    dead_code,
+    reason = "shared by tests of several crates; none uses all of it"
+)]
+
+use etherparse::{
+    IpHeaders, IpNumber, Ipv4Extensions, Ipv4Header, Ipv6Extensions, Ipv6FlowLabel, Ipv6Header,
+    Ipv6RawExtHeader, NetHeaders, PacketBuilder, PacketHeaders, TcpHeader, TransportHeader,
+    UdpHeader, VlanId,
+};
+
+pub(crate) const NEEDS_CSUM: u8 = 1;
+pub(crate) const GSO_TCPV4: u8 = 1;
+pub(crate) const GSO_TCPV6: u8 = 4;
+pub(crate) const GSO_UDP_L4: u8 = 5;
+pub(crate) const GSO_ECN: u8 = 0x80;
+
+/// A packet from station 1 to station 2.
+#[derive(Clone, Debug)]
+pub(crate) struct Packet {
+    pub(crate) is_ipv4: bool,
+    pub(crate) is_udp: bool,
+    /// VLAN tags, at most 2.
+    pub(crate) tags: usize,
+    /// Words of four bytes of IPv4 options, at most 10; or extension headers of 8 bytes.
+    pub(crate) ip_options: usize,
+    /// Words of four bytes of TCP options, at most 10.
+    pub(crate) tcp_options: usize,
+    pub(crate) fin: bool,
+    pub(crate) psh: bool,
+    pub(crate) cwr: bool,
+    pub(crate) identification: u16,
+    pub(crate) sequence: u32,
+    pub(crate) stations: [[u8; 6]; 2],
+    pub(crate) payload: Vec<u8>,
+}
+
+/// Where a packet's checksum is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) l3: usize,
+    pub(crate) l4: usize,
+    pub(crate) headers: usize,
+    pub(crate) csum_offset: usize,
+}
+
+impl Packet {
+    pub(crate) fn new(is_ipv4: bool, is_udp: bool, payload: Vec<u8>) -> Self {
+        Self {
+            is_ipv4,
+            is_udp,
+            tags: 0,
+            ip_options: 0,
+            tcp_options: 0,
+            fin: false,
+            psh: true,
+            cwr: false,
+            identification: 0xfffe,
+            sequence: 0xffff_f000,
+            stations: [[0x52, 0x54, 0, 0, 0, 1], [0x52, 0x54, 0, 0, 0, 2]],
+            payload,
+        }
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        let l3 = 14 + 4 * self.tags;
+        let l4 = l3
+            + if self.is_ipv4 {
+                20 + 4 * self.ip_options
+            } else {
+                40 + 8 * self.ip_options
+            };
+        let (l4_bytes, csum_offset) = if self.is_udp {
+            (8, 6)
+        } else {
+            (20 + 4 * self.tcp_options, 16)
+        };
+        Place {
+            l3,
+            l4,
+            headers: l4 + l4_bytes,
+            csum_offset,
+        }
+    }
+
+    /// The whole frame, with its checksums.
+    pub(crate) fn frame(&self) -> Vec<u8> {
+        let builder = PacketBuilder::ethernet2(self.stations[0], self.stations[1]);
+        let id = |id: u16| VlanId::try_new(id).unwrap();
+        let ip = self.ip();
+        let step = match self.tags {
+            0 => builder.ip(ip),
+            1 => builder.single_vlan(id(7)).ip(ip),
+            _ => builder.double_vlan(id(100), id(7)).ip(ip),
+        };
+        let mut frame = Vec::new();
+        if self.is_udp {
+            step.udp(7000, 7001)
+                .write(&mut frame, &self.payload)
+                .unwrap();
+        } else {
+            let mut tcp = TcpHeader::new(1000, 2000, self.sequence, 64);
+            (tcp.ack, tcp.acknowledgment_number) = (true, 0x0102_0304);
+            (tcp.fin, tcp.psh, tcp.cwr) = (self.fin, self.psh, self.cwr);
+            tcp.set_options_raw(&vec![1; 4 * self.tcp_options]).unwrap();
+            step.tcp_header(tcp)
+                .write(&mut frame, &self.payload)
+                .unwrap();
+        }
+        assert_eq!(frame.len(), self.place().headers + self.payload.len());
+        frame
+    }
+
+    fn ip(&self) -> IpHeaders {
+        let protocol = if self.is_udp {
+            IpNumber::UDP
+        } else {
+            IpNumber::TCP
+        };
+        if self.is_ipv4 {
+            let mut ip = Ipv4Header::new(0, 64, protocol, [10, 0, 0, 1], [10, 0, 0, 2]).unwrap();
+            ip.identification = self.identification;
+            ip.options = vec![1; 4 * self.ip_options].as_slice().try_into().unwrap();
+            return IpHeaders::Ipv4(ip, Ipv4Extensions::default());
+        }
+        let mut extensions = Ipv6Extensions::default();
+        if self.ip_options > 0 {
+            // One header of destination options, padded (PadN).
+            let bytes = 8 * self.ip_options - 2;
+            let mut options = vec![0; bytes];
+            options[..2].copy_from_slice(&[1, u8::try_from(bytes - 2).unwrap()]);
+            let header = Ipv6RawExtHeader::new_raw(protocol, &options).unwrap();
+            extensions.destination_options = Some(header);
+        }
+        let ip = Ipv6Header {
+            traffic_class: 0,
+            flow_label: Ipv6FlowLabel::ZERO,
+            payload_length: 0,
+            next_header: protocol,
+            hop_limit: 64,
+            source: [0xfe; 16],
+            destination: [0xfd; 16],
+        };
+        IpHeaders::Ipv6(ip, extensions)
+    }
+
+    /// The frame as a driver leaves it: the checksum is the sum of the pseudo header.
+    pub(crate) fn open(&self) -> Vec<u8> {
+        let mut frame = self.frame();
+        let place = self.place();
+        let addresses = if self.is_ipv4 {
+            frame[place.l3 + 12..place.l3 + 20].to_vec()
+        } else {
+            frame[place.l3 + 8..place.l3 + 40].to_vec()
+        };
+        let l4_bytes = u16::try_from(frame.len() - place.l4).unwrap();
+        let protocol = if self.is_udp { 17 } else { 6 };
+        let pseudo = [&addresses[..], &l4_bytes.to_be_bytes(), &[0, protocol]].concat();
+        let at = place.l4 + place.csum_offset;
+        frame[at..at + 2].copy_from_slice(&plain_sum(&pseudo).to_be_bytes());
+        frame
+    }
+
+    /// The virtio-net header that leaves the checksum open, and the segmentation if `gso_size` is
+    /// not 0.
+    pub(crate) fn header(&self, gso_size: u16) -> Vec<u8> {
+        let place = self.place();
+        let mut gso_type = match (gso_size, self.is_udp, self.is_ipv4) {
+            (0, ..) => 0,
+            (_, true, _) => GSO_UDP_L4,
+            (_, false, true) => GSO_TCPV4,
+            (_, false, false) => GSO_TCPV6,
+        };
+        if self.cwr && gso_size > 0 && !self.is_udp {
+            gso_type |= GSO_ECN;
+        }
+        let mut header = vec![NEEDS_CSUM, gso_type];
+        for field in [
+            place.headers,
+            gso_size.into(),
+            place.l4,
+            place.csum_offset,
+            0,
+        ] {
+            header.extend(u16::try_from(field).unwrap().to_le_bytes());
+        }
+        header
+    }
+}
+
+/// The ones' complement sum, as slow as RFC 1071 has it.
+pub(crate) fn plain_sum(bytes: &[u8]) -> u16 {
+    let word = |pair: &[u8]| u64::from(pair[0]) << 8 | pair.get(1).copied().map_or(0, u64::from);
+    let mut sum: u64 = bytes.chunks(2).map(word).sum();
+    while sum >> 16 != 0 {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    u16::try_from(sum).unwrap()
+}
+
+/// Completes the checksum that a received header leaves open, as a receiver would; true if it did.
+pub(crate) fn complete(header: &[u8], frame: &mut [u8]) -> bool {
+    let field = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
+    let is_open = header[0] & NEEDS_CSUM != 0;
+    if is_open {
+        let (start, at) = (field(6), field(6) + field(8));
+        let sum = !plain_sum(&frame[start..]);
+        frame[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+    }
+    is_open
+}
+
+/// What a frame holds whose lengths and checksums are right.
+#[derive(Debug)]
+pub(crate) struct Judged {
+    pub(crate) ipv4: Option<Ipv4Header>,
+    pub(crate) tcp: Option<TcpHeader>,
+    pub(crate) udp: Option<UdpHeader>,
+    pub(crate) payload: Vec<u8>,
+}
+
+/// Parses a frame of TCP or UDP; what is wrong with its lengths or checksums, if anything is.
+pub(crate) fn judge(frame: &[u8]) -> Result<Judged, String> {
+    let parsed = PacketHeaders::from_ethernet_slice(frame).map_err(|error| error.to_string())?;
+    let payload = parsed.payload.slice();
+    // Both zeros of ones' complement are right.
+    let same = |told: u16, right: u16| told == right || (told, right) == (0xffff, 0);
+    let check = |what: &str, told: u16, right: u16| {
+        if same(told, right) {
+            Ok(())
+        } else {
+            Err(format!("{what} is {told:#x}, not {right:#x}"))
+        }
+    };
+    let at = payload.as_ptr().addr() - frame.as_ptr().addr();
+    if at + payload.len() != frame.len() {
+        return Err(format!(
+            "{} bytes hold a payload up to {}",
+            frame.len(),
+            at + payload.len()
+        ));
+    }
+    let mut judged = Judged {
+        ipv4: None,
+        tcp: None,
+        udp: None,
+        payload: payload.to_vec(),
+    };
+    let Some(net) = parsed.net else {
+        return Err("no IP header".into());
+    };
+    if let NetHeaders::Ipv4(ip, _) = &net {
+        check(
+            "IPv4's checksum",
+            ip.header_checksum,
+            ip.calc_header_checksum(),
+        )?;
+        judged.ipv4 = Some(ip.clone());
+    }
+    match (parsed.transport, &net) {
+        (Some(TransportHeader::Tcp(tcp)), NetHeaders::Ipv4(ip, _)) => {
+            check(
+                "TCP's checksum",
+                tcp.checksum,
+                tcp.calc_checksum_ipv4(ip, payload).unwrap(),
+            )?;
+            judged.tcp = Some(tcp);
+        }
+        (Some(TransportHeader::Tcp(tcp)), NetHeaders::Ipv6(ip, _)) => {
+            check(
+                "TCP's checksum",
+                tcp.checksum,
+                tcp.calc_checksum_ipv6(ip, payload).unwrap(),
+            )?;
+            judged.tcp = Some(tcp);
+        }
+        (Some(TransportHeader::Udp(udp)), NetHeaders::Ipv4(ip, _)) => {
+            check(
+                "UDP's checksum",
+                udp.checksum,
+                udp.calc_checksum_ipv4(ip, payload).unwrap(),
+            )?;
+            check(
+                "UDP's length",
+                udp.length,
+                u16::try_from(payload.len() + 8).unwrap(),
+            )?;
+            judged.udp = Some(udp);
+        }
+        (Some(TransportHeader::Udp(udp)), NetHeaders::Ipv6(ip, _)) => {
+            check(
+                "UDP's checksum",
+                udp.checksum,
+                udp.calc_checksum_ipv6(ip, payload).unwrap(),
+            )?;
+            check(
+                "UDP's length",
+                udp.length,
+                u16::try_from(payload.len() + 8).unwrap(),
+            )?;
+            judged.udp = Some(udp);
+        }
+        _ => return Err("neither TCP nor UDP".into()),
+    }
+    Ok(judged)
+}
+
+/// Bytes that no shift or swap leaves as they are.
+pub(crate) fn pattern(bytes: usize) -> Vec<u8> {
+    (0..=250).cycle().take(bytes).collect()
+}
