@@ -141,6 +141,8 @@ pub struct WorkerInfo {
     pub frames: u64,
     /// Times it slept in epoll.
     pub sleeps: u64,
+    /// Bursts that found a ring in other hands: another worker's, or the session's.
+    pub contended: u64,
 }
 
 /// Frames from one port to another.

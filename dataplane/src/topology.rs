@@ -20,21 +20,36 @@ pub(crate) enum Action {
 }
 
 impl Topology {
-    /// The topology with a port more, its pairs placed one after the other on the workers with the
-    /// fewest.
+    /// The topology with a port more. Its pairs go one after the other to the workers that have
+    /// the fewest of its own, then the fewest of the same number: most guests use the first pairs
+    /// only.
     pub(crate) fn with_port(&self, id: PortId, pairs: u16, workers: u16) -> Self {
-        let mut load = vec![0_u32; usize::from(workers)];
-        for worker in self.ports.values().flatten() {
-            if let Some(load) = load.get_mut(usize::from(*worker)) {
-                *load += 1;
+        let count_workers = usize::from(workers);
+        let mut total = vec![0_u32; count_workers];
+        let mut same_number = vec![vec![0_u32; count_workers]; usize::from(pairs)];
+        for placement in self.ports.values() {
+            for (pair, worker) in placement.iter().enumerate() {
+                let worker = usize::from(*worker);
+                total[worker] += 1;
+                if let Some(of_number) = same_number.get_mut(pair) {
+                    of_number[worker] += 1;
+                }
             }
         }
-        let mut place = || {
-            let (worker, load) = (0..workers).zip(&mut load).min_by_key(|(_, load)| **load)?;
-            *load += 1;
-            Some(worker)
-        };
-        let placement = (0..pairs).filter_map(|_| place()).collect();
+        let mut own = vec![0_u32; count_workers];
+        let mut placement = Vec::with_capacity(usize::from(pairs));
+        for of_number in &same_number {
+            let rank = |worker: &u16| {
+                let at = usize::from(*worker);
+                (own[at], of_number[at], total[at])
+            };
+            let Some(worker) = (0..workers).min_by_key(rank) else {
+                break;
+            };
+            own[usize::from(worker)] += 1;
+            total[usize::from(worker)] += 1;
+            placement.push(worker);
+        }
         let mut next = self.clone();
         next.ports.insert(id, placement);
         next
@@ -132,5 +147,14 @@ mod tests {
         assert_eq!(topology.placement(id(1)), [1]);
         assert_eq!(topology.free_id(), Some(id(2)));
         assert_eq!(topology.without_port(id(0)).free_id(), Some(id(0)));
+    }
+
+    #[test]
+    fn guests_that_use_their_first_pair_only_spread_too() {
+        let id = |n| PortId::new(n).unwrap();
+        let ports = (0..4).fold(Topology::default(), |all, n| all.with_port(id(n), 8, 2));
+        let firsts = (0..4).map(|n| ports.placement(id(n))[0]);
+        assert_eq!(firsts.collect::<Vec<_>>(), [0, 1, 0, 1]);
+        assert_eq!(ports.placement(id(1)), [1, 0, 1, 0, 1, 0, 1, 0]);
     }
 }

@@ -163,20 +163,14 @@ impl VhostPort {
         &self.queues[2 * usize::from(pair) + 1]
     }
 
-    /// The ring from which the guest receives frames of a source's queue `source_queue`: queues
-    /// are matched by number, so that a flow stays in one, or `None` if there is none now.
+    /// The ring from which the guest receives frames of a source's queue `source_queue`, or `None`
+    /// if there is none now. `owned` has a bit for each pair that the worker polls which asks.
     #[inline]
-    pub(crate) fn receive_queue(&self, source_queue: u16) -> Option<&VhostQueue> {
+    pub(crate) fn receive_queue(&self, source_queue: u16, owned: u64) -> Option<&VhostQueue> {
         // Relaxed: only a hint; the ring itself is read under its lock.
-        let mut mask = self.receivers.load(Ordering::Relaxed);
-        let count = mask.count_ones();
-        if count == 0 {
-            return None;
-        }
-        for _ in 0..u32::from(source_queue) % count {
-            mask &= mask - 1;
-        }
-        Some(&self.queues[2 * mask.trailing_zeros() as usize])
+        let receivers = self.receivers.load(Ordering::Relaxed);
+        let pair = choose_receiver(receivers, owned, source_queue)?;
+        self.queues.get(2 * pair)
     }
 
     pub(crate) fn mtu(&self) -> Option<u16> {
@@ -537,6 +531,21 @@ impl Device for VhostPort {
     }
 }
 
+/// Which of `receivers` takes the frames of a source's queue: the one of the same number, so that a
+/// flow stays in one ring, or the next that is `owned`. If another pair changes hands, the choice
+/// stays.
+#[inline]
+fn choose_receiver(receivers: u64, owned: u64, source_queue: u16) -> Option<usize> {
+    if receivers == 0 {
+        return None;
+    }
+    let own = receivers & owned;
+    let mask = if own == 0 { receivers } else { own };
+    let start = u32::from(source_queue) % receivers.count_ones();
+    let pair = start + mask.rotate_right(start).trailing_zeros();
+    Some((pair % u64::BITS) as usize)
+}
+
 /// Host addresses of a ring's areas, if each lies in one region and is aligned (virtio 1.3, 2.7,
 /// 2.8.10.1).
 fn find_areas(
@@ -600,4 +609,45 @@ fn prepare_call(index: u16, call: &OwnedFd) -> Result<(), RingError> {
     let flags = rustix::fs::fcntl_getfl(call).map_err(|e| error(e.into()))?;
     let flags = flags | rustix::fs::OFlags::NONBLOCK;
     rustix::fs::fcntl_setfl(call, flags).map_err(|e| error(e.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_flow_goes_to_the_ring_of_its_number_or_the_next_that_the_worker_owns() {
+        let all = u64::MAX;
+        let choose =
+            |receivers, owned| [0, 1, 2, 3, 5].map(|q| choose_receiver(receivers, owned, q));
+        assert_eq!(choose(0, all), [None; 5]);
+        assert_eq!(choose(0b1111, all), [0, 1, 2, 3, 1].map(Some));
+        assert_eq!(choose(0b1111, 0b0101), [0, 2, 2, 0, 2].map(Some));
+        assert_eq!(choose(0b1111, 0b1010), [1, 1, 3, 3, 1].map(Some));
+        // Nothing of one's own: as if all were.
+        assert_eq!(choose(0b0011, 0b1100), [0, 1, 0, 1, 1].map(Some));
+        // A ring that is stopped.
+        assert_eq!(choose(0b1011, all), [0, 1, 3, 0, 3].map(Some));
+    }
+
+    proptest! {
+        #[test]
+        fn the_chosen_ring_takes_frames_and_is_owned_if_any_is(
+            receivers in 1_u64..,
+            owned: u64,
+            source_queue in 0_u16..64,
+            other in 0_u32..64,
+        ) {
+            let chosen = choose_receiver(receivers, owned, source_queue).unwrap();
+            let bit = 1 << chosen;
+            prop_assert!(receivers & bit != 0);
+            prop_assert!(receivers & owned == 0 || owned & bit != 0);
+            // Losing another pair changes nothing.
+            let lost = owned & !(1 << other);
+            if lost & bit != 0 {
+                prop_assert_eq!(choose_receiver(receivers, lost, source_queue), Some(chosen));
+            }
+        }
+    }
 }

@@ -93,6 +93,7 @@ pub(crate) struct WorkerStats {
     pub(crate) bursts: Counter,
     pub(crate) frames: Counter,
     pub(crate) sleeps: Counter,
+    pub(crate) contended: Counter,
 }
 
 /// The part of a worker that other threads reach.
@@ -270,6 +271,7 @@ impl WorkerThread {
             bursts: stats.bursts.get(),
             frames: stats.frames.get(),
             sleeps: stats.sleeps.get(),
+            contended: stats.contended.get(),
         }
     }
 }

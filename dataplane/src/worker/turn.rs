@@ -177,6 +177,7 @@ impl Worker {
         let took_ns = self.read_clock();
         let stats = &self.handle.stats;
         stats.turns.add_owned(1);
+        stats.contended.set(self.forwarder.contended);
         if frames > 0 {
             stats.frames.add_owned(frames);
             stats.bursts.add_owned(bursts);
@@ -267,6 +268,7 @@ impl Worker {
         let queue = guest.transmit_queue(pair);
         let Some(mut state) = queue.try_lock() else {
             queue.counters.contended.add_owned(1);
+            self.forwarder.contended += 1;
             return Polled::Waiting;
         };
         let Some(started) = &mut state.started else {
@@ -482,6 +484,9 @@ impl Worker {
         self.forwarder.reset_destination(id);
         self.forwarder.members.add(id);
         self.forwarder.ports[id.index()] = Some(Arc::clone(&port));
+        self.forwarder.owned[id.index()] = sources
+            .iter()
+            .fold(0, |owned, token| owned | 1 << token.pair());
         for token in sources {
             let reader = matches!(*port, Port::Tap(_)).then(TapReader::new);
             let source = Source {
