@@ -8,6 +8,7 @@ mod housekeeping;
 mod info;
 mod memory;
 mod net_header;
+mod placement;
 mod port;
 mod ring;
 mod switch;
@@ -16,11 +17,11 @@ mod vhost_user;
 mod worker;
 
 pub use info::{
-    FdbEntryInfo, PairCounters, PortCounters, PortDetail, PortInfo, PortState, QueueInfo,
-    WorkerInfo,
+    FdbEntryInfo, PairCounters, PolledQueue, PortCounters, PortDetail, PortInfo, PortState,
+    QueueInfo, WorkerDetail, WorkerInfo,
 };
 pub use switch::{
-    IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName, PortNameError,
-    QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,
+    BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
+    PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,
 };
 pub use worker::InlineSwitch;

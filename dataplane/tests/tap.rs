@@ -40,6 +40,7 @@ fn tap(ifname: &str, queues: u16, persist: bool) -> PortConfig {
         },
         mtu: None,
         fdb_limit: None,
+        pins: std::collections::BTreeMap::new(),
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use ringway_bridge::MacAddr;
 use tracing::{info, warn};
@@ -62,6 +62,8 @@ pub(crate) struct QueueState {
     pub(crate) started: Option<StartedRing>,
     /// Where a ring stood that a worker stopped, for the GET_VRING_BASE to come.
     stopped_at: Option<u32>,
+    /// Who polls it: of a transmit ring.
+    binding: Option<Binding>,
 }
 
 /// One virtqueue.
@@ -119,7 +121,6 @@ pub(crate) struct VhostPort {
     queues: Box<[VhostQueue]>,
     /// Bit n: the guest's receive ring of pair n takes frames.
     receivers: AtomicU64,
-    bindings: OnceLock<Box<[Binding]>>,
     memory: Mutex<Arc<GuestMemory>>,
     configured_mtu: Option<u16>,
     /// What the front-end told, 0 for nothing.
@@ -136,7 +137,6 @@ impl VhostPort {
             base,
             queues: (0..2 * pairs).map(|_| VhostQueue::default()).collect(),
             receivers: AtomicU64::new(0),
-            bindings: OnceLock::new(),
             memory: Mutex::default(),
             configured_mtu: mtu,
             frontend_mtu: AtomicU16::new(0),
@@ -147,10 +147,22 @@ impl VhostPort {
         }
     }
 
-    /// Tells who polls each pair; once, before the session starts.
-    pub(crate) fn bind(&self, bindings: Box<[Binding]>) {
-        let fresh = self.bindings.set(bindings);
-        debug_assert!(fresh.is_ok(), "a port is bound once");
+    /// Tells who polls a pair: before the session starts, and whenever it changes. The kick fd of a
+    /// started ring passes to the new worker, which has to look at the ring once afterwards.
+    ///
+    /// # Errors
+    /// The new worker can't poll the kick fd; nothing changed.
+    pub(crate) fn bind(&self, pair: u16, binding: Binding) -> std::io::Result<()> {
+        let mut state = self.transmit_queue(pair).lock();
+        let started = state.started.as_ref();
+        if let Some(kick) = started.and_then(|started| started.kick.as_ref()) {
+            binding.worker.watch(kick.as_fd(), binding.token)?;
+            if let Some(old) = &state.binding {
+                old.worker.unwatch(kick.as_fd());
+            }
+        }
+        state.binding = Some(binding);
+        Ok(())
     }
 
     pub(crate) fn pairs(&self) -> u16 {
@@ -327,21 +339,13 @@ impl VhostPort {
     /// front-end holds the same file, so closing it alone would leave it there.
     fn take_started(&self, queue: &VhostQueue, index: u16, state: &mut QueueState) -> Option<u32> {
         let started = state.started.take()?;
-        if let (Some(kick), Some(binding)) = (&started.kick, self.transmit_binding(index)) {
+        if let (Some(kick), Some(binding)) = (&started.kick, &state.binding) {
             binding.worker.unwatch(kick.as_fd());
         }
         queue.is_started.store(false, Ordering::Relaxed);
         queue.size.store(0, Ordering::Relaxed);
         self.show_receiver(index, false);
         Some(started.ring.base())
-    }
-
-    /// The worker that polls ring `index`, if it is a transmit ring.
-    fn transmit_binding(&self, index: u16) -> Option<&Binding> {
-        let pair = usize::from(index / 2);
-        (index % 2 == 1)
-            .then(|| self.bindings.get()?.get(pair))
-            .flatten()
     }
 
     /// Sets or clears a receive ring's bit.
@@ -443,11 +447,11 @@ impl Device for VhostPort {
             kick: start.kick,
             call: start.call,
         };
-        let binding = self.transmit_binding(index);
         let mut state = queue.lock();
         self.take_started(queue, index, &mut state);
         state.stopped_at = None;
-        if let (Some(kick), Some(binding)) = (&started.kick, binding) {
+        let binding = state.binding.clone();
+        if let (Some(kick), Some(binding)) = (&started.kick, &binding) {
             let watched = binding.worker.watch(kick.as_fd(), binding.token);
             watched.map_err(|source| RingError::Fd {
                 index,
@@ -489,8 +493,9 @@ impl Device for VhostPort {
             queue.is_enabled.store(enabled, Ordering::Relaxed);
             self.show_receiver(index, enabled);
         }
+        let binding = state.binding.clone();
         drop(state);
-        if let Some(binding) = self.transmit_binding(index) {
+        if let Some(binding) = binding {
             binding.worker.activate(binding.token);
         }
     }
@@ -525,7 +530,8 @@ impl Device for VhostPort {
     }
 
     fn announce(&self, mac: MacAddr) {
-        if let Some(binding) = self.bindings.get().and_then(|all| all.first()) {
+        let binding = self.transmit_queue(0).lock().binding.clone();
+        if let Some(binding) = binding {
             binding.worker.inject(self.base.id, rarp(mac));
         }
     }

@@ -74,11 +74,14 @@ impl InlineSwitch {
         let endpoint = Endpoint::listen(socket)?;
         let guest = Arc::new(VhostPort::new(PortBase::new(name, id), 8, None));
         let tokens = || (0..guest.pairs()).map(|pair| Token::new(id, pair, 0));
-        let bind = |token| Binding {
-            worker: Arc::clone(&self.handle),
-            token,
-        };
-        guest.bind(tokens().map(bind).collect());
+        for token in tokens() {
+            let worker = Arc::clone(&self.handle);
+            let bound = guest.bind(token.pair(), Binding { worker, token });
+            bound.map_err(|source| SwitchError::System {
+                what: "kick".into(),
+                source,
+            })?;
+        }
         let sources = tokens().collect();
         let (done, _) = channel::bounded(1);
         let port = Arc::new(Port::VhostUser(Arc::clone(&guest)));

@@ -44,9 +44,9 @@ const MAX_PAUSES: u64 = 64;
 /// Nanoseconds per [`Tick`].
 const TICK_NS: u64 = 1_000_000_000 / Tick::PER_SECOND as u64;
 
-/// A queue that this worker polls.
+/// A queue that a worker polls, with all that the worker knows of it.
 #[derive(Debug)]
-struct Source {
+pub(crate) struct Source {
     port: Arc<Port>,
     token: Token,
     /// Buffers of a tap's queue.
@@ -54,6 +54,20 @@ struct Source {
     is_active: bool,
     /// When it last had a frame, or became active.
     last_frame_ns: u64,
+}
+
+impl Source {
+    /// A queue that nobody has polled yet.
+    pub(crate) fn new(port: Arc<Port>, token: Token) -> Self {
+        let reader = matches!(*port, Port::Tap(_)).then(TapReader::new);
+        Self {
+            port,
+            token,
+            reader,
+            is_active: false,
+            last_frame_ns: 0,
+        }
+    }
 }
 
 /// What polling a source found.
@@ -470,6 +484,14 @@ impl Worker {
                     self.remove_port(id);
                     let _ = done.send(());
                 }
+                Command::Release { token, done } => {
+                    let source = self.release(token);
+                    let _ = done.send(source.map(Box::new));
+                }
+                Command::Adopt { source, done } => {
+                    self.adopt(*source);
+                    let _ = done.send(());
+                }
                 Command::Activate(token) => self.activate(token),
                 Command::Inject { from, frame } => self.inject(from, &frame),
                 Command::Stop => return false,
@@ -484,34 +506,50 @@ impl Worker {
         self.forwarder.reset_destination(id);
         self.forwarder.members.add(id);
         self.forwarder.ports[id.index()] = Some(Arc::clone(&port));
-        self.forwarder.owned[id.index()] = sources
-            .iter()
-            .fold(0, |owned, token| owned | 1 << token.pair());
+        self.forwarder.owned[id.index()] = 0;
         for token in sources {
-            let reader = matches!(*port, Port::Tap(_)).then(TapReader::new);
-            let source = Source {
-                port: Arc::clone(&port),
-                token,
-                reader,
-                is_active: false,
-                last_frame_ns: 0,
-            };
-            let free = self.sources.iter().position(Option::is_none);
-            let index = free.unwrap_or(self.sources.len());
-            if free.is_some() {
-                self.sources[index] = Some(source);
-            } else {
-                self.sources.push(Some(source));
-            }
-            self.by_token.insert(token.0, index);
-            self.activate(token);
+            self.adopt(Source::new(Arc::clone(&port), token));
         }
-        self.handle.stats.queues.set(self.by_token.len() as u64);
+    }
+
+    /// Polls a source from now on, beginning with a look at it.
+    fn adopt(&mut self, source: Source) {
+        let token = source.token;
+        self.forwarder.owned[source.port.base().id.index()] |= 1 << token.pair();
+        let free = self.sources.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.sources.len());
+        if free.is_some() {
+            self.sources[index] = Some(source);
+        } else {
+            self.sources.push(Some(source));
+        }
+        self.by_token.insert(token.0, index);
+        self.activate(token);
+        self.count_queues();
+    }
+
+    /// Polls a source no more. Its last burst is published, and frames that wait are in its ring or
+    /// its reader.
+    fn release(&mut self, token: Token) -> Option<Source> {
+        let index = self.by_token.remove(&token.0)?;
+        self.active.retain(|active| *active != index);
+        let mut source = self.sources.get_mut(index)?.take()?;
+        source.is_active = false;
+        self.forwarder.owned[source.port.base().id.index()] &= !(1 << token.pair());
+        self.count_queues();
+        Some(source)
+    }
+
+    fn count_queues(&self) {
+        let stats = &self.handle.stats;
+        stats.queues.set(self.by_token.len() as u64);
+        stats.active_queues.set(self.active.len() as u64);
     }
 
     fn remove_port(&mut self, id: PortId) {
         self.forwarder.members.remove(id);
         self.forwarder.ports[id.index()] = None;
+        self.forwarder.owned[id.index()] = 0;
         self.handle.pairs.forget(id);
         for index in 0..self.sources.len() {
             let slot = &mut self.sources[index];
@@ -524,14 +562,10 @@ impl Worker {
                 self.active.retain(|active| *active != index);
             }
         }
-        self.handle.stats.queues.set(self.by_token.len() as u64);
-        self.handle
-            .stats
-            .active_queues
-            .set(self.active.len() as u64);
+        self.count_queues();
     }
 
-    /// Forwards a frame of our own making, in the name of a port whose first queue pair is ours.
+    /// Forwards a frame of our own making, in the name of a port.
     fn inject(&mut self, from: PortId, frame: &[u8]) {
         let Some(port) = self.forwarder.ports[from.index()].clone() else {
             return;
@@ -559,12 +593,9 @@ impl Worker {
         self.forwarder
             .forward(&port, 0, &mut self.burst, &self.handle.pairs, now);
         self.forwarder.patience_ns = patience_ns;
-        let counters = match &*port {
-            Port::VhostUser(guest) => guest.queue_counters(0).0,
-            Port::Tap(tap) => tap.queue_counters(0).0,
-        };
-        counters.frames.add_owned(1);
-        counters.bytes.add_owned(frame.len() as u64);
+        let counters = &port.base().injected;
+        counters.frames.add(1);
+        counters.bytes.add(frame.len() as u64);
     }
 
     /// Stops the queues whose memory was cut off; those in other hands at the moment are tried
