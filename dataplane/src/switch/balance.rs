@@ -140,3 +140,96 @@ fn queue_loads(state: &State, held: &BTreeMap<QueueId, u32>) -> Vec<QueueLoad> {
     });
     loads.collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::switch::load::QueueRate;
+    use crate::switch::{
+        IdleConfig, PortConfig, PortKind, QueuePairs, SocketSpec, Switch, SwitchConfig,
+    };
+    use std::time::Duration;
+
+    fn name(port: u16) -> PortName {
+        format!("p{port}").parse().unwrap()
+    }
+
+    /// Two workers and four ports of one queue each, which the workers have in turn.
+    fn four_ports(folder: &std::path::Path) -> Switch {
+        let cores = core_affinity::get_core_ids().unwrap();
+        let switch = Switch::start(SwitchConfig {
+            worker_cpus: cores[..2].iter().map(|core| core.id).collect(),
+            idle: IdleConfig::DEFAULT,
+            balance: BalanceConfig {
+                is_on: false,
+                interval: Duration::from_secs(3600),
+            },
+            fdb_capacity: 16,
+            fdb_ageing: Duration::from_secs(300),
+        })
+        .unwrap();
+        for port in 0..4 {
+            let kind = PortKind::VhostUser {
+                socket: SocketSpec::Listen(folder.join(name(port).as_str())),
+                queue_pairs: QueuePairs::new(1).unwrap(),
+            };
+            let config = PortConfig {
+                kind,
+                mtu: None,
+                fdb_limit: None,
+                pins: BTreeMap::new(),
+            };
+            switch.add_port(name(port), config).unwrap();
+        }
+        switch
+    }
+
+    /// A step after an interval in which the queues had these loads; who polls what afterwards.
+    fn step(switch: &Switch, loads: [u32; 4], held: &mut BTreeMap<QueueId, u32>) -> [u16; 4] {
+        let mut state = switch.arrangement.lock();
+        let port = |number: u16| state.ports[&name(number)].port.base().id;
+        let rates = (0..).zip(loads).map(|(number, load)| {
+            let queue = QueueId {
+                port: port(number),
+                pair: 0,
+            };
+            let rate = QueueRate {
+                load,
+                ..QueueRate::default()
+            };
+            (queue, rate)
+        });
+        state.load.queues = rates.collect();
+        move_queues(&switch.arrangement, &mut state, held);
+        drop(state);
+        [0, 1, 2, 3].map(|port| switch.port(&name(port)).unwrap().queues[0].worker)
+    }
+
+    #[test]
+    fn queues_leave_a_busy_worker_but_pinned_ones_and_those_just_moved_stay() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let switch = four_ports(folder.path());
+        let mut held = BTreeMap::new();
+        assert_eq!(step(&switch, [0; 4], &mut held), [0, 1, 0, 1]);
+        switch.pin_queue(&name(0), 0, 0).unwrap();
+        let busy = [500, 10, 450, 10];
+        assert_eq!(
+            step(&switch, busy, &mut held),
+            [0, 1, 1, 1],
+            "the third moves"
+        );
+        assert_eq!(
+            step(&switch, busy, &mut held),
+            [0, 1, 1, 1],
+            "and nothing more"
+        );
+        // The third would be first choice again, but was moved just now.
+        assert_eq!(step(&switch, [0, 490, 500, 0], &mut held), [0, 0, 1, 1]);
+        for _ in 0..HOLD {
+            step(&switch, [0; 4], &mut held);
+        }
+        assert!(held.is_empty());
+        switch.unpin_queue(&name(0), 0).unwrap();
+        assert_eq!(step(&switch, [500, 450, 0, 0], &mut held), [1, 0, 1, 1]);
+    }
+}
