@@ -54,6 +54,9 @@ pub(crate) struct Source {
     is_active: bool,
     /// When it last had a frame, or became active.
     last_frame_ns: u64,
+    /// Frames that it may still take before others are served first, once they had to wait for a
+    /// destination: deficit round robin.
+    quantum: usize,
 }
 
 impl Source {
@@ -66,6 +69,7 @@ impl Source {
             reader,
             is_active: false,
             last_frame_ns: 0,
+            quantum: BURST,
         }
     }
 }
@@ -75,8 +79,8 @@ impl Source {
 enum Polled {
     /// So many frames were taken.
     Frames(usize),
-    /// There are frames, or may be, but they have to wait: poll again.
-    Waiting,
+    /// So many were taken; there are more, or may be, but they have to wait: poll again.
+    Waiting(usize),
     Empty,
     /// The queue is stopped or gone: no event but a new start brings it back.
     Stopped,
@@ -165,6 +169,8 @@ impl Worker {
         let mut frames = 0;
         let mut bursts = 0;
         let mut waiting = false;
+        // Of the active list, so many are to be first in the next turn.
+        let mut first = 0;
         let mut at = 0;
         while let Some(&index) = self.active.get(at) {
             let polled = self.poll(index);
@@ -175,9 +181,19 @@ impl Worker {
                     self.last_frame_ns = self.now_ns;
                     self.note_activity(index)
                 }
-                Polled::Waiting => {
+                Polled::Waiting(count) => {
                     waiting = true;
-                    self.note_activity(index)
+                    if count > 0 {
+                        frames += count as u64;
+                        bursts += 1;
+                        self.last_frame_ns = self.now_ns;
+                    }
+                    if self.has_quantum_after(index, count) {
+                        // Else the room at a destination would go to the same source each time.
+                        self.active[first..=at].rotate_right(1);
+                        first += 1;
+                    }
+                    true
                 }
                 Polled::Empty => !self.is_silent(index) || !self.arm(index),
                 Polled::Stopped => false,
@@ -235,8 +251,25 @@ impl Worker {
     fn note_activity(&mut self, index: usize) -> bool {
         if let Some(source) = &mut self.sources[index] {
             source.last_frame_ns = self.now_ns;
+            source.quantum = BURST;
         }
         true
+    }
+
+    /// Notes that a source took `count` frames and others of it had to wait. True if it comes
+    /// first in the next turn, since it had not had its due yet.
+    fn has_quantum_after(&mut self, index: usize, count: usize) -> bool {
+        let Some(source) = &mut self.sources[index] else {
+            return false;
+        };
+        source.last_frame_ns = self.now_ns;
+        let is_left = count < source.quantum;
+        source.quantum = if is_left {
+            source.quantum - count
+        } else {
+            BURST
+        };
+        is_left
     }
 
     fn is_silent(&self, index: usize) -> bool {
@@ -264,8 +297,9 @@ impl Worker {
         };
         let port = Arc::clone(&source.port);
         let pair = source.token.pair();
+        let limit = source.quantum;
         match (&*port, &mut source.reader) {
-            (Port::VhostUser(guest), _) => self.poll_guest(&port, guest, pair),
+            (Port::VhostUser(guest), _) => self.poll_guest(&port, guest, pair, limit),
             (Port::Tap(tap), Some(reader)) => {
                 self.burst.clear();
                 if let Err(error) = reader.gather(tap.fd(pair), &mut self.burst) {
@@ -278,18 +312,18 @@ impl Worker {
         }
     }
 
-    fn poll_guest(&mut self, port: &Port, guest: &VhostPort, pair: u16) -> Polled {
+    fn poll_guest(&mut self, port: &Port, guest: &VhostPort, pair: u16, limit: usize) -> Polled {
         let queue = guest.transmit_queue(pair);
         let Some(mut state) = queue.try_lock() else {
             queue.counters.contended.add_owned(1);
             self.forwarder.contended += 1;
-            return Polled::Waiting;
+            return Polled::Waiting(0);
         };
         let Some(started) = &mut state.started else {
             return Polled::Stopped;
         };
         self.burst.clear();
-        let gathered = started.ring.gather(BURST, &mut self.burst);
+        let gathered = started.ring.gather(limit, &mut self.burst);
         let count = self.burst.len();
         if count == 0 && gathered.is_ok() {
             return Polled::Empty;
@@ -321,10 +355,10 @@ impl Worker {
             guest.base.rx_drops.add(DropReason::BadDescriptor, 1);
             guest.fail_queue(queue, &mut state, &fault);
         }
-        if taken > 0 {
+        if given_back == 0 && taken > 0 {
             Polled::Frames(taken)
         } else {
-            Polled::Waiting
+            Polled::Waiting(taken)
         }
     }
 
@@ -353,10 +387,10 @@ impl Worker {
         counters
             .bytes
             .add_owned(frames.iter().map(|frame| u64::from(frame.l2_bytes())).sum());
-        if taken > 0 {
+        if given_back == 0 && taken > 0 {
             Polled::Frames(taken)
         } else {
-            Polled::Waiting
+            Polled::Waiting(taken)
         }
     }
 
