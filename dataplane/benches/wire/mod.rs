@@ -1,7 +1,8 @@
 //! Two guests on an inline switch, all in one thread: what a frame costs, both sides included.
 #![allow(
     clippy::unwrap_used,
-    reason = "a bench that can't be set up has nothing to measure"
+    dead_code,
+    reason = "a bench that can't be set up has nothing to measure, and none uses all"
 )]
 
 use std::sync::Arc;
@@ -12,23 +13,28 @@ use ringway_dataplane::driver::features::{
 };
 use ringway_dataplane::driver::{
     Calls, DeviceStart, Direction, DriverMemory, EventFd, Frontend, Lane, LaneShape, Layout,
-    RingOptions, RingStart, Segment, UsedSlot, WANTED_PROTOCOL_FEATURES,
+    RingOptions, RingStart, Segment, UsedSlot, WANTED_PROTOCOL_FEATURES, Window,
 };
 use tempfile::TempDir;
 
 /// Frames made available at once: one turn of the worker.
 pub(crate) const BURST: u16 = 32;
 
-const RING_SIZE: u16 = 256;
+/// Entries of a ring unless said otherwise.
+pub(crate) const RING_SIZE: u16 = 256;
 const STRIDE: u32 = 2304;
 const HEADER: u32 = 12;
 
-struct Guest {
+/// A guest with one queue pair whose frames are ready in its buffers.
+pub(crate) struct Guest {
     _frontend: Frontend,
-    _events: [EventFd; 3],
+    /// Kick of the receive and of the transmit ring, and the call of both.
+    events: [EventFd; 3],
     _memory: Arc<DriverMemory>,
-    tx: Lane,
-    rx: Lane,
+    pub(crate) tx: Lane,
+    pub(crate) rx: Lane,
+    /// The buffers of `tx`.
+    frames: Window,
 }
 
 /// Guest a, the switch and guest b.
@@ -47,7 +53,7 @@ impl Wire {
         let mut add = |name: &str, own: u8, peer: u8| {
             let path = folder.path().join(name);
             switch.add_port(name.parse().unwrap(), &path).unwrap();
-            Guest::connect(&path, layout, frame_bytes, [own, peer])
+            Guest::connect(&path, layout, frame_bytes, [own, peer], RING_SIZE)
         };
         let a = add("a", 1, 2);
         let b = add("b", 2, 1);
@@ -79,7 +85,49 @@ impl Wire {
 }
 
 impl Guest {
-    fn connect(path: &std::path::Path, layout: Layout, frame_bytes: u32, macs: [u8; 2]) -> Self {
+    /// Sends a burst, whose frame `n` has the addresses (destination, source) `of(n)`.
+    pub(crate) fn send(&mut self, of: impl Fn(u16) -> [[u8; 6]; 2]) {
+        for ahead in 0..BURST {
+            let slot = usize::from(self.tx.next_slot(ahead));
+            let at = slot * STRIDE as usize + HEADER as usize;
+            self.frames.write(at, of(ahead).as_flattened());
+        }
+        self.tx.push(BURST);
+    }
+
+    /// Sends up to a burst as it is, and wakes a worker that sleeps.
+    pub(crate) fn send_ready(&mut self) {
+        let count = self.tx.free().min(BURST);
+        self.tx.push(count);
+        if count > 0 && self.tx.wants_kick(count) {
+            self.events[1].signal().unwrap();
+        }
+    }
+
+    /// Takes what was received and gives the buffers back; returns how many frames.
+    #[inline]
+    pub(crate) fn receive(&mut self) -> usize {
+        let mut used = [UsedSlot::default(); 64];
+        let mut total = 0;
+        loop {
+            let count = self.rx.harvest(&mut used).unwrap();
+            total += count;
+            if count < used.len() {
+                break;
+            }
+        }
+        self.rx.push(self.rx.free());
+        total
+    }
+
+    /// A guest whose frames go from station `macs[0]` to `macs[1]`.
+    pub(crate) fn connect(
+        path: &std::path::Path,
+        layout: Layout,
+        frame_bytes: u32,
+        macs: [u8; 2],
+        rx_size: u16,
+    ) -> Self {
         let mut frontend = Frontend::connect(path).unwrap();
         let offered = frontend
             .negotiate_protocol(WANTED_PROTOCOL_FEATURES)
@@ -90,12 +138,13 @@ impl Guest {
             0
         };
         let features = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF | VIRTIO_F_IN_ORDER | packed;
-        let memory = DriverMemory::single(4 << 20, false).unwrap();
-        let bytes = u64::from(RING_SIZE) * u64::from(STRIDE);
-        let lane = |direction, len: u32| {
+        let slots = u64::from(RING_SIZE) + u64::from(rx_size);
+        let memory = DriverMemory::single(slots * 4096 + (2 << 20), false).unwrap();
+        let lane = |direction, size: u16, len: u32| {
+            let bytes = u64::from(size) * u64::from(STRIDE);
             let buffers = memory.alloc(bytes, 64).unwrap();
             let window = memory.window(buffers, bytes).unwrap();
-            for slot in 0..usize::from(RING_SIZE) {
+            for slot in 0..usize::from(size) {
                 let mut frame = vec![0; HEADER as usize];
                 frame.extend([0x52, 0x54, 0, 0, 0, macs[1]]);
                 frame.extend([0x52, 0x54, 0, 0, 0, macs[0], 0x88, 0xb5]);
@@ -103,7 +152,7 @@ impl Guest {
             }
             let shape = LaneShape {
                 layout,
-                size: RING_SIZE,
+                size,
                 direction,
                 per_slot: 1,
             };
@@ -117,11 +166,11 @@ impl Guest {
             })
             .unwrap();
             lane.set_calls(Calls::Never);
-            lane
+            (lane, window)
         };
-        let mut rx = lane(Direction::Receive, 2048);
-        let tx = lane(Direction::Transmit, frame_bytes + HEADER);
-        rx.push(RING_SIZE);
+        let (mut rx, _) = lane(Direction::Receive, rx_size, 2048);
+        let (tx, frames) = lane(Direction::Transmit, RING_SIZE, frame_bytes + HEADER);
+        rx.push(rx_size);
         let events = [
             EventFd::new().unwrap(),
             EventFd::new().unwrap(),
@@ -151,10 +200,11 @@ impl Guest {
         frontend.queue_pairs().unwrap();
         Self {
             _frontend: frontend,
-            _events: events,
+            events,
             _memory: memory,
             tx,
             rx,
+            frames,
         }
     }
 }
