@@ -542,10 +542,18 @@ impl Device for VhostPort {
 /// stays.
 #[inline]
 fn choose_receiver(receivers: u64, owned: u64, source_queue: u16) -> Option<usize> {
+    let own = receivers & owned;
+    if own >> source_queue & 1 != 0 {
+        return Some(source_queue.into());
+    }
+    choose_other(receivers, own, source_queue)
+}
+
+/// The choice where the ring of the same number is not the worker's, or stopped.
+fn choose_other(receivers: u64, own: u64, source_queue: u16) -> Option<usize> {
     if receivers == 0 {
         return None;
     }
-    let own = receivers & owned;
     let mask = if own == 0 { receivers } else { own };
     let start = u32::from(source_queue) % receivers.count_ones();
     let pair = start + mask.rotate_right(start).trailing_zeros();
@@ -634,7 +642,7 @@ mod tests {
         // Nothing of one's own: as if all were.
         assert_eq!(choose(0b0011, 0b1100), [0, 1, 0, 1, 1].map(Some));
         // A ring that is stopped.
-        assert_eq!(choose(0b1011, all), [0, 1, 3, 0, 3].map(Some));
+        assert_eq!(choose(0b1011, all), [0, 1, 3, 3, 3].map(Some));
     }
 
     proptest! {
