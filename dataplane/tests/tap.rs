@@ -19,6 +19,9 @@ const GUEST: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 fn fresh_namespace() {
     // SAFETY: only the network namespace changes; nothing else in the process depends on it.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
+    // Else the kernel sends frames of its own; without IPv6 there is no such file.
+    let _ = std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
+    let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
 }
 
 fn ip(arguments: &str) {
@@ -150,6 +153,43 @@ fn a_tap_s_queue_changes_hands_and_loses_nothing() {
             assert_eq!(receive_datagram(&mut guest), there);
         }
     }
+}
+
+#[test]
+fn frames_that_were_read_and_wait_go_along_with_their_queue() {
+    let lab = lab_with_host_and(1, |config| {
+        let cores = core_affinity::get_core_ids().unwrap();
+        config.worker_cpus = cores[..2].iter().map(|core| core.id).collect();
+    });
+    let config = GuestConfig {
+        features: TSO,
+        queue_size: 4,
+        ..GuestConfig::default()
+    };
+    let mut guest = lab.guest("vm", config);
+    let socket = UdpSocket::bind("10.0.0.1:7001").unwrap();
+    // So that the switch knows where the guest is: a frame for all ports would not wait.
+    guest.send_frame(&datagram(b"here")).unwrap();
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    socket.recv(&mut [0; 10]).unwrap();
+    // What the kernel sent before there was a guest.
+    let dropped = lab.counters("vm").tx_drops.total();
+    for round in 0..4_u8 {
+        let before = lab.counters("vm").tx_frames;
+        for number in 0..16 {
+            socket.send_to(&[round, number], "10.0.0.2:7000").unwrap();
+        }
+        eventually("the guest's ring is full", || {
+            lab.counters("vm").tx_frames >= before + 4
+        });
+        lab.switch
+            .pin_queue(&name("host"), 0, 1 - u16::from(round) % 2)
+            .unwrap();
+        for number in 0..16 {
+            assert_eq!(receive_datagram(&mut guest), [round, number]);
+        }
+    }
+    assert_eq!(lab.counters("vm").tx_drops.total(), dropped);
 }
 
 #[test]

@@ -224,7 +224,7 @@ mod tests {
             "and nothing more"
         );
         // The third would be first choice again, but was moved just now.
-        assert_eq!(step(&switch, [0, 490, 500, 0], &mut held), [0, 0, 1, 1]);
+        assert_eq!(step(&switch, [0, 300, 400, 200], &mut held), [0, 0, 1, 1]);
         for _ in 0..HOLD {
             step(&switch, [0; 4], &mut held);
         }
