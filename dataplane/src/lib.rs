@@ -9,6 +9,7 @@ mod info;
 mod isa;
 mod memory;
 mod net_header;
+mod placement;
 mod port;
 mod ring;
 mod switch;
@@ -17,12 +18,12 @@ mod vhost_user;
 mod worker;
 
 pub use info::{
-    FdbEntryInfo, PairCounters, PortCounters, PortDetail, PortInfo, PortState, QueueInfo,
-    WorkerInfo,
+    FdbEntryInfo, PairCounters, PolledQueue, PortCounters, PortDetail, PortInfo, PortState,
+    QueueInfo, WorkerDetail, WorkerInfo,
 };
 pub use isa::isa_level;
 pub use switch::{
-    IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName, PortNameError,
-    QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,
+    BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
+    PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,
 };
 pub use worker::InlineSwitch;

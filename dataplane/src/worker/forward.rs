@@ -28,6 +28,11 @@ pub(super) struct Forwarder {
     full_since: Box<[u64]>,
     /// How long a source waits for a full destination.
     pub(super) patience_ns: u64,
+    /// Per destination: the queue pairs that this worker polls, a bit each. Frames go to their
+    /// receive rings, so that no other worker wants the same lock.
+    pub(super) owned: Box<[u64]>,
+    /// Rings found in other hands, ever.
+    pub(super) contended: u64,
 }
 
 /// A point in time, in the units of its users.
@@ -86,6 +91,8 @@ impl Forwarder {
             scratch: RxScratch::new(),
             full_since: vec![0; MAX_PORTS].into(),
             patience_ns,
+            owned: vec![0; MAX_PORTS].into(),
+            contended: 0,
         }
     }
 
@@ -124,7 +131,9 @@ impl Forwarder {
             };
             let outcome = match &**port {
                 Port::VhostUser(port) => {
-                    deliver_to_guest(port, source_queue, mask, burst, &mut self.scratch)
+                    let queue = port.receive_queue(source_queue, self.owned[to.index()]);
+                    let scratch = &mut self.scratch;
+                    deliver_to_guest(port, queue, mask, burst, scratch, &mut self.contended)
                 }
                 Port::Tap(port) => deliver_to_tap(port, source_queue, mask, burst),
             };
@@ -271,11 +280,12 @@ fn unsuited(
     }
 }
 
-fn lock_queue(queue: &VhostQueue) -> Option<QueueGuard<'_>> {
+fn lock_queue<'a>(queue: &'a VhostQueue, contended: &mut u64) -> Option<QueueGuard<'a>> {
     if let Some(guard) = queue.try_lock() {
         return Some(guard);
     }
     queue.counters.contended.add(1);
+    *contended += 1;
     for _ in 0..LOCK_TRIES {
         std::hint::spin_loop();
         if let Some(guard) = queue.try_lock() {
@@ -287,15 +297,16 @@ fn lock_queue(queue: &VhostQueue) -> Option<QueueGuard<'_>> {
 
 fn deliver_to_guest(
     port: &VhostPort,
-    source_queue: u16,
+    queue: Option<&VhostQueue>,
     mask: u64,
     burst: &mut Burst,
     scratch: &mut RxScratch,
+    contended: &mut u64,
 ) -> Outcome {
-    let Some(queue) = port.receive_queue(source_queue) else {
+    let Some(queue) = queue else {
         return Outcome::all(mask, DropReason::PortDown);
     };
-    let Some(mut state) = lock_queue(queue) else {
+    let Some(mut state) = lock_queue(queue, contended) else {
         return Outcome {
             busy: mask,
             ..Outcome::default()
