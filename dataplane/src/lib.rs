@@ -10,6 +10,7 @@ mod isa;
 mod memory;
 mod net_header;
 mod offload;
+mod placement;
 mod port;
 mod ring;
 mod switch;
@@ -18,12 +19,12 @@ mod vhost_user;
 mod worker;
 
 pub use info::{
-    FdbEntryInfo, HeaderAction, PairCounters, PortCounters, PortDetail, PortInfo, PortState,
-    QueueInfo, WorkerInfo,
+    FdbEntryInfo, HeaderAction, PairCounters, PolledQueue, PortCounters, PortDetail, PortInfo,
+    PortState, QueueInfo, WorkerDetail, WorkerInfo,
 };
 pub use isa::isa_level;
 pub use switch::{
-    IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName, PortNameError,
-    QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,
+    BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
+    PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,
 };
 pub use worker::InlineSwitch;

@@ -95,6 +95,7 @@ fn unicast_frames_allocate_nothing() {
 fn frames_in_chains_and_mergeable_buffers_allocate_nothing() {
     let shape = Shape {
         buffer_bytes: 256,
+        receive_size: 512,
         chained: true,
         ..plain(1500)
     };

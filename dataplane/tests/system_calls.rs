@@ -172,6 +172,7 @@ fn frames_between_polled_rings_make_no_system_call() {
 fn frames_in_chains_and_mergeable_buffers_make_no_system_call() {
     let shape = Shape {
         buffer_bytes: 256,
+        receive_size: 512,
         chained: true,
         ..Shape::plain(Layout::Split, 1500)
     };

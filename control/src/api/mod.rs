@@ -16,7 +16,7 @@ pub use measure::{Drops, PairSample, PortSample, Sample, WorkerSample};
 pub(crate) use method::names as method_names;
 pub use method::{
     DaemonInfo, FdbAdd, FdbDel, FdbFlush, FdbList, MeasureSample, Method, PortAdd, PortDel,
-    PortList, PortShow, WorkerList, WorkerShow,
+    PortList, PortShow, WorkerList, WorkerPin, WorkerShow, WorkerUnpin,
 };
 pub(crate) use port::check_socket_path;
 pub use port::{
@@ -26,7 +26,8 @@ pub use port::{
 pub use schema::document;
 pub use state::{
     Counters, DaemonReport, Done, FdbAddParams, FdbDelParams, FdbEntry, FdbFlushParams,
-    FdbFlushResult, FdbListParams, FdbListResult, HeaderActionReport, NoParams, PortAddParams,
-    PortDelParams, PortDelResult, PortListResult, PortReport, PortShowParams, PortShowResult,
-    PortState, QueueReport, WorkerListResult, WorkerReport, WorkerShowParams,
+    FdbFlushResult, FdbListParams, FdbListResult, HeaderActionReport, NoParams, PolledQueueReport,
+    PortAddParams, PortDelParams, PortDelResult, PortListResult, PortReport, PortShowParams,
+    PortShowResult, PortState, QueueReport, WorkerListResult, WorkerPinParams, WorkerReport,
+    WorkerShowParams, WorkerShowResult, WorkerUnpinParams, WorkerUnpinResult,
 };

@@ -1,5 +1,6 @@
 //! A port's settings: one shape for the API, the configuration file and what is reported back.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ringway_dataplane::{MAX_QUEUE_PAIRS, PortConfig, PortKind, QueuePairs, SocketSpec};
@@ -81,6 +82,10 @@ pub struct PortSettings {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub fdb_limit: Option<u32>,
+    /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and of
+    /// the worker. The switch places the others.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pins: BTreeMap<String, u16>,
 }
 
 /// A setting that can't be.
@@ -118,6 +123,7 @@ impl PortSettings {
             persist: None,
             offload: None,
             fdb_limit: None,
+            pins: BTreeMap::new(),
         }
     }
 
@@ -147,11 +153,14 @@ impl PortSettings {
                 }
             }
         };
-        Ok(PortConfig {
+        let mut config = PortConfig {
             kind,
             mtu: self.checked_mtu()?,
             fdb_limit: self.checked_fdb_limit()?,
-        })
+            pins: BTreeMap::new(),
+        };
+        config.pins = check_pins(&self.pins, config.queue_pairs().get())?;
+        Ok(config)
     }
 
     fn refuse(&self, field: &'static str, given: bool) -> Result<(), SettingError> {
@@ -247,6 +256,26 @@ impl PortSettings {
     }
 }
 
+/// Pins as the dataplane takes them; `queue_pairs` are those of the port. Whether the workers exist
+/// is for the switch to say.
+fn check_pins(
+    pins: &BTreeMap<String, u16>,
+    queue_pairs: u16,
+) -> Result<BTreeMap<u16, u16>, SettingError> {
+    let check = |(pair, worker): (&String, &u16)| match pair.parse::<u16>() {
+        Ok(number) if number < queue_pairs && number.to_string() == *pair => Ok((number, *worker)),
+        _ => {
+            let shown: String = pair.chars().take(16).collect();
+            Err(SettingError::new(
+                "pins",
+                format!("the port has no queue {shown:?}"),
+                format!("its queues are 0 to {}", queue_pairs - 1),
+            ))
+        }
+    };
+    pins.iter().map(check).collect()
+}
+
 /// Checks a path before anything is made of it.
 pub(crate) fn check_socket_path(field: &'static str, path: &Path) -> Result<(), SettingError> {
     let bytes = path.as_os_str().as_encoded_bytes();
@@ -299,6 +328,8 @@ impl From<&PortConfig> for PortSettings {
         };
         settings.mtu = config.mtu;
         settings.fdb_limit = config.fdb_limit;
+        let pins = config.pins.iter();
+        settings.pins = pins.map(|(pair, at)| (pair.to_string(), *at)).collect();
         settings
     }
 }
@@ -320,6 +351,7 @@ mod tests {
             queues: Some(2),
             mtu: Some(9000),
             fdb_limit: Some(4),
+            pins: [("0".into(), 1), ("1".into(), 0)].into(),
             ..vhost_user("/run/vm1.sock")
         };
         let tap = PortSettings {
@@ -406,6 +438,20 @@ mod tests {
                     ..vm()
                 },
                 "fdb_limit",
+            ),
+            (
+                PortSettings {
+                    pins: [("8".into(), 0)].into(),
+                    ..vm()
+                },
+                "pins",
+            ),
+            (
+                PortSettings {
+                    pins: [("+1".into(), 0)].into(),
+                    ..vm()
+                },
+                "pins",
             ),
             (PortSettings::new(KindName::Tap), "ifname"),
             (tap(""), "ifname"),

@@ -25,7 +25,8 @@ pub(crate) const BURST: u16 = 64;
 /// Everybody's address.
 pub(crate) const BROADCAST: [u8; 6] = [0xff; 6];
 
-const RING_SIZE: u16 = 256;
+/// Entries of a ring unless said otherwise.
+pub(crate) const RING_SIZE: u16 = 256;
 const STRIDE: u32 = 2304;
 const HEADER: u32 = 12;
 
@@ -43,6 +44,8 @@ pub(crate) struct Shape {
     pub(crate) guests: u8,
     /// Bytes of a receive buffer, at most 2,048. Buffers are mergeable.
     pub(crate) buffer_bytes: u32,
+    /// Entries of the receive ring.
+    pub(crate) receive_size: u16,
     /// The header of a frame that is sent has a buffer of its own.
     pub(crate) chained: bool,
     pub(crate) in_order: bool,
@@ -57,6 +60,7 @@ impl Shape {
             frame_bytes,
             guests: 2,
             buffer_bytes: 2048,
+            receive_size: RING_SIZE,
             chained: false,
             in_order: true,
             event_idx: false,
@@ -84,8 +88,10 @@ pub(crate) struct Guest {
     pub(crate) tx: Lane,
     pub(crate) rx: Lane,
     frames: Window,
+    used: Box<[UsedSlot]>,
     _frontend: Frontend,
-    _events: [EventFd; 3],
+    /// Kick of the receive and of the transmit ring, and the call of both.
+    events: [EventFd; 3],
     _memory: Arc<DriverMemory>,
 }
 
@@ -93,7 +99,6 @@ pub(crate) struct Guest {
 pub(crate) struct Wire {
     pub(crate) guests: Vec<Guest>,
     pub(crate) switch: InlineSwitch,
-    used: Box<[UsedSlot]>,
 }
 
 impl Wire {
@@ -109,11 +114,7 @@ impl Wire {
             guest
         };
         let guests = (0..shape.guests).map(&mut guest).collect();
-        let mut wire = Self {
-            guests,
-            switch,
-            used: vec![UsedSlot::default(); usize::from(RING_SIZE)].into(),
-        };
+        let mut wire = Self { guests, switch };
         // Everybody once, so that all stations are learned.
         for _ in 0..shape.guests {
             wire.burst();
@@ -137,22 +138,19 @@ impl Wire {
     /// many buffers there were.
     #[inline]
     pub(crate) fn receive(&mut self) -> u64 {
-        let mut received = 0;
-        for guest in &mut self.guests[1..] {
-            received += guest.rx.harvest(&mut self.used).unwrap() as u64;
-            guest.rx.push(guest.rx.free());
-        }
-        received
+        let guests = self.guests[1..].iter_mut();
+        guests.map(Guest::receive).sum()
     }
 }
 
 impl Guest {
-    fn connect(path: &Path, shape: Shape) -> Self {
+    pub(crate) fn connect(path: &Path, shape: Shape) -> Self {
         let mut frontend = Frontend::connect(path).unwrap();
         let offered = frontend
             .negotiate_protocol(WANTED_PROTOCOL_FEATURES)
             .unwrap();
-        let memory = DriverMemory::single(4 << 20, false).unwrap();
+        let slots = u64::from(RING_SIZE) + u64::from(shape.receive_size);
+        let memory = DriverMemory::single(slots * 4096 + (2 << 20), false).unwrap();
         let (mut rx, _) = lane(&memory, shape, Direction::Receive, shape.buffer_bytes);
         let (tx, frames) = lane(
             &memory,
@@ -160,7 +158,7 @@ impl Guest {
             Direction::Transmit,
             shape.frame_bytes + HEADER,
         );
-        rx.push(RING_SIZE);
+        rx.push(shape.receive_size);
         let events = std::array::from_fn(|_| EventFd::new().unwrap());
         let [rx_kick, tx_kick, call] = &events;
         let start = |place, kick| RingStart { place, kick, call };
@@ -177,10 +175,45 @@ impl Guest {
             tx,
             rx,
             frames,
+            used: vec![UsedSlot::default(); usize::from(RING_SIZE)].into(),
             _frontend: frontend,
-            _events: events,
+            events,
             _memory: memory,
         }
+    }
+
+    /// Sends a burst, whose frame `n` has the addresses (destination, source) `of(n)`.
+    pub(crate) fn send(&mut self, of: impl Fn(u16) -> [[u8; 6]; 2]) {
+        for ahead in 0..BURST {
+            let slot = usize::from(self.tx.next_slot(ahead));
+            let at = slot * STRIDE as usize + HEADER as usize;
+            self.frames.write(at, of(ahead).as_flattened());
+        }
+        self.tx.push(BURST);
+    }
+
+    /// Sends up to a burst as it is, and wakes a worker that sleeps.
+    pub(crate) fn send_ready(&mut self) {
+        let count = self.tx.free().min(BURST);
+        self.tx.push(count);
+        if count > 0 && self.tx.wants_kick(count) {
+            self.events[1].signal().unwrap();
+        }
+    }
+
+    /// Takes what was received and gives the buffers back; returns how many there were.
+    #[inline]
+    pub(crate) fn receive(&mut self) -> u64 {
+        let mut total = 0;
+        loop {
+            let count = self.rx.harvest(&mut self.used).unwrap();
+            total += count as u64;
+            if count < self.used.len() {
+                break;
+            }
+        }
+        self.rx.push(self.rx.free());
+        total
     }
 
     /// Addresses all frames that it sends from now on.
@@ -202,7 +235,11 @@ fn lane(
     direction: Direction,
     len: u32,
 ) -> (Lane, Window) {
-    let bytes = u64::from(RING_SIZE) * u64::from(STRIDE);
+    let size = match direction {
+        Direction::Transmit => RING_SIZE,
+        Direction::Receive => shape.receive_size,
+    };
+    let bytes = u64::from(size) * u64::from(STRIDE);
     let buffers = memory.alloc(bytes, 64).unwrap();
     let window = memory.window(buffers, bytes).unwrap();
     let header = match direction {
@@ -211,7 +248,7 @@ fn lane(
     };
     let of_ring = LaneShape {
         layout: shape.layout,
-        size: RING_SIZE,
+        size,
         direction,
         per_slot: if header == 0 { 1 } else { 2 },
     };

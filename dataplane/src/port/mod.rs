@@ -37,6 +37,8 @@ pub(crate) struct PortBase {
     pub(crate) tx_drops: DropCounters,
     /// What was done to frames for this port.
     pub(crate) tx_offloads: OffloadCounters,
+    /// Frames forwarded in its name that came from none of its queues.
+    pub(crate) injected: QueueCounters,
 }
 
 impl PortBase {
@@ -47,6 +49,7 @@ impl PortBase {
             rx_drops: DropCounters::default(),
             tx_drops: DropCounters::default(),
             tx_offloads: OffloadCounters::default(),
+            injected: QueueCounters::default(),
         }
     }
 }
@@ -86,7 +89,10 @@ impl Port {
     }
 
     pub(crate) fn counters(&self) -> PortCounters {
+        let injected = &self.base().injected;
         let mut sum = PortCounters {
+            rx_frames: injected.frames.get(),
+            rx_bytes: injected.bytes.get(),
             rx_drops: self.base().rx_drops.read(),
             tx_drops: self.base().tx_drops.read(),
             tx_completed: self.base().tx_offloads.completed.get(),
@@ -105,6 +111,15 @@ impl Port {
             sum.tx_bytes += tx.bytes.get();
         }
         sum
+    }
+
+    /// Frames and bytes taken from a pair since the port was added.
+    pub(crate) fn received(&self, pair: u16) -> (u64, u64) {
+        let (rx, _) = match self {
+            Self::VhostUser(port) => port.queue_counters(pair),
+            Self::Tap(port) => port.queue_counters(pair),
+        };
+        (rx.frames.get(), rx.bytes.get())
     }
 
     /// The queue pairs; `worker_of` tells who polls a pair.

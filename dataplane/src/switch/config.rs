@@ -1,5 +1,6 @@
 //! How ports and the switch are configured.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
@@ -112,6 +113,19 @@ pub struct PortConfig {
     pub mtu: Option<u16>,
     /// Most learned MAC addresses behind it; `None` leaves the database's size as the limit.
     pub fdb_limit: Option<u32>,
+    /// Queue pairs that are polled by a given worker whatever their load: pair and worker.
+    pub pins: BTreeMap<u16, u16>,
+}
+
+impl PortConfig {
+    /// Queue pairs of the port: for a guest the most that it may use.
+    pub fn queue_pairs(&self) -> QueuePairs {
+        match self.kind {
+            PortKind::VhostUser { queue_pairs, .. } | PortKind::Tap { queue_pairs, .. } => {
+                queue_pairs
+            }
+        }
+    }
 }
 
 /// Bounds of the idle ladder: spin, then pause, then sleep in epoll.
@@ -143,6 +157,30 @@ impl Default for IdleConfig {
     }
 }
 
+/// Whether and how often queues move from busy workers to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalanceConfig {
+    /// Queues move. If not, loads are measured all the same.
+    pub is_on: bool,
+    /// Loads are measured over this long, and a few queues move at the end of it if that relieves
+    /// a busy worker.
+    pub interval: Duration,
+}
+
+impl BalanceConfig {
+    /// On; long enough to average over what TCP does, short enough that an operator sees it work.
+    pub const DEFAULT: Self = Self {
+        is_on: true,
+        interval: Duration::from_secs(5),
+    };
+}
+
+impl Default for BalanceConfig {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
 /// How a switch starts.
 #[derive(Clone, Debug)]
 pub struct SwitchConfig {
@@ -150,6 +188,8 @@ pub struct SwitchConfig {
     pub worker_cpus: Vec<usize>,
     /// When workers go to sleep.
     pub idle: IdleConfig,
+    /// When queues move between workers.
+    pub balance: BalanceConfig,
     /// Entries that the forwarding database can hold.
     pub fdb_capacity: usize,
     /// Learned entries not seen for this long are forgotten (IEEE 802.1Q, 8.8.3: 300 s).

@@ -23,13 +23,24 @@ pub(super) struct Forwarder {
     pub(super) members: Members,
     bridge: Arc<Bridge>,
     decisions: Decisions,
-    scratch: RxScratch,
-    bench: Workbench,
+    tools: Tools,
     /// Per destination: since when its receive ring is full without having taken a frame, in
     /// nanoseconds of the worker's clock; 0 while it takes frames.
     full_since: Box<[u64]>,
     /// How long a source waits for a full destination.
     pub(super) patience_ns: u64,
+    /// Per destination: the queue pairs that this worker polls, a bit each. Frames go to their
+    /// receive rings, so that no other worker wants the same lock.
+    pub(super) owned: Box<[u64]>,
+    /// Rings found in other hands, ever.
+    pub(super) contended: u64,
+}
+
+/// What delivery works with.
+#[derive(Debug)]
+pub(super) struct Tools {
+    pub(super) scratch: RxScratch,
+    pub(super) bench: Workbench,
 }
 
 /// A point in time, in the units of its users.
@@ -85,10 +96,14 @@ impl Forwarder {
             members: Members::new(),
             bridge,
             decisions: Decisions::new(),
-            scratch: RxScratch::new(),
-            bench: Workbench::new(),
+            tools: Tools {
+                scratch: RxScratch::new(),
+                bench: Workbench::new(),
+            },
             full_since: vec![0; MAX_PORTS].into(),
             patience_ns,
+            owned: vec![0; MAX_PORTS].into(),
+            contended: 0,
         }
     }
 
@@ -126,14 +141,18 @@ impl Forwarder {
                 continue;
             };
             let haste = self.haste(to, flooded, now.ns);
-            let (scratch, bench) = (&mut self.scratch, &mut self.bench);
+            let tools = &mut self.tools;
             let outcome = match &**port {
                 Port::VhostUser(port) => {
-                    deliver_to_guest(port, source_queue, (mask, haste), burst, scratch, bench)
+                    let queue = port.receive_queue(source_queue, self.owned[to.index()]);
+                    let contended = &mut self.contended;
+                    deliver_to_guest(port, queue, (mask, haste), burst, tools, contended)
                 }
-                Port::Tap(port) => deliver_to_tap(port, source_queue, mask, burst, bench),
+                Port::Tap(port) => {
+                    deliver_to_tap(port, source_queue, mask, burst, &mut tools.bench)
+                }
             };
-            if !self.bench.tally.is_empty() {
+            if !self.tools.bench.tally.is_empty() {
                 self.count_offloads(from, to, pairs);
             }
             let refused = outcome.full | outcome.busy;
@@ -212,7 +231,7 @@ impl Forwarder {
     /// Counts what was done to a destination's frames.
     #[cold]
     fn count_offloads(&mut self, from: PortId, to: PortId, pairs: &PairTable) {
-        let tally = std::mem::take(&mut self.bench.tally);
+        let tally = std::mem::take(&mut self.tools.bench.tally);
         if let Some(port) = &self.ports[to.index()] {
             let counters = &port.base().tx_offloads;
             counters.completed.add(tally.completed);
@@ -305,11 +324,12 @@ pub(super) struct Limits {
     pub(super) haste: u64,
 }
 
-fn lock_queue(queue: &VhostQueue) -> Option<QueueGuard<'_>> {
+fn lock_queue<'a>(queue: &'a VhostQueue, contended: &mut u64) -> Option<QueueGuard<'a>> {
     if let Some(guard) = queue.try_lock() {
         return Some(guard);
     }
     queue.counters.contended.add(1);
+    *contended += 1;
     for _ in 0..LOCK_TRIES {
         std::hint::spin_loop();
         if let Some(guard) = queue.try_lock() {
@@ -321,16 +341,16 @@ fn lock_queue(queue: &VhostQueue) -> Option<QueueGuard<'_>> {
 
 fn deliver_to_guest(
     port: &VhostPort,
-    source_queue: u16,
+    queue: Option<&VhostQueue>,
     (mask, haste): (u64, u64),
     burst: &Burst,
-    scratch: &mut RxScratch,
-    bench: &mut Workbench,
+    tools: &mut Tools,
+    contended: &mut u64,
 ) -> Outcome {
-    let Some(queue) = port.receive_queue(source_queue) else {
+    let Some(queue) = queue else {
         return Outcome::all(mask, DropReason::PortDown);
     };
-    let Some(mut state) = lock_queue(queue) else {
+    let Some(mut state) = lock_queue(queue, contended) else {
         return Outcome {
             busy: mask,
             ..Outcome::default()
@@ -345,16 +365,16 @@ fn deliver_to_guest(
         haste,
     };
     let (mut outcome, fault) = match &mut started.ring {
-        Ring::Split(ring) => deliver_burst(ring, mask, burst, limits, scratch, bench),
-        Ring::Packed(ring) => deliver_burst(ring, mask, burst, limits, scratch, bench),
+        Ring::Split(ring) => deliver_burst(ring, mask, burst, limits, tools),
+        Ring::Packed(ring) => deliver_burst(ring, mask, burst, limits, tools),
     };
     queue
         .counters
         .frames
         .add_owned(u64::from(outcome.sent.count_ones()));
     queue.counters.bytes.add_owned(outcome.sent_bytes);
-    if !bench.tally.is_empty() {
-        let extra = bench.tally.extra_delivered();
+    if !tools.bench.tally.is_empty() {
+        let extra = tools.bench.tally.extra_delivered();
         queue.counters.frames.add_owned(extra);
     }
     port.publish(queue, &mut state);
@@ -374,8 +394,7 @@ for_this_cpu! {
         mask: u64,
         burst: &Burst,
         limits: Limits,
-        scratch: &mut RxScratch,
-        bench: &mut Workbench,
+        tools: &mut Tools,
     ) -> (Outcome, Option<RingFault>) = deliver_frames;
 }
 
@@ -385,8 +404,7 @@ fn deliver_frames<R: Deliver>(
     mask: u64,
     burst: &Burst,
     limits: Limits,
-    scratch: &mut RxScratch,
-    bench: &mut Workbench,
+    tools: &mut Tools,
 ) -> (Outcome, Option<RingFault>) {
     let mut outcome = Outcome::default();
     let mut fault = None;
@@ -400,8 +418,13 @@ fn deliver_frames<R: Deliver>(
     let mut left = if fault.is_none() { mask } else { 0 };
     while left != 0 {
         // The common frames in one go, then one that is not, and again.
-        let (sent, bytes) =
-            ring.deliver_plain(burst, left, limits.max_bytes, &mut available, scratch);
+        let (sent, bytes) = ring.deliver_plain(
+            burst,
+            left,
+            limits.max_bytes,
+            &mut available,
+            &mut tools.scratch,
+        );
         outcome.sent |= sent;
         outcome.sent_bytes += bytes;
         left &= !sent;
@@ -409,7 +432,7 @@ fn deliver_frames<R: Deliver>(
             break;
         }
         let index = left.trailing_zeros() as usize;
-        let delivery = deliver_any(ring, (burst, index), limits, &mut available, scratch, bench);
+        let delivery = deliver_any(ring, (burst, index), limits, &mut available, tools);
         match delivery.sent {
             Some(Ok(bytes)) => outcome.sent(index, bytes),
             // Frames behind it are refused too, lest they overtake it.

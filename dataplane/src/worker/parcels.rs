@@ -6,11 +6,11 @@
 
 use ringway_bridge::DropReason;
 
-use super::forward::Limits;
+use super::forward::{Limits, Tools};
 use crate::burst::Burst;
 use crate::offload::{Parcel, Parcels, Tally, Workbench};
 use crate::port::TapPort;
-use crate::ring::{Deliver, RingFault, RxScratch};
+use crate::ring::{Deliver, RingFault};
 
 /// How a frame fared.
 pub(super) struct Delivery {
@@ -43,8 +43,7 @@ pub(super) fn deliver_any<R: Deliver>(
     (burst, index): (&Burst, usize),
     limits: Limits,
     available: &mut u16,
-    scratch: &mut RxScratch,
-    bench: &mut Workbench,
+    Tools { scratch, bench }: &mut Tools,
 ) -> Delivery {
     let mut tally = bench.tally;
     let mut parcels = match bench.parcels(burst, index, limits.offloads, limits.max_bytes) {
