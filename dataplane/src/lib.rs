@@ -23,6 +23,8 @@ pub use info::{
     PortState, QueueInfo, WorkerDetail, WorkerInfo,
 };
 pub use isa::isa_level;
+#[doc(hidden)]
+pub use offload::{copy_and_checksum, internet_checksum};
 pub use switch::{
     BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
     PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,

@@ -130,6 +130,7 @@ fn actions(out: &mut dyn Write, actions: &[HeaderActionReport]) -> fmt::Result {
         };
         table.row([action.action.clone(), done, names.join(" ")]);
     }
+    writeln!(out)?;
     table.write(out)
 }
 

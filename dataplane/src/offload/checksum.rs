@@ -8,8 +8,12 @@ use crate::copy::copy;
 use crate::isa::for_this_cpu;
 use crate::memory::Segment;
 
-/// Bytes of a block: two lanes of four 64-bit words, which is what keeps the adders busy.
-const BLOCK: usize = 64;
+/// Words of a block: two vectors of four, which keeps the adders busy.
+const WORDS: usize = 8;
+
+const BLOCK: usize = 8 * WORDS;
+
+type Block = [u64; WORDS];
 
 /// A sum that grows piece by piece, of any lengths.
 #[derive(Clone, Copy, Debug, Default)]
@@ -70,6 +74,28 @@ impl Sum {
     }
 }
 
+/// The Internet checksum of `bytes`, never 0: for benches.
+#[doc(hidden)]
+pub fn internet_checksum(bytes: &[u8]) -> [u8; 2] {
+    let mut sum = Sum::default();
+    sum.add(bytes);
+    sum.finish()
+}
+
+/// Copies `from` to as many bytes at `to`, and returns their checksum: for benches.
+#[doc(hidden)]
+pub fn copy_and_checksum(to: &mut [u8], from: &[u8]) -> [u8; 2] {
+    let len = to.len().min(from.len());
+    let piece = Segment {
+        ptr: from.as_ptr().cast_mut(),
+        len: u32::try_from(len).unwrap_or(u32::MAX),
+    };
+    let mut sum = Sum::default();
+    // SAFETY: both are slices, no shorter, and distinct.
+    unsafe { sum.add_copied(to.as_mut_ptr(), piece) };
+    sum.finish()
+}
+
 /// Folds a sum of words to 16 bits.
 fn fold(sum: u64) -> u16 {
     let sum = (sum >> 32) + (sum & 0xffff_ffff);
@@ -109,41 +135,41 @@ fn copy_blocks(to: *mut u8, piece: Segment) -> u64 {
 /// Reads a piece block by block into registers, shows each with its offset and length, and returns
 /// the sum of all.
 #[inline(always)]
-fn each_block(piece: Segment, mut show: impl FnMut(usize, &[u64; BLOCK / 8], usize)) -> u64 {
-    const WORDS: usize = BLOCK / 8;
+fn each_block(piece: Segment, mut show: impl FnMut(usize, &Block, usize)) -> u64 {
     let len = piece.len as usize;
     let (mut low, mut high) = ([0; WORDS], [0; WORDS]);
     let mut at = 0;
-    while at < len {
-        let bytes = (len - at).min(BLOCK);
-        let mut block = [0_u64; WORDS];
+    while len - at >= BLOCK {
+        let from = piece.ptr.wrapping_add(at).cast::<Block>();
+        // SAFETY: a whole block lies within the piece.
+        let block = unsafe { from.read_unaligned() };
+        show(at, &block, BLOCK);
+        add_block(&mut low, &mut high, &block);
+        at += BLOCK;
+    }
+    if at < len {
+        let mut block = [0; WORDS];
         let from = piece.ptr.wrapping_add(at);
-        if bytes == BLOCK {
-            // SAFETY: a whole block lies within the piece.
-            unsafe {
-                block
-                    .as_mut_ptr()
-                    .cast::<u8>()
-                    .copy_from_nonoverlapping(from, BLOCK);
-            };
-            show(at, &block, BLOCK);
-        } else {
-            // SAFETY: so many bytes lie within the piece, and within the block.
-            unsafe {
-                block
-                    .as_mut_ptr()
-                    .cast::<u8>()
-                    .copy_from_nonoverlapping(from, bytes);
-            };
-            show(at, &block, bytes);
-        }
-        for word in 0..WORDS {
-            low[word] += block[word] & 0xffff_ffff;
-            high[word] += block[word] >> 32;
-        }
-        at += bytes;
+        // SAFETY: so many bytes lie within the piece, and within the block.
+        unsafe {
+            block
+                .as_mut_ptr()
+                .cast::<u8>()
+                .copy_from_nonoverlapping(from, len - at);
+        };
+        show(at, &block, len - at);
+        add_block(&mut low, &mut high, &block);
     }
     low.iter().chain(&high).sum()
+}
+
+/// Adds the halves of each word to lanes that are wide enough for all carries.
+#[inline(always)]
+fn add_block(low: &mut Block, high: &mut Block, block: &Block) {
+    for word in 0..WORDS {
+        low[word] += block[word] & 0xffff_ffff;
+        high[word] += block[word] >> 32;
+    }
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ mod tests;
 
 use crate::net_header::vhost_features;
 
+pub use checksum::{copy_and_checksum, internet_checksum};
 pub(crate) use parcel::{Parcel, Parcels, Pieces, Tally, Workbench};
 
 /// Most frames that one frame is cut into: 64 KiB with segments of 128 bytes. Smaller ones, which no
