@@ -369,6 +369,18 @@ impl Window {
         unsafe { ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
     }
 
+    /// Copies `len` bytes out of another window, or of another place in this one.
+    ///
+    /// # Panics
+    /// They reach past the end of either.
+    #[inline]
+    pub fn copy_from(&self, offset: usize, source: &Window, source_offset: usize, len: usize) {
+        let to = self.at(offset, len);
+        let from = source.at(source_offset, len);
+        // SAFETY: `at` checked both ranges; `copy` takes ranges that overlap.
+        unsafe { ptr::copy(from, to, len) };
+    }
+
     /// Loads a little-endian word.
     ///
     /// # Panics
@@ -497,6 +509,19 @@ mod tests {
             memory.user_addr(0x8000_0010).unwrap(),
             region.user_addr + 0x10
         );
+    }
+
+    #[test]
+    fn bytes_are_copied_between_windows_and_within_one() {
+        let memory = DriverMemory::single(PAGE, false).unwrap();
+        let window = |addr, len| memory.window((1u64 << 32) + addr, len).unwrap();
+        let (from, to) = (window(0, 8), window(64, 8));
+        from.write(0, b"abcdefgh");
+        to.copy_from(1, &from, 2, 5);
+        to.copy_from(2, &to, 1, 5);
+        let mut back = [0; 8];
+        to.read(0, &mut back);
+        assert_eq!(&back, b"\0ccdefg\0");
     }
 
     #[test]
