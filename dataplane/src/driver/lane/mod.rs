@@ -423,7 +423,7 @@ fn write_tables(
         window.store_u16(at + 12, third, Ordering::Relaxed);
         window.store_u16(at + 14, fourth, Ordering::Relaxed);
     }
-    let len = u32::from(shape.per_slot) * DESC_BYTES as u32;
+    let len = u32::from(shape.per_slot) * 16;
     Ok((0..)
         .map(|slot| Segment {
             addr: addr + slot * u64::from(len),
