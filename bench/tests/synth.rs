@@ -74,28 +74,33 @@ fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 
 /// A run that goes on until it is ended, and the pid of its ringwayd, through which frames pass.
 fn endless_run(folder: &TempDir) -> (Child, u32) {
-    let bench = bench(folder, &["run", "--frame", "64", "--duration", FOR_EVER])
+    started_run(folder, &["--duration", FOR_EVER])
+}
+
+/// A run through whose ringwayd frames pass, and the daemon's pid.
+fn started_run(folder: &TempDir, arguments: &[&str]) -> (Child, u32) {
+    let bench = bench(folder, &["run", "--frame", "64"])
+        .args(arguments)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("the bench starts");
     // Guests are connected once its worker has taken frames.
     let daemon = until("frames pass", || {
-        let socket = left_in(folder.path()).first()?.join("control.sock");
-        let tool = Path::new(env!("CARGO_BIN_EXE_ringway-bench")).with_file_name("ringway");
-        let said = Command::new(tool)
-            .arg("-s")
-            .arg(socket)
-            .args(["-j", "port", "list"])
-            .output()
-            .ok()?;
+        let said = ringway(folder, &["-j", "port", "list"])?;
         let json: Value = serde_json::from_slice(&said.stdout).ok()?;
-        let frames = json["ports"][0]["counters"]["rx_frames"]
-            .as_u64()
-            .or_else(|| json["ports"][0]["rx_frames"].as_u64())?;
+        let frames = json["ports"][0]["counters"]["rx_frames"].as_u64()?;
         (frames > 1000).then(|| child_of(bench.id())).flatten()
     });
     (bench, daemon)
+}
+
+/// The tool, for the daemon that a run in this folder started.
+fn ringway(folder: &TempDir, arguments: &[&str]) -> Option<Output> {
+    let socket = left_in(folder.path()).first()?.join("control.sock");
+    let tool = Path::new(env!("CARGO_BIN_EXE_ringway-bench")).with_file_name("ringway");
+    let mut command = Command::new(tool);
+    command.arg("-s").arg(socket).args(arguments).output().ok()
 }
 
 /// The child of a process that has only one.
@@ -301,6 +306,41 @@ fn a_switch_that_dies_is_told_and_no_figure_is_printed() {
     let stderr = stderr(&output);
     let first = stderr.lines().next();
     assert_eq!(first, Some("error: ringway ended with signal: 9 (SIGKILL)"));
+}
+
+/// How a run ends that found its switch broken.
+fn assert_broken(bench: Child, folder: &TempDir, error: &str) {
+    let output = bench.wait_with_output().expect("it ends");
+    let stderr = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(output.stdout.is_empty(), "a figure of a broken run");
+    assert!(stderr.starts_with(error), "{stderr}");
+    assert_eq!(left_in(folder.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_switch_that_stalls_is_broken_and_not_slow() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let (bench, daemon) = started_run(&folder, &["--duration", "3"]);
+    send_signal(daemon, "-STOP");
+    let error = "error: frames of 64 bytes: no frame came through the switch";
+    assert_broken(bench, &folder, error);
+}
+
+#[test]
+fn a_switch_that_sends_frames_to_the_wrong_guest_is_broken() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let (bench, _) = started_run(&folder, &["--duration", "3", "--pairs", "2"]);
+    // The second guest's address, said to be behind the third's port.
+    let moved = ["fdb", "add", "52:54:00:72:00:02", "p2"];
+    let said = ringway(&folder, &moved).expect("the tool runs");
+    assert!(said.status.success(), "{}", stderr(&said));
+    let output = bench.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty(), "a figure of a broken run");
+    let stderr = stderr(&output);
+    let told = stderr.contains("came to the wrong guest") || stderr.contains("received nothing");
+    assert!(told, "{stderr}");
 }
 
 /// A back-end that answers GET_FEATURES with these and acknowledges nothing else.
