@@ -206,6 +206,8 @@ impl Drop for Process {
         // One that is stopped takes no other signal but SIGKILL.
         self.signal(Signal::CONT);
         self.signal(Signal::TERM);
+        // testpmd sits at its prompt until that is closed.
+        drop(self.child.stdin.take());
         let deadline = Instant::now() + END_PATIENCE;
         while self.ended().is_none() && Instant::now() < deadline {
             thread::sleep(POLL);
