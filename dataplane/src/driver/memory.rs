@@ -393,6 +393,28 @@ impl Window {
         u16::from_le(word.load(order))
     }
 
+    /// Loads two little-endian double words that follow each other, with one check.
+    ///
+    /// # Panics
+    /// The offset is misaligned or they reach past the end.
+    #[inline]
+    pub fn load_u32_pair(&self, offset: usize, order: Ordering) -> (u32, u32) {
+        let at = self.at(offset, 8).cast::<u32>();
+        if !at.is_aligned() {
+            misaligned(offset);
+        }
+        // SAFETY: aligned, in the mapping for the window's life, accessed by atomics only.
+        let first = unsafe { AtomicU32::from_ptr(at) };
+        // SAFETY: `at` was checked for 8 bytes.
+        let behind = unsafe { at.add(1) };
+        // SAFETY: as for the first.
+        let second = unsafe { AtomicU32::from_ptr(behind) };
+        (
+            u32::from_le(first.load(order)),
+            u32::from_le(second.load(order)),
+        )
+    }
+
     /// Stores a little-endian word.
     ///
     /// # Panics
@@ -456,23 +478,33 @@ impl Window {
     #[inline]
     fn at_aligned(&self, offset: usize, size: usize) -> *mut u8 {
         let at = self.at(offset, size);
-        assert!(
-            at.addr().is_multiple_of(size),
-            "misaligned access at offset {offset}"
-        );
+        if !at.addr().is_multiple_of(size) {
+            misaligned(offset);
+        }
         at
     }
 
     #[inline]
     fn at(&self, offset: usize, len: usize) -> *mut u8 {
-        assert!(
-            len <= self.len && offset <= self.len - len,
-            "{len} bytes at {offset} are outside a window of {}",
-            self.len
-        );
+        if len > self.len || offset > self.len - len {
+            outside(offset, len, self.len);
+        }
         // SAFETY: just checked against the window, which lies in one mapping.
         unsafe { self.base.as_ptr().add(offset) }
     }
+}
+
+/// Kept out of line: with its message in line, the check would keep the access out of it.
+#[cold]
+#[inline(never)]
+fn outside(offset: usize, len: usize, window: usize) -> ! {
+    panic!("{len} bytes at {offset} are outside a window of {window}")
+}
+
+#[cold]
+#[inline(never)]
+fn misaligned(offset: usize) -> ! {
+    panic!("misaligned access at offset {offset}")
 }
 
 #[cfg(test)]
