@@ -475,6 +475,27 @@ impl Window {
         word.store(value.to_le(), order);
     }
 
+    /// Stores two little-endian quad words that follow each other, with one check: the first
+    /// relaxed, the second with release.
+    ///
+    /// # Panics
+    /// The offset is misaligned or they reach past the end.
+    #[inline]
+    pub fn store_u64_pair(&self, offset: usize, first: u64, second: u64) {
+        let at = self.at(offset, 16).cast::<u64>();
+        if !at.is_aligned() {
+            misaligned(offset);
+        }
+        // SAFETY: aligned, in the mapping for the window's life, accessed by atomics only.
+        let word = unsafe { AtomicU64::from_ptr(at) };
+        word.store(first.to_le(), Ordering::Relaxed);
+        // SAFETY: `at` was checked for 16 bytes.
+        let behind = unsafe { at.add(1) };
+        // SAFETY: as for the first.
+        let word = unsafe { AtomicU64::from_ptr(behind) };
+        word.store(second.to_le(), Ordering::Release);
+    }
+
     #[inline]
     fn at_aligned(&self, offset: usize, size: usize) -> *mut u8 {
         let at = self.at(offset, size);

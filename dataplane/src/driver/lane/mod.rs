@@ -274,8 +274,11 @@ impl Lane {
             self.reclaimed = self.reclaimed.wrapping_add(u32::from(count));
             return Ok(count);
         }
+        if let Some(outcome) = self.reclaim_in_order() {
+            return outcome;
+        }
         let mut some = [UsedSlot::default(); 64];
-        let mut total = self.reclaim_runs();
+        let mut total = 0;
         loop {
             let count = self.harvest(&mut some)?;
             // At most 64.
