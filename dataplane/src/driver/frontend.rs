@@ -54,7 +54,7 @@ pub const WANTED_PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtoco
 #[non_exhaustive]
 pub enum FrontendError {
     /// The socket failed; `UnexpectedEof` if the back-end closed it.
-    #[error("{request:?}: {source}")]
+    #[error("{request:?}")]
     Socket {
         /// What was being asked.
         request: FrontendReq,
@@ -62,7 +62,7 @@ pub enum FrontendError {
         source: io::Error,
     },
     /// Nobody is there to talk to.
-    #[error("can't connect to {path}: {source}")]
+    #[error("can't connect to {path}")]
     Connect {
         /// The socket's path.
         path: String,
