@@ -53,8 +53,8 @@ pub(crate) struct LoadArgs {
     /// Pages of 4 KiB instead of hugepages, for guests and DPDK
     #[arg(long)]
     no_huge: bool,
-    /// Entries of each ring, a power of two
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    /// Entries of each ring, a power of two; the default is QEMU's
+    #[arg(long, value_name = "N", default_value_t = 256)]
     queue_size: u16,
     /// Queue pairs of each guest
     #[arg(long, value_name = "N", default_value_t = 1)]
