@@ -59,6 +59,10 @@ impl LoadError {
             Self::NoTraffic(_) | Self::OneWay(_) => {
                 "is the switch forwarding between these two sockets, at this frame size?"
             }
+            Self::Memory(_) => {
+                "somebody else may have taken the memory: --no-huge takes other pages"
+            }
+            Self::Unsegmented => "the switch can't forward frames for segmentation in this set-up",
             _ => return None,
         })
     }

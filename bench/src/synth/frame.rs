@@ -237,6 +237,13 @@ impl Template {
         self.bytes[1] == received[1] && (self.bytes[1] == 0 || self.bytes[4..6] == received[4..6])
     }
 
+    /// True if a received frame is one of these and nobody will know how to segment it.
+    pub(crate) fn came_unsegmented(&self, received: &[u8]) -> bool {
+        received.len() == self.bytes.len()
+            && self.is_on_route(received)
+            && !self.keeps_segmentation(received)
+    }
+
     /// The addresses that arrive as they were sent.
     fn macs(&self) -> std::ops::Range<usize> {
         let count = if self.macs_rewritten { 6 } else { 12 };
@@ -383,8 +390,11 @@ mod tests {
         let template = Template::new(route(), 65_000, Style::default());
         let mut frame = template.for_flow(0);
         assert!(template.keeps_segmentation(&frame));
-        frame[1] = 0;
+        assert!(!template.came_unsegmented(&frame));
+        // As a peer delivers it that clears the whole header.
+        frame[..10].fill(0);
         assert!(!template.keeps_segmentation(&frame));
+        assert!(template.came_unsegmented(&frame));
         let plain = Template::new(route(), 9000, Style::default());
         assert!(plain.keeps_segmentation(&plain.for_flow(0)));
     }

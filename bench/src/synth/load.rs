@@ -175,6 +175,8 @@ pub(crate) struct Load {
     pub(crate) guests: Vec<LoadGuest>,
     /// Frames that each guest sends, one template per size.
     pub(crate) templates: Vec<Vec<Template>>,
+    /// Runs with stamped frames so far.
+    pub(crate) runs: u8,
     verify: bool,
 }
 
@@ -194,6 +196,7 @@ impl Load {
         let mut load = Self {
             guests,
             templates,
+            runs: 0,
             verify: config.verify,
         };
         load.teach()?;
@@ -228,11 +231,9 @@ impl Load {
                 let expected = &self.templates[i ^ 1];
                 for pair in &mut guest.pairs {
                     pair.receive(|frame| {
-                        if let Some(template) = expected.iter().find(|t| t.matches(frame)) {
-                            let whole = template.keeps_segmentation(frame);
-                            heard[i] |= whole;
-                            unsegmented |= !whole;
-                        }
+                        let whole = |t: &Template| t.matches(frame) && t.keeps_segmentation(frame);
+                        heard[i] |= expected.iter().any(whole);
+                        unsegmented |= expected.iter().any(|t| t.came_unsegmented(frame));
                     })?;
                 }
             }

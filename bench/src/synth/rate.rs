@@ -10,7 +10,7 @@ use hdrhistogram::Histogram;
 use super::error::LoadError;
 use super::frame::Stamp;
 use super::guest::BURST;
-use super::load::{HEAD, Load, SETTLE, cpu_wait};
+use super::load::{HEAD, Load, cpu_wait};
 use super::report::whole;
 
 /// How far back a late frame is told from one that came twice, in frames.
@@ -24,6 +24,10 @@ const CHECK_EVERY_TURNS: u32 = 1 << 14;
 /// The queue in which a frame was sent lies above this bit of its sequence number: switches keep
 /// the order of frames of a queue, not that of a guest's.
 const QUEUE_SHIFT: u32 = 48;
+/// The number of the run lies above this one, so that stragglers of an earlier run are told apart.
+const RUN_SHIFT: u32 = 40;
+/// How long frames that are missing at the end may take: a switch may be off its core for a while.
+const LATE: Duration = Duration::from_millis(500);
 
 /// What became of the frames of a route.
 #[derive(Clone, Debug, Default)]
@@ -162,14 +166,17 @@ impl Load {
         let mut sources = vec![source; guests];
         let mut trackers = vec![vec![Tracker::default(); queues]; guests];
         let (mut latency, mut foreign, mut turns) = (histogram(), 0, 0u32);
+        self.runs = self.runs.wrapping_add(1);
+        let run = self.runs;
         let waited = cpu_wait();
         let start = Instant::now();
         let mut busy = Duration::ZERO;
         let (mut now, mut quiet_since) = (Duration::ZERO, Duration::ZERO);
-        while now < duration || now - quiet_since < SETTLE {
-            let began = start.elapsed();
-            let due = if rate.is_finite() || began < duration {
-                whole(began.min(duration).as_secs_f64() * per_guest)
+        let mut missing = true;
+        while now < duration || (missing && now - quiet_since < LATE) {
+            now = start.elapsed();
+            let due = if rate.is_finite() || now < duration {
+                whole(now.min(duration).as_secs_f64() * per_guest)
             } else {
                 0
             };
@@ -178,7 +185,10 @@ impl Load {
                 moved |= self.send_due(guest, source, due, per_guest)? > 0;
                 let arrival = nanos(start.elapsed());
                 let came = self.take_stamped(guest, verify, |stamp| {
-                    let (queue, number) = split_sequence(stamp.sequence);
+                    let (queue, of_run, number) = split_sequence(stamp.sequence);
+                    if of_run != run {
+                        return;
+                    }
                     let Some(tracker) = trackers[guest].get_mut(queue) else {
                         foreign += 1;
                         return;
@@ -190,12 +200,17 @@ impl Load {
                 foreign += came.foreign;
                 moved |= came.frames > 0;
             }
-            now = start.elapsed();
             if moved {
-                busy += now - began;
+                busy += start.elapsed() - now;
             }
             if moved || sources.iter().any(|source| source.sent < due) {
                 quiet_since = now;
+            }
+            if now >= duration {
+                let unique = |of: &[Tracker]| of.iter().map(|t| t.unique).sum::<u64>();
+                let sent: u64 = sources.iter().map(|source| source.sent).sum();
+                let arrived: u64 = trackers.iter().map(|of| unique(of)).sum();
+                missing = arrived < sent || sources.iter().any(|source| source.sent < due);
             }
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(CHECK_EVERY_TURNS) {
@@ -286,7 +301,9 @@ impl Load {
             .min(u64::from(pair.tx.free()));
         // At most BURST.
         let count = u16::try_from(count).unwrap_or(0);
-        let in_queue = source.by_queue[source.queue] | (source.queue as u64) << QUEUE_SHIFT;
+        let in_queue = (source.queue as u64) << QUEUE_SHIFT
+            | u64::from(self.runs) << RUN_SHIFT
+            | source.by_queue[source.queue];
         for ahead in 0..count {
             let number = source.sent + u64::from(ahead);
             let stamp = Stamp {
@@ -342,11 +359,12 @@ struct Came {
     foreign: u64,
 }
 
-/// Queue and number in it.
-fn split_sequence(sequence: u64) -> (usize, u64) {
+/// Queue, run, and number in both.
+fn split_sequence(sequence: u64) -> (usize, u8, u64) {
     // A queue's number has 16 bits.
     let queue = usize::try_from(sequence >> QUEUE_SHIFT).unwrap_or(usize::MAX);
-    (queue, sequence & ((1 << QUEUE_SHIFT) - 1))
+    let run = sequence.to_be_bytes()[2];
+    (queue, run, sequence & ((1 << RUN_SHIFT) - 1))
 }
 
 #[cfg(test)]
@@ -376,9 +394,10 @@ mod tests {
     }
 
     #[test]
-    fn a_sequence_number_tells_its_queue() {
-        assert_eq!(split_sequence(3 << QUEUE_SHIFT | 77), (3, 77));
-        assert_eq!(split_sequence(u64::MAX).0, 0xffff);
+    fn a_sequence_number_tells_its_queue_and_run() {
+        let sequence = 3 << QUEUE_SHIFT | 5 << RUN_SHIFT | 77;
+        assert_eq!(split_sequence(sequence), (3, 5, 77));
+        assert_eq!(split_sequence(u64::MAX), (0xffff, 0xff, (1 << 40) - 1));
     }
 
     #[test]

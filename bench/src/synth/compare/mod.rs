@@ -283,7 +283,13 @@ fn measure_size(
                 }
             }
         }
-        copies.extend(setting.copy_trial(frame)?.map(Some));
+        match setting.copy_trial(frame) {
+            Ok(trial) => copies.extend(trial.map(Some)),
+            Err(error) => {
+                say_left_out(COPY, &format!(" at {frame} B"), &error);
+                copies.push(None);
+            }
+        }
     }
     let first = trials[0].clone();
     let mut subjects: Vec<Subject> = kinds
