@@ -123,10 +123,13 @@ pub(crate) trait Deliver: DeviceRing {
     ) -> Result<Result<(), DropReason>, RingFault> {
         let gap = HEADER_BYTES - self.header_bytes();
         let needed = burst.total_bytes(index) - gap;
-        let slots = match self.reserve(needed, *available, scratch)? {
-            Reserved::Room(slots) => slots,
-            Reserved::Full => return Ok(Err(DropReason::RingFull)),
-            Reserved::TooSmall => return Ok(Err(DropReason::BufferTooSmall)),
+        let slots = match self.reserve_singles(needed, *available, scratch) {
+            Some(slots) => slots,
+            None => match self.reserve(needed, *available, scratch)? {
+                Reserved::Room(slots) => slots,
+                Reserved::Full => return Ok(Err(DropReason::RingFull)),
+                Reserved::TooSmall => return Ok(Err(DropReason::BufferTooSmall)),
+            },
         };
         let RxScratch {
             segments, chains, ..
@@ -145,8 +148,46 @@ pub(crate) trait Deliver: DeviceRing {
         Ok(Ok(()))
     }
 
-    /// Finds chains with room for `needed` bytes. Takes nothing yet.
+    /// [`Deliver::reserve`] for the common case: chains of one buffer, all as long as the first.
+    /// Returns how many there are in the scratch; `None` says nothing.
     #[inline]
+    fn reserve_singles(
+        &mut self,
+        needed: u32,
+        available: u16,
+        scratch: &mut RxScratch,
+    ) -> Option<u16> {
+        let RxScratch {
+            segments,
+            chains,
+            singles,
+        } = scratch;
+        let most = if self.mergeable() { MAX_BURST } else { 1 };
+        let most = most.min(usize::from(available));
+        if self.singles(Direction::ToGuest, &mut singles[..most.min(1)]) == 0 {
+            return None;
+        }
+        let wanted = needed.div_ceil(singles[0].len) as usize;
+        let singles = singles[..most].get_mut(..wanted)?;
+        if self.singles(Direction::ToGuest, singles) < wanted {
+            return None;
+        }
+        segments.clear();
+        chains.clear();
+        let (mut room, mut slots) = (0_u32, 0);
+        for single in singles {
+            segments.push(single.buffer());
+            chains.push((single.entry, single.len));
+            room = room.saturating_add(single.len);
+            slots += 1;
+            if room >= needed {
+                return Some(slots);
+            }
+        }
+        None
+    }
+
+    /// Finds chains with room for `needed` bytes. Takes nothing yet.
     fn reserve(
         &mut self,
         needed: u32,
@@ -194,7 +235,6 @@ pub(crate) trait Deliver: DeviceRing {
 impl<R: DeviceRing> Deliver for R {}
 
 /// The general case: pieces into pieces, which have room for the frame in all.
-#[cold]
 fn copy_scattered(burst: &mut Burst, index: usize, gap: u32, buffers: u16, to: &[Segment]) {
     let mut bytes = *burst.snapshot(index);
     if gap == 0 {
@@ -203,17 +243,17 @@ fn copy_scattered(burst: &mut Burst, index: usize, gap: u32, buffers: u16, to: &
         // A legacy header ends before num_buffers.
         bytes.copy_within(0..HEADER_LEN - gap as usize, gap as usize);
     }
-    let mut targets = to.iter().copied();
-    let mut target = Segment {
-        ptr: std::ptr::null_mut(),
-        len: 0,
-    };
+    let mut targets = to.iter();
+    let mut target = Segment::EMPTY;
     let mut put = |mut from: *const u8, mut left: u32| {
         while left > 0 {
             if target.len == 0 {
                 match targets.next() {
-                    Some(next) => target = next,
+                    Some(next) => target = *next,
                     None => return,
+                }
+                if let Some(after) = targets.as_slice().first() {
+                    prefetch_more(after.ptr, after.len.min(left));
                 }
             }
             let part = left.min(target.len);
@@ -221,8 +261,7 @@ fn copy_scattered(burst: &mut Burst, index: usize, gap: u32, buffers: u16, to: &
             unsafe { copy(target.ptr, from, part as usize) };
             from = from.wrapping_add(part as usize);
             left -= part;
-            target.ptr = target.ptr.wrapping_add(part as usize);
-            target.len -= part;
+            target = target.skip(part);
         }
     };
     put(
