@@ -9,6 +9,7 @@ use crate::burst::{Burst, MAX_SNAPSHOT_BYTES};
 use crate::copy::copy;
 use crate::memory::Segment;
 use crate::net_header::{self, Fields, HEADER_BYTES, HEADER_LEN};
+use crate::ring::prefetch_more;
 
 const HEAD_LEN: usize = MAX_SNAPSHOT_BYTES as usize;
 
@@ -400,9 +401,13 @@ fn copy_body(mut body: Pieces<'_>, mut left: u32, target: &mut Pieces<'_>) {
         }
         left -= from.len;
         while from.len > 0 {
+            let is_fresh = target.current.len == 0;
             let to = target.take(from.len);
             if to.len == 0 {
                 return;
+            }
+            if let (true, Some(after)) = (is_fresh, target.upcoming()) {
+                prefetch_more(after.ptr, after.len.min(left + from.len));
             }
             // SAFETY: both pieces are valid for as many bytes and lie in different mappings, or one
             // is private.
@@ -493,6 +498,15 @@ impl<'a> Pieces<'a> {
         };
         self.current = self.current.skip(part.len);
         part
+    }
+
+    /// The piece behind the one that is being taken.
+    #[inline]
+    fn upcoming(&self) -> Option<Segment> {
+        match self.next {
+            Segment { len: 0, .. } => self.more.first().copied(),
+            next => Some(next),
+        }
     }
 
     /// Passes over so many bytes.

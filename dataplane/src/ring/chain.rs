@@ -207,7 +207,7 @@ pub(super) fn prefetch(buffer: Segment, direction: Direction) {
 /// Brings the lines of a buffer that [`prefetch`] left out, as far as its first `bytes`, to be
 /// written. A hint, likewise.
 #[inline(always)]
-pub(super) fn prefetch_more(buffer: *mut u8, bytes: u32) {
+pub(crate) fn prefetch_more(buffer: *mut u8, bytes: u32) {
     let mut at = 2 * LINE;
     while at < bytes.min(PREFETCH_END) {
         prefetch_line(buffer.wrapping_add(at as usize), Direction::ToGuest);

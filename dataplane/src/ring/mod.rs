@@ -15,7 +15,7 @@ use crate::burst::Burst;
 use crate::memory::{GuestMemory, Segment};
 use crate::net_header::{HEADER_BYTES, vhost_features};
 
-pub(crate) use chain::Direction;
+pub(crate) use chain::{Direction, prefetch_more};
 pub(crate) use packed::PackedRing;
 pub(crate) use rx_chain::{Deliver, RxScratch};
 pub(crate) use split::SplitRing;

@@ -123,10 +123,13 @@ pub(crate) trait Deliver: DeviceRing {
     ) -> Result<Result<(), DropReason>, RingFault> {
         let gap = HEADER_BYTES - self.header_bytes();
         let needed = parcel.total_bytes() - gap;
-        let slots = match self.reserve(needed, *available, scratch)? {
-            Reserved::Room(slots) => slots,
-            Reserved::Full => return Ok(Err(DropReason::RingFull)),
-            Reserved::TooSmall => return Ok(Err(DropReason::BufferTooSmall)),
+        let slots = match self.reserve_singles(needed, *available, scratch) {
+            Some(slots) => slots,
+            None => match self.reserve(needed, *available, scratch)? {
+                Reserved::Room(slots) => slots,
+                Reserved::Full => return Ok(Err(DropReason::RingFull)),
+                Reserved::TooSmall => return Ok(Err(DropReason::BufferTooSmall)),
+            },
         };
         let RxScratch {
             segments, chains, ..
@@ -172,8 +175,46 @@ pub(crate) trait Deliver: DeviceRing {
         }
     }
 
-    /// Finds chains with room for `needed` bytes. Takes nothing yet.
+    /// [`Deliver::reserve`] for the common case: chains of one buffer, all as long as the first.
+    /// Returns how many there are in the scratch; `None` says nothing.
     #[inline]
+    fn reserve_singles(
+        &mut self,
+        needed: u32,
+        available: u16,
+        scratch: &mut RxScratch,
+    ) -> Option<u16> {
+        let RxScratch {
+            segments,
+            chains,
+            singles,
+        } = scratch;
+        let most = if self.mergeable() { MAX_BURST } else { 1 };
+        let most = most.min(usize::from(available));
+        if self.singles(Direction::ToGuest, &mut singles[..most.min(1)]) == 0 {
+            return None;
+        }
+        let wanted = needed.div_ceil(singles[0].len) as usize;
+        let singles = singles[..most].get_mut(..wanted)?;
+        if self.singles(Direction::ToGuest, singles) < wanted {
+            return None;
+        }
+        segments.clear();
+        chains.clear();
+        let (mut room, mut slots) = (0_u32, 0);
+        for single in singles {
+            segments.push(single.buffer());
+            chains.push((single.entry, single.len));
+            room = room.saturating_add(single.len);
+            slots += 1;
+            if room >= needed {
+                return Some(slots);
+            }
+        }
+        None
+    }
+
+    /// Finds chains with room for `needed` bytes. Takes nothing yet.
     fn reserve(
         &mut self,
         needed: u32,
