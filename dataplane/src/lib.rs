@@ -17,12 +17,12 @@ mod vhost_user;
 mod worker;
 
 pub use info::{
-    FdbEntryInfo, PairCounters, PortCounters, PortDetail, PortInfo, PortState, QueueInfo,
-    WorkerInfo,
+    AfXdpInfo, AfXdpQueueInfo, FdbEntryInfo, PairCounters, PortCounters, PortDetail, PortInfo,
+    PortState, QueueInfo, WorkerInfo,
 };
 pub use isa::isa_level;
 pub use switch::{
-    IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName, PortNameError,
-    QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,
+    AfXdpConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
+    PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError, UmemFrames, XdpMode,
 };
 pub use worker::InlineSwitch;

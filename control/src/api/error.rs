@@ -29,6 +29,8 @@ pub enum ErrorKind {
     SocketPath,
     /// The tap can't be created or attached.
     Tap,
+    /// The interface can't be used through AF_XDP.
+    AfXdp,
     /// The forwarding database has no such entry.
     NoSuchFdbEntry,
     /// The forwarding database can't take the entry.
@@ -53,7 +55,7 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// Every kind, in declaration order.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::ParseError,
         Self::InvalidRequest,
         Self::MethodNotFound,
@@ -64,6 +66,7 @@ impl ErrorKind {
         Self::TooManyPorts,
         Self::SocketPath,
         Self::Tap,
+        Self::AfXdp,
         Self::NoSuchFdbEntry,
         Self::FdbRefused,
         Self::NoSuchWorker,
@@ -89,6 +92,7 @@ impl ErrorKind {
             Self::TooManyPorts => -32003,
             Self::SocketPath => -32004,
             Self::Tap => -32005,
+            Self::AfXdp => -32006,
             Self::NoSuchFdbEntry => -32010,
             Self::FdbRefused => -32011,
             Self::NoSuchWorker => -32020,
@@ -136,6 +140,7 @@ impl From<SwitchError> for ApiError {
             SwitchError::TooManyPorts => ErrorKind::TooManyPorts,
             SwitchError::SocketPath { .. } => ErrorKind::SocketPath,
             SwitchError::Tap { .. } => ErrorKind::Tap,
+            SwitchError::AfXdp { .. } => ErrorKind::AfXdp,
             SwitchError::NoSuchFdbEntry { .. } => ErrorKind::NoSuchFdbEntry,
             SwitchError::FdbRefused { .. } => ErrorKind::FdbRefused,
             SwitchError::System { .. } => ErrorKind::System,

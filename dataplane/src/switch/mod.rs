@@ -11,15 +11,15 @@ use crossbeam::channel;
 use ringway_bridge::{Bridge, BridgeConfig, DropCounts, MacAddr, PortId, Tick};
 
 pub use config::{
-    IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName, PortNameError,
-    QueuePairs, SocketSpec, SwitchConfig,
+    AfXdpConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
+    PortNameError, QueuePairs, SocketSpec, SwitchConfig, UmemFrames, XdpMode,
 };
 pub use error::SwitchError;
 
 use crate::features;
 use crate::housekeeping::Housekeeping;
 use crate::info::{FdbEntryInfo, PairCounters, PortDetail, PortInfo, WorkerInfo};
-use crate::port::{Binding, Port, PortBase, TapPort, VhostPort};
+use crate::port::{AfXdpPort, Binding, Port, PortBase, TapPort, VhostPort};
 use crate::topology::{Action, Topology, diff};
 use crate::vhost_user::{Endpoint, SessionThread};
 use crate::worker::{Command, Token, WorkerThread};
@@ -129,7 +129,7 @@ impl Switch {
             (Port::VhostUser(guest), Some(endpoint)) => {
                 self.sessions.add(id, endpoint, Arc::clone(guest))
             }
-            (Port::Tap(tap), _) => self.watch_tap(&state, tap),
+            (Port::Tap(_) | Port::AfXdp(_), _) => self.watch(&state, &port),
             (Port::VhostUser(_), None) => Ok(()),
         };
         if let Err(source) = started {
@@ -187,6 +187,7 @@ impl Switch {
                     memory_regions,
                     last_error: guest.last_error(),
                     mtu: guest.mtu(),
+                    af_xdp: None,
                 }
             }
             Port::Tap(tap) => PortDetail {
@@ -199,6 +200,19 @@ impl Switch {
                 memory_regions: 0,
                 last_error: None,
                 mtu: tap.mtu(),
+                af_xdp: None,
+            },
+            Port::AfXdp(xdp) => PortDetail {
+                info,
+                queues,
+                features: Vec::new(),
+                protocol_features: Vec::new(),
+                connections: 0,
+                mapped_bytes: 0,
+                memory_regions: 0,
+                last_error: None,
+                mtu: Some(xdp.mtu()),
+                af_xdp: Some(xdp.info()),
             },
         })
     }
@@ -370,14 +384,14 @@ impl Switch {
         for () in &all_done {}
     }
 
-    /// Has a tap's queues wake their workers.
-    fn watch_tap(&self, state: &State, tap: &TapPort) -> std::io::Result<()> {
-        let id = tap.base.id;
+    /// Has a port's queues that are fds of ours wake their workers.
+    fn watch(&self, state: &State, port: &Port) -> std::io::Result<()> {
+        let id = port.base().id;
         for (pair, worker) in (0..).zip(state.topology.placement(id)) {
             let token = Token::new(id, pair, state.generation);
-            self.workers[usize::from(*worker)]
-                .handle
-                .watch(tap.fd(pair), token)?;
+            if let Some(fd) = port.fd(pair) {
+                self.workers[usize::from(*worker)].handle.watch(fd, token)?;
+            }
         }
         Ok(())
     }
@@ -391,11 +405,11 @@ impl Switch {
         let id = port.base().id;
         match &*port {
             Port::VhostUser(_) => self.sessions.remove(id),
-            Port::Tap(tap) => {
+            Port::Tap(_) | Port::AfXdp(_) => {
                 for (pair, worker) in (0..).zip(state.topology.placement(id)) {
-                    self.workers[usize::from(*worker)]
-                        .handle
-                        .unwatch(tap.fd(pair));
+                    if let Some(fd) = port.fd(pair) {
+                        self.workers[usize::from(*worker)].handle.unwatch(fd);
+                    }
                 }
             }
         }
@@ -464,6 +478,10 @@ fn open_port(base: PortBase, config: &PortConfig) -> Result<(Port, Option<Endpoi
         } => {
             let tap = TapPort::open(base, ifname, queue_pairs.get(), config.mtu, *persist)?;
             Ok((Port::Tap(Box::new(tap)), None))
+        }
+        PortKind::AfXdp(xdp) => {
+            let port = AfXdpPort::open(base, xdp, config.mtu)?;
+            Ok((Port::AfXdp(Box::new(port)), None))
         }
     }
 }

@@ -1,10 +1,13 @@
 //! From a gathered burst to delivered frames: the bridge decides, then each destination's frames
 //! are copied under one lock, published once and announced by at most one call.
 
+mod af_xdp;
+
 use std::sync::Arc;
 
 use ringway_bridge::{Bridge, Decisions, DropReason, MAX_BURST, MAX_PORTS, Members, PortId, Tick};
 
+use self::af_xdp::deliver_to_af_xdp;
 use super::pairs::PairTable;
 use crate::burst::Burst;
 use crate::isa::for_this_cpu;
@@ -28,6 +31,8 @@ pub(super) struct Forwarder {
     full_since: Box<[u64]>,
     /// How long a source waits for a full destination.
     pub(super) patience_ns: u64,
+    /// Queues of AF_XDP ports that hold frames for which the kernel had no room.
+    pub(super) unsent: Vec<(PortId, u16)>,
 }
 
 /// A point in time, in the units of its users.
@@ -86,6 +91,7 @@ impl Forwarder {
             scratch: RxScratch::new(),
             full_since: vec![0; MAX_PORTS].into(),
             patience_ns,
+            unsent: Vec::with_capacity(MAX_PORTS),
         }
     }
 
@@ -127,6 +133,9 @@ impl Forwarder {
                     deliver_to_guest(port, source_queue, mask, burst, &mut self.scratch)
                 }
                 Port::Tap(port) => deliver_to_tap(port, source_queue, mask, burst),
+                Port::AfXdp(port) => {
+                    deliver_to_af_xdp(port, source_queue, mask, burst, &mut self.unsent)
+                }
             };
             let refused = outcome.full | outcome.busy;
             let may_wait = refused != 0 && self.may_wait(to, &outcome, now.ns);

@@ -1,5 +1,7 @@
 //! The loop of a worker.
 
+mod af_xdp;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -122,7 +124,8 @@ impl Worker {
                 continue;
             }
             if self.active.is_empty() {
-                self.sleep(None);
+                let unsent = self.forwarder.unsent.is_empty();
+                self.sleep(if unsent { None } else { Some(&DOZE) });
             } else if self.must_doze {
                 self.sleep(Some(&DOZE));
             }
@@ -141,6 +144,9 @@ impl Worker {
         }
         if !self.active.is_empty() {
             self.turn();
+        }
+        if !self.forwarder.unsent.is_empty() {
+            self.forwarder.send_again();
         }
         true
     }
@@ -253,6 +259,7 @@ impl Worker {
             (Port::VhostUser(guest), _) => self.poll_guest(port, guest, pair),
             (Port::Tap(tap), Some(reader)) => self.poll_tap(port, tap, pair, reader),
             (Port::Tap(_), None) => Polled::Stopped,
+            (Port::AfXdp(xdp), _) => self.poll_af_xdp(port, xdp, pair),
         };
         self.sources[index] = Some(source);
         polled
@@ -348,10 +355,17 @@ impl Worker {
         let Some(source) = &self.sources[index] else {
             return true;
         };
-        let Port::VhostUser(guest) = &*source.port else {
+        let guest = match &*source.port {
+            Port::VhostUser(guest) => guest,
             // A tap's fd is always watched, and the last read found nothing: the next frame is an
             // event.
-            return true;
+            Port::Tap(_) => return true,
+            Port::AfXdp(xdp) => {
+                let queue = xdp.queue(source.token.pair());
+                return queue
+                    .try_receiver()
+                    .is_some_and(|mut receiver| receiver.arm());
+            }
         };
         let Some(mut state) = guest.transmit_queue(source.token.pair()).try_lock() else {
             return false;
@@ -552,10 +566,7 @@ impl Worker {
         self.forwarder
             .forward(&port, 0, &mut self.burst, &self.handle.pairs, now);
         self.forwarder.patience_ns = patience_ns;
-        let counters = match &*port {
-            Port::VhostUser(guest) => guest.queue_counters(0).0,
-            Port::Tap(tap) => tap.queue_counters(0).0,
-        };
+        let counters = port.queue_counters(0).0;
         counters.frames.add_owned(1);
         counters.bytes.add_owned(frame.len() as u64);
     }

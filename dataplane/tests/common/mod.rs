@@ -7,6 +7,7 @@
 
 pub(crate) mod hostile;
 pub(crate) mod observe;
+pub(crate) mod veth;
 
 use std::path::PathBuf;
 use std::sync::Arc;
