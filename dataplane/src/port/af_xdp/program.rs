@@ -48,7 +48,6 @@ pub(super) struct Support {
 pub(super) struct Program {
     id: u32,
     map: OwnedFd,
-    #[expect(dead_code, reason = "held, since closing it detaches the program")]
     link: OwnedFd,
 }
 
@@ -88,6 +87,16 @@ impl Program {
             bpf::bpf_map_update_elem(map, (&raw const key).cast(), (&raw const value).cast(), 0)
         };
         check(result).map(drop)
+    }
+}
+
+impl Drop for Program {
+    /// Detaches the program now. Closing the link does so too, but later if the process is being
+    /// forked meanwhile and its child has not closed the link yet.
+    fn drop(&mut self) {
+        let link = self.link.as_raw_fd();
+        // SAFETY: no pointers. If the interface is gone, so is the program.
+        let _ = unsafe { bpf::bpf_link_detach(link) };
     }
 }
 
