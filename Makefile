@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: all demo test lint packages nextest schema clean
+.PHONY: all demo test lint guard guard-update benches check-aarch64 packages nextest schema clean
 
 all:
 	$(CARGO) build --release --locked
@@ -12,7 +12,7 @@ demo: packages all
 	target/release/ringway-bench lab --queues 1 --mtu 1500 --seconds 3
 
 # Everything that CI runs.
-test: packages nextest lint
+test: packages nextest lint check-aarch64 guard benches
 	$(CARGO) build --locked --workspace --bins
 	$(CARGO) test --locked --workspace --doc --quiet
 	$(CARGO) nextest run --locked --workspace
@@ -20,6 +20,24 @@ test: packages nextest lint
 lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+# Needs no cross compiler: nothing but tests and benches builds C.
+check-aarch64:
+	@rustup target add aarch64-unknown-linux-gnu
+	$(CARGO) check --locked --workspace --target aarch64-unknown-linux-gnu
+
+# Fails if a frame costs more instructions than dataplane/benches/instructions.txt allows.
+guard: packages
+	$(CARGO) bench --locked --no-run -p ringway-dataplane --bench fixed
+	@dataplane/benches/instructions.sh
+
+# Sets the bounds a little above today's counts.
+guard-update: packages
+	@dataplane/benches/instructions.sh update
+
+# Each bench once, to see that it runs; `cargo bench` measures.
+benches:
+	$(CARGO) bench --locked --quiet -p ringway-bridge -p ringway-dataplane -- --test
 
 packages:
 	@sh bench/install-packages.sh

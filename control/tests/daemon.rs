@@ -9,8 +9,8 @@ use std::process::{Child, Command, Output, Stdio};
 use ringway_control::api::{
     DaemonInfo, FdbAdd, FdbAddParams, FdbFlush, FdbFlushParams, FdbList, FdbListParams,
     FdbListResult, KindName, MeasureSample, NoParams, PortAdd, PortAddParams, PortDel,
-    PortDelParams, PortList, PortSettings, PortShow, PortShowParams, WorkerList, WorkerShow,
-    WorkerShowParams,
+    PortDelParams, PortList, PortSettings, PortShow, PortShowParams, WorkerList, WorkerPin,
+    WorkerPinParams, WorkerShow, WorkerShowParams, WorkerUnpin, WorkerUnpinParams,
 };
 use ringway_control::rpc::{CallError, Client};
 use rustix::process::{Pid, Signal, kill_process};
@@ -260,6 +260,32 @@ fn a_run_with_ports_from_the_file_and_over_the_socket() {
         "no_such_worker",
         client.call::<WorkerShow>(&WorkerShowParams { index }),
     );
+    let pin = |port: &str, queue, worker| WorkerPinParams {
+        port: port.into(),
+        queue,
+        worker,
+    };
+    refused("no_such_port", client.call::<WorkerPin>(&pin("vm9", 0, 0)));
+    refused("no_such_queue", client.call::<WorkerPin>(&pin("vm1", 2, 0)));
+    refused(
+        "no_such_worker",
+        client.call::<WorkerPin>(&pin("vm1", 1, 1)),
+    );
+    client.call::<WorkerPin>(&pin("vm1", 1, 0)).unwrap();
+    let shown = client.call::<WorkerShow>(&WorkerShowParams { index: 0 });
+    let shown = shown.unwrap();
+    assert_eq!(shown.worker.queues, 2 + 8);
+    let pinned: Vec<_> = shown.queues.iter().filter(|q| q.is_pinned).collect();
+    assert_eq!(pinned.len(), 1);
+    assert_eq!((pinned[0].port.as_str(), pinned[0].queue), ("vm1", 1));
+    let ports = client.call::<PortList>(&NoParams {}).unwrap().ports;
+    assert_eq!(ports[0].config.pins, [("1".to_owned(), 0)].into());
+    let unpin = WorkerUnpinParams {
+        port: "vm1".into(),
+        queue: 1,
+    };
+    assert!(client.call::<WorkerUnpin>(&unpin).unwrap().was_pinned);
+    assert!(!client.call::<WorkerUnpin>(&unpin).unwrap().was_pinned);
     let sample = client.call::<MeasureSample>(&NoParams {}).unwrap();
     assert_eq!(sample.ports.len(), 2);
     assert!(sample.ports.iter().all(|port| port.added_monotonic_ns > 0));

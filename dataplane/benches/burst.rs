@@ -1,23 +1,86 @@
-//! What a frame costs from one guest's ring to the other's, both guests, worker and bridge in one
-//! thread, hot cache.
+//! What a burst costs, all in one thread, hot cache.
+//!
+//! `guest_to_guest` is everything: both guests, worker and bridge. `gather` and `deliver` time the
+//! worker alone, and nearly one ring alone.
 
 mod wire;
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use ringway_dataplane::driver::Layout;
-use wire::{BURST, Wire};
+use std::time::{Duration, Instant};
 
-fn whole_burst(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("guest_to_guest");
-    group.throughput(Throughput::Elements(u64::from(BURST)));
-    for frame_bytes in [64, 256, 512, 1500] {
-        let mut wire = Wire::new(Layout::Split, frame_bytes);
-        group.bench_function(format!("split/{frame_bytes}"), |bencher| {
-            bencher.iter(|| assert_eq!(wire.burst(), u64::from(BURST)));
-        });
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
+use ringway_dataplane::driver::Layout;
+use wire::{BROADCAST, BURST, Shape, Wire, station};
+
+const LAYOUTS: [(&str, Layout); 2] = [("split", Layout::Split), ("packed", Layout::Packed)];
+
+/// Rings to which each frame goes in `deliver`, so that what gathering costs hardly counts.
+const RECEIVERS: u8 = 8;
+
+fn whole(criterion: &mut Criterion) {
+    let mut group = group(criterion, "guest_to_guest", 1);
+    for (name, layout) in LAYOUTS {
+        for frame_bytes in [64, 256, 512, 1500] {
+            let mut wire = Wire::new(Shape::plain(layout, frame_bytes));
+            group.bench_function(format!("{name}/{frame_bytes}"), |bencher| {
+                bencher.iter(|| assert_eq!(wire.burst(), u64::from(BURST)));
+            });
+        }
     }
-    group.finish();
 }
 
-criterion_group!(benches, whole_burst);
+/// Frames that the bridge drops: taken from the source's ring, checked, completed.
+fn gather(criterion: &mut Criterion) {
+    let mut group = group(criterion, "gather", 1);
+    worker(&mut group, 2, |wire| {
+        wire.guests[0].address(station(0), station(0));
+    });
+}
+
+/// Frames that are flooded: per copy, and an eighth of `gather`.
+fn deliver(criterion: &mut Criterion) {
+    let mut group = group(criterion, "deliver", RECEIVERS);
+    worker(&mut group, RECEIVERS + 1, |wire| {
+        wire.guests[0].address(BROADCAST, station(0));
+    });
+}
+
+fn group<'a>(criterion: &'a mut Criterion, name: &str, copies: u8) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = criterion.benchmark_group(name);
+    let elements = u64::from(BURST) * u64::from(copies);
+    group.throughput(Throughput::Elements(elements));
+    group
+}
+
+fn worker(group: &mut BenchmarkGroup<'_, WallTime>, guests: u8, prepare: fn(&Wire)) {
+    for (name, layout) in LAYOUTS {
+        for frame_bytes in [64, 1500] {
+            let plain = Shape::plain(layout, frame_bytes);
+            let mut wire = Wire::new(Shape { guests, ..plain });
+            prepare(&wire);
+            group.bench_function(format!("{name}/{frame_bytes}"), |bencher| {
+                bencher.iter_custom(|turns| (0..turns).map(|_| turn(&mut wire)).sum());
+            });
+        }
+    }
+}
+
+/// How long the worker takes for one burst.
+fn turn(wire: &mut Wire) -> Duration {
+    wire.guests[0].tx.push(BURST);
+    let start = Instant::now();
+    wire.switch.turn();
+    let took = start.elapsed();
+    wire.receive();
+    assert_eq!(wire.guests[0].tx.reclaim(), Ok(BURST));
+    took
+}
+
+fn brief() -> Criterion {
+    Criterion::default()
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(2))
+}
+
+criterion_group!(name = benches; config = brief(); targets = whole, gather, deliver);
 criterion_main!(benches);

@@ -1,9 +1,11 @@
 //! A fixed number of bursts, for instruction counts: `fixed BURSTS FRAME_BYTES [split|packed]`.
+//! `instructions.sh` runs it.
 
 mod wire;
 
 use ringway_dataplane::driver::Layout;
-use wire::{BURST, Wire};
+use ringway_dataplane::isa_level;
+use wire::{BURST, Shape, Wire};
 
 fn main() {
     let arguments: Vec<_> = std::env::args()
@@ -20,7 +22,14 @@ fn main() {
         Some("packed") => Layout::Packed,
         _ => Layout::Split,
     };
-    let mut wire = Wire::new(layout, frame_bytes);
+    println!("variant: {}", isa_level());
+    println!("frames: {}", bursts * u32::from(BURST));
+    counted(&mut Wire::new(Shape::plain(layout, frame_bytes)), bursts);
+}
+
+/// What is counted, by its name.
+#[inline(never)]
+fn counted(wire: &mut Wire, bursts: u32) {
     for _ in 0..bursts {
         assert_eq!(wire.burst(), u64::from(BURST));
     }

@@ -187,6 +187,43 @@ pub struct WorkerInfo {
     pub frames: u64,
     /// Times it slept in epoll.
     pub sleeps: u64,
+    /// Bursts that found a ring in other hands: another worker's, or the session's.
+    pub contended: u64,
+    /// Its busy share of the last interval over which loads were measured, 0 to 1.
+    pub recent_busy: f64,
+}
+
+/// A queue pair that a worker polls.
+#[derive(Clone, Debug)]
+pub struct PolledQueue {
+    /// The port.
+    pub port: PortName,
+    /// The queue pair.
+    pub pair: u16,
+    /// It stays with this worker, whatever its load.
+    pub is_pinned: bool,
+    /// Frames taken from it since the port was added.
+    pub rx_frames: u64,
+    /// L2 bytes taken from it since the port was added.
+    pub rx_bytes: u64,
+    /// Frames taken per second, in the last interval.
+    pub frames_per_second: f64,
+    /// L2 bits taken per second, in the last interval.
+    pub bits_per_second: f64,
+    /// What it cost the worker in the last interval, as part of a core: an estimate from frames and
+    /// bytes.
+    pub recent_busy: f64,
+}
+
+/// All that `worker show` tells.
+#[derive(Clone, Debug)]
+pub struct WorkerDetail {
+    /// What the listing tells.
+    pub info: WorkerInfo,
+    /// Length of the interval over which loads were measured last; zero if there was none yet.
+    pub interval: Duration,
+    /// The queue pairs that it polls, by port.
+    pub queues: Vec<PolledQueue>,
 }
 
 /// Frames from one port to another.

@@ -9,6 +9,7 @@ mod info;
 mod isa;
 mod memory;
 mod net_header;
+mod placement;
 mod port;
 mod ring;
 mod switch;
@@ -17,12 +18,13 @@ mod vhost_user;
 mod worker;
 
 pub use info::{
-    AfXdpInfo, AfXdpQueueInfo, FdbEntryInfo, PairCounters, PortCounters, PortDetail, PortInfo,
-    PortState, QueueInfo, WorkerInfo,
+    AfXdpInfo, AfXdpQueueInfo, FdbEntryInfo, PairCounters, PolledQueue, PortCounters, PortDetail,
+    PortInfo, PortState, QueueInfo, WorkerDetail, WorkerInfo,
 };
 pub use isa::isa_level;
 pub use switch::{
-    AfXdpConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
-    PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError, UmemFrames, XdpMode,
+    AfXdpConfig, BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind,
+    PortName, PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError, UmemFrames,
+    XdpMode,
 };
 pub use worker::InlineSwitch;

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use common::veth::{Raw, fresh_namespace, ip, veth};
@@ -33,6 +34,7 @@ fn af_xdp(change: impl FnOnce(&mut AfXdpConfig)) -> PortConfig {
         kind: PortKind::AfXdp(config),
         mtu: None,
         fdb_limit: None,
+        pins: BTreeMap::new(),
     }
 }
 

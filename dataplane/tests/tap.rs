@@ -10,7 +10,7 @@ use common::{DEADLINE, Lab, eventually, frame, name, receive};
 use etherparse::{PacketBuilder, PacketHeaders, TransportHeader};
 use ringway_bridge::DropReason;
 use ringway_dataplane::driver::{Guest, GuestConfig, features::TSO};
-use ringway_dataplane::{PortConfig, PortKind, PortState, QueuePairs, SwitchError};
+use ringway_dataplane::{PortConfig, PortKind, PortState, QueuePairs, SwitchConfig, SwitchError};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
@@ -19,6 +19,9 @@ const GUEST: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 fn fresh_namespace() {
     // SAFETY: only the network namespace changes; nothing else in the process depends on it.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
+    // Else the kernel sends frames of its own; without IPv6 there is no such file.
+    let _ = std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
+    let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
 }
 
 fn ip(arguments: &str) {
@@ -40,13 +43,19 @@ fn tap(ifname: &str, queues: u16, persist: bool) -> PortConfig {
         },
         mtu: None,
         fdb_limit: None,
+        pins: std::collections::BTreeMap::new(),
     }
 }
 
 /// A lab with a tap `rw0` at 10.0.0.1 whose neighbour 10.0.0.2 is the guest.
 fn lab_with_host(queues: u16) -> Lab {
+    lab_with_host_and(queues, |_| {})
+}
+
+/// The same at a switch of which more is said.
+fn lab_with_host_and(queues: u16, change: impl FnOnce(&mut SwitchConfig)) -> Lab {
     fresh_namespace();
-    let lab = Lab::start();
+    let lab = Lab::with_config(change);
     let config = tap("rw0", queues, false);
     lab.switch.add_port(name("host"), config).unwrap();
     ip("addr add 10.0.0.1/24 dev rw0");
@@ -112,6 +121,75 @@ fn host_and_guest_exchange_datagrams() {
             assert_eq!(receive_datagram(&mut guest), sent);
         }
     }
+}
+
+#[test]
+fn a_tap_s_queue_changes_hands_and_loses_nothing() {
+    let lab = lab_with_host_and(1, |config| {
+        let cores = core_affinity::get_core_ids().unwrap();
+        config.worker_cpus = cores[..2].iter().map(|core| core.id).collect();
+    });
+    let config = GuestConfig {
+        features: TSO,
+        ..GuestConfig::default()
+    };
+    let mut guest = lab.guest("vm", config);
+    let socket = UdpSocket::bind("10.0.0.1:7001").unwrap();
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    for round in 0..50_u16 {
+        for port in ["host", "vm"] {
+            let pinned = lab.switch.pin_queue(&name(port), 0, round / 2 % 2);
+            pinned.unwrap();
+            let (there, back) = (round.to_le_bytes(), round.to_be_bytes());
+            guest.send_frame(&datagram(&there)).unwrap();
+            // More than one, so that some wait in the tap when it changes hands.
+            socket.send_to(&back, "10.0.0.2:7000").unwrap();
+            socket.send_to(&there, "10.0.0.2:7000").unwrap();
+            let mut buffer = [0; 100];
+            let count = socket.recv(&mut buffer).unwrap();
+            assert_eq!(buffer[..count], there);
+            lab.switch.pin_queue(&name(port), 0, round % 2).unwrap();
+            assert_eq!(receive_datagram(&mut guest), back);
+            assert_eq!(receive_datagram(&mut guest), there);
+        }
+    }
+}
+
+#[test]
+fn frames_that_were_read_and_wait_go_along_with_their_queue() {
+    let lab = lab_with_host_and(1, |config| {
+        let cores = core_affinity::get_core_ids().unwrap();
+        config.worker_cpus = cores[..2].iter().map(|core| core.id).collect();
+    });
+    let config = GuestConfig {
+        features: TSO,
+        queue_size: 4,
+        ..GuestConfig::default()
+    };
+    let mut guest = lab.guest("vm", config);
+    let socket = UdpSocket::bind("10.0.0.1:7001").unwrap();
+    // So that the switch knows where the guest is: a frame for all ports would not wait.
+    guest.send_frame(&datagram(b"here")).unwrap();
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    socket.recv(&mut [0; 10]).unwrap();
+    // What the kernel sent before there was a guest.
+    let dropped = lab.counters("vm").tx_drops.total();
+    for round in 0..4_u8 {
+        let before = lab.counters("vm").tx_frames;
+        for number in 0..16 {
+            socket.send_to(&[round, number], "10.0.0.2:7000").unwrap();
+        }
+        eventually("the guest's ring is full", || {
+            lab.counters("vm").tx_frames >= before + 4
+        });
+        lab.switch
+            .pin_queue(&name("host"), 0, 1 - u16::from(round) % 2)
+            .unwrap();
+        for number in 0..16 {
+            assert_eq!(receive_datagram(&mut guest), [round, number]);
+        }
+    }
+    assert_eq!(lab.counters("vm").tx_drops.total(), dropped);
 }
 
 #[test]

@@ -23,6 +23,8 @@ pub enum ErrorKind {
     PortExists,
     /// There is no port of that name.
     NoSuchPort,
+    /// The port has no such queue pair.
+    NoSuchQueue,
     /// All slots are taken.
     TooManyPorts,
     /// The path of a vhost-user socket can't be used.
@@ -55,7 +57,7 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// Every kind, in declaration order.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::ParseError,
         Self::InvalidRequest,
         Self::MethodNotFound,
@@ -63,6 +65,7 @@ impl ErrorKind {
         Self::InternalError,
         Self::PortExists,
         Self::NoSuchPort,
+        Self::NoSuchQueue,
         Self::TooManyPorts,
         Self::SocketPath,
         Self::Tap,
@@ -92,7 +95,8 @@ impl ErrorKind {
             Self::TooManyPorts => -32003,
             Self::SocketPath => -32004,
             Self::Tap => -32005,
-            Self::AfXdp => -32006,
+            Self::NoSuchQueue => -32006,
+            Self::AfXdp => -32007,
             Self::NoSuchFdbEntry => -32010,
             Self::FdbRefused => -32011,
             Self::NoSuchWorker => -32020,
@@ -137,6 +141,8 @@ impl From<SwitchError> for ApiError {
             SwitchError::BadWorkerCpus { .. } => ErrorKind::BadWorkerCpus,
             SwitchError::PortExists { .. } => ErrorKind::PortExists,
             SwitchError::NoSuchPort { .. } => ErrorKind::NoSuchPort,
+            SwitchError::NoSuchQueue { .. } => ErrorKind::NoSuchQueue,
+            SwitchError::NoSuchWorker { .. } => ErrorKind::NoSuchWorker,
             SwitchError::TooManyPorts => ErrorKind::TooManyPorts,
             SwitchError::SocketPath { .. } => ErrorKind::SocketPath,
             SwitchError::Tap { .. } => ErrorKind::Tap,

@@ -8,7 +8,8 @@ use super::measure::Sample;
 use super::state::{
     DaemonReport, Done, FdbAddParams, FdbDelParams, FdbFlushParams, FdbFlushResult, FdbListParams,
     FdbListResult, NoParams, PortAddParams, PortDelParams, PortDelResult, PortListResult,
-    PortReport, PortShowParams, PortShowResult, WorkerListResult, WorkerReport, WorkerShowParams,
+    PortReport, PortShowParams, PortShowResult, WorkerListResult, WorkerPinParams,
+    WorkerShowParams, WorkerShowResult, WorkerUnpinParams, WorkerUnpinResult,
 };
 
 /// A method of the control API.
@@ -69,8 +70,12 @@ methods! {
         "Forgets the learned entries of all ports or one.";
     WorkerList = "worker.list" (NoParams) -> WorkerListResult:
         "All workers, by number.";
-    WorkerShow = "worker.show" (WorkerShowParams) -> WorkerReport:
-        "One worker.";
+    WorkerShow = "worker.show" (WorkerShowParams) -> WorkerShowResult:
+        "One worker with the queue pairs that it polls.";
+    WorkerPin = "worker.pin" (WorkerPinParams) -> Done:
+        "Has a worker poll a queue pair, whatever its load; no frame is lost.";
+    WorkerUnpin = "worker.unpin" (WorkerUnpinParams) -> WorkerUnpinResult:
+        "Leaves it to the daemon again which worker polls a queue pair.";
     MeasureSample = "measure.sample" (NoParams) -> Sample:
         "All counters at one moment; two samples make an interval.";
     DaemonInfo = "daemon.info" (NoParams) -> DaemonReport:

@@ -16,7 +16,7 @@ pub use measure::{Drops, PairSample, PortSample, Sample, WorkerSample};
 pub(crate) use method::names as method_names;
 pub use method::{
     DaemonInfo, FdbAdd, FdbDel, FdbFlush, FdbList, MeasureSample, Method, PortAdd, PortDel,
-    PortList, PortShow, WorkerList, WorkerShow,
+    PortList, PortShow, WorkerList, WorkerPin, WorkerShow, WorkerUnpin,
 };
 pub(crate) use port::check_socket_path;
 pub use port::{
@@ -27,6 +27,7 @@ pub use schema::document;
 pub use state::{
     AfXdpQueueReport, AfXdpReport, Counters, DaemonReport, Done, FdbAddParams, FdbDelParams,
     FdbEntry, FdbFlushParams, FdbFlushResult, FdbListParams, FdbListResult, NoParams,
-    PortAddParams, PortDelParams, PortDelResult, PortListResult, PortReport, PortShowParams,
-    PortShowResult, PortState, QueueReport, WorkerListResult, WorkerReport, WorkerShowParams,
+    PolledQueueReport, PortAddParams, PortDelParams, PortDelResult, PortListResult, PortReport,
+    PortShowParams, PortShowResult, PortState, QueueReport, WorkerListResult, WorkerPinParams,
+    WorkerReport, WorkerShowParams, WorkerShowResult, WorkerUnpinParams, WorkerUnpinResult,
 };

@@ -1,5 +1,6 @@
 //! A port's settings: one shape for the API, the configuration file and what is reported back.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -142,6 +143,10 @@ pub struct PortSettings {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub fdb_limit: Option<u32>,
+    /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and of
+    /// the worker. The switch places the others.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pins: BTreeMap<String, u16>,
 }
 
 /// A setting that can't be.
@@ -181,6 +186,7 @@ impl PortSettings {
             umem_frames: None,
             busy_poll_us: None,
             fdb_limit: None,
+            pins: BTreeMap::new(),
         }
     }
 
@@ -211,11 +217,14 @@ impl PortSettings {
                 })
             }
         };
-        Ok(PortConfig {
+        let mut config = PortConfig {
             kind,
             mtu: self.checked_mtu()?,
             fdb_limit: self.checked_fdb_limit()?,
-        })
+            pins: BTreeMap::new(),
+        };
+        config.pins = check_pins(&self.pins, config.queue_pairs().get())?;
+        Ok(config)
     }
 
     /// Refuses what belongs to other kinds.
@@ -349,6 +358,26 @@ impl PortSettings {
     }
 }
 
+/// Pins as the dataplane takes them; `queue_pairs` are those of the port. Whether the workers exist
+/// is for the switch to say.
+fn check_pins(
+    pins: &BTreeMap<String, u16>,
+    queue_pairs: u16,
+) -> Result<BTreeMap<u16, u16>, SettingError> {
+    let check = |(pair, worker): (&String, &u16)| match pair.parse::<u16>() {
+        Ok(number) if number < queue_pairs && number.to_string() == *pair => Ok((number, *worker)),
+        _ => {
+            let shown: String = pair.chars().take(16).collect();
+            Err(SettingError::new(
+                "pins",
+                format!("the port has no queue {shown:?}"),
+                format!("its queues are 0 to {}", queue_pairs - 1),
+            ))
+        }
+    };
+    pins.iter().map(check).collect()
+}
+
 /// Checks a path before anything is made of it.
 pub(crate) fn check_socket_path(field: &'static str, path: &Path) -> Result<(), SettingError> {
     let bytes = path.as_os_str().as_encoded_bytes();
@@ -409,174 +438,11 @@ impl From<&PortConfig> for PortSettings {
         };
         settings.mtu = config.mtu;
         settings.fdb_limit = config.fdb_limit;
+        let pins = config.pins.iter();
+        settings.pins = pins.map(|(pair, at)| (pair.to_string(), *at)).collect();
         settings
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn vhost_user(listen: &str) -> PortSettings {
-        PortSettings {
-            listen: Some(listen.into()),
-            ..PortSettings::new(KindName::VhostUser)
-        }
-    }
-
-    #[test]
-    fn settings_survive_the_way_to_the_dataplane_and_back() {
-        let vm = PortSettings {
-            queues: Some(2),
-            mtu: Some(9000),
-            fdb_limit: Some(4),
-            ..vhost_user("/run/vm1.sock")
-        };
-        let tap = PortSettings {
-            ifname: Some("rw0".into()),
-            queues: Some(1),
-            persist: Some(true),
-            ..PortSettings::new(KindName::Tap)
-        };
-        let nic = PortSettings {
-            ifname: Some("eth1".into()),
-            queues: Some(4),
-            mode: Some(ModeName::ZeroCopy),
-            umem_frames: Some(1024),
-            busy_poll_us: Some(20),
-            ..PortSettings::new(KindName::AfXdp)
-        };
-        for settings in [vm, tap, nic] {
-            let config = settings.to_config().unwrap();
-            assert_eq!(PortSettings::from(&config), settings);
-        }
-    }
-
-    #[test]
-    fn queues_default_to_eight_for_guests_one_for_a_tap_and_all_of_a_nic() {
-        let vm = vhost_user("/vm1").to_config().unwrap();
-        assert_eq!(PortSettings::from(&vm).queues, Some(8));
-        let mut tap = PortSettings::new(KindName::Tap);
-        tap.ifname = Some("rw0".into());
-        let config = tap.to_config().unwrap();
-        assert_eq!(PortSettings::from(&config).queues, Some(1));
-        tap.kind = KindName::AfXdp;
-        let nic = PortSettings::from(&tap.to_config().unwrap());
-        assert_eq!((nic.queues, nic.mode), (None, Some(ModeName::Auto)));
-        assert_eq!((nic.umem_frames, nic.busy_poll_us), (Some(4096), None));
-    }
-
-    #[test]
-    fn bad_settings_are_refused_by_field() {
-        let vm = || vhost_user("/vm1");
-        let tap = |ifname: &str| PortSettings {
-            ifname: Some(ifname.into()),
-            ..PortSettings::new(KindName::Tap)
-        };
-        let nic = || PortSettings {
-            ifname: Some("eth1".into()),
-            ..PortSettings::new(KindName::AfXdp)
-        };
-        let cases = [
-            (PortSettings::new(KindName::VhostUser), "listen"),
-            (vhost_user("relative.sock"), "listen"),
-            (vhost_user("/a\0b"), "listen"),
-            (vhost_user(&format!("/{}", "x".repeat(107))), "listen"),
-            (
-                PortSettings {
-                    connect: Some("/b".into()),
-                    ..vm()
-                },
-                "connect",
-            ),
-            (
-                PortSettings {
-                    ifname: Some("rw0".into()),
-                    ..vm()
-                },
-                "ifname",
-            ),
-            (
-                PortSettings {
-                    queues: Some(0),
-                    ..vm()
-                },
-                "queues",
-            ),
-            (
-                PortSettings {
-                    queues: Some(65),
-                    ..vm()
-                },
-                "queues",
-            ),
-            (
-                PortSettings {
-                    mtu: Some(67),
-                    ..vm()
-                },
-                "mtu",
-            ),
-            (
-                PortSettings {
-                    fdb_limit: Some(0),
-                    ..vm()
-                },
-                "fdb_limit",
-            ),
-            (
-                PortSettings {
-                    mode: Some(ModeName::Copy),
-                    ..tap("rw0")
-                },
-                "mode",
-            ),
-            (
-                PortSettings {
-                    persist: Some(true),
-                    ..nic()
-                },
-                "persist",
-            ),
-            (
-                PortSettings {
-                    umem_frames: Some(1000),
-                    ..nic()
-                },
-                "umem_frames",
-            ),
-            (
-                PortSettings {
-                    busy_poll_us: Some(0),
-                    ..nic()
-                },
-                "busy_poll_us",
-            ),
-            (
-                PortSettings {
-                    queues: Some(0),
-                    ..nic()
-                },
-                "queues",
-            ),
-            (PortSettings::new(KindName::AfXdp), "ifname"),
-            (PortSettings::new(KindName::Tap), "ifname"),
-            (tap(""), "ifname"),
-            (tap("sixteen_bytes_xx"), "ifname"),
-            (tap("a/b"), "ifname"),
-            (tap("a b"), "ifname"),
-            (tap("rw%d"), "ifname"),
-            (tap(".."), "ifname"),
-        ];
-        for (settings, field) in cases {
-            let error = settings.to_config().expect_err(field);
-            assert_eq!(error.field, field, "{settings:?}");
-            assert!(!error.hint.is_empty());
-        }
-        assert!(
-            vhost_user(&format!("/{}", "x".repeat(106)))
-                .to_config()
-                .is_ok()
-        );
-    }
-}
+mod tests;

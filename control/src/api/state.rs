@@ -276,7 +276,7 @@ pub struct FdbFlushResult {
 }
 
 /// A worker thread; counters since the daemon started.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct WorkerReport {
     /// Its number, from 0.
     pub index: u16,
@@ -300,10 +300,76 @@ pub struct WorkerReport {
     pub frames: u64,
     /// Times it slept in epoll.
     pub sleeps: u64,
+    /// Bursts that found a ring in other hands: another worker's, or the session's.
+    pub contended: u64,
+    /// Its busy share of the last interval over which loads were measured, 0 to 1.
+    pub recent_busy_share: f64,
+}
+
+/// A queue pair that a worker polls.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PolledQueueReport {
+    /// The port.
+    pub port: String,
+    /// Number of the pair, from 0.
+    pub queue: u16,
+    /// It stays with this worker, whatever its load.
+    pub is_pinned: bool,
+    /// Frames taken from it since the port was added.
+    pub rx_frames: u64,
+    /// L2 bytes taken from it since the port was added.
+    pub rx_bytes: u64,
+    /// Frames taken from it per second, in the last interval.
+    pub frames_per_second: f64,
+    /// L2 bits taken from it per second, in the last interval.
+    pub bits_per_second: f64,
+    /// What it cost the worker in the last interval, as part of a core: an estimate from frames and
+    /// bytes.
+    pub recent_busy_share: f64,
+}
+
+/// Result of `worker.show`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct WorkerShowResult {
+    /// What `worker.list` tells of it.
+    pub worker: WorkerReport,
+    /// Length of the last interval over which loads were measured; 0 if there was none yet.
+    pub interval_seconds: f64,
+    /// The queue pairs that it polls, by port and number.
+    pub queues: Vec<PolledQueueReport>,
+}
+
+/// Parameters of `worker.pin`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerPinParams {
+    /// The port.
+    pub port: String,
+    /// Number of the queue pair, from 0.
+    pub queue: u16,
+    /// Number of the worker.
+    pub worker: u16,
+}
+
+/// Parameters of `worker.unpin`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerUnpinParams {
+    /// The port.
+    pub port: String,
+    /// Number of the queue pair, from 0.
+    pub queue: u16,
+}
+
+/// Result of `worker.unpin`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct WorkerUnpinResult {
+    /// Whether the queue pair was pinned.
+    pub was_pinned: bool,
 }
 
 /// Result of `worker.list`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct WorkerListResult {
     /// The workers, by number.
     pub workers: Vec<WorkerReport>,
@@ -455,6 +521,33 @@ impl From<&dataplane::WorkerInfo> for WorkerReport {
             bursts: worker.bursts,
             frames: worker.frames,
             sleeps: worker.sleeps,
+            contended: worker.contended,
+            recent_busy_share: worker.recent_busy,
+        }
+    }
+}
+
+impl From<&dataplane::PolledQueue> for PolledQueueReport {
+    fn from(queue: &dataplane::PolledQueue) -> Self {
+        Self {
+            port: queue.port.to_string(),
+            queue: queue.pair,
+            is_pinned: queue.is_pinned,
+            rx_frames: queue.rx_frames,
+            rx_bytes: queue.rx_bytes,
+            frames_per_second: queue.frames_per_second,
+            bits_per_second: queue.bits_per_second,
+            recent_busy_share: queue.recent_busy,
+        }
+    }
+}
+
+impl From<&dataplane::WorkerDetail> for WorkerShowResult {
+    fn from(detail: &dataplane::WorkerDetail) -> Self {
+        Self {
+            worker: (&detail.info).into(),
+            interval_seconds: detail.interval.as_secs_f64(),
+            queues: detail.queues.iter().map(Into::into).collect(),
         }
     }
 }

@@ -321,14 +321,62 @@ pub enum FdbVerb {
 /// What to do with workers.
 #[derive(Debug, Subcommand)]
 pub enum WorkerVerb {
-    /// List the workers with the share of time they were busy since the daemon started
+    /// List the workers with the share of time they were busy
+    #[command(after_help = WORKER_LIST_HELP)]
     List,
-    /// Show one worker
+    /// Show one worker, or all, with the queues that it polls
+    #[command(after_help = WORKER_SHOW_HELP)]
     Show {
-        /// Its number
-        index: u16,
+        /// Its number [default: all]
+        index: Option<u16>,
+    },
+    /// Have a worker poll a queue, whatever its load; no frame is lost
+    #[command(after_help = PIN_HELP)]
+    Pin {
+        /// The port
+        #[arg(value_parser = port_name)]
+        port: PortName,
+        /// Number of the queue pair, from 0
+        queue: u16,
+        /// Number of the worker
+        worker: u16,
+    },
+    /// Leave it to the daemon again which worker polls a queue
+    Unpin {
+        /// The port
+        #[arg(value_parser = port_name)]
+        port: PortName,
+        /// Number of the queue pair, from 0
+        queue: u16,
     },
 }
+
+const WORKER_LIST_HELP: &str = "\
+Columns:
+  QUEUES     queue pairs that it polls
+  ACTIVE     of these, how many are polled now; the others wake it
+  NOW        busy share of the last interval over which loads were measured (5 s unless configured)
+  BUSY       share of time in turns that moved frames, since the daemon started
+  POLLING    share of time looking for frames in vain
+  CONTENDED  bursts that found a ring in other hands: another worker's, or the session's
+  SLEEPS     times it slept until it was woken";
+
+const WORKER_SHOW_HELP: &str = "\
+Lists the queue pairs that took frames or are pinned; -j lists all.
+
+Columns:
+  PACKETS    frames taken per second, in the last interval over which loads were measured
+  BITRATE    L2 bits taken per second, in that interval
+  SHARE      what it cost in that interval, as part of a core: estimated from frames and bytes";
+
+const PIN_HELP: &str = "\
+A pinned queue stays with its worker until it is unpinned or its port deleted; `pins` of the port in
+the configuration file pins it from the start. Others move from busy workers to idle ones, unless
+`rebalance = false` is configured.
+
+Examples:
+  ringway worker pin vm1 0 1       # queue 0 of port vm1 to worker 1
+  ringway worker unpin vm1 0";
 
 /// What to measure, and for how long.
 #[derive(Debug, ClapArgs)]

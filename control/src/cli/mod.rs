@@ -24,7 +24,8 @@ use self::args::{FdbVerb, Noun, PortVerb, WorkerVerb};
 use crate::api::{
     DaemonInfo, FdbAdd, FdbAddParams, FdbDel, FdbDelParams, FdbFlush, FdbFlushParams, FdbList,
     FdbListParams, Method, NoParams, PortAdd, PortAddParams, PortDel, PortDelParams, PortList,
-    PortShow, PortShowParams, WorkerList, WorkerShow, WorkerShowParams,
+    PortShow, PortShowParams, WorkerList, WorkerPin, WorkerPinParams, WorkerReport, WorkerShow,
+    WorkerShowParams, WorkerUnpin, WorkerUnpinParams,
 };
 use crate::rpc::{CallError, Client};
 use crate::usage;
@@ -277,11 +278,57 @@ fn fdb(args: &Args, verb: &FdbVerb) -> Result<(), Stop> {
 fn worker(args: &Args, verb: &WorkerVerb) -> Result<(), Stop> {
     match verb {
         WorkerVerb::List => ask::<WorkerList>(args, &NoParams {}, print::workers),
-        WorkerVerb::Show { index } => {
+        WorkerVerb::Show { index: Some(index) } => {
             let params = WorkerShowParams { index: *index };
             ask::<WorkerShow>(args, &params, print::worker)
         }
+        WorkerVerb::Show { index: None } => all_workers(args),
+        WorkerVerb::Pin {
+            port,
+            queue,
+            worker,
+        } => {
+            let params = WorkerPinParams {
+                port: port.to_string(),
+                queue: *queue,
+                worker: *worker,
+            };
+            ask::<WorkerPin>(args, &params, |out, _| {
+                writeln!(out, "queue {queue} of {port} is polled by worker {worker}")
+            })
+        }
+        WorkerVerb::Unpin { port, queue } => {
+            let params = WorkerUnpinParams {
+                port: port.to_string(),
+                queue: *queue,
+            };
+            ask::<WorkerUnpin>(args, &params, |out, result| match result.was_pinned {
+                true => writeln!(out, "queue {queue} of {port} is no longer pinned"),
+                false => writeln!(out, "queue {queue} of {port} was not pinned"),
+            })
+        }
     }
+}
+
+/// `ringway worker show` without a number: `{"workers": […]}`, or a block for each.
+fn all_workers(args: &Args) -> Result<(), Stop> {
+    let mut client = connect(args)?;
+    let list = client.call::<WorkerList>(&NoParams {})?.workers;
+    let mut all = Vec::new();
+    for WorkerReport { index, .. } in list {
+        all.push(client.call::<WorkerShow>(&WorkerShowParams { index })?);
+    }
+    if args.json {
+        return emit_json(&json!({ "workers": all }));
+    }
+    let mut text = String::new();
+    for (at, worker) in all.iter().enumerate() {
+        if at > 0 {
+            text.push('\n');
+        }
+        print::worker(&mut text, worker)?;
+    }
+    emit(&text)
 }
 
 fn man(directory: &std::path::Path) -> io::Result<()> {

@@ -5,8 +5,9 @@ use std::fmt::{self, Write};
 use super::table::{Align, Table};
 use super::units;
 use crate::api::{
-    AfXdpReport, Counters, DaemonReport, Drops, FdbListResult, KindName, PortListResult,
-    PortReport, PortShowResult, QueueReport, WorkerListResult, WorkerReport,
+    AfXdpReport, Counters, DaemonReport, Drops, FdbListResult, KindName, PolledQueueReport,
+    PortListResult, PortReport, PortShowResult, QueueReport, WorkerListResult, WorkerReport,
+    WorkerShowResult,
 };
 
 /// What stands for nothing.
@@ -65,6 +66,13 @@ pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
         None => format!("{}, all of the interface's", started.count()),
     };
     field(out, "queue pairs", &pairs)?;
+    if !port.config.pins.is_empty() {
+        let pins = port.config.pins.iter();
+        let pins: Vec<_> = pins
+            .map(|(queue, worker)| format!("{queue} to worker {worker}"))
+            .collect();
+        field(out, "pinned", &pins.join(", "))?;
+    }
     field(out, "mtu", &optional(show.mtu))?;
     let limit = match port.config.fdb_limit {
         Some(limit) => format!("{} of {limit} at most", port.fdb_entries),
@@ -237,10 +245,12 @@ pub(super) fn workers(out: &mut dyn Write, list: &WorkerListResult) -> fmt::Resu
         ("CPU", Align::Right),
         ("QUEUES", Align::Right),
         ("ACTIVE", Align::Right),
+        ("NOW", Align::Right),
         ("BUSY", Align::Right),
         ("POLLING", Align::Right),
         ("ASLEEP", Align::Right),
         ("FRAMES", Align::Right),
+        ("CONTENDED", Align::Right),
         ("SLEEPS", Align::Right),
     ]);
     for worker in &list.workers {
@@ -250,10 +260,12 @@ pub(super) fn workers(out: &mut dyn Write, list: &WorkerListResult) -> fmt::Resu
             optional(worker.cpu),
             worker.queues.to_string(),
             worker.active_queues.to_string(),
+            percent(worker.recent_busy_share),
             busy,
             polling,
             asleep,
             units::count(worker.frames),
+            units::count(worker.contended),
             units::count(worker.sleeps),
         ]);
     }
@@ -261,7 +273,8 @@ pub(super) fn workers(out: &mut dyn Write, list: &WorkerListResult) -> fmt::Resu
 }
 
 /// `ringway worker show`.
-pub(super) fn worker(out: &mut dyn Write, worker: &WorkerReport) -> fmt::Result {
+pub(super) fn worker(out: &mut dyn Write, show: &WorkerShowResult) -> fmt::Result {
+    let worker = &show.worker;
     writeln!(out, "worker {}", worker.index)?;
     let cpu = worker
         .cpu
@@ -278,7 +291,48 @@ pub(super) fn worker(out: &mut dyn Write, worker: &WorkerReport) -> fmt::Result 
     field(out, "frames", &units::count(worker.frames))?;
     let mean = worker.frames as f64 / worker.bursts.max(1) as f64;
     field(out, "frames a burst", &format!("{mean:.1}"))?;
-    field(out, "sleeps", &units::count(worker.sleeps))
+    field(out, "contended", &units::count(worker.contended))?;
+    field(out, "sleeps", &units::count(worker.sleeps))?;
+    let span = units::span(show.interval_seconds);
+    let recent = format!("{} of the last {span}", percent(worker.recent_busy_share));
+    field(out, "busy now", &recent)?;
+    polled_queues(out, &show.queues)
+}
+
+fn polled_queues(out: &mut dyn Write, queues: &[PolledQueueReport]) -> fmt::Result {
+    let is_shown = |queue: &&PolledQueueReport| queue.rx_frames > 0 || queue.is_pinned;
+    let mut shown = queues.iter().filter(is_shown).peekable();
+    if shown.peek().is_none() {
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        ("PORT", Align::Left),
+        ("QUEUE", Align::Right),
+        ("PINNED", Align::Left),
+        ("PACKETS", Align::Right),
+        ("BITRATE", Align::Right),
+        ("SHARE", Align::Right),
+        ("RX FRAMES", Align::Right),
+        ("RX BYTES", Align::Right),
+    ]);
+    for queue in shown {
+        table.row([
+            queue.port.clone(),
+            queue.queue.to_string(),
+            if queue.is_pinned { "yes" } else { "no" }.into(),
+            units::packet_rate(queue.frames_per_second),
+            units::bit_rate(queue.bits_per_second),
+            percent(queue.recent_busy_share),
+            units::count(queue.rx_frames),
+            units::bytes(queue.rx_bytes),
+        ]);
+    }
+    writeln!(out)?;
+    table.write(out)
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", share * 100.0)
 }
 
 /// Busy, polling, asleep as parts of their sum.
@@ -287,7 +341,7 @@ fn shares(worker: &WorkerReport) -> [String; 3] {
     let total: f64 = times.iter().map(|ns| *ns as f64).sum();
     times.map(|ns| {
         if total > 0.0 {
-            format!("{:.1} %", ns as f64 / total * 100.0)
+            percent(ns as f64 / total)
         } else {
             NONE.to_owned()
         }

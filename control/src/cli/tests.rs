@@ -5,8 +5,8 @@ use clap::CommandFactory;
 use super::{Args, print};
 use crate::api::{
     AfXdpQueueReport, AfXdpReport, Counters, DaemonReport, Drops, FdbEntry, FdbListResult,
-    KindName, ModeName, PortListResult, PortReport, PortSettings, PortShowResult, PortState,
-    QueueReport, WorkerListResult, WorkerReport,
+    KindName, ModeName, PolledQueueReport, PortListResult, PortReport, PortSettings,
+    PortShowResult, PortState, QueueReport, WorkerListResult, WorkerReport, WorkerShowResult,
 };
 
 fn drops(list: &[(&str, u64)]) -> Drops {
@@ -22,6 +22,7 @@ fn vm() -> PortReport {
             queues: Some(8),
             mtu: Some(9000),
             fdb_limit: Some(16),
+            pins: [("0".into(), 1)].into(),
             ..PortSettings::new(KindName::VhostUser)
         },
         state: PortState::Up,
@@ -154,6 +155,8 @@ fn worker(index: u16, cpu: Option<usize>) -> WorkerReport {
         bursts: 1000,
         frames: 31_400,
         sleeps: 42,
+        contended: 7 * u64::from(index),
+        recent_busy_share: 0.75 * f64::from(index),
     }
 }
 
@@ -229,7 +232,35 @@ fn worker_list() {
 
 #[test]
 fn worker_show() {
-    insta::assert_snapshot!(written(print::worker, &worker(1, Some(3))));
+    let queue = |port: &str, queue, rx_frames: u64, is_pinned| PolledQueueReport {
+        port: port.into(),
+        queue,
+        is_pinned,
+        rx_frames,
+        rx_bytes: rx_frames * 1500,
+        frames_per_second: rx_frames as f64 / 10.0,
+        bits_per_second: rx_frames as f64 * 1200.0,
+        recent_busy_share: rx_frames as f64 / 1e8,
+    };
+    let show = |queues| WorkerShowResult {
+        worker: worker(1, Some(3)),
+        interval_seconds: 5.0,
+        queues,
+    };
+    let queues = vec![
+        queue("vm1", 0, 12_345_678, false),
+        queue("vm1", 1, 0, false),
+        queue("vm2", 1, 0, true),
+        queue("vm2", 5, 1, false),
+    ];
+    insta::assert_snapshot!(written(print::worker, &show(queues.clone())));
+    let silent = show(queues[1..2].to_vec());
+    insta::assert_snapshot!(
+        "worker_show_without_frames",
+        written(print::worker, &silent)
+    );
+    let json = serde_json::to_string_pretty(&show(queues)).unwrap();
+    insta::assert_snapshot!("worker_show_as_json", json);
 }
 
 #[test]
@@ -273,6 +304,10 @@ fn help_texts() {
     insta::assert_snapshot!("help_port_add_af_xdp", help(&["port", "add", "af-xdp"]));
     insta::assert_snapshot!("help_port_list", help(&["port", "list"]));
     insta::assert_snapshot!("help_measure", help(&["measure"]));
+    insta::assert_snapshot!("help_worker", help(&["worker"]));
+    insta::assert_snapshot!("help_worker_list", help(&["worker", "list"]));
+    insta::assert_snapshot!("help_worker_show", help(&["worker", "show"]));
+    insta::assert_snapshot!("help_worker_pin", help(&["worker", "pin"]));
     let daemon = crate::daemon::Args::command()
         .term_width(100)
         .render_long_help();

@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ringway_bridge::MAX_PORTS;
-use ringway_dataplane::{AfXdpConfig, IdleConfig, PortConfig, PortKind, PortName, SocketSpec};
+use ringway_dataplane::{
+    AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, SocketSpec,
+};
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    Config, ConfigError, CpuList, DEFAULT_FDB_AGEING, DEFAULT_FDB_CAPACITY, DEFAULT_IDLE,
-    LogFormat, MAX_FDB_CAPACITY,
+    Config, ConfigError, CpuList, DEFAULT_BALANCE, DEFAULT_FDB_AGEING, DEFAULT_FDB_CAPACITY,
+    DEFAULT_IDLE, LogFormat, MAX_FDB_CAPACITY,
 };
 use crate::api::PortSettings;
 use crate::suggest::Unknown;
@@ -22,12 +24,16 @@ const MAX_AGEING_SECONDS: u64 = 1_000_000;
 /// Longest step of the idle ladder: beyond a second the worker never sleeps in practice.
 const MAX_IDLE_US: u64 = 1_000_000;
 
+/// Longest interval over which loads are measured: beyond an hour nothing follows the traffic.
+const MAX_REBALANCE_SECONDS: u64 = 3600;
+
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct File {
     daemon: DaemonSection,
     fdb: FdbSection,
     idle: IdleSection,
+    workers: WorkersSection,
     ports: BTreeMap<String, PortSettings>,
 }
 
@@ -52,6 +58,13 @@ struct IdleSection {
     spin_us: Option<u64>,
     pause_us: Option<u64>,
     patience_us: Option<u64>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WorkersSection {
+    rebalance: Option<bool>,
+    rebalance_seconds: Option<u64>,
 }
 
 /// Parses `text`, which is read twice: for the values, and for where they are.
@@ -137,6 +150,7 @@ fn check(file: File, places: &Places<'_>) -> Result<Config, ConfigError> {
         log_format: file.daemon.log_format,
         fdb_ageing: check_ageing(&file.fdb, places)?,
         fdb_capacity: check_capacity(&file.fdb, places)?,
+        balance: check_balance(&file.workers, places)?,
         idle: IdleConfig {
             spin: check_idle("spin_us", file.idle.spin_us, DEFAULT_IDLE.spin, places)?,
             pause: check_idle("pause_us", file.idle.pause_us, DEFAULT_IDLE.pause, places)?,
@@ -198,6 +212,27 @@ fn check_idle(
             format!("give 0 to {MAX_IDLE_US} microseconds"),
         )),
     }
+}
+
+fn check_balance(
+    workers: &WorkersSection,
+    places: &Places<'_>,
+) -> Result<BalanceConfig, ConfigError> {
+    let interval = match workers.rebalance_seconds {
+        None => DEFAULT_BALANCE.interval,
+        Some(seconds @ 1..=MAX_REBALANCE_SECONDS) => Duration::from_secs(seconds),
+        Some(seconds) => {
+            return Err(places.error(
+                &["workers", "rebalance_seconds"],
+                format!("{seconds} is out of range"),
+                format!("give 1 to {MAX_REBALANCE_SECONDS} seconds"),
+            ));
+        }
+    };
+    Ok(BalanceConfig {
+        is_on: workers.rebalance.unwrap_or(DEFAULT_BALANCE.is_on),
+        interval,
+    })
 }
 
 fn check_ports(
@@ -281,10 +316,15 @@ capacity = 1024
 spin_us = 10
 pause_us = 0
 
+[workers]
+rebalance = false
+rebalance_seconds = 30
+
 [ports.vm2]
 kind = "vhost-user"
 listen = "/run/ringway/vm2.sock"
 queues = 2
+pins = { 0 = 1, 1 = 0 }
 mtu = 1500
 
 [ports.host]
@@ -316,6 +356,10 @@ busy_poll_us = 20
         let names: Vec<_> = config.ports.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["vm2", "host", "nic"]);
         assert_eq!(config.ports[0].1.mtu, Some(1500));
+        assert_eq!(config.ports[0].1.pins, [(0, 1), (1, 0)].into());
+        let interval = Duration::from_secs(30);
+        let is_on = false;
+        assert_eq!(config.balance, BalanceConfig { is_on, interval });
     }
 
     #[test]
@@ -345,6 +389,16 @@ busy_poll_us = 20
             ("[fdb]\ncapacity = -1\n", 2),
             ("[fdb]\n\nageing_seconds = 0\n", 3),
             ("[idle]\nspin_us = 1000001\n", 2),
+            ("[workers]\nrebalance_seconds = 0\n", 2),
+            ("[workers]\nrebalance = \"yes\"\n", 2),
+            (
+                "[ports.t]\nkind = \"tap\"\nifname = \"rw0\"\npins = { x = 0 }\n",
+                4,
+            ),
+            (
+                "[ports.t]\nkind = \"tap\"\nifname = \"rw0\"\npins = { 1 = 0 }\n",
+                4,
+            ),
             ("[daemon]\nworker_cpus = \"3-1\"\n", 2),
             ("[daemon]\nlog_format = \"xml\"\n", 2),
             ("[daemon]\ncontrol = \"control.sock\"\n", 2),
@@ -401,6 +455,7 @@ busy_poll_us = 20
         assert_eq!(config.control, Some(super::super::DEFAULT_CONTROL.into()));
         let defaults = Config::default();
         assert_eq!(config.idle, defaults.idle);
+        assert_eq!(config.balance, defaults.balance);
         assert_eq!(config.fdb_ageing, defaults.fdb_ageing);
         assert_eq!(config.fdb_capacity, defaults.fdb_capacity);
     }

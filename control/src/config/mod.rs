@@ -13,7 +13,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ringway_dataplane::{IdleConfig, PortConfig, PortName};
+use ringway_dataplane::{BalanceConfig, IdleConfig, PortConfig, PortName};
 use serde::Deserialize;
 
 pub use cpus::{CpuList, CpuListError};
@@ -34,6 +34,9 @@ pub const MAX_FDB_CAPACITY: usize = 1 << 20;
 
 /// When workers go to sleep unless told.
 pub const DEFAULT_IDLE: IdleConfig = IdleConfig::DEFAULT;
+
+/// When queues move between workers unless told.
+pub const DEFAULT_BALANCE: BalanceConfig = BalanceConfig::DEFAULT;
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -61,6 +64,8 @@ pub struct Config {
     pub fdb_capacity: usize,
     /// When workers go to sleep.
     pub idle: IdleConfig,
+    /// When queues move between workers.
+    pub balance: BalanceConfig,
     /// Ports, in the order of the file.
     pub ports: Vec<(PortName, PortConfig)>,
 }
@@ -74,6 +79,7 @@ impl Default for Config {
             fdb_ageing: DEFAULT_FDB_AGEING,
             fdb_capacity: DEFAULT_FDB_CAPACITY,
             idle: DEFAULT_IDLE,
+            balance: DEFAULT_BALANCE,
             ports: Vec::new(),
         }
     }

@@ -152,6 +152,7 @@ fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(
     let switch = Switch::start(SwitchConfig {
         worker_cpus: worker_cpus.clone().into(),
         idle: config.idle,
+        balance: config.balance,
         fdb_capacity: config.fdb_capacity,
         fdb_ageing: config.fdb_ageing,
     })?;

@@ -13,8 +13,8 @@ use crate::api::{
     ApiError, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbAddParams, FdbDel, FdbFlush,
     FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, PortAdd,
     PortAddParams, PortDel, PortDelParams, PortDelResult, PortList, PortListResult, PortReport,
-    PortSample, PortShow, Sample, WorkerList, WorkerListResult, WorkerReport, WorkerShow,
-    method_names,
+    PortSample, PortShow, Sample, WorkerList, WorkerListResult, WorkerPin, WorkerShow, WorkerUnpin,
+    WorkerUnpinResult, method_names,
 };
 use crate::config::PORT_NAME_HINT;
 use crate::rpc::describe;
@@ -82,7 +82,21 @@ impl Service {
                 })
             }),
             WorkerList::NAME => reply::<WorkerList>(params, |_| Ok(self.worker_list())),
-            WorkerShow::NAME => reply::<WorkerShow>(params, |p| self.worker_show(p.index)),
+            WorkerShow::NAME => {
+                reply::<WorkerShow>(params, |p| Ok((&self.switch.worker(p.index)?).into()))
+            }
+            WorkerPin::NAME => reply::<WorkerPin>(params, |p| {
+                let port = port_name(&p.port)?;
+                self.switch.pin_queue(&port, p.queue, p.worker)?;
+                tracing::info!(%port, queue = p.queue, worker = p.worker, "queue pinned");
+                Ok(Done {})
+            }),
+            WorkerUnpin::NAME => reply::<WorkerUnpin>(params, |p| {
+                let port = port_name(&p.port)?;
+                let was_pinned = self.switch.unpin_queue(&port, p.queue)?;
+                tracing::info!(%port, queue = p.queue, was_pinned, "queue unpinned");
+                Ok(WorkerUnpinResult { was_pinned })
+            }),
             MeasureSample::NAME => reply::<MeasureSample>(params, |_| Ok(self.sample())),
             DaemonInfo::NAME => reply::<DaemonInfo>(params, |_| Ok(self.info())),
             _ => Err(no_such_method(method)),
@@ -153,18 +167,6 @@ impl Service {
         WorkerListResult {
             workers: self.switch.workers().iter().map(Into::into).collect(),
         }
-    }
-
-    fn worker_show(&self, index: u16) -> Result<WorkerReport, ApiError> {
-        let workers = self.switch.workers();
-        let worker = workers.iter().find(|worker| worker.index == index);
-        worker.map(Into::into).ok_or_else(|| {
-            ApiError::new(
-                ErrorKind::NoSuchWorker,
-                format!("there is no worker {index}"),
-                "`ringway worker list` shows the workers",
-            )
-        })
     }
 
     fn sample(&self) -> Sample {

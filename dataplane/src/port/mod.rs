@@ -38,6 +38,8 @@ pub(crate) struct PortBase {
     pub(crate) rx_drops: DropCounters,
     /// Frames for this port that it could not take.
     pub(crate) tx_drops: DropCounters,
+    /// Frames forwarded in its name that came from none of its queues.
+    pub(crate) injected: QueueCounters,
 }
 
 impl PortBase {
@@ -47,6 +49,7 @@ impl PortBase {
             id,
             rx_drops: DropCounters::default(),
             tx_drops: DropCounters::default(),
+            injected: QueueCounters::default(),
         }
     }
 }
@@ -78,7 +81,10 @@ impl Port {
     }
 
     pub(crate) fn counters(&self) -> PortCounters {
+        let injected = &self.base().injected;
         let mut sum = PortCounters {
+            rx_frames: injected.frames.get(),
+            rx_bytes: injected.bytes.get(),
             rx_drops: self.base().rx_drops.read(),
             tx_drops: self.base().tx_drops.read(),
             ..PortCounters::default()
@@ -112,6 +118,12 @@ impl Port {
             Self::Tap(port) => Some(port.fd(pair)),
             Self::AfXdp(port) => Some(port.queue(pair).fd()),
         }
+    }
+
+    /// Frames and bytes taken from a pair since the port was added.
+    pub(crate) fn received(&self, pair: u16) -> (u64, u64) {
+        let (rx, _) = self.queue_counters(pair);
+        (rx.frames.get(), rx.bytes.get())
     }
 
     /// The queue pairs; `worker_of` tells who polls a pair.

@@ -7,7 +7,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use ringway_bridge::MacAddr;
 use tracing::{info, warn};
@@ -62,6 +62,8 @@ pub(crate) struct QueueState {
     pub(crate) started: Option<StartedRing>,
     /// Where a ring stood that a worker stopped, for the GET_VRING_BASE to come.
     stopped_at: Option<u32>,
+    /// Who polls it: of a transmit ring.
+    binding: Option<Binding>,
 }
 
 /// One virtqueue.
@@ -119,7 +121,6 @@ pub(crate) struct VhostPort {
     queues: Box<[VhostQueue]>,
     /// Bit n: the guest's receive ring of pair n takes frames.
     receivers: AtomicU64,
-    bindings: OnceLock<Box<[Binding]>>,
     memory: Mutex<Arc<GuestMemory>>,
     configured_mtu: Option<u16>,
     /// What the front-end told, 0 for nothing.
@@ -136,7 +137,6 @@ impl VhostPort {
             base,
             queues: (0..2 * pairs).map(|_| VhostQueue::default()).collect(),
             receivers: AtomicU64::new(0),
-            bindings: OnceLock::new(),
             memory: Mutex::default(),
             configured_mtu: mtu,
             frontend_mtu: AtomicU16::new(0),
@@ -147,10 +147,22 @@ impl VhostPort {
         }
     }
 
-    /// Tells who polls each pair; once, before the session starts.
-    pub(crate) fn bind(&self, bindings: Box<[Binding]>) {
-        let fresh = self.bindings.set(bindings);
-        debug_assert!(fresh.is_ok(), "a port is bound once");
+    /// Tells who polls a pair: before the session starts, and whenever it changes. The kick fd of a
+    /// started ring passes to the new worker, which has to look at the ring once afterwards.
+    ///
+    /// # Errors
+    /// The new worker can't poll the kick fd; nothing changed.
+    pub(crate) fn bind(&self, pair: u16, binding: Binding) -> std::io::Result<()> {
+        let mut state = self.transmit_queue(pair).lock();
+        let started = state.started.as_ref();
+        if let Some(kick) = started.and_then(|started| started.kick.as_ref()) {
+            binding.worker.watch(kick.as_fd(), binding.token)?;
+            if let Some(old) = &state.binding {
+                old.worker.unwatch(kick.as_fd());
+            }
+        }
+        state.binding = Some(binding);
+        Ok(())
     }
 
     pub(crate) fn pairs(&self) -> u16 {
@@ -163,20 +175,14 @@ impl VhostPort {
         &self.queues[2 * usize::from(pair) + 1]
     }
 
-    /// The ring from which the guest receives frames of a source's queue `source_queue`: queues
-    /// are matched by number, so that a flow stays in one, or `None` if there is none now.
+    /// The ring from which the guest receives frames of a source's queue `source_queue`, or `None`
+    /// if there is none now. `owned` has a bit for each pair that the worker polls which asks.
     #[inline]
-    pub(crate) fn receive_queue(&self, source_queue: u16) -> Option<&VhostQueue> {
+    pub(crate) fn receive_queue(&self, source_queue: u16, owned: u64) -> Option<&VhostQueue> {
         // Relaxed: only a hint; the ring itself is read under its lock.
-        let mut mask = self.receivers.load(Ordering::Relaxed);
-        let count = mask.count_ones();
-        if count == 0 {
-            return None;
-        }
-        for _ in 0..u32::from(source_queue) % count {
-            mask &= mask - 1;
-        }
-        Some(&self.queues[2 * mask.trailing_zeros() as usize])
+        let receivers = self.receivers.load(Ordering::Relaxed);
+        let pair = choose_receiver(receivers, owned, source_queue)?;
+        self.queues.get(2 * pair)
     }
 
     pub(crate) fn mtu(&self) -> Option<u16> {
@@ -333,21 +339,13 @@ impl VhostPort {
     /// front-end holds the same file, so closing it alone would leave it there.
     fn take_started(&self, queue: &VhostQueue, index: u16, state: &mut QueueState) -> Option<u32> {
         let started = state.started.take()?;
-        if let (Some(kick), Some(binding)) = (&started.kick, self.transmit_binding(index)) {
+        if let (Some(kick), Some(binding)) = (&started.kick, &state.binding) {
             binding.worker.unwatch(kick.as_fd());
         }
         queue.is_started.store(false, Ordering::Relaxed);
         queue.size.store(0, Ordering::Relaxed);
         self.show_receiver(index, false);
         Some(started.ring.base())
-    }
-
-    /// The worker that polls ring `index`, if it is a transmit ring.
-    fn transmit_binding(&self, index: u16) -> Option<&Binding> {
-        let pair = usize::from(index / 2);
-        (index % 2 == 1)
-            .then(|| self.bindings.get()?.get(pair))
-            .flatten()
     }
 
     /// Sets or clears a receive ring's bit.
@@ -449,11 +447,11 @@ impl Device for VhostPort {
             kick: start.kick,
             call: start.call,
         };
-        let binding = self.transmit_binding(index);
         let mut state = queue.lock();
         self.take_started(queue, index, &mut state);
         state.stopped_at = None;
-        if let (Some(kick), Some(binding)) = (&started.kick, binding) {
+        let binding = state.binding.clone();
+        if let (Some(kick), Some(binding)) = (&started.kick, &binding) {
             let watched = binding.worker.watch(kick.as_fd(), binding.token);
             watched.map_err(|source| RingError::Fd {
                 index,
@@ -495,8 +493,9 @@ impl Device for VhostPort {
             queue.is_enabled.store(enabled, Ordering::Relaxed);
             self.show_receiver(index, enabled);
         }
+        let binding = state.binding.clone();
         drop(state);
-        if let Some(binding) = self.transmit_binding(index) {
+        if let Some(binding) = binding {
             binding.worker.activate(binding.token);
         }
     }
@@ -531,10 +530,34 @@ impl Device for VhostPort {
     }
 
     fn announce(&self, mac: MacAddr) {
-        if let Some(binding) = self.bindings.get().and_then(|all| all.first()) {
+        let binding = self.transmit_queue(0).lock().binding.clone();
+        if let Some(binding) = binding {
             binding.worker.inject(self.base.id, rarp(mac));
         }
     }
+}
+
+/// Which of `receivers` takes the frames of a source's queue: the one of the same number, so that a
+/// flow stays in one ring, or the next that is `owned`. If another pair changes hands, the choice
+/// stays.
+#[inline]
+pub(super) fn choose_receiver(receivers: u64, owned: u64, source_queue: u16) -> Option<usize> {
+    let own = receivers & owned;
+    if own >> source_queue & 1 != 0 {
+        return Some(source_queue.into());
+    }
+    choose_other(receivers, own, source_queue)
+}
+
+/// The choice where the ring of the same number is not the worker's, or stopped.
+fn choose_other(receivers: u64, own: u64, source_queue: u16) -> Option<usize> {
+    if receivers == 0 {
+        return None;
+    }
+    let mask = if own == 0 { receivers } else { own };
+    let start = u32::from(source_queue) % receivers.count_ones();
+    let pair = start + mask.rotate_right(start).trailing_zeros();
+    Some((pair % u64::BITS) as usize)
 }
 
 /// Host addresses of a ring's areas, if each lies in one region and is aligned (virtio 1.3, 2.7,
@@ -600,4 +623,45 @@ fn prepare_call(index: u16, call: &OwnedFd) -> Result<(), RingError> {
     let flags = rustix::fs::fcntl_getfl(call).map_err(|e| error(e.into()))?;
     let flags = flags | rustix::fs::OFlags::NONBLOCK;
     rustix::fs::fcntl_setfl(call, flags).map_err(|e| error(e.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_flow_goes_to_the_ring_of_its_number_or_the_next_that_the_worker_owns() {
+        let all = u64::MAX;
+        let choose =
+            |receivers, owned| [0, 1, 2, 3, 5].map(|q| choose_receiver(receivers, owned, q));
+        assert_eq!(choose(0, all), [None; 5]);
+        assert_eq!(choose(0b1111, all), [0, 1, 2, 3, 1].map(Some));
+        assert_eq!(choose(0b1111, 0b0101), [0, 2, 2, 0, 2].map(Some));
+        assert_eq!(choose(0b1111, 0b1010), [1, 1, 3, 3, 1].map(Some));
+        // Nothing of one's own: as if all were.
+        assert_eq!(choose(0b0011, 0b1100), [0, 1, 0, 1, 1].map(Some));
+        // A ring that is stopped.
+        assert_eq!(choose(0b1011, all), [0, 1, 3, 3, 3].map(Some));
+    }
+
+    proptest! {
+        #[test]
+        fn the_chosen_ring_takes_frames_and_is_owned_if_any_is(
+            receivers in 1_u64..,
+            owned: u64,
+            source_queue in 0_u16..64,
+            other in 0_u32..64,
+        ) {
+            let chosen = choose_receiver(receivers, owned, source_queue).unwrap();
+            let bit = 1 << chosen;
+            prop_assert!(receivers & bit != 0);
+            prop_assert!(receivers & owned == 0 || owned & bit != 0);
+            // Losing another pair changes nothing.
+            let lost = owned & !(1 << other);
+            if lost & bit != 0 {
+                prop_assert_eq!(choose_receiver(receivers, lost, source_queue), Some(chosen));
+            }
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! How ports and the switch are configured.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
@@ -58,6 +59,9 @@ impl FromStr for PortName {
 pub struct QueuePairs(NonZeroU16);
 
 impl QueuePairs {
+    /// [`MAX_QUEUE_PAIRS`].
+    const MAX: Self = Self(NonZeroU16::new(MAX_QUEUE_PAIRS).unwrap());
+
     /// `count` pairs, or `None` if that is zero or more than [`MAX_QUEUE_PAIRS`].
     pub fn new(count: u16) -> Option<Self> {
         NonZeroU16::new(count)
@@ -186,6 +190,21 @@ pub struct PortConfig {
     pub mtu: Option<u16>,
     /// Most learned MAC addresses behind it; `None` leaves the database's size as the limit.
     pub fdb_limit: Option<u32>,
+    /// Queue pairs that are polled by a given worker whatever their load: pair and worker.
+    pub pins: BTreeMap<u16, u16>,
+}
+
+impl PortConfig {
+    /// Queue pairs of the port: for a guest the most that it may use, for a NIC the most that there
+    /// can be unless a number is given.
+    pub fn queue_pairs(&self) -> QueuePairs {
+        match &self.kind {
+            PortKind::VhostUser { queue_pairs, .. } | PortKind::Tap { queue_pairs, .. } => {
+                *queue_pairs
+            }
+            PortKind::AfXdp(xdp) => xdp.queue_pairs.unwrap_or(QueuePairs::MAX),
+        }
+    }
 }
 
 /// Bounds of the idle ladder: spin, then pause, then sleep in epoll.
@@ -217,6 +236,30 @@ impl Default for IdleConfig {
     }
 }
 
+/// Whether and how often queues move from busy workers to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalanceConfig {
+    /// Queues move. If not, loads are measured all the same.
+    pub is_on: bool,
+    /// Loads are measured over this long, and a few queues move at the end of it if that relieves
+    /// a busy worker.
+    pub interval: Duration,
+}
+
+impl BalanceConfig {
+    /// On; long enough to average over what TCP does, short enough that an operator sees it work.
+    pub const DEFAULT: Self = Self {
+        is_on: true,
+        interval: Duration::from_secs(5),
+    };
+}
+
+impl Default for BalanceConfig {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
 /// How a switch starts.
 #[derive(Clone, Debug)]
 pub struct SwitchConfig {
@@ -224,6 +267,8 @@ pub struct SwitchConfig {
     pub worker_cpus: Vec<usize>,
     /// When workers go to sleep.
     pub idle: IdleConfig,
+    /// When queues move between workers.
+    pub balance: BalanceConfig,
     /// Entries that the forwarding database can hold.
     pub fdb_capacity: usize,
     /// Learned entries not seen for this long are forgotten (IEEE 802.1Q, 8.8.3: 300 s).

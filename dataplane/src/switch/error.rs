@@ -36,6 +36,24 @@ pub enum SwitchError {
         /// The name.
         name: PortName,
     },
+    /// The port has no such queue pair.
+    #[error("port {port} has no queue {pair}")]
+    NoSuchQueue {
+        /// The port.
+        port: PortName,
+        /// The queue pair.
+        pair: u16,
+        /// How many it has.
+        pairs: u16,
+    },
+    /// There is no worker of that number.
+    #[error("there is no worker {worker}")]
+    NoSuchWorker {
+        /// The number.
+        worker: u16,
+        /// How many there are.
+        workers: u16,
+    },
     /// All [`ringway_bridge::MAX_PORTS`] slots are taken.
     #[error("the switch has {max} ports already", max = ringway_bridge::MAX_PORTS)]
     TooManyPorts,
@@ -101,6 +119,14 @@ impl SwitchError {
             Self::BadWorkerCpus { .. } => "name each CPU once, as in --worker-cpus 1,2-3".into(),
             Self::PortExists { name } => format!("`ringway port del {name}` removes it"),
             Self::NoSuchPort { .. } => "`ringway port list` shows the ports".into(),
+            Self::NoSuchQueue { pairs, .. } => match pairs.saturating_sub(1) {
+                0 => "its only queue is 0".into(),
+                last => format!("its queues are 0 to {last}"),
+            },
+            Self::NoSuchWorker { workers, .. } => match workers.saturating_sub(1) {
+                0 => "the only worker is 0; --worker-cpus gives the daemon more".into(),
+                last => format!("the workers are 0 to {last}; `ringway worker list` shows them"),
+            },
             Self::TooManyPorts => "delete a port first".into(),
             Self::SocketPath { hint, .. } | Self::Tap { hint, .. } | Self::AfXdp { hint, .. } => {
                 hint.clone()

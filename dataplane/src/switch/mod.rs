@@ -1,38 +1,49 @@
 //! The handle by which the control plane runs the dataplane.
 
+mod arrangement;
+mod balance;
 mod config;
 mod error;
+mod load;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam::channel;
 use ringway_bridge::{Bridge, BridgeConfig, DropCounts, MacAddr, PortId, Tick};
 
 pub use config::{
-    AfXdpConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
-    PortNameError, QueuePairs, SocketSpec, SwitchConfig, UmemFrames, XdpMode,
+    AfXdpConfig, BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind,
+    PortName, PortNameError, QueuePairs, SocketSpec, SwitchConfig, UmemFrames, XdpMode,
 };
 pub use error::SwitchError;
 
+use self::arrangement::{Arrangement, State, check_pair};
+use self::balance::Balancer;
 use crate::features;
 use crate::housekeeping::Housekeeping;
-use crate::info::{FdbEntryInfo, PairCounters, PortDetail, PortInfo, WorkerInfo};
-use crate::port::{AfXdpPort, Binding, Port, PortBase, TapPort, VhostPort};
-use crate::topology::{Action, Topology, diff};
+use crate::info::{
+    FdbEntryInfo, PairCounters, PolledQueue, PortDetail, PortInfo, WorkerDetail, WorkerInfo,
+};
+use crate::placement::QueueId;
+use crate::port::{AfXdpPort, Port, PortBase, TapPort, VhostPort};
 use crate::vhost_user::{Endpoint, SessionThread};
-use crate::worker::{Command, Token, WorkerThread};
+use crate::worker::WorkerThread;
 
 /// A running switch. All methods may be called from any thread; those that change something run
 /// one at a time, and either take full effect or none. Dropping it removes all ports and ends all
 /// threads.
 pub struct Switch {
-    state: Mutex<State>,
-    bridge: Arc<Bridge>,
-    // Dropped in this order: sessions before the workers that they talk to.
+    // Dropped in this order: whoever moves queues, then sessions, then the workers that they talk
+    // to, and last the thread that frees workers.
+    #[expect(
+        dead_code,
+        reason = "held for its thread, which ends when it is dropped"
+    )]
+    balancer: Balancer,
     sessions: SessionThread<VhostPort>,
-    workers: Vec<WorkerThread>,
+    arrangement: Arc<Arrangement>,
+    bridge: Arc<Bridge>,
     epoch: Instant,
     #[expect(
         dead_code,
@@ -44,24 +55,9 @@ pub struct Switch {
 impl std::fmt::Debug for Switch {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         out.debug_struct("Switch")
-            .field("state", &self.state)
+            .field("arrangement", &self.arrangement)
             .finish_non_exhaustive()
     }
-}
-
-/// What changes when ports come and go.
-#[derive(Debug, Default)]
-struct State {
-    ports: BTreeMap<PortName, Entry>,
-    topology: Topology,
-    /// Counts additions, so that tokens of a slot's successive ports differ.
-    generation: u32,
-}
-
-#[derive(Debug)]
-struct Entry {
-    config: PortConfig,
-    port: Arc<Port>,
 }
 
 impl Switch {
@@ -88,10 +84,12 @@ impl Switch {
             let what = what.to_owned();
             |source| SwitchError::System { what, source }
         };
+        let arrangement = Arc::new(Arrangement::new(workers));
         Ok(Self {
-            state: Mutex::default(),
             sessions: SessionThread::start().map_err(system("vhost-user session thread"))?,
-            workers,
+            balancer: Balancer::start(Arc::clone(&arrangement), config.balance, epoch)
+                .map_err(system("balancing thread"))?,
+            arrangement,
             epoch,
             housekeeping: Housekeeping::start(Arc::clone(&bridge), epoch)
                 .map_err(system("housekeeping thread"))?,
@@ -104,34 +102,34 @@ impl Switch {
     /// # Errors
     /// A name that is taken, a socket path or interface that can't be used.
     pub fn add_port(&self, name: PortName, config: PortConfig) -> Result<PortInfo, SwitchError> {
-        let mut state = self.lock();
+        let mut state = self.arrangement.lock();
         if state.ports.contains_key(&name) {
             return Err(SwitchError::PortExists { name });
         }
         let id = state.topology.free_id().ok_or(SwitchError::TooManyPorts)?;
+        for (pair, worker) in &config.pins {
+            check_pair(&name, *pair, config.queue_pairs().get())?;
+            self.arrangement.check_worker(*worker)?;
+        }
         let base = PortBase::new(name.clone(), id);
         // What can be refused comes first; nothing of it outlives an error.
         let (port, endpoint) = open_port(base, &config)?;
+        for pair in config.pins.keys() {
+            check_pair(&name, *pair, port.queue_pairs())?;
+        }
         let port = Arc::new(port);
-        state.generation = state.generation.wrapping_add(1);
-        let workers = u16::try_from(self.workers.len()).unwrap_or(u16::MAX);
-        let desired = state.topology.with_port(id, port.queue_pairs(), workers);
+        let (pairs, workers) = (port.queue_pairs(), self.arrangement.worker_count());
+        let desired = state.topology.with_port(id, pairs, workers, &config.pins);
         self.bridge.fdb().set_limit(id, config.fdb_limit);
-        state.ports.insert(
-            name.clone(),
-            Entry {
-                config,
-                port: Arc::clone(&port),
-            },
-        );
-        self.change_topology(&mut state, desired);
-        let started = match (&*port, endpoint) {
+        state.insert(name.clone(), config, Arc::clone(&port));
+        let added = self.arrangement.change_topology(&mut state, &desired);
+        let started = added.and_then(|()| match (&*port, endpoint) {
             (Port::VhostUser(guest), Some(endpoint)) => {
                 self.sessions.add(id, endpoint, Arc::clone(guest))
             }
-            (Port::Tap(_) | Port::AfXdp(_), _) => self.watch(&state, &port),
+            (Port::Tap(_) | Port::AfXdp(_), _) => self.arrangement.watch(&state, &port),
             (Port::VhostUser(_), None) => Ok(()),
-        };
+        });
         if let Err(source) = started {
             self.take_out(&mut state, &name);
             return Err(SwitchError::System {
@@ -147,15 +145,15 @@ impl Switch {
     /// # Errors
     /// There is no such port.
     pub fn remove_port(&self, name: &PortName) -> Result<(), SwitchError> {
-        let mut state = self.lock();
-        find(&state, name)?;
+        let mut state = self.arrangement.lock();
+        state.find(name)?;
         self.take_out(&mut state, name);
         Ok(())
     }
 
     /// All ports, by name.
     pub fn ports(&self) -> Vec<PortInfo> {
-        let state = self.lock();
+        let state = self.arrangement.lock();
         state
             .ports
             .keys()
@@ -168,9 +166,9 @@ impl Switch {
     /// # Errors
     /// There is no such port.
     pub fn port(&self, name: &PortName) -> Result<PortDetail, SwitchError> {
-        let state = self.lock();
+        let state = self.arrangement.lock();
         let info = self.port_info(&state, name)?;
-        let port = &find(&state, name)?.port;
+        let port = &state.find(name)?.port;
         let placement = state.topology.placement(port.base().id);
         let queues = port.queues(|pair| placement.get(usize::from(pair)).copied().unwrap_or(0));
         Ok(match &**port {
@@ -219,8 +217,8 @@ impl Switch {
 
     /// The forwarding database, by address.
     pub fn fdb(&self) -> Vec<FdbEntryInfo> {
-        let state = self.lock();
-        let names = names(&state);
+        let state = self.arrangement.lock();
+        let names = state.names();
         let now = now_tick(self.epoch);
         let mut entries = Vec::new();
         self.bridge
@@ -245,8 +243,8 @@ impl Switch {
     /// # Errors
     /// No such port, a group address, or the database is full.
     pub fn fdb_add(&self, mac: MacAddr, port: &PortName) -> Result<(), SwitchError> {
-        let state = self.lock();
-        let id = find(&state, port)?.port.base().id;
+        let state = self.arrangement.lock();
+        let id = state.find(port)?.port.base().id;
         let added = self.bridge.fdb().add_static(mac, id);
         added.map_err(|error| SwitchError::FdbRefused {
             mac,
@@ -272,25 +270,89 @@ impl Switch {
     /// # Errors
     /// There is no such port.
     pub fn fdb_flush(&self, port: Option<&PortName>) -> Result<usize, SwitchError> {
-        let state = self.lock();
-        let id = port.map(|name| find(&state, name).map(|entry| entry.port.base().id));
+        let state = self.arrangement.lock();
+        let id = port.map(|name| state.find(name).map(|entry| entry.port.base().id));
         Ok(self.bridge.fdb().flush(id.transpose()?))
     }
 
     /// All workers, by index.
     pub fn workers(&self) -> Vec<WorkerInfo> {
-        self.workers
-            .iter()
-            .map(|worker| worker.info(self.epoch))
+        let state = self.arrangement.lock();
+        let workers = self.arrangement.workers.iter();
+        workers
+            .map(|worker| self.worker_info(&state, worker))
             .collect()
+    }
+
+    /// One worker with the queues that it polls.
+    ///
+    /// # Errors
+    /// There is no such worker.
+    pub fn worker(&self, index: u16) -> Result<WorkerDetail, SwitchError> {
+        self.arrangement.check_worker(index)?;
+        let state = self.arrangement.lock();
+        let queue = |(id, pair, _)| {
+            let entry = state.entry_of(id)?;
+            let (rx_frames, rx_bytes) = entry.port.received(pair);
+            let rate = state.load.queues.get(&QueueId { port: id, pair });
+            let rate = rate.copied().unwrap_or_default();
+            let seconds = state.load.interval.as_secs_f64();
+            let per_second = |n: u64| if n == 0 { 0.0 } else { n as f64 / seconds };
+            Some(PolledQueue {
+                port: entry.port.base().name.clone(),
+                pair,
+                is_pinned: entry.config.pins.contains_key(&pair),
+                rx_frames,
+                rx_bytes,
+                frames_per_second: per_second(rate.frames),
+                bits_per_second: per_second(rate.bytes) * 8.0,
+                recent_busy: f64::from(rate.load) / 1000.0,
+            })
+        };
+        let polled = state.topology.pairs().filter(|(_, _, at)| *at == index);
+        let mut queues: Vec<_> = polled.filter_map(queue).collect();
+        queues.sort_by(|a, b| (&a.port, a.pair).cmp(&(&b.port, b.pair)));
+        Ok(WorkerDetail {
+            info: self.worker_info(&state, &self.arrangement.workers[usize::from(index)]),
+            interval: state.load.interval,
+            queues,
+        })
+    }
+
+    fn worker_info(&self, state: &State, worker: &WorkerThread) -> WorkerInfo {
+        let recent = state.load.workers.get(usize::from(worker.handle.index));
+        WorkerInfo {
+            recent_busy: f64::from(recent.copied().unwrap_or(0)) / 1000.0,
+            ..worker.info(self.epoch)
+        }
+    }
+
+    /// Has a worker poll a queue pair of a port from now on, whatever its load. Frames that wait
+    /// in the queue stay in order and none is lost.
+    ///
+    /// # Errors
+    /// There is no such port, queue pair or worker.
+    pub fn pin_queue(&self, port: &PortName, pair: u16, worker: u16) -> Result<(), SwitchError> {
+        self.arrangement.set_pin(port, pair, Some(worker))?;
+        Ok(())
+    }
+
+    /// Leaves it to the switch again where a queue pair is polled; it stays where it is until it is
+    /// worth moving. Tells whether it was pinned.
+    ///
+    /// # Errors
+    /// There is no such port or queue pair.
+    pub fn unpin_queue(&self, port: &PortName, pair: u16) -> Result<bool, SwitchError> {
+        self.arrangement.set_pin(port, pair, None)
     }
 
     /// Counters of all pairs of ports that exchanged frames since both were added.
     pub fn pairs(&self) -> Vec<PairCounters> {
-        let state = self.lock();
-        let names = names(&state);
+        let state = self.arrangement.lock();
+        let names = state.names();
         let mut sums: BTreeMap<(PortId, PortId), PairCounters> = BTreeMap::new();
         for pair in self
+            .arrangement
             .workers
             .iter()
             .flat_map(|worker| worker.handle.pairs.snapshot())
@@ -321,81 +383,6 @@ impl Switch {
         drop(self);
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic while it was held would have left each entry whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Carries out the difference between the running topology and `desired`; `state` has the
-    /// ports of both.
-    fn change_topology(&self, state: &mut State, desired: Topology) {
-        for action in diff(&state.topology, &desired) {
-            match action {
-                Action::Remove(id) => {
-                    self.tell_all(|_, done| Command::RemovePort { id, done });
-                }
-                Action::Add(id, placement) => {
-                    let found = state
-                        .ports
-                        .values()
-                        .find(|entry| entry.port.base().id == id);
-                    if let Some(Entry { port, .. }) = found {
-                        self.add_to_workers(port, &placement, state.generation);
-                    }
-                }
-            }
-        }
-        state.topology = desired;
-    }
-
-    fn add_to_workers(&self, port: &Arc<Port>, placement: &[u16], generation: u32) {
-        let id = port.base().id;
-        let pairs = || (0..).zip(placement);
-        if let Port::VhostUser(guest) = &**port {
-            let binding = |(pair, worker): (u16, &u16)| Binding {
-                worker: Arc::clone(&self.workers[usize::from(*worker)].handle),
-                token: Token::new(id, pair, generation),
-            };
-            guest.bind(pairs().map(binding).collect());
-        }
-        self.tell_all(|worker, done| {
-            let own = pairs().filter(|(_, owner)| **owner == worker);
-            let sources = own
-                .map(|(pair, _)| Token::new(id, pair, generation))
-                .collect();
-            Command::AddPort {
-                port: Arc::clone(port),
-                sources,
-                done,
-            }
-        });
-    }
-
-    /// Sends each worker a command and waits until all have executed it.
-    fn tell_all(&self, command: impl Fn(u16, channel::Sender<()>) -> Command) {
-        let (done, all_done) = channel::bounded(self.workers.len());
-        for worker in &self.workers {
-            worker
-                .handle
-                .send(command(worker.handle.index, done.clone()));
-        }
-        drop(done);
-        // Ends when every worker has answered and so dropped its sender.
-        for () in &all_done {}
-    }
-
-    /// Has a port's queues that are fds of ours wake their workers.
-    fn watch(&self, state: &State, port: &Port) -> std::io::Result<()> {
-        let id = port.base().id;
-        for (pair, worker) in (0..).zip(state.topology.placement(id)) {
-            let token = Token::new(id, pair, state.generation);
-            if let Some(fd) = port.fd(pair) {
-                self.workers[usize::from(*worker)].handle.watch(fd, token)?;
-            }
-        }
-        Ok(())
-    }
-
     /// Takes a port out, in the reverse order of its coming.
     fn take_out(&self, state: &mut State, name: &PortName) {
         let Some(entry) = state.ports.get(name) else {
@@ -405,28 +392,22 @@ impl Switch {
         let id = port.base().id;
         match &*port {
             Port::VhostUser(_) => self.sessions.remove(id),
-            Port::Tap(_) | Port::AfXdp(_) => {
-                for (pair, worker) in (0..).zip(state.topology.placement(id)) {
-                    if let Some(fd) = port.fd(pair) {
-                        self.workers[usize::from(*worker)].handle.unwatch(fd);
-                    }
-                }
-            }
+            Port::Tap(_) | Port::AfXdp(_) => self.arrangement.unwatch(state, &port),
         }
-        let desired = state.topology.without_port(id);
-        self.change_topology(state, desired);
+        self.arrangement.remove_from_workers(state, id);
         self.bridge.fdb().purge_port(id);
         self.bridge.fdb().set_limit(id, None);
         state.ports.remove(name);
     }
 
     fn port_info(&self, state: &State, name: &PortName) -> Result<PortInfo, SwitchError> {
-        let Entry { config, port } = find(state, name)?;
+        let entry = state.find(name)?;
+        let port = &entry.port;
         let id = port.base().id;
         Ok(PortInfo {
             name: name.clone(),
             id,
-            config: config.clone(),
+            config: entry.config.clone(),
             state: port.state(),
             counters: port.counters(),
             fdb_entries: self.bridge.fdb().count(id),
@@ -436,25 +417,12 @@ impl Switch {
 
 impl Drop for Switch {
     fn drop(&mut self) {
-        let mut state = self.lock();
+        let mut state = self.arrangement.lock();
         let names: Vec<_> = state.ports.keys().cloned().collect();
         for name in names {
             self.take_out(&mut state, &name);
         }
     }
-}
-
-fn find<'a>(state: &'a State, name: &PortName) -> Result<&'a Entry, SwitchError> {
-    let missing = || SwitchError::NoSuchPort { name: name.clone() };
-    state.ports.get(name).ok_or_else(missing)
-}
-
-fn names(state: &State) -> BTreeMap<PortId, &PortName> {
-    state
-        .ports
-        .iter()
-        .map(|(name, entry)| (entry.port.base().id, name))
-        .collect()
 }
 
 /// Opens what is behind a port: everything that can be refused.

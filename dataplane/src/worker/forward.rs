@@ -33,6 +33,11 @@ pub(super) struct Forwarder {
     pub(super) patience_ns: u64,
     /// Queues of AF_XDP ports that hold frames for which the kernel had no room.
     pub(super) unsent: Vec<(PortId, u16)>,
+    /// Per destination: the queue pairs that this worker polls, a bit each. Frames go to their
+    /// receive rings, so that no other worker wants the same lock.
+    pub(super) owned: Box<[u64]>,
+    /// Rings found in other hands, ever.
+    pub(super) contended: u64,
 }
 
 /// A point in time, in the units of its users.
@@ -92,6 +97,8 @@ impl Forwarder {
             full_since: vec![0; MAX_PORTS].into(),
             patience_ns,
             unsent: Vec::with_capacity(MAX_PORTS),
+            owned: vec![0; MAX_PORTS].into(),
+            contended: 0,
         }
     }
 
@@ -130,11 +137,15 @@ impl Forwarder {
             };
             let outcome = match &**port {
                 Port::VhostUser(port) => {
-                    deliver_to_guest(port, source_queue, mask, burst, &mut self.scratch)
+                    let queue = port.receive_queue(source_queue, self.owned[to.index()]);
+                    let scratch = &mut self.scratch;
+                    deliver_to_guest(port, queue, mask, burst, scratch, &mut self.contended)
                 }
                 Port::Tap(port) => deliver_to_tap(port, source_queue, mask, burst),
                 Port::AfXdp(port) => {
-                    deliver_to_af_xdp(port, source_queue, mask, burst, &mut self.unsent)
+                    let pair = port.transmit_queue(source_queue, self.owned[to.index()]);
+                    let counts = (&mut self.unsent, &mut self.contended);
+                    deliver_to_af_xdp(port, pair, mask, burst, counts)
                 }
             };
             let refused = outcome.full | outcome.busy;
@@ -280,11 +291,12 @@ fn unsuited(
     }
 }
 
-fn lock_queue(queue: &VhostQueue) -> Option<QueueGuard<'_>> {
+fn lock_queue<'a>(queue: &'a VhostQueue, contended: &mut u64) -> Option<QueueGuard<'a>> {
     if let Some(guard) = queue.try_lock() {
         return Some(guard);
     }
     queue.counters.contended.add(1);
+    *contended += 1;
     for _ in 0..LOCK_TRIES {
         std::hint::spin_loop();
         if let Some(guard) = queue.try_lock() {
@@ -296,15 +308,16 @@ fn lock_queue(queue: &VhostQueue) -> Option<QueueGuard<'_>> {
 
 fn deliver_to_guest(
     port: &VhostPort,
-    source_queue: u16,
+    queue: Option<&VhostQueue>,
     mask: u64,
     burst: &mut Burst,
     scratch: &mut RxScratch,
+    contended: &mut u64,
 ) -> Outcome {
-    let Some(queue) = port.receive_queue(source_queue) else {
+    let Some(queue) = queue else {
         return Outcome::all(mask, DropReason::PortDown);
     };
-    let Some(mut state) = lock_queue(queue) else {
+    let Some(mut state) = lock_queue(queue, contended) else {
         return Outcome {
             busy: mask,
             ..Outcome::default()

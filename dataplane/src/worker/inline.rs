@@ -22,13 +22,13 @@ pub struct InlineSwitch {
     commands: Receiver<Command>,
     // Ends, and stops all rings, before the worker's tables go.
     sessions: SessionThread<VhostPort>,
-    ports: u16,
+    guests: Vec<Arc<VhostPort>>,
 }
 
 impl std::fmt::Debug for InlineSwitch {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         out.debug_struct("InlineSwitch")
-            .field("ports", &self.ports)
+            .field("guests", &self.guests)
             .finish_non_exhaustive()
     }
 }
@@ -61,24 +61,29 @@ impl InlineSwitch {
             handle,
             commands,
             sessions,
-            ports: 0,
+            guests: Vec::new(),
         })
     }
 
-    /// Adds a port of up to 8 queue pairs that listens at `socket`.
+    /// Adds a port of one queue pair that listens at `socket`. While all ports have a guest, the
+    /// worker polls all of its queues and has no events to look for.
     ///
     /// # Errors
     /// The path can't be used, or there are [`ringway_bridge::MAX_PORTS`] ports.
     pub fn add_port(&mut self, name: PortName, socket: &Path) -> Result<(), SwitchError> {
-        let id = PortId::new(self.ports).ok_or(SwitchError::TooManyPorts)?;
+        let id = u16::try_from(self.guests.len()).ok().and_then(PortId::new);
+        let id = id.ok_or(SwitchError::TooManyPorts)?;
         let endpoint = Endpoint::listen(socket)?;
-        let guest = Arc::new(VhostPort::new(PortBase::new(name, id), 8, None));
+        let guest = Arc::new(VhostPort::new(PortBase::new(name, id), 1, None));
         let tokens = || (0..guest.pairs()).map(|pair| Token::new(id, pair, 0));
-        let bind = |token| Binding {
-            worker: Arc::clone(&self.handle),
-            token,
-        };
-        guest.bind(tokens().map(bind).collect());
+        for token in tokens() {
+            let worker = Arc::clone(&self.handle);
+            let bound = guest.bind(token.pair(), Binding { worker, token });
+            bound.map_err(|source| SwitchError::System {
+                what: "kick".into(),
+                source,
+            })?;
+        }
         let sources = tokens().collect();
         let (done, _) = channel::bounded(1);
         let port = Arc::new(Port::VhostUser(Arc::clone(&guest)));
@@ -88,7 +93,7 @@ impl InlineSwitch {
             done,
         });
         self.turn();
-        self.ports += 1;
+        self.guests.push(Arc::clone(&guest));
         self.sessions
             .add(id, endpoint, guest)
             .map_err(|source| SwitchError::System {
@@ -106,5 +111,47 @@ impl InlineSwitch {
     /// Frames taken from all queues so far.
     pub fn frames(&self) -> u64 {
         self.handle.stats.frames.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::{Guest, GuestConfig};
+
+    #[test]
+    fn a_ring_in_other_hands_is_counted_and_its_frames_wait() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut switch = InlineSwitch::new(16).unwrap();
+        let mut guest = |name: &str| {
+            let path = folder.path().join(name);
+            switch.add_port(name.parse().unwrap(), &path).unwrap();
+            Guest::connect(&path, GuestConfig::default()).unwrap()
+        };
+        let (mut a, mut b) = (guest("a"), guest("b"));
+        for guest in [&mut a, &mut b] {
+            // The answer to a request says that those before it are carried out.
+            guest.frontend().queue_pairs().unwrap();
+        }
+        let mut frame = [0x52; 60];
+        frame[..6].fill(0xff);
+        a.send_frame(&frame).unwrap();
+        let of_b = Arc::clone(&switch.guests[1]);
+        let ring = of_b.receive_queue(0, u64::MAX).unwrap();
+        let other_hands = ring.try_lock().unwrap();
+        switch.turn();
+        let contended = || {
+            (
+                switch.handle.stats.contended.get(),
+                ring.counters.contended.get(),
+            )
+        };
+        assert_eq!(contended(), (1, 1));
+        assert_eq!((switch.frames(), b.try_recv(0).unwrap()), (0, None));
+        drop(other_hands);
+        switch.turn();
+        assert_eq!(b.try_recv(0).unwrap().unwrap().frame, frame);
+        assert_eq!(switch.frames(), 1);
+        assert_eq!(ring.counters.contended.get(), 1);
     }
 }

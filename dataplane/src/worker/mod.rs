@@ -9,6 +9,7 @@
 //! the list it sleeps in `epoll_wait`. Arming re-checks the queue after a full fence, so no frame
 //! is left behind; an armed queue costs nothing.
 
+mod allowance;
 mod forward;
 mod inline;
 mod pairs;
@@ -30,6 +31,7 @@ use tracing::warn;
 
 pub use inline::InlineSwitch;
 pub(crate) use pairs::PairTable;
+pub(crate) use turn::Source;
 
 use crate::info::WorkerInfo;
 use crate::port::{Counter, Port};
@@ -70,6 +72,16 @@ pub(crate) enum Command {
     },
     /// A port leaves: no frame of it or for it is touched once `done` is answered.
     RemovePort { id: PortId, done: Sender<()> },
+    /// A source queue goes to another worker: it is touched no more once `done` is answered.
+    Release {
+        token: Token,
+        done: Sender<Option<Box<Source>>>,
+    },
+    /// A source queue comes from another worker.
+    Adopt {
+        source: Box<Source>,
+        done: Sender<()>,
+    },
     /// Look at a source queue that may have become active.
     Activate(Token),
     /// Forward a frame as if the port had sent it.
@@ -93,6 +105,7 @@ pub(crate) struct WorkerStats {
     pub(crate) bursts: Counter,
     pub(crate) frames: Counter,
     pub(crate) sleeps: Counter,
+    pub(crate) contended: Counter,
 }
 
 /// The part of a worker that other threads reach.
@@ -247,6 +260,11 @@ fn run_pinned(
 }
 
 impl WorkerThread {
+    /// Time spent in turns that moved frames.
+    pub(crate) fn busy(&self) -> Duration {
+        Duration::from_nanos(self.handle.stats.busy_ns.get())
+    }
+
     /// A snapshot; a sleep that lasts now is counted up to now.
     pub(crate) fn info(&self, epoch: Instant) -> WorkerInfo {
         let stats = &self.handle.stats;
@@ -270,6 +288,8 @@ impl WorkerThread {
             bursts: stats.bursts.get(),
             frames: stats.frames.get(),
             sleeps: stats.sleeps.get(),
+            contended: stats.contended.get(),
+            recent_busy: 0.0,
         }
     }
 }

@@ -8,11 +8,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam::channel::Receiver;
-use ringway_bridge::{Bridge, DropReason, PortId, Tick};
+use ringway_bridge::{Bridge, DropReason, MAX_BURST, PortId, Tick};
 use rustix::event::epoll;
 use rustix::time::Timespec;
 use tracing::{debug, warn};
 
+use super::allowance::Allowance;
 use super::forward::{Forwarder, Now};
 use super::sharing::Sharing;
 use super::{Command, DOORBELL, Token, WorkerHandle};
@@ -29,10 +30,6 @@ const DOZE: Timespec = Timespec {
     tv_nsec: 100_000,
 };
 
-/// Frames taken from a source queue in one turn: long enough to share the cost of a lock, an index
-/// and a call, short enough to stay in the first-level cache and to be fair.
-const BURST: usize = 32;
-
 /// While queues are busy, events of the others are looked for this often: one system call of half
 /// a microsecond each time.
 const EVENT_INTERVAL_NS: u64 = 50_000;
@@ -46,16 +43,36 @@ const MAX_PAUSES: u64 = 64;
 /// Nanoseconds per [`Tick`].
 const TICK_NS: u64 = 1_000_000_000 / Tick::PER_SECOND as u64;
 
-/// A queue that this worker polls.
+/// A queue that a worker polls, with all that the worker knows of it.
 #[derive(Debug)]
-struct Source {
+pub(crate) struct Source {
     port: Arc<Port>,
     token: Token,
     /// Buffers of a tap's queue.
     reader: Option<Box<TapReader>>,
     is_active: bool,
+    allowance: Allowance,
     /// When it last had a frame, or became active.
     last_frame_ns: u64,
+    /// Frames that it may still take before others are served first, once they had to wait for a
+    /// destination: deficit round robin.
+    quantum: usize,
+}
+
+impl Source {
+    /// A queue that nobody has polled yet.
+    pub(crate) fn new(port: Arc<Port>, token: Token) -> Self {
+        let reader = matches!(*port, Port::Tap(_)).then(|| Box::new(TapReader::new()));
+        Self {
+            port,
+            token,
+            reader,
+            is_active: false,
+            last_frame_ns: 0,
+            allowance: Allowance::new(),
+            quantum: MAX_BURST,
+        }
+    }
 }
 
 /// What polling a source found.
@@ -63,8 +80,8 @@ struct Source {
 enum Polled {
     /// So many frames were taken.
     Frames(usize),
-    /// There are frames, or may be, but they have to wait: poll again.
-    Waiting,
+    /// So many were taken; there are more, or may be, but they have to wait: poll again.
+    Waiting(usize),
     Empty,
     /// The queue is stopped or gone: no event but a new start brings it back.
     Stopped,
@@ -157,6 +174,8 @@ impl Worker {
         let mut frames = 0;
         let mut bursts = 0;
         let mut waiting = false;
+        // Of the active list, so many are to be first in the next turn.
+        let mut first = 0;
         let mut at = 0;
         while let Some(&index) = self.active.get(at) {
             let polled = self.poll(index);
@@ -167,9 +186,19 @@ impl Worker {
                     self.last_frame_ns = self.now_ns;
                     self.note_activity(index)
                 }
-                Polled::Waiting => {
+                Polled::Waiting(count) => {
                     waiting = true;
-                    self.note_activity(index)
+                    if count > 0 {
+                        frames += count as u64;
+                        bursts += 1;
+                        self.last_frame_ns = self.now_ns;
+                    }
+                    if self.has_quantum_after(index, count) {
+                        // Else the room at a destination would go to the same source each time.
+                        self.active[first..=at].rotate_right(1);
+                        first += 1;
+                    }
+                    true
                 }
                 Polled::Empty => !self.is_silent(index) || !self.arm(index),
                 Polled::Stopped => false,
@@ -183,6 +212,7 @@ impl Worker {
         let took_ns = self.read_clock();
         let stats = &self.handle.stats;
         stats.turns.add_owned(1);
+        stats.contended.set(self.forwarder.contended);
         if frames > 0 {
             stats.frames.add_owned(frames);
             stats.bursts.add_owned(bursts);
@@ -226,8 +256,25 @@ impl Worker {
     fn note_activity(&mut self, index: usize) -> bool {
         if let Some(source) = &mut self.sources[index] {
             source.last_frame_ns = self.now_ns;
+            source.quantum = MAX_BURST;
         }
         true
+    }
+
+    /// Notes that a source took `count` frames and others of it had to wait. True if it comes
+    /// first in the next turn, since it had not had its due yet.
+    fn has_quantum_after(&mut self, index: usize, count: usize) -> bool {
+        let Some(source) = &mut self.sources[index] else {
+            return false;
+        };
+        source.last_frame_ns = self.now_ns;
+        let is_left = count < source.quantum;
+        source.quantum = if is_left {
+            source.quantum - count
+        } else {
+            MAX_BURST
+        };
+        is_left
     }
 
     fn is_silent(&self, index: usize) -> bool {
@@ -254,28 +301,39 @@ impl Worker {
         let Some(mut source) = self.sources[index].take() else {
             return Polled::Stopped;
         };
-        let (port, pair) = (&*source.port, source.token.pair());
+        let (port, pair, limit) = (&*source.port, source.token.pair(), source.quantum);
         let polled = match (port, &mut source.reader) {
-            (Port::VhostUser(guest), _) => self.poll_guest(port, guest, pair),
+            (Port::VhostUser(guest), _) => {
+                self.poll_guest(port, guest, pair, limit, &mut source.allowance)
+            }
             (Port::Tap(tap), Some(reader)) => self.poll_tap(port, tap, pair, reader),
             (Port::Tap(_), None) => Polled::Stopped,
-            (Port::AfXdp(xdp), _) => self.poll_af_xdp(port, xdp, pair),
+            (Port::AfXdp(xdp), _) => self.poll_af_xdp(port, xdp, pair, limit),
         };
         self.sources[index] = Some(source);
         polled
     }
 
-    fn poll_guest(&mut self, port: &Port, guest: &VhostPort, pair: u16) -> Polled {
+    fn poll_guest(
+        &mut self,
+        port: &Port,
+        guest: &VhostPort,
+        pair: u16,
+        limit: usize,
+        allowance: &mut Allowance,
+    ) -> Polled {
         let queue = guest.transmit_queue(pair);
         let Some(mut state) = queue.try_lock() else {
             queue.counters.contended.add_owned(1);
-            return Polled::Waiting;
+            self.forwarder.contended += 1;
+            return Polled::Waiting(0);
         };
         let Some(started) = &mut state.started else {
             return Polled::Stopped;
         };
         self.burst.clear();
-        let gathered = started.ring.gather(BURST, &mut self.burst);
+        let limit = limit.min(allowance.frames());
+        let gathered = started.ring.gather(limit, &mut self.burst);
         let count = self.burst.len();
         if count == 0 && gathered.is_ok() {
             return Polled::Empty;
@@ -300,6 +358,7 @@ impl Worker {
         started.ring.give_back(again);
         queue.counters.frames.add_owned(taken as u64);
         queue.counters.bytes.add_owned(bytes);
+        allowance.note(taken, bytes);
         guest.publish(queue, &mut state);
         if let Err(fault) = gathered {
             // The chain at fault is a frame received and dropped.
@@ -307,10 +366,10 @@ impl Worker {
             guest.base.rx_drops.add(DropReason::BadDescriptor, 1);
             guest.fail_queue(queue, &mut state, &fault);
         }
-        if taken > 0 {
+        if given_back == 0 && taken > 0 {
             Polled::Frames(taken)
         } else {
-            Polled::Waiting
+            Polled::Waiting(taken)
         }
     }
 
@@ -342,10 +401,10 @@ impl Worker {
         let counters = tap.queue_counters(pair).0;
         counters.frames.add_owned(taken as u64);
         counters.bytes.add_owned(bytes);
-        if taken > 0 {
+        if given_back == 0 && taken > 0 {
             Polled::Frames(taken)
         } else {
-            Polled::Waiting
+            Polled::Waiting(taken)
         }
     }
 
@@ -480,6 +539,14 @@ impl Worker {
                     self.remove_port(id);
                     let _ = done.send(());
                 }
+                Command::Release { token, done } => {
+                    let source = self.release(token);
+                    let _ = done.send(source.map(Box::new));
+                }
+                Command::Adopt { source, done } => {
+                    self.adopt(*source);
+                    let _ = done.send(());
+                }
                 Command::Activate(token) => self.activate(token),
                 Command::Inject { from, frame } => self.inject(from, &frame),
                 Command::Stop => return false,
@@ -494,31 +561,50 @@ impl Worker {
         self.forwarder.reset_destination(id);
         self.forwarder.members.add(id);
         self.forwarder.ports[id.index()] = Some(Arc::clone(&port));
+        self.forwarder.owned[id.index()] = 0;
         for token in sources {
-            let reader = matches!(*port, Port::Tap(_)).then(|| Box::new(TapReader::new()));
-            let source = Source {
-                port: Arc::clone(&port),
-                token,
-                reader,
-                is_active: false,
-                last_frame_ns: 0,
-            };
-            let free = self.sources.iter().position(Option::is_none);
-            let index = free.unwrap_or(self.sources.len());
-            if free.is_some() {
-                self.sources[index] = Some(source);
-            } else {
-                self.sources.push(Some(source));
-            }
-            self.by_token.insert(token.0, index);
-            self.activate(token);
+            self.adopt(Source::new(Arc::clone(&port), token));
         }
-        self.handle.stats.queues.set(self.by_token.len() as u64);
+    }
+
+    /// Polls a source from now on, beginning with a look at it.
+    fn adopt(&mut self, source: Source) {
+        let token = source.token;
+        self.forwarder.owned[source.port.base().id.index()] |= 1 << token.pair();
+        let free = self.sources.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.sources.len());
+        if free.is_some() {
+            self.sources[index] = Some(source);
+        } else {
+            self.sources.push(Some(source));
+        }
+        self.by_token.insert(token.0, index);
+        self.activate(token);
+        self.count_queues();
+    }
+
+    /// Polls a source no more. Its last burst is published, and frames that wait are in its ring or
+    /// its reader.
+    fn release(&mut self, token: Token) -> Option<Source> {
+        let index = self.by_token.remove(&token.0)?;
+        self.active.retain(|active| *active != index);
+        let mut source = self.sources.get_mut(index)?.take()?;
+        source.is_active = false;
+        self.forwarder.owned[source.port.base().id.index()] &= !(1 << token.pair());
+        self.count_queues();
+        Some(source)
+    }
+
+    fn count_queues(&self) {
+        let stats = &self.handle.stats;
+        stats.queues.set(self.by_token.len() as u64);
+        stats.active_queues.set(self.active.len() as u64);
     }
 
     fn remove_port(&mut self, id: PortId) {
         self.forwarder.members.remove(id);
         self.forwarder.ports[id.index()] = None;
+        self.forwarder.owned[id.index()] = 0;
         self.handle.pairs.forget(id);
         for index in 0..self.sources.len() {
             let slot = &mut self.sources[index];
@@ -531,14 +617,10 @@ impl Worker {
                 self.active.retain(|active| *active != index);
             }
         }
-        self.handle.stats.queues.set(self.by_token.len() as u64);
-        self.handle
-            .stats
-            .active_queues
-            .set(self.active.len() as u64);
+        self.count_queues();
     }
 
-    /// Forwards a frame of our own making, in the name of a port whose first queue pair is ours.
+    /// Forwards a frame of our own making, in the name of a port.
     fn inject(&mut self, from: PortId, frame: &[u8]) {
         let Some(port) = self.forwarder.ports[from.index()].clone() else {
             return;
@@ -566,9 +648,9 @@ impl Worker {
         self.forwarder
             .forward(&port, 0, &mut self.burst, &self.handle.pairs, now);
         self.forwarder.patience_ns = patience_ns;
-        let counters = port.queue_counters(0).0;
-        counters.frames.add_owned(1);
-        counters.bytes.add_owned(frame.len() as u64);
+        let counters = &port.base().injected;
+        counters.frames.add(1);
+        counters.bytes.add(frame.len() as u64);
     }
 
     /// Stops the queues whose memory was cut off; those in other hands at the moment are tried

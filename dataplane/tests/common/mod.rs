@@ -9,14 +9,15 @@ pub(crate) mod hostile;
 pub(crate) mod observe;
 pub(crate) mod veth;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ringway_dataplane::driver::{Guest, GuestConfig, Layout, Received};
 use ringway_dataplane::{
-    IdleConfig, PortConfig, PortCounters, PortKind, PortName, QueuePairs, SocketSpec, Switch,
-    SwitchConfig,
+    BalanceConfig, IdleConfig, PortConfig, PortCounters, PortKind, PortName, QueuePairs,
+    SocketSpec, Switch, SwitchConfig,
 };
 use tempfile::TempDir;
 
@@ -51,6 +52,7 @@ impl Lab {
                 patience: DEADLINE,
                 ..IdleConfig::default()
             },
+            balance: BalanceConfig::DEFAULT,
             fdb_capacity: 1024,
             fdb_ageing: Duration::from_secs(300),
         };
@@ -83,6 +85,7 @@ impl Lab {
             },
             mtu: None,
             fdb_limit: None,
+            pins: BTreeMap::new(),
         };
         change(&mut config);
         self.switch.add_port(name(port), config).unwrap();

@@ -27,6 +27,7 @@ pub(crate) use transmit::{Sent, Transmitter};
 
 use self::interface::Interface;
 use self::program::Program;
+use super::vhost::choose_receiver;
 use super::{PortBase, QueueCounters};
 use crate::info::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo};
 use crate::switch::XdpMode;
@@ -86,10 +87,15 @@ impl AfXdpPort {
         &self.queues[usize::from(pair)]
     }
 
-    /// The queue for frames of a source's queue: matched by number, so that a flow stays in one.
+    /// The queue for frames of a source's queue, so that a flow stays in one. `owned` has a bit for
+    /// each queue that the worker polls which asks.
     #[inline]
-    pub(crate) fn transmit_queue(&self, source_queue: u16) -> u16 {
-        source_queue % self.pairs()
+    pub(crate) fn transmit_queue(&self, source_queue: u16, owned: u64) -> u16 {
+        let all = u64::MAX >> (64 - u32::from(self.pairs()).clamp(1, 64));
+        let chosen = choose_receiver(all, owned, source_queue);
+        chosen
+            .and_then(|pair| u16::try_from(pair).ok())
+            .unwrap_or(0)
     }
 
     pub(crate) fn queue_info(&self, pair: u16, worker: u16) -> QueueInfo {

@@ -9,18 +9,17 @@ use crate::burst::Burst;
 use crate::net_header::Offloads;
 use crate::port::{AfXdpPort, AfXdpQueue, Port, Sent, Transmitter, max_l2_bytes};
 
-/// Delivers the frames of `mask`, with one call to the kernel. Notes in `unsent` that some are to be
-/// sent later.
+/// Delivers the frames of `mask` to queue `pair`, with one call to the kernel. Notes in `unsent` that
+/// some are to be sent later.
 pub(super) fn deliver_to_af_xdp(
     port: &AfXdpPort,
-    source_queue: u16,
+    pair: u16,
     mask: u64,
     burst: &mut Burst,
-    unsent: &mut Vec<(PortId, u16)>,
+    (unsent, contended): (&mut Vec<(PortId, u16)>, &mut u64),
 ) -> Outcome {
-    let pair = port.transmit_queue(source_queue);
     let queue = port.queue(pair);
-    let Some(mut transmitter) = lock(queue) else {
+    let Some(mut transmitter) = lock(queue, contended) else {
         return Outcome {
             busy: mask,
             ..Outcome::default()
@@ -71,11 +70,12 @@ impl Forwarder {
     }
 }
 
-fn lock(queue: &AfXdpQueue) -> Option<MutexGuard<'_, Transmitter>> {
+fn lock<'a>(queue: &'a AfXdpQueue, contended: &mut u64) -> Option<MutexGuard<'a, Transmitter>> {
     if let Some(guard) = queue.try_transmitter() {
         return Some(guard);
     }
     queue.tx.contended.add(1);
+    *contended += 1;
     for _ in 0..LOCK_TRIES {
         std::hint::spin_loop();
         if let Some(guard) = queue.try_transmitter() {

@@ -1,18 +1,24 @@
 //! A turn of a queue of an AF_XDP port.
 
-use super::{BURST, Polled, Worker};
+use super::{Polled, Worker};
 use crate::net_header::{HEADER_BYTES, Offloads};
 use crate::port::{AfXdpPort, Port};
 
 impl Worker {
-    pub(super) fn poll_af_xdp(&mut self, port: &Port, xdp: &AfXdpPort, pair: u16) -> Polled {
+    pub(super) fn poll_af_xdp(
+        &mut self,
+        port: &Port,
+        xdp: &AfXdpPort,
+        pair: u16,
+        limit: usize,
+    ) -> Polled {
         let queue = xdp.queue(pair);
         let Some(mut receiver) = queue.try_receiver() else {
             queue.rx.contended.add_owned(1);
-            return Polled::Waiting;
+            return Polled::Waiting(0);
         };
         self.burst.clear();
-        receiver.gather(BURST, &mut self.burst);
+        receiver.gather(limit, &mut self.burst);
         let count = self.burst.len();
         if count == 0 {
             return Polled::Empty;
@@ -29,10 +35,10 @@ impl Worker {
         receiver.give_back(taken);
         queue.rx.frames.add_owned(taken as u64);
         queue.rx.bytes.add_owned(bytes);
-        if taken > 0 {
+        if given_back == 0 && taken > 0 {
             Polled::Frames(taken)
         } else {
-            Polled::Waiting
+            Polled::Waiting(taken)
         }
     }
 }

@@ -1,0 +1,284 @@
+//! Ports and workers, and who polls what: everything that changes it goes through here, one change
+//! at a time.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crossbeam::channel;
+use ringway_bridge::PortId;
+use tracing::warn;
+
+use super::load::Load;
+use super::{PortConfig, PortName, SwitchError};
+use crate::port::{Binding, Port};
+use crate::topology::{Action, Topology, diff};
+use crate::worker::{Command, Source, Token, WorkerThread};
+
+/// What changes when ports come and go.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) ports: BTreeMap<PortName, Entry>,
+    pub(super) topology: Topology,
+    /// Counts additions, so that tokens of a slot's successive ports differ.
+    generation: u32,
+    /// What the queues took lately.
+    pub(super) load: Load,
+}
+
+/// A port as the switch keeps it.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) config: PortConfig,
+    pub(super) port: Arc<Port>,
+    pub(super) generation: u32,
+}
+
+/// The state, and the workers that carry it out.
+#[derive(Debug)]
+pub(super) struct Arrangement {
+    state: Mutex<State>,
+    pub(super) workers: Vec<WorkerThread>,
+}
+
+impl State {
+    /// # Errors
+    /// There is no such port.
+    pub(super) fn find(&self, name: &PortName) -> Result<&Entry, SwitchError> {
+        let missing = || SwitchError::NoSuchPort { name: name.clone() };
+        self.ports.get(name).ok_or_else(missing)
+    }
+
+    /// The names of all ports.
+    pub(super) fn names(&self) -> BTreeMap<PortId, &PortName> {
+        self.ports
+            .iter()
+            .map(|(name, entry)| (entry.port.base().id, name))
+            .collect()
+    }
+
+    /// Notes a port that is to be added to the topology.
+    pub(super) fn insert(&mut self, name: PortName, config: PortConfig, port: Arc<Port>) {
+        self.generation = self.generation.wrapping_add(1);
+        let generation = self.generation;
+        let entry = Entry {
+            config,
+            port,
+            generation,
+        };
+        self.ports.insert(name, entry);
+    }
+
+    pub(super) fn entry_of(&self, id: PortId) -> Option<&Entry> {
+        self.ports.values().find(|entry| entry.port.base().id == id)
+    }
+}
+
+impl Entry {
+    fn token(&self, pair: u16) -> Token {
+        Token::new(self.port.base().id, pair, self.generation)
+    }
+}
+
+/// # Errors
+/// A port of so many `pairs` has no such one.
+pub(super) fn check_pair(port: &PortName, pair: u16, pairs: u16) -> Result<(), SwitchError> {
+    if pair < pairs {
+        Ok(())
+    } else {
+        let port = port.clone();
+        Err(SwitchError::NoSuchQueue { port, pair, pairs })
+    }
+}
+
+impl Arrangement {
+    /// Without ports.
+    pub(super) fn new(workers: Vec<WorkerThread>) -> Self {
+        Self {
+            state: Mutex::default(),
+            workers,
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while it was held would have left each entry whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Number of workers.
+    pub(super) fn worker_count(&self) -> u16 {
+        u16::try_from(self.workers.len()).unwrap_or(u16::MAX)
+    }
+
+    /// # Errors
+    /// There is no such worker.
+    pub(super) fn check_worker(&self, worker: u16) -> Result<(), SwitchError> {
+        let workers = self.worker_count();
+        if worker < workers {
+            Ok(())
+        } else {
+            Err(SwitchError::NoSuchWorker { worker, workers })
+        }
+    }
+
+    /// Carries out the difference between the running topology and `desired`; `state` has the
+    /// ports of both.
+    ///
+    /// # Errors
+    /// A worker can't wait for a queue; what came before in the difference is done, and the rest
+    /// not.
+    pub(super) fn change_topology(&self, state: &mut State, desired: &Topology) -> io::Result<()> {
+        for action in diff(&state.topology, desired) {
+            match &action {
+                Action::Remove(id) => {
+                    self.tell_all(|_, done| Command::RemovePort { id: *id, done });
+                }
+                Action::Add(id, placement) => {
+                    if let Some(entry) = state.entry_of(*id) {
+                        self.add_to_workers(entry, placement)?;
+                    }
+                }
+                Action::Move { id, pair, from, to } => {
+                    if let Some(entry) = state.entry_of(*id) {
+                        self.move_pair(entry, *pair, *from, *to)?;
+                    }
+                }
+            }
+            state.topology.apply(&action);
+        }
+        Ok(())
+    }
+
+    fn add_to_workers(&self, entry: &Entry, placement: &[u16]) -> io::Result<()> {
+        let pairs = || (0..).zip(placement);
+        for (pair, worker) in pairs() {
+            if let Port::VhostUser(guest) = &*entry.port {
+                guest.bind(pair, self.binding(entry, pair, *worker))?;
+            }
+        }
+        self.tell_all(|worker, done| {
+            let own = pairs().filter(|(_, owner)| **owner == worker);
+            Command::AddPort {
+                port: Arc::clone(&entry.port),
+                sources: own.map(|(pair, _)| entry.token(pair)).collect(),
+                done,
+            }
+        });
+        Ok(())
+    }
+
+    fn binding(&self, entry: &Entry, pair: u16, worker: u16) -> Binding {
+        Binding {
+            worker: Arc::clone(&self.workers[usize::from(worker)].handle),
+            token: entry.token(pair),
+        }
+    }
+
+    /// Hands a pair over: its events go to the new worker, the old one lets go of it between two
+    /// turns, and the new one looks at it. What happens meanwhile is found by that look.
+    fn move_pair(&self, entry: &Entry, pair: u16, from: u16, to: u16) -> io::Result<()> {
+        let binding = self.binding(entry, pair, to);
+        let [from, to] = [from, to].map(|worker| &self.workers[usize::from(worker)].handle);
+        match &*entry.port {
+            Port::VhostUser(guest) => guest.bind(pair, binding)?,
+            port @ (Port::Tap(_) | Port::AfXdp(_)) => {
+                if let Some(fd) = port.fd(pair) {
+                    to.watch(fd, binding.token)?;
+                    from.unwatch(fd);
+                }
+            }
+        }
+        let token = entry.token(pair);
+        let (done, released) = channel::bounded(1);
+        from.send(Command::Release { token, done });
+        // An old worker that knows nothing of the queue has nothing to hand over.
+        let source = released.recv().ok().flatten();
+        let source =
+            source.unwrap_or_else(|| Box::new(Source::new(Arc::clone(&entry.port), token)));
+        let (done, adopted) = channel::bounded(1);
+        to.send(Command::Adopt { source, done });
+        // Fails only if the worker ended, and then nobody polls anything.
+        let _ = adopted.recv();
+        Ok(())
+    }
+
+    /// Sends each worker a command and waits until all have executed it.
+    fn tell_all(&self, command: impl Fn(u16, channel::Sender<()>) -> Command) {
+        let (done, all_done) = channel::bounded(self.workers.len());
+        for worker in &self.workers {
+            worker
+                .handle
+                .send(command(worker.handle.index, done.clone()));
+        }
+        drop(done);
+        // Ends when every worker has answered and so dropped its sender.
+        for () in &all_done {}
+    }
+
+    /// Has a port's queues that are fds of ours wake their workers.
+    pub(super) fn watch(&self, state: &State, port: &Port) -> io::Result<()> {
+        let id = port.base().id;
+        let Some(entry) = state.entry_of(id) else {
+            return Ok(());
+        };
+        for (pair, worker) in (0..).zip(state.topology.placement(id)) {
+            if let Some(fd) = port.fd(pair) {
+                let handle = &self.workers[usize::from(*worker)].handle;
+                handle.watch(fd, entry.token(pair))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has these queues wake nobody.
+    pub(super) fn unwatch(&self, state: &State, port: &Port) {
+        for (pair, worker) in (0..).zip(state.topology.placement(port.base().id)) {
+            if let Some(fd) = port.fd(pair) {
+                self.workers[usize::from(*worker)].handle.unwatch(fd);
+            }
+        }
+    }
+
+    /// Pins a pair to a worker, which polls it when this returns, or lets the switch choose again.
+    /// Tells whether it was pinned before.
+    ///
+    /// # Errors
+    /// No such port, pair or worker, or the worker can't wait for the queue; nothing changed.
+    pub(super) fn set_pin(
+        &self,
+        name: &PortName,
+        pair: u16,
+        worker: Option<u16>,
+    ) -> Result<bool, SwitchError> {
+        let mut state = self.lock();
+        let entry = state.find(name)?;
+        check_pair(name, pair, entry.port.queue_pairs())?;
+        if let Some(worker) = worker {
+            self.check_worker(worker)?;
+            let id = entry.port.base().id;
+            let desired = state.topology.with_pair_at(id, pair, worker);
+            self.change_topology(&mut state, &desired)
+                .map_err(|source| SwitchError::System {
+                    what: format!("queue {pair} of port {name}"),
+                    source,
+                })?;
+        }
+        let Some(entry) = state.ports.get_mut(name) else {
+            return Ok(false);
+        };
+        let pins = &mut entry.config.pins;
+        let old = match worker {
+            Some(worker) => pins.insert(pair, worker),
+            None => pins.remove(&pair),
+        };
+        Ok(old.is_some())
+    }
+
+    /// Takes a port out of all workers. Nothing of this can be refused.
+    pub(super) fn remove_from_workers(&self, state: &mut State, id: PortId) {
+        let desired = state.topology.without_port(id);
+        if let Err(error) = self.change_topology(state, &desired) {
+            warn!("removing port {id:?} from the workers: {error}");
+        }
+    }
+}
