@@ -20,6 +20,7 @@ mod transmit;
 mod umem;
 
 use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 pub(crate) use receive::Receiver;
@@ -42,6 +43,8 @@ pub(crate) struct AfXdpQueue {
     fd: RawFd,
     /// Entries of each of its four rings.
     ring_size: u32,
+    /// Others than workers that wait for a half: workers stand back meanwhile.
+    waiting: AtomicU32,
     receiver: Mutex<Receiver>,
     transmitter: Mutex<Transmitter>,
     pub(crate) rx: QueueCounters,
@@ -140,21 +143,21 @@ impl AfXdpQueue {
     /// The receiving half for one burst, or `None` if somebody else has it.
     #[inline]
     pub(crate) fn try_receiver(&self) -> Option<MutexGuard<'_, Receiver>> {
-        try_lock(&self.receiver)
+        self.try_lock(&self.receiver)
     }
 
     /// The transmitting half for one burst, or `None` if somebody else has it.
     #[inline]
     pub(crate) fn try_transmitter(&self) -> Option<MutexGuard<'_, Transmitter>> {
-        try_lock(&self.transmitter)
+        self.try_lock(&self.transmitter)
     }
 
     fn info(&self) -> AfXdpQueueInfo {
-        let mut receiver = lock(&self.receiver);
+        let mut receiver = self.lock(&self.receiver);
         let (fill_level, rx_level) = receiver.levels(self.ring_size);
         let statistics = receiver.statistics();
         drop(receiver);
-        let (tx_level, tx_pending) = lock(&self.transmitter).levels();
+        let (tx_level, tx_pending) = self.lock(&self.transmitter).levels();
         let count = |read: fn(&xsk_rs::socket::XdpStatistics) -> u64| {
             statistics.as_ref().map(read).unwrap_or_default()
         };
@@ -173,24 +176,33 @@ impl AfXdpQueue {
     }
 }
 
-fn try_lock<T>(half: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-    match half.try_lock() {
-        Ok(guard) => Some(guard),
-        // A panic in a worker ends the process.
-        Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
-    }
-}
-
-fn lock<T>(half: &Mutex<T>) -> MutexGuard<'_, T> {
-    half.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl AfXdpQueue {
+    #[inline]
+    fn try_lock<'a, T>(&self, half: &'a Mutex<T>) -> Option<MutexGuard<'a, T>> {
+        if self.waiting.load(Ordering::Relaxed) != 0 {
+            return None;
+        }
+        match half.try_lock() {
+            Ok(guard) => Some(guard),
+            // A panic in a worker ends the process.
+            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// A half, once the worker that has it is done with its burst.
+    fn lock<'a, T>(&self, half: &'a Mutex<T>) -> MutexGuard<'a, T> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let guard = half.lock().unwrap_or_else(PoisonError::into_inner);
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        guard
+    }
+
     fn new(receiver: Receiver, transmitter: Transmitter, fd: RawFd, ring_size: u32) -> Self {
         Self {
             fd,
             ring_size,
+            waiting: AtomicU32::new(0),
             receiver: Mutex::new(receiver),
             transmitter: Mutex::new(transmitter),
             rx: QueueCounters::default(),
