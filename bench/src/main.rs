@@ -1,5 +1,7 @@
 //! `ringway-bench`: the lab.
 
+mod hint;
+mod interrupt;
 mod lab;
 mod synth;
 
@@ -25,6 +27,9 @@ enum Command {
     Compare(Box<synth::CompareArgs>),
 }
 
+/// As a shell reports a program that SIGINT ended.
+const EXIT_INTERRUPTED: u8 = 130;
+
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Lab(args) => lab::run(*args),
@@ -33,9 +38,13 @@ fn main() -> ExitCode {
     };
     match outcome {
         Ok(code) => code,
+        Err(_) if interrupt::requested() => {
+            eprintln!("interrupted");
+            ExitCode::from(EXIT_INTERRUPTED)
+        }
         Err(error) => {
             eprintln!("error: {error:#}");
-            if let Some(hint) = lab::hint_of(&error)
+            if let Some(hint) = hint::hint_of(&error)
                 .map(str::to_owned)
                 .or_else(|| synth::hint_of(&error))
             {

@@ -3,7 +3,7 @@
 //! The way of a run: [`image`] makes what the guests boot, [`accel`] decides between KVM and TCG,
 //! [`topology`] builds a switch with its guests in a [`netns`], [`measure`] runs one test on it,
 //! [`report`] prints them all. [`scenario`] holds the acceptance runs. Whatever is started is
-//! ended by a `Drop`, also after Ctrl-C ([`interrupt`]).
+//! ended by a `Drop`, also after Ctrl-C ([`crate::interrupt`]).
 
 mod accel;
 mod console;
@@ -11,7 +11,6 @@ mod cpio;
 mod daemon;
 mod guest;
 mod image;
-mod interrupt;
 mod measure;
 mod netns;
 mod options;
@@ -28,6 +27,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 pub(crate) use options::LabArgs;
+pub(crate) use process::tied;
+
+use crate::hint::hinted;
+use crate::interrupt;
 
 use measure::measure;
 use options::Plan;
@@ -37,33 +40,6 @@ use topology::{Base, Shape, Switch, Topology};
 
 /// What to do about anything that a package brings.
 const INSTALL_HINT: &str = "run bench/install-packages.sh as root";
-
-/// As a shell reports a program that SIGINT ended.
-const EXIT_INTERRUPTED: u8 = 130;
-
-/// An error that knows what the operator can do about it.
-#[derive(Debug, thiserror::Error)]
-#[error("{what}")]
-struct Hinted {
-    what: String,
-    hint: String,
-}
-
-fn hinted(what: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
-    Hinted {
-        what: what.into(),
-        hint: hint.into(),
-    }
-    .into()
-}
-
-/// The hint of an error, if it has one.
-pub(crate) fn hint_of(error: &anyhow::Error) -> Option<&str> {
-    error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<Hinted>())
-        .map(|error| &*error.hint)
-}
 
 /// Runs the lab. The exit code is that of a failure when a measurement or a scenario failed.
 ///
@@ -81,8 +57,7 @@ pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
     let folder = tempfile::Builder::new().prefix("ringway-lab-").tempdir()?;
     let outcome = run_in(&plan, folder.path());
     if interrupt::requested() {
-        eprintln!("interrupted");
-        return Ok(ExitCode::from(EXIT_INTERRUPTED));
+        return Err(interrupt::Interrupted.into());
     }
     let failed = !matches!(&outcome, Ok(true));
     if failed || plan.keep_logs {
@@ -221,12 +196,5 @@ mod tests {
         assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), 2.5);
         assert_eq!(median(&mut []), 0.0);
-    }
-
-    #[test]
-    fn a_hint_survives_context() {
-        let error = hinted("iperf3 is missing", INSTALL_HINT).context("preparing");
-        assert_eq!(hint_of(&error), Some(INSTALL_HINT));
-        assert_eq!(hint_of(&anyhow::anyhow!("other")), None);
     }
 }

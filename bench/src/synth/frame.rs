@@ -69,16 +69,31 @@ impl Stamp {
     }
 }
 
+/// What frames of a load have besides their size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Style {
+    /// Checksums are left to the device.
+    pub(crate) checksum: bool,
+    /// The switch puts its own address in place of the sender's.
+    pub(crate) macs_rewritten: bool,
+}
+
 /// Frames of one size on one route, each behind its virtio-net header.
 #[derive(Clone, Debug)]
 pub(crate) struct Template {
     bytes: Vec<u8>,
     stamp_at: usize,
+    /// Where the checksum is that the device completes, if it does.
+    checksum_at: Option<usize>,
+    macs_rewritten: bool,
 }
+
+/// Offset of the payload of IPv4 behind the start of the virtio-net header.
+const L4: usize = NET_HEADER_BYTES + ETHERNET + IPV4;
 
 impl Template {
     /// Frames of `size` L2 bytes without the FCS; above [`MAX_PLAIN`] for segmentation.
-    pub(crate) fn new(route: Route, size: u32) -> Self {
+    pub(crate) fn new(route: Route, size: u32, style: Style) -> Self {
         let size = size.clamp(MIN_FRAME, MAX_FRAME);
         let segmented = size > MAX_PLAIN;
         let frame_len = size as usize;
@@ -116,32 +131,39 @@ impl Template {
         let l4 = ETHERNET + IPV4;
         frame[l4 + 2..l4 + 4].copy_from_slice(&9u16.to_be_bytes());
         let mut header = [0; NET_HEADER_BYTES];
-        let l4_len = if segmented {
+        let l4_len = if segmented { TCP } else { UDP };
+        // UDP over IPv4 does without a checksum.
+        let checksum_in_l4 = match (segmented, style.checksum) {
+            (true, _) => Some(16),
+            (false, true) => Some(6),
+            (false, false) => None,
+        };
+        if segmented {
             frame[l4 + 4..l4 + 12].fill(0);
-            frame[l4 + 12..l4 + 16].copy_from_slice(&[0x50, 0x10, 0xff, 0xff]);
-            // The pseudo header's sum: the device or the receiver completes it.
-            let mut pseudo = frame[ETHERNET + 12..ETHERNET + 20].to_vec();
-            pseudo.extend([0, protocol]);
-            pseudo.extend(be16(frame_len - l4));
-            let sum = ones_complement_sum(&pseudo).to_be_bytes();
-            frame[l4 + 16..l4 + 20].copy_from_slice(&[sum[0], sum[1], 0, 0]);
-            header[0] = F_NEEDS_CSUM;
+            frame[l4 + 12..l4 + 20].copy_from_slice(&[0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
             header[1] = GSO_TCPV4;
             header[2..4].copy_from_slice(&54u16.to_le_bytes());
             header[4..6].copy_from_slice(&GSO_SIZE.to_le_bytes());
-            header[6..8].copy_from_slice(&34u16.to_le_bytes());
-            header[8..10].copy_from_slice(&16u16.to_le_bytes());
-            TCP
         } else {
             let len = be16(frame_len - l4);
-            // No checksum: allowed for UDP over IPv4.
             frame[l4 + 4..l4 + 8].copy_from_slice(&[len[0], len[1], 0, 0]);
-            UDP
-        };
-        let stamp_at = NET_HEADER_BYTES + l4 + l4_len;
+        }
+        if let Some(at) = checksum_in_l4 {
+            let sum = pseudo_header_sum(&frame).to_be_bytes();
+            frame[l4 + at..l4 + at + 2].copy_from_slice(&sum);
+            header[0] = F_NEEDS_CSUM;
+            header[6..8].copy_from_slice(&34u16.to_le_bytes());
+            // 6 or 16.
+            header[8] = u8::try_from(at).unwrap_or(0);
+        }
         let mut bytes = header.to_vec();
         bytes.extend(frame);
-        let mut template = Self { bytes, stamp_at };
+        let mut template = Self {
+            bytes,
+            stamp_at: L4 + l4_len,
+            checksum_at: checksum_in_l4.map(|at| L4 + at),
+            macs_rewritten: style.macs_rewritten,
+        };
         template.set_flow(0);
         template
     }
@@ -164,24 +186,68 @@ impl Template {
         self.stamp_at
     }
 
-    /// The stamp of a received frame (header in front), if it is on this route and of this size.
+    /// The stamp of a received frame (header in front; its beginning suffices), if it is on this
+    /// route.
     pub(crate) fn stamp_of(&self, received: &[u8]) -> Option<Stamp> {
-        let macs = NET_HEADER_BYTES..NET_HEADER_BYTES + 12;
-        if received.get(macs.clone())? != &self.bytes[macs] {
+        if !self.is_on_route(received) {
             return None;
         }
         Stamp::from_bytes(received.get(self.stamp_at..)?)
     }
 
+    /// True if a received frame (header in front; its beginning suffices) is on this route.
+    pub(crate) fn is_on_route(&self, received: &[u8]) -> bool {
+        let macs = self.macs();
+        received.get(macs.clone()) == Some(&self.bytes[macs])
+    }
+
     /// True if a received frame (header in front) is one of these, all bytes but flow and stamp
-    /// compared.
+    /// compared. A checksum that was left open is still so, or it is right.
     pub(crate) fn matches(&self, received: &[u8]) -> bool {
         let port = NET_HEADER_BYTES + SOURCE_PORT;
         let stamp_end = (self.stamp_at + Stamp::BYTES).min(self.bytes.len());
+        let checksum = self
+            .checksum_at
+            .map_or(self.stamp_at..self.stamp_at, |at| at..at + 2);
+        let behind_macs = NET_HEADER_BYTES + 12;
+        let equal = |range: std::ops::Range<usize>| received[range.clone()] == self.bytes[range];
         received.len() == self.bytes.len()
-            && received[NET_HEADER_BYTES..port] == self.bytes[NET_HEADER_BYTES..port]
-            && received[port + 2..self.stamp_at] == self.bytes[port + 2..self.stamp_at]
-            && received[stamp_end..] == self.bytes[stamp_end..]
+            && self.is_on_route(received)
+            && equal(behind_macs..port)
+            && equal(port + 2..checksum.start)
+            && equal(checksum.end..self.stamp_at)
+            && equal(stamp_end..received.len())
+            && (self.checksum_at.is_none()
+                || if received[0] & F_NEEDS_CSUM != 0 {
+                    equal(checksum.clone()) || self.is_dpdks(&received[checksum])
+                } else {
+                    has_right_checksum(&received[NET_HEADER_BYTES..])
+                })
+    }
+
+    /// True for the checksum that DPDK leaves open in a frame for segmentation: without the length,
+    /// which is that of each segment.
+    fn is_dpdks(&self, checksum: &[u8]) -> bool {
+        let sum = pseudo_header_sum_with(&self.bytes[NET_HEADER_BYTES..], 0);
+        self.bytes[1] == GSO_TCPV4 && checksum == sum.to_be_bytes()
+    }
+
+    /// True if a received frame still says how it is to be segmented, if it was sent so.
+    pub(crate) fn keeps_segmentation(&self, received: &[u8]) -> bool {
+        self.bytes[1] == received[1] && (self.bytes[1] == 0 || self.bytes[4..6] == received[4..6])
+    }
+
+    /// True if a received frame is one of these and nobody will know how to segment it.
+    pub(crate) fn came_unsegmented(&self, received: &[u8]) -> bool {
+        received.len() == self.bytes.len()
+            && self.is_on_route(received)
+            && !self.keeps_segmentation(received)
+    }
+
+    /// The addresses that arrive as they were sent.
+    fn macs(&self) -> std::ops::Range<usize> {
+        let count = if self.macs_rewritten { 6 } else { 12 };
+        NET_HEADER_BYTES..NET_HEADER_BYTES + count
     }
 
     fn set_flow(&mut self, flow: u16) {
@@ -204,6 +270,26 @@ fn filler(offset: usize) -> u8 {
 
 fn be16(len: usize) -> [u8; 2] {
     u16::try_from(len).unwrap_or(u16::MAX).to_be_bytes()
+}
+
+/// Sum over addresses, protocol and length of the payload of an IPv4 frame.
+fn pseudo_header_sum(frame: &[u8]) -> u16 {
+    pseudo_header_sum_with(frame, frame.len() - ETHERNET - IPV4)
+}
+
+fn pseudo_header_sum_with(frame: &[u8], len: usize) -> u16 {
+    let mut pseudo = frame[ETHERNET + 12..ETHERNET + 20].to_vec();
+    pseudo.extend([0, frame[ETHERNET + 9]]);
+    pseudo.extend(be16(len));
+    ones_complement_sum(&pseudo)
+}
+
+/// True if TCP's or UDP's checksum is complete.
+fn has_right_checksum(frame: &[u8]) -> bool {
+    let payload = ones_complement_sum(&frame[ETHERNET + IPV4..]);
+    let [a, b] = [pseudo_header_sum(frame), payload].map(u32::from);
+    // Folded sums that add up to all ones.
+    (a + b) % 0xffff == 0
 }
 
 fn ones_complement_sum(bytes: &[u8]) -> u16 {
@@ -229,7 +315,7 @@ mod tests {
     #[test]
     fn frames_have_the_size_asked_for_and_valid_headers() {
         for size in [60, 64, 1500, 9000, 65_000] {
-            let template = Template::new(route(), size);
+            let template = Template::new(route(), size, Style::default());
             let bytes = template.for_flow(3);
             assert_eq!(bytes.len(), NET_HEADER_BYTES + size as usize);
             let frame = &bytes[NET_HEADER_BYTES..];
@@ -247,7 +333,7 @@ mod tests {
 
     #[test]
     fn a_stamp_is_read_back_and_a_changed_byte_is_seen() {
-        let template = Template::new(route(), MIN_STAMPED);
+        let template = Template::new(route(), MIN_STAMPED, Style::default());
         let mut frame = template.for_flow(7);
         let stamp = Stamp {
             sequence: 5,
@@ -269,7 +355,64 @@ mod tests {
                 to: guest_mac(0),
             },
             MIN_STAMPED,
+            Style::default(),
         );
         assert_eq!(back.stamp_of(&frame), None);
+    }
+
+    #[test]
+    fn a_checksum_may_be_open_or_right_and_nothing_else() {
+        let style = Style {
+            checksum: true,
+            ..Style::default()
+        };
+        for (size, at) in [(64, 6), (1501, 6), (65_000, 16)] {
+            let template = Template::new(route(), size, style);
+            let open = template.for_flow(2);
+            assert!(template.matches(&open), "{size}: open");
+            let mut complete = open.clone();
+            complete[0] = 0;
+            assert!(!template.matches(&complete), "{size}: neither");
+            complete[L4 + at..L4 + at + 2].fill(0);
+            let frame = &complete[NET_HEADER_BYTES..];
+            let sum = u32::from(pseudo_header_sum(frame))
+                + u32::from(ones_complement_sum(&frame[ETHERNET + IPV4..]));
+            let folded = u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+            complete[L4 + at..L4 + at + 2].copy_from_slice(&(!folded).to_be_bytes());
+            assert!(template.matches(&complete), "{size}: complete");
+            complete[L4 + at] ^= 1;
+            assert!(!template.matches(&complete), "{size}: wrong");
+        }
+    }
+
+    #[test]
+    fn a_lost_segmentation_header_is_seen() {
+        let template = Template::new(route(), 65_000, Style::default());
+        let mut frame = template.for_flow(0);
+        assert!(template.keeps_segmentation(&frame));
+        assert!(!template.came_unsegmented(&frame));
+        // As a peer delivers it that clears the whole header.
+        frame[..10].fill(0);
+        assert!(!template.keeps_segmentation(&frame));
+        assert!(template.came_unsegmented(&frame));
+        let plain = Template::new(route(), 9000, Style::default());
+        assert!(plain.keeps_segmentation(&plain.for_flow(0)));
+    }
+
+    #[test]
+    fn a_rewritten_source_is_taken_only_where_it_is_expected() {
+        let style = Style {
+            macs_rewritten: true,
+            ..Style::default()
+        };
+        let (strict, lenient) = (
+            Template::new(route(), 128, Style::default()),
+            Template::new(route(), 128, style),
+        );
+        let mut frame = strict.for_flow(0);
+        frame[NET_HEADER_BYTES + 8] ^= 0xff;
+        assert!(lenient.matches(&frame) && !strict.matches(&frame));
+        frame[NET_HEADER_BYTES] ^= 0xff;
+        assert!(!lenient.matches(&frame) && !lenient.is_on_route(&frame));
     }
 }

@@ -1,22 +1,25 @@
 //! A guest of the load: a front-end whose buffers stay where they are.
 
 use std::io;
-use std::path::Path;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ringway_dataplane::driver::features::{
-    self, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX,
+    self, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use ringway_dataplane::driver::{
-    DeviceFault, DeviceStart, Direction, DriverMemory, DriverMemoryError, EventFd, Frontend,
-    FrontendError, Lane, LaneShape, Layout, RingOptions, RingSetupError, RingStart, Segment,
-    UsedSlot, WANTED_PROTOCOL_FEATURES, Window,
+    DeviceStart, Direction, DriverMemory, EventFd, Frontend, Lane, LaneShape, Layout, RingOptions,
+    RingStart, Segment, UsedSlot, WANTED_PROTOCOL_FEATURES, Window,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::frame::Template;
+use super::error::LoadError;
+use super::frame::{MAX_PLAIN, Template};
+use crate::interrupt;
 
 /// Slots made available or taken back at once; peers use bursts of 32.
 pub(crate) const BURST: usize = 64;
@@ -30,6 +33,11 @@ const BUFFER_STRIDE: u32 = 2304;
 
 /// How long a back-end may take to answer a request.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two looks whether the run is to end.
+const LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 50_000_000,
+};
 
 /// How the guests of a load drive their rings.
 #[derive(Clone, Copy, Debug)]
@@ -38,36 +46,40 @@ pub(crate) struct Shape {
     pub(crate) mergeable: bool,
     pub(crate) in_order: bool,
     pub(crate) event_idx: bool,
+    /// The virtio-net header has a buffer of its own.
     pub(crate) chained: bool,
+    /// The two buffers of a chain lie in an indirect table.
+    pub(crate) indirect: bool,
+    /// Segmentation offload, also if no frame needs it.
+    pub(crate) tso: bool,
+    /// Checksum offload.
+    pub(crate) checksum: bool,
     pub(crate) queue_size: u16,
     pub(crate) queues: u16,
     pub(crate) huge: bool,
 }
 
-/// Why a guest of the load failed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub(crate) enum LoadError {
-    #[error(transparent)]
-    Frontend(#[from] FrontendError),
-    #[error(transparent)]
-    Memory(#[from] DriverMemoryError),
-    #[error(transparent)]
-    Ring(#[from] RingSetupError),
-    #[error("the back-end broke a rule: {0}")]
-    Device(#[from] DeviceFault),
-    #[error("an eventfd or socket is unusable: {0}")]
-    Io(#[from] io::Error),
-    #[error("the back-end does not offer {names}")]
-    NotOffered { names: String },
-    #[error("the back-end has {offered} queue pairs, not {wanted}")]
-    QueuePairs { offered: u64, wanted: u16 },
-    #[error("the back-end closed the connection")]
-    Closed,
-    #[error("no frame came through the switch in {0:?}")]
-    NoTraffic(Duration),
-    #[error("{0} frames arrived that were not sent or were changed on the way")]
-    Corrupt(u64),
+impl Shape {
+    fn per_slot(self) -> u16 {
+        if self.chained { 2 } else { 1 }
+    }
+
+    /// Chains that a ring holds.
+    pub(crate) fn slots(self) -> u16 {
+        if self.indirect {
+            self.queue_size
+        } else {
+            self.queue_size / self.per_slot()
+        }
+    }
+
+    fn ring_options(self, features: u64) -> RingOptions {
+        RingOptions {
+            event_idx: features & VIRTIO_RING_F_EVENT_IDX != 0,
+            in_order: features & VIRTIO_F_IN_ORDER != 0,
+            indirect: if self.indirect { self.per_slot() } else { 0 },
+        }
+    }
 }
 
 /// Memory of the buffers of one lane.
@@ -160,8 +172,7 @@ impl LoadPair {
     ) -> Result<Self, LoadError> {
         let longest = frames.iter().map(Template::len).max().unwrap_or(0);
         let rx_len = receive_buffer(shape.mergeable, frames);
-        let per_slot = if shape.chained { 2 } else { 1 };
-        let slots = shape.queue_size / per_slot;
+        let (per_slot, slots) = (shape.per_slot(), shape.slots());
         let stride = |len: u32| {
             len.max(MERGE_BUFFER)
                 .next_multiple_of(64)
@@ -204,7 +215,7 @@ impl LoadPair {
         let longest = frames.iter().map(Template::len).max().unwrap_or(0);
         let rx_len = receive_buffer(shape.mergeable, frames);
         let stride = |len: u32| u64::from(len.next_multiple_of(64).max(BUFFER_STRIDE));
-        u64::from(shape.queue_size) * (stride(longest) + stride(rx_len) + 64) + 8192
+        u64::from(shape.queue_size) * (stride(longest) + stride(rx_len) + 128) + 8192
     }
 
     /// Offers up to `count` frames that lie ready. Returns how many.
@@ -255,6 +266,34 @@ impl LoadPair {
         Ok(turn)
     }
 
+    /// Takes frames that arrived and shows the beginning of each, header in front, at most
+    /// `head.len()` bytes. `each` gets zeros where the first buffer ends before that.
+    pub(crate) fn peek(
+        &mut self,
+        head: &mut [u8],
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<Turn, LoadError> {
+        let mut turn = Turn::default();
+        let mut used = [UsedSlot::default(); BURST];
+        let count = self.rx.harvest(&mut used)?;
+        let mut inside = self.headless || !self.partial.is_empty();
+        for slot in &used[..count] {
+            if !inside {
+                let len = (slot.len as usize).min(head.len());
+                self.rx_space.read(slot.slot, 0, &mut head[..len]);
+                head[len..].fill(0);
+                each(head);
+            }
+            inside = slot.len >= self.rx_len;
+            turn.received += u64::from(!inside);
+            turn.bytes += u64::from(slot.len);
+        }
+        self.partial.clear();
+        self.headless = inside;
+        self.recycle(count == 0)?;
+        Ok(turn)
+    }
+
     /// Takes frames that arrived, header in front of each, joined from their buffers.
     pub(crate) fn receive(&mut self, mut each: impl FnMut(&[u8])) -> Result<usize, LoadError> {
         let mut used = [UsedSlot::default(); BURST];
@@ -280,6 +319,15 @@ impl LoadPair {
     }
 }
 
+/// Bytes of a receive buffer for frames of this size.
+pub(crate) fn receive_buffer_bytes(shape: Shape, frame: u32) -> u32 {
+    if shape.mergeable {
+        MERGE_BUFFER
+    } else {
+        frame + 64
+    }
+}
+
 /// Bytes of a receive buffer such that the last buffer of every frame is not full: that tells
 /// frames apart without a look at their headers.
 fn receive_buffer(mergeable: bool, frames: &[Template]) -> u32 {
@@ -293,6 +341,53 @@ fn receive_buffer(mergeable: bool, frames: &[Template]) -> u32 {
         .unwrap_or(MERGE_BUFFER)
 }
 
+/// A socket at which a guest waits for its back-end; its file goes with it.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    socket: UnixListener,
+    path: PathBuf,
+}
+
+impl Listener {
+    /// Listens in place of whoever did before.
+    pub(crate) fn bind(path: &Path) -> Result<Self, LoadError> {
+        let _ = std::fs::remove_file(path);
+        let socket = UnixListener::bind(path)?;
+        socket.set_nonblocking(true)?;
+        Ok(Self {
+            socket,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Waits for the back-end.
+    pub(crate) fn accept(&self) -> Result<Frontend, LoadError> {
+        let deadline = Instant::now() + REPLY_TIMEOUT;
+        while Instant::now() < deadline {
+            match self.socket.accept() {
+                Ok((socket, _)) => {
+                    socket.set_nonblocking(false)?;
+                    return Ok(Frontend::new(socket));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+                    interrupt::check()?;
+                    // A signal ends it early, which the next look finds.
+                    let _ = poll(&mut fds, Some(&LOOK));
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Err(LoadError::NotConnected(REPLY_TIMEOUT))
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
 /// A guest of the load.
 #[derive(Debug)]
 pub(crate) struct LoadGuest {
@@ -302,20 +397,18 @@ pub(crate) struct LoadGuest {
 }
 
 impl LoadGuest {
-    /// Connects to a back-end that listens at `path`, with these frames ready to be sent.
-    pub(crate) fn connect(
-        path: &Path,
+    /// Starts all queues of a session in which nothing was said yet, with these frames ready to be
+    /// sent.
+    pub(crate) fn start(
+        mut frontend: Frontend,
         shape: Shape,
         frames: &[Template],
         flows: u16,
     ) -> Result<Self, LoadError> {
-        let mut frontend = Frontend::connect(path)?;
         frontend.set_reply_timeout(REPLY_TIMEOUT)?;
         let offered = frontend.negotiate_protocol(WANTED_PROTOCOL_FEATURES)?;
-        let segmented = frames
-            .iter()
-            .any(|frame| frame.len() > super::frame::MAX_PLAIN + 12);
-        let features = choose_features(offered, shape, segmented)?;
+        let segmented = frames.iter().any(|frame| frame.len() > MAX_PLAIN + 12);
+        let features = choose_features(offered, shape, segmented || shape.tso)?;
         let offered_pairs = frontend.queue_pairs()?;
         if offered_pairs < u64::from(shape.queues) {
             return Err(LoadError::QueuePairs {
@@ -323,13 +416,8 @@ impl LoadGuest {
                 wanted: shape.queues,
             });
         }
-        let bytes = LoadPair::memory_bytes(shape, frames) * u64::from(shape.queues);
-        let memory = DriverMemory::single(bytes, shape.huge)?;
-        let options = RingOptions {
-            event_idx: features & VIRTIO_RING_F_EVENT_IDX != 0,
-            in_order: features & VIRTIO_F_IN_ORDER != 0,
-            indirect: 0,
-        };
+        let memory = DriverMemory::single(memory_bytes(shape, frames), shape.huge)?;
+        let options = shape.ring_options(features);
         let mut pairs = Vec::new();
         for _ in 0..shape.queues {
             let mut pair = LoadPair::new(&memory, shape, options, frames, flows)?;
@@ -372,8 +460,13 @@ impl LoadGuest {
     }
 }
 
+/// Bytes of memory that a guest needs.
+pub(crate) fn memory_bytes(shape: Shape, frames: &[Template]) -> u64 {
+    LoadPair::memory_bytes(shape, frames) * u64::from(shape.queues)
+}
+
 /// What to negotiate: all that the shape needs, and what else is useful and offered.
-fn choose_features(offered: u64, shape: Shape, segmented: bool) -> Result<u64, LoadError> {
+fn choose_features(offered: u64, shape: Shape, tso: bool) -> Result<u64, LoadError> {
     let needed = [
         (true, VIRTIO_F_VERSION_1, "VIRTIO_F_VERSION_1"),
         (
@@ -391,7 +484,24 @@ fn choose_features(offered: u64, shape: Shape, segmented: bool) -> Result<u64, L
             VIRTIO_RING_F_EVENT_IDX,
             "VIRTIO_RING_F_EVENT_IDX",
         ),
+        (
+            shape.indirect,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            "VIRTIO_RING_F_INDIRECT_DESC",
+        ),
         (shape.queues > 1, VIRTIO_NET_F_MQ, "VIRTIO_NET_F_MQ"),
+        (
+            tso || shape.checksum,
+            VIRTIO_NET_F_CSUM,
+            "VIRTIO_NET_F_CSUM",
+        ),
+        (
+            tso || shape.checksum,
+            VIRTIO_NET_F_GUEST_CSUM,
+            "VIRTIO_NET_F_GUEST_CSUM",
+        ),
+        (tso, VIRTIO_NET_F_HOST_TSO4, "VIRTIO_NET_F_HOST_TSO4"),
+        (tso, VIRTIO_NET_F_GUEST_TSO4, "VIRTIO_NET_F_GUEST_TSO4"),
     ];
     let missing: Vec<&str> = needed
         .iter()
@@ -408,13 +518,13 @@ fn choose_features(offered: u64, shape: Shape, segmented: bool) -> Result<u64, L
         .filter(|(wanted, ..)| *wanted)
         .fold(0, |sum, (_, bit, _)| sum | bit);
     let in_order = if shape.in_order { VIRTIO_F_IN_ORDER } else { 0 };
-    let tso = if segmented { features::TSO } else { 0 };
+    let tso = if tso { features::TSO } else { 0 };
     Ok(chosen | offered & (in_order | tso))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::frame::{Route, guest_mac};
+    use super::super::frame::{Route, Style, guest_mac};
     use super::*;
 
     #[test]
@@ -423,8 +533,12 @@ mod tests {
             from: guest_mac(0),
             to: guest_mac(1),
         };
+        let style = Style::default();
         for size in (60..9000).step_by(4) {
-            let frames = [Template::new(route, size), Template::new(route, 65_000)];
+            let frames = [
+                Template::new(route, size, style),
+                Template::new(route, 65_000, style),
+            ];
             for mergeable in [true, false] {
                 let buffer = receive_buffer(mergeable, &frames);
                 assert!(frames.iter().all(|frame| frame.len() % buffer != 0));
@@ -440,6 +554,9 @@ mod tests {
             in_order: true,
             event_idx: false,
             chained: false,
+            indirect: false,
+            tso: false,
+            checksum: false,
             queue_size: 256,
             queues: 1,
             huge: false,
@@ -452,7 +569,13 @@ mod tests {
             error.ends_with("does not offer VIRTIO_F_RING_PACKED"),
             "{error}"
         );
-        let chosen = choose_features(offered | VIRTIO_F_RING_PACKED, shape, true).unwrap();
-        assert_eq!(chosen, offered | VIRTIO_F_RING_PACKED);
+        let offered = offered | VIRTIO_F_RING_PACKED;
+        assert_eq!(choose_features(offered, shape, false).unwrap(), offered);
+        let error = choose_features(offered, shape, true)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("VIRTIO_NET_F_HOST_TSO4"), "{error}");
+        let all = offered | features::TSO;
+        assert_eq!(choose_features(all, shape, true).unwrap(), all);
     }
 }

@@ -4,11 +4,14 @@ use std::hint;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use ringway_dataplane::driver::Frontend;
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use super::frame::{Route, Template, guest_mac};
-use super::guest::{LoadError, LoadGuest, Shape};
+use super::error::LoadError;
+use super::frame::{Route, Stamp, Style, Template, guest_mac};
+use super::guest::{Listener, LoadGuest, Shape, memory_bytes};
+use crate::interrupt;
 
 /// How long the first frame may take: a switch learns, a back-end starts its queues.
 const FIRST_FRAME: Duration = Duration::from_secs(5);
@@ -26,17 +29,57 @@ const STALL: Duration = Duration::from_millis(250);
 /// How long frames on their way may stay unseen before they count as lost.
 pub(crate) const SETTLE: Duration = Duration::from_millis(50);
 
+/// Bytes of a frame and the header in front of it that tell route and stamp, with TCP's header
+/// between.
+pub(crate) const HEAD: usize = 12 + 14 + 20 + 20 + Stamp::BYTES;
+
 /// What the load is made of.
 #[derive(Clone, Debug)]
 pub(crate) struct LoadConfig {
     /// Sockets of the switch, two per pair of guests.
     pub(crate) sockets: Vec<PathBuf>,
+    /// The guests listen there and the switch connects.
+    pub(crate) listen: bool,
     pub(crate) shape: Shape,
     /// Sizes of the frames, taken in turn.
     pub(crate) sizes: Vec<u32>,
+    pub(crate) style: Style,
     pub(crate) flows: u16,
     /// Compare every byte that arrives.
     pub(crate) verify: bool,
+}
+
+impl LoadConfig {
+    /// Frames that this guest sends, one template per size.
+    fn templates(&self, guest: u16) -> Vec<Template> {
+        let route = Route {
+            from: guest_mac(guest),
+            to: guest_mac(guest ^ 1),
+        };
+        self.sizes
+            .iter()
+            .map(|size| Template::new(route, *size, self.style))
+            .collect()
+    }
+
+    /// A session for each guest.
+    fn frontends(&self) -> Result<Vec<Frontend>, LoadError> {
+        if !self.listen {
+            let connect = |path: &PathBuf| Ok(Frontend::connect(path)?);
+            return self.sockets.iter().map(connect).collect();
+        }
+        let listeners: Vec<Listener> = self
+            .sockets
+            .iter()
+            .map(|path| Listener::bind(path))
+            .collect::<Result<_, _>>()?;
+        listeners.iter().map(Listener::accept).collect()
+    }
+
+    /// Bytes of memory that all guests need together.
+    pub(crate) fn memory_bytes(&self, guests: u16) -> u64 {
+        memory_bytes(self.shape, &self.templates(0)) * u64::from(guests)
+    }
 }
 
 /// What a full-rate run measured.
@@ -60,6 +103,10 @@ pub(crate) struct MaxResult {
     pub(crate) best_ns_per_frame: f64,
     /// Time that the load was ready to run and had no CPU.
     pub(crate) waited_for_cpu: Duration,
+    /// A guest to which nothing came.
+    pub(crate) silent_guest: Option<usize>,
+    /// Frames that came to the wrong guest, of those that were looked at.
+    pub(crate) foreign: u64,
 }
 
 /// A short stretch of a run.
@@ -128,6 +175,8 @@ pub(crate) struct Load {
     pub(crate) guests: Vec<LoadGuest>,
     /// Frames that each guest sends, one template per size.
     pub(crate) templates: Vec<Vec<Template>>,
+    /// Runs with stamped frames so far.
+    pub(crate) runs: u8,
     verify: bool,
 }
 
@@ -135,25 +184,19 @@ impl Load {
     /// Connects all guests and waits until each one's frames arrive.
     pub(crate) fn connect(config: &LoadConfig) -> Result<Self, LoadError> {
         let count = u16::try_from(config.sockets.len()).unwrap_or(u16::MAX);
-        let route = |guest: u16| Route {
-            from: guest_mac(guest),
-            to: guest_mac(guest ^ 1),
-        };
-        let templates: Vec<Vec<Template>> = (0..count)
-            .map(|guest| {
-                let template = |size: &u32| Template::new(route(guest), *size);
-                config.sizes.iter().map(template).collect()
-            })
-            .collect();
+        let templates: Vec<_> = (0..count).map(|guest| config.templates(guest)).collect();
         let guests = config
-            .sockets
-            .iter()
+            .frontends()?
+            .into_iter()
             .zip(&templates)
-            .map(|(path, frames)| LoadGuest::connect(path, config.shape, frames, config.flows))
+            .map(|(frontend, frames)| {
+                LoadGuest::start(frontend, config.shape, frames, config.flows)
+            })
             .collect::<Result<_, _>>()?;
         let mut load = Self {
             guests,
             templates,
+            runs: 0,
             verify: config.verify,
         };
         load.teach()?;
@@ -164,13 +207,19 @@ impl Load {
     fn teach(&mut self) -> Result<(), LoadError> {
         let start = Instant::now();
         let mut heard = vec![false; self.guests.len()];
+        let mut unsegmented = false;
         let mut next = Duration::ZERO;
         while heard.contains(&false) {
             if start.elapsed() > FIRST_FRAME {
                 self.check_alive()?;
-                return Err(LoadError::NoTraffic(FIRST_FRAME));
+                return Err(if unsegmented {
+                    LoadError::Unsegmented
+                } else {
+                    LoadError::NoTraffic(FIRST_FRAME)
+                });
             }
             if start.elapsed() >= next {
+                interrupt::check()?;
                 // A few at a time: unknown destinations are flooded.
                 next += Duration::from_millis(5);
                 for pair in self.guests.iter_mut().flat_map(|guest| &mut guest.pairs) {
@@ -182,7 +231,9 @@ impl Load {
                 let expected = &self.templates[i ^ 1];
                 for pair in &mut guest.pairs {
                     pair.receive(|frame| {
-                        heard[i] |= expected.iter().any(|template| template.matches(frame));
+                        let whole = |t: &Template| t.matches(frame) && t.keeps_segmentation(frame);
+                        heard[i] |= expected.iter().any(whole);
+                        unsegmented |= expected.iter().any(|t| t.came_unsegmented(frame));
                     })?;
                 }
             }
@@ -204,26 +255,35 @@ impl Load {
         self.check_alive()
     }
 
-    /// Fails once the switch has gone.
+    /// Fails once the switch has gone, or when the run is to end.
     pub(crate) fn check_alive(&self) -> Result<(), LoadError> {
+        interrupt::check()?;
         self.guests.iter().try_for_each(LoadGuest::check_alive)
     }
 
-    /// Sends as fast as frames are taken, both ways, for `warm_up` unmeasured and then `duration`.
-    pub(crate) fn run_max(
-        &mut self,
-        warm_up: Duration,
-        duration: Duration,
-    ) -> Result<MaxResult, LoadError> {
+    /// Sends at full rate, unmeasured, until the switch forwards steadily.
+    pub(crate) fn warm_up(&mut self, warm_up: Duration) -> Result<(), LoadError> {
         let start = Instant::now();
         while self.full_rate(warm_up)?.longest_gap > STALL.min(warm_up / 2) {
             if start.elapsed() > FIRST_FRAME {
                 return Err(LoadError::NoTraffic(STALL));
             }
         }
+        Ok(())
+    }
+
+    /// Sends as fast as frames are taken, both ways, for `duration`. A switch that stalls, leaves
+    /// a guest out or floods is no slow one: it broke the run.
+    pub(crate) fn run_max(&mut self, duration: Duration) -> Result<MaxResult, LoadError> {
         let result = self.full_rate(duration)?;
         if result.longest_gap > STALL {
             return Err(LoadError::NoTraffic(result.longest_gap));
+        }
+        if let Some(guest) = result.silent_guest {
+            return Err(LoadError::OneWay(guest));
+        }
+        if result.foreign > 0 {
+            return Err(LoadError::Flooded(result.foreign));
         }
         if self.verify {
             self.check_frames()?;
@@ -241,14 +301,16 @@ impl Load {
             received: 0,
             busy: Duration::ZERO,
         };
+        let mut received_by = vec![0; self.guests.len()];
         let end = start + duration;
         while now < end {
             let (mut sent, mut received) = (0, 0);
-            for guest in &mut self.guests {
+            for (guest, received_by) in self.guests.iter_mut().zip(&mut received_by) {
                 for pair in &mut guest.pairs {
                     let turn = pair.turn()?;
                     sent += turn.sent;
                     received += turn.received;
+                    *received_by += turn.received;
                     result.bytes += turn.bytes;
                 }
             }
@@ -274,12 +336,31 @@ impl Load {
             if now >= next_check {
                 next_check = now + CHECK_EVERY;
                 self.check_alive()?;
+                self.check_routes(&mut result)?;
             }
         }
         result.bytes -= 12 * result.received;
         result.elapsed = now - start;
         result.waited_for_cpu = cpu_wait().saturating_sub(waited);
+        result.silent_guest = received_by.iter().position(|received| *received == 0);
         Ok(result)
+    }
+
+    /// Looks at the addresses of what comes next at each queue: a sample, so that it costs nothing.
+    fn check_routes(&mut self, result: &mut MaxResult) -> Result<(), LoadError> {
+        let mut head = [0; HEAD];
+        for (i, guest) in self.guests.iter_mut().enumerate() {
+            let expected = &self.templates[i ^ 1][0];
+            for pair in &mut guest.pairs {
+                let foreign = &mut result.foreign;
+                let turn = pair.peek(&mut head, |head| {
+                    *foreign += u64::from(!expected.is_on_route(head));
+                })?;
+                result.received += turn.received;
+                result.bytes += turn.bytes;
+            }
+        }
+        Ok(())
     }
 
     /// Compares what arrives with what was sent, for a while at full rate.
@@ -293,7 +374,8 @@ impl Load {
                     pair.tx.reclaim()?;
                     pair.transmit(32)?;
                     pair.receive(|frame| {
-                        corrupt += u64::from(!expected.iter().any(|t| t.matches(frame)));
+                        let whole = |t: &Template| t.matches(frame) && t.keeps_segmentation(frame);
+                        corrupt += u64::from(!expected.iter().any(whole));
                     })?;
                 }
             }
@@ -306,7 +388,7 @@ impl Load {
 }
 
 /// Time that the calling thread was ready to run and had no CPU, since it started.
-fn cpu_wait() -> Duration {
+pub(crate) fn cpu_wait() -> Duration {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     let wait = text.split_whitespace().nth(1);
     Duration::from_nanos(wait.and_then(|ns| ns.parse().ok()).unwrap_or(0))

@@ -5,10 +5,15 @@
 //! what it measures; it tells how much of its time it was busy, so that a result that it limits
 //! itself is seen.
 
+mod args;
 mod compare;
+mod error;
 mod frame;
 mod guest;
+mod huge;
 mod load;
+mod memcpy;
+mod process;
 mod rate;
 mod report;
 mod run;
@@ -20,9 +25,11 @@ pub(crate) use run::{RunArgs, run};
 
 /// What to do about an error, if it says so.
 pub(crate) fn hint_of(error: &anyhow::Error) -> Option<String> {
-    error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<switch::SwitchError>())
-        .and_then(|error| error.hint())
-        .map(str::to_owned)
+    error.chain().find_map(|cause| {
+        let switch = cause.downcast_ref::<process::SwitchError>();
+        let load = cause.downcast_ref::<error::LoadError>();
+        switch
+            .and_then(process::SwitchError::hint)
+            .or_else(|| load.and_then(error::LoadError::hint).map(str::to_owned))
+    })
 }

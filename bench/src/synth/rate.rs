@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
+use super::error::LoadError;
 use super::frame::Stamp;
-use super::guest::{BURST, LoadError};
-use super::load::{Load, SETTLE};
+use super::guest::BURST;
+use super::load::{HEAD, Load, cpu_wait};
 use super::report::whole;
 
 /// How far back a late frame is told from one that came twice, in frames.
@@ -20,6 +21,13 @@ const MAX_LATENCY_NS: u64 = 60_000_000_000;
 const ANSWER: Duration = Duration::from_secs(2);
 /// Turns between two looks at the sockets.
 const CHECK_EVERY_TURNS: u32 = 1 << 14;
+/// The queue in which a frame was sent lies above this bit of its sequence number: switches keep
+/// the order of frames of a queue, not that of a guest's.
+const QUEUE_SHIFT: u32 = 48;
+/// The number of the run lies above this one, so that stragglers of an earlier run are told apart.
+const RUN_SHIFT: u32 = 40;
+/// How long frames that are missing at the end may take: a switch may be off its core for a while.
+const LATE: Duration = Duration::from_millis(500);
 
 /// What became of the frames of a route.
 #[derive(Clone, Debug, Default)]
@@ -81,9 +89,24 @@ pub(crate) struct RateResult {
     /// Frames that are not the load's, or were changed.
     pub(crate) foreign: u64,
     pub(crate) latency: Histogram<u64>,
+    pub(crate) elapsed: Duration,
+    /// Time in turns that moved frames.
+    pub(crate) busy: Duration,
+    /// Time that the load was ready to run and had no CPU.
+    pub(crate) waited_for_cpu: Duration,
 }
 
 impl RateResult {
+    /// Share of time in which the load moved frames.
+    pub(crate) fn busy_share(&self) -> f64 {
+        self.busy.as_secs_f64() / self.elapsed.as_secs_f64()
+    }
+
+    /// Share of time that others kept the load off its CPU.
+    pub(crate) fn disturbed_share(&self) -> f64 {
+        self.waited_for_cpu.as_secs_f64() / self.elapsed.as_secs_f64()
+    }
+
     /// Frames that were sent and never arrived.
     pub(crate) fn lost(&self) -> u64 {
         self.sent.saturating_sub(self.received)
@@ -103,6 +126,8 @@ pub(crate) struct EchoResult {
 struct Source {
     sent: u64,
     queue: usize,
+    /// Frames sent by each queue.
+    by_queue: Vec<u64>,
 }
 
 /// An empty histogram of nanoseconds, three digits.
@@ -116,7 +141,15 @@ fn nanos(duration: Duration) -> u64 {
 }
 
 impl Load {
-    /// Offers `rate` frames per second in sum, equally from all guests, for `duration`.
+    /// Frames per second that arrive when guests offer as many as are taken, stamped as those of
+    /// [`Load::run_rate`]: it costs the load and the switch more than frames that lie ready.
+    pub(crate) fn stamped_maximum(&mut self, duration: Duration) -> Result<f64, LoadError> {
+        let result = self.run_rate(f64::INFINITY, duration, false)?;
+        Ok(result.received as f64 / duration.as_secs_f64())
+    }
+
+    /// Offers `rate` frames per second in sum, equally from all guests, for `duration`. What found
+    /// no room in time is sent late; of an endless rate it is not sent.
     pub(crate) fn run_rate(
         &mut self,
         rate: f64,
@@ -125,26 +158,59 @@ impl Load {
     ) -> Result<RateResult, LoadError> {
         let guests = self.guests.len();
         let per_guest = rate / guests as f64;
-        let mut sources = vec![Source::default(); guests];
-        let mut trackers = vec![Tracker::default(); guests];
+        let queues = self.guests[0].pairs.len();
+        let source = Source {
+            by_queue: vec![0; queues],
+            ..Source::default()
+        };
+        let mut sources = vec![source; guests];
+        let mut trackers = vec![vec![Tracker::default(); queues]; guests];
         let (mut latency, mut foreign, mut turns) = (histogram(), 0, 0u32);
+        self.runs = self.runs.wrapping_add(1);
+        let run = self.runs;
+        let waited = cpu_wait();
         let start = Instant::now();
+        let mut busy = Duration::ZERO;
         let (mut now, mut quiet_since) = (Duration::ZERO, Duration::ZERO);
-        while now < duration || now - quiet_since < SETTLE {
+        let mut missing = true;
+        while now < duration || (missing && now - quiet_since < LATE) {
             now = start.elapsed();
-            let due = whole(now.min(duration).as_secs_f64() * per_guest);
+            let due = if rate.is_finite() || now < duration {
+                whole(now.min(duration).as_secs_f64() * per_guest)
+            } else {
+                0
+            };
+            let mut moved = false;
             for (guest, source) in sources.iter_mut().enumerate() {
-                self.send_due(guest, source, due, per_guest)?;
-                let before = trackers[guest].unique;
+                moved |= self.send_due(guest, source, due, per_guest)? > 0;
                 let arrival = nanos(start.elapsed());
-                foreign += self.take_stamped(guest, verify, |stamp| {
-                    trackers[guest].arrived(stamp.sequence);
+                let came = self.take_stamped(guest, verify, |stamp| {
+                    let (queue, of_run, number) = split_sequence(stamp.sequence);
+                    if of_run != run {
+                        return;
+                    }
+                    let Some(tracker) = trackers[guest].get_mut(queue) else {
+                        foreign += 1;
+                        return;
+                    };
+                    tracker.arrived(number);
                     let took = arrival.saturating_sub(stamp.due_ns);
                     latency.saturating_record(took.max(1));
                 })?;
-                if trackers[guest].unique != before || source.sent < due {
-                    quiet_since = now;
-                }
+                foreign += came.foreign;
+                moved |= came.frames > 0;
+            }
+            if moved {
+                busy += start.elapsed() - now;
+            }
+            if moved || sources.iter().any(|source| source.sent < due) {
+                quiet_since = now;
+            }
+            if now >= duration {
+                let unique = |of: &[Tracker]| of.iter().map(|t| t.unique).sum::<u64>();
+                let sent: u64 = sources.iter().map(|source| source.sent).sum();
+                let arrived: u64 = trackers.iter().map(|of| unique(of)).sum();
+                missing = arrived < sent || sources.iter().any(|source| source.sent < due);
             }
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(CHECK_EVERY_TURNS) {
@@ -155,9 +221,9 @@ impl Load {
             }
         }
         self.check_alive()?;
-        let sum = |of: fn(&Tracker) -> u64| trackers.iter().map(of).sum();
+        let sum = |of: fn(&Tracker) -> u64| trackers.iter().flatten().map(of).sum();
         Ok(RateResult {
-            offered: whole(duration.as_secs_f64() * per_guest) * guests as u64,
+            offered: whole(duration.as_secs_f64() * per_guest).saturating_mul(guests as u64),
             sent: sources.iter().map(|source| source.sent).sum(),
             received: sum(|t| t.unique),
             duplicated: sum(|t| t.duplicated),
@@ -165,6 +231,9 @@ impl Load {
             ancient: sum(|t| t.ancient),
             foreign,
             latency,
+            elapsed: now,
+            busy,
+            waited_for_cpu: cpu_wait().saturating_sub(waited),
         })
     }
 
@@ -175,6 +244,9 @@ impl Load {
         let start = Instant::now();
         let mut transactions = 0;
         while start.elapsed() < duration {
+            if transactions % 1024 == 0 {
+                self.check_alive()?;
+            }
             let asked = Instant::now();
             for guest in [0, 1] {
                 let stamp = Stamp {
@@ -215,9 +287,9 @@ impl Load {
         source: &mut Source,
         due: u64,
         per_guest: f64,
-    ) -> Result<(), LoadError> {
+    ) -> Result<u16, LoadError> {
         if source.sent >= due {
-            return Ok(());
+            return Ok(0);
         }
         let stamp_at = self.templates[guest][0].stamp_at();
         let pairs = &mut self.guests[guest].pairs;
@@ -229,39 +301,70 @@ impl Load {
             .min(u64::from(pair.tx.free()));
         // At most BURST.
         let count = u16::try_from(count).unwrap_or(0);
+        let in_queue = (source.queue as u64) << QUEUE_SHIFT
+            | u64::from(self.runs) << RUN_SHIFT
+            | source.by_queue[source.queue];
         for ahead in 0..count {
-            let sequence = source.sent + u64::from(ahead);
+            let number = source.sent + u64::from(ahead);
             let stamp = Stamp {
-                sequence,
-                due_ns: whole(sequence as f64 * 1e9 / per_guest),
+                sequence: in_queue + u64::from(ahead),
+                due_ns: whole(number as f64 * 1e9 / per_guest),
             };
             let slot = pair.tx.next_slot(ahead);
             pair.tx_space.write(slot, stamp_at, &stamp.bytes());
         }
-        source.sent += u64::from(pair.transmit(count)?);
-        Ok(())
+        let sent = pair.transmit(count)?;
+        source.sent += u64::from(sent);
+        source.by_queue[source.queue] += u64::from(sent);
+        Ok(sent)
     }
 
-    /// Takes what arrived at a guest. Returns how many frames were not its partner's.
+    /// Takes what arrived at a guest and tells the stamps of its partner's frames. Their bytes are
+    /// only looked at to `verify` them.
     fn take_stamped(
         &mut self,
         guest: usize,
         verify: bool,
         mut each: impl FnMut(Stamp),
-    ) -> Result<u64, LoadError> {
+    ) -> Result<Came, LoadError> {
         let expected = &self.templates[guest ^ 1];
-        let mut foreign = 0;
+        let mut came = Came::default();
+        let mut head = [0; HEAD];
         for pair in &mut self.guests[guest].pairs {
-            pair.receive(|frame| {
-                let intact = !verify || expected.iter().any(|t| t.matches(frame));
-                match expected[0].stamp_of(frame) {
-                    Some(stamp) if intact => each(stamp),
-                    _ => foreign += 1,
-                }
-            })?;
+            let mut take = |stamp| match stamp {
+                Some(stamp) => each(stamp),
+                None => came.foreign += 1,
+            };
+            came.frames += if verify {
+                pair.receive(|frame| {
+                    let whole = expected
+                        .iter()
+                        .any(|t| t.matches(frame) && t.keeps_segmentation(frame));
+                    take(expected[0].stamp_of(frame).filter(|_| whole));
+                })? as u64
+            } else {
+                let turn = pair.peek(&mut head, |head| take(expected[0].stamp_of(head)))?;
+                turn.received
+            };
         }
-        Ok(foreign)
+        Ok(came)
     }
+}
+
+/// What came to a guest in one turn.
+#[derive(Clone, Copy, Debug, Default)]
+struct Came {
+    frames: u64,
+    /// Of these, frames that are not its partner's, or were changed.
+    foreign: u64,
+}
+
+/// Queue, run, and number in both.
+fn split_sequence(sequence: u64) -> (usize, u8, u64) {
+    // A queue's number has 16 bits.
+    let queue = usize::try_from(sequence >> QUEUE_SHIFT).unwrap_or(usize::MAX);
+    let run = sequence.to_be_bytes()[2];
+    (queue, run, sequence & ((1 << RUN_SHIFT) - 1))
 }
 
 #[cfg(test)]
@@ -288,6 +391,13 @@ mod tests {
         assert_eq!(track([0, 2, 1, 3]), (4, 0, 1, 0));
         assert_eq!(track([0, 1, 1, 2, 0]), (3, 2, 0, 0));
         assert_eq!(track([0, 3, 1, 1, 2]), (4, 1, 2, 0));
+    }
+
+    #[test]
+    fn a_sequence_number_tells_its_queue_and_run() {
+        let sequence = 3 << QUEUE_SHIFT | 5 << RUN_SHIFT | 77;
+        assert_eq!(split_sequence(sequence), (3, 5, 77));
+        assert_eq!(split_sequence(u64::MAX), (0xffff, 0xff, (1 << 40) - 1));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::process::Command;
 
+use hdrhistogram::Histogram;
 use serde::Serialize;
 
 /// Median and quartiles.
@@ -48,6 +49,17 @@ pub(crate) fn whole(number: f64) -> u64 {
     number as u64
 }
 
+/// Shares of time that tell what limits a result.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Shares {
+    /// In which the load moved frames.
+    pub(crate) load_busy: f64,
+    /// In which others kept the load off its core.
+    pub(crate) load_disturbed: f64,
+    /// In which the switch moved frames, if it tells.
+    pub(crate) switch_busy: Option<f64>,
+}
+
 /// What limits a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -56,17 +68,39 @@ pub(crate) enum Limit {
     SwitchBound,
     /// The load had always work: the switch may have more to give.
     LoadBound,
+    /// Others had the load's core for much of the time, and probably the switch's.
+    Disturbed,
+    /// Both waited: for each other, that is for cache lines that travel between cores.
+    BothWait,
+    /// The switch copies about as fast as a loop that does nothing else.
+    CopyBound,
 }
 
 impl Limit {
-    /// A load that was busy for more than this share had hardly a moment to wait.
+    /// A side that was busy for more than this share had hardly a moment to wait.
     const BUSY: f64 = 0.9;
+    /// A load that was kept waiting for more than this share can't tell much of a switch.
+    const DISTURBED: f64 = 0.2;
+    /// Of the rate of a plain copy loop.
+    const COPY: f64 = 0.8;
 
-    pub(crate) fn of(busy_share: f64) -> Self {
-        if busy_share > Self::BUSY {
+    pub(crate) fn of(shares: Shares) -> Self {
+        if shares.load_disturbed > Self::DISTURBED {
+            Self::Disturbed
+        } else if shares.load_busy > Self::BUSY {
             Self::LoadBound
+        } else if shares.switch_busy.is_some_and(|busy| busy < Self::BUSY) {
+            Self::BothWait
         } else {
             Self::SwitchBound
+        }
+    }
+
+    /// The same with the switch's rate by that of a plain copy loop.
+    pub(crate) fn or_copy(self, by_copy: Option<f64>) -> Self {
+        match self {
+            Self::SwitchBound | Self::BothWait if by_copy >= Some(Self::COPY) => Self::CopyBound,
+            other => other,
         }
     }
 
@@ -74,6 +108,9 @@ impl Limit {
         match self {
             Self::SwitchBound => "switch-bound",
             Self::LoadBound => "load-bound",
+            Self::Disturbed => "disturbed",
+            Self::BothWait => "both-wait",
+            Self::CopyBound => "copy-bound",
         }
     }
 }
@@ -83,6 +120,7 @@ impl Limit {
 pub(crate) struct Environment {
     pub(crate) cpu: String,
     pub(crate) kernel: String,
+    pub(crate) cpus: usize,
     pub(crate) version: &'static str,
     /// Of the tree from which the program is run, if it is one.
     pub(crate) revision: Option<String>,
@@ -105,9 +143,62 @@ impl Environment {
         Self {
             cpu: model.to_owned(),
             kernel: kernel.trim().to_owned(),
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
             version: env!("CARGO_PKG_VERSION"),
             revision,
         }
+    }
+}
+
+impl std::fmt::Display for Environment {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let revision = self.revision.as_deref().unwrap_or("unknown");
+        write!(
+            out,
+            "{} ({} CPUs), kernel {}, ringway-bench {}, revision {revision}",
+            self.cpu, self.cpus, self.kernel, self.version
+        )
+    }
+}
+
+/// Percentiles of a latency in nanoseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Percentiles {
+    pub(crate) min: u64,
+    pub(crate) p50: u64,
+    pub(crate) p90: u64,
+    pub(crate) p99: u64,
+    pub(crate) p999: u64,
+    pub(crate) max: u64,
+}
+
+impl Percentiles {
+    pub(crate) fn of(histogram: &Histogram<u64>) -> Self {
+        let at = |percent| histogram.value_at_percentile(percent);
+        Self {
+            min: histogram.min(),
+            p50: at(50.0),
+            p90: at(90.0),
+            p99: at(99.0),
+            p999: at(99.9),
+            max: histogram.max(),
+        }
+    }
+}
+
+impl std::fmt::Display for Percentiles {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let us = |ns: u64| ns as f64 / 1e3;
+        write!(
+            out,
+            "min {:.1} p50 {:.1} p90 {:.1} p99 {:.1} p99.9 {:.1} max {:.1} us",
+            us(self.min),
+            us(self.p50),
+            us(self.p90),
+            us(self.p99),
+            us(self.p999),
+            us(self.max)
+        )
     }
 }
 
@@ -127,8 +218,22 @@ mod tests {
     }
 
     #[test]
-    fn a_load_that_never_waits_is_the_limit() {
-        assert_eq!(Limit::of(0.97), Limit::LoadBound);
-        assert_eq!(Limit::of(0.5), Limit::SwitchBound);
+    fn shares_tell_the_limit() {
+        let limit = |load_busy, load_disturbed, switch_busy| {
+            Limit::of(Shares {
+                load_busy,
+                load_disturbed,
+                switch_busy,
+            })
+        };
+        assert_eq!(limit(0.97, 0.0, Some(1.0)), Limit::LoadBound);
+        assert_eq!(limit(0.5, 0.0, Some(0.97)), Limit::SwitchBound);
+        assert_eq!(limit(0.5, 0.0, None), Limit::SwitchBound);
+        assert_eq!(limit(0.5, 0.0, Some(0.6)), Limit::BothWait);
+        assert_eq!(limit(0.97, 0.5, None), Limit::Disturbed);
+        assert_eq!(Limit::SwitchBound.or_copy(Some(0.85)), Limit::CopyBound);
+        assert_eq!(Limit::SwitchBound.or_copy(Some(0.5)), Limit::SwitchBound);
+        assert_eq!(Limit::SwitchBound.or_copy(None), Limit::SwitchBound);
+        assert_eq!(Limit::LoadBound.or_copy(Some(0.85)), Limit::LoadBound);
     }
 }

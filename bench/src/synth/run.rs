@@ -5,195 +5,19 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use hdrhistogram::Histogram;
-use ringway_dataplane::driver::Layout;
 use serde::Serialize;
 
-use super::frame::{MAX_FLOWS, MAX_FRAME, MAX_PLAIN, MIN_FRAME, MIN_STAMPED};
-use super::guest::Shape;
-use super::load::{Load, LoadConfig, MaxResult, allowed_cpus, pin};
-use super::report::{Environment, Limit};
-use super::switch::{Kind, Place, Switch, free_huge_pages};
+use super::args::{Class, FrameSize, LoadArgs, LoadPlace};
+use super::huge::{HugePages, free_pages, pages_of_load};
+use super::load::{Load, LoadConfig, pin};
+use super::report::{Environment, Limit, Percentiles, Shares};
+use super::switch::{Kind, Place, Switch};
+use crate::interrupt;
 
 /// Unmeasured time at full rate before each measurement.
-const WARM_UP: Duration = Duration::from_millis(200);
-/// IMIX: 7 small, 4 medium, 1 large.
-const IMIX: [u32; 12] = [64, 64, 64, 64, 64, 64, 64, 576, 576, 576, 576, 1500];
-
-/// What the load is like, for `run` and `compare`.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct LoadArgs {
-    /// Frame sizes in L2 bytes without the FCS, each measured by itself; `imix` is a mix of 64,
-    /// 576 and 1500; above 9018 bytes as TCP segments for offload
-    #[arg(
-        long = "frame",
-        value_name = "BYTES",
-        value_delimiter = ',',
-        default_value = "64,512,1500"
-    )]
-    frames: Vec<FrameSize>,
-    /// Layout of the guests' rings
-    #[arg(long, value_enum, default_value = "split")]
-    layout: LayoutArg,
-    /// Without VIRTIO_NET_F_MRG_RXBUF
-    #[arg(long)]
-    no_mergeable: bool,
-    /// Without VIRTIO_F_IN_ORDER, which is used where it is offered
-    #[arg(long)]
-    no_in_order: bool,
-    /// With VIRTIO_RING_F_EVENT_IDX
-    #[arg(long)]
-    event_idx: bool,
-    /// Give the virtio-net header a descriptor of its own
-    #[arg(long)]
-    chained: bool,
-    /// Entries of each ring, a power of two
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    queue_size: u16,
-    /// Queue pairs of each guest
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    queues: u16,
-    /// UDP flows of each guest
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    flows: u16,
-    /// CPU of the load [default: the last but one that is allowed]
-    #[arg(long, value_name = "CPU")]
-    load_cpu: Option<usize>,
-    /// CPU of the switch's forwarding thread [default: the last that is allowed]
-    #[arg(long, value_name = "CPU")]
-    switch_cpu: Option<usize>,
-    /// Compare the bytes of what arrives
-    #[arg(long)]
-    verify: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum LayoutArg {
-    Split,
-    Packed,
-}
-
-/// One size or the mix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FrameSize {
-    Fixed(u32),
-    Imix,
-}
-
-impl std::str::FromStr for FrameSize {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "imix" {
-            return Ok(Self::Imix);
-        }
-        match text.parse() {
-            Ok(size) if (MIN_FRAME..=MAX_FRAME).contains(&size) => Ok(Self::Fixed(size)),
-            _ => Err(format!(
-                "a frame has {MIN_FRAME} to {MAX_FRAME} bytes, or is `imix`"
-            )),
-        }
-    }
-}
-
-impl std::fmt::Display for FrameSize {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Fixed(size) => out.pad(&size.to_string()),
-            Self::Imix => out.pad("imix"),
-        }
-    }
-}
-
-impl FrameSize {
-    /// Sizes of successive frames.
-    pub(crate) fn sizes(self) -> Vec<u32> {
-        match self {
-            Self::Fixed(size) => vec![size],
-            Self::Imix => IMIX.to_vec(),
-        }
-    }
-}
-
-impl LoadArgs {
-    /// The sizes to measure.
-    pub(crate) fn frames(&self) -> &[FrameSize] {
-        &self.frames
-    }
-
-    /// Queue pairs of each guest.
-    pub(crate) fn queues(&self) -> u16 {
-        self.queues
-    }
-
-    /// As in reports.
-    pub(crate) fn layout_name(&self) -> &'static str {
-        match self.layout {
-            LayoutArg::Split => "split",
-            LayoutArg::Packed => "packed",
-        }
-    }
-
-    /// True if frames for segmentation are among them.
-    pub(crate) fn segmentation(&self) -> bool {
-        let segmented = |size: &FrameSize| size.sizes().iter().any(|size| *size > MAX_PLAIN);
-        self.frames.iter().any(segmented)
-    }
-
-    /// CPUs of switch and load.
-    pub(crate) fn cpus(&self) -> Result<(usize, usize)> {
-        let allowed = allowed_cpus().context("can't tell which CPUs are allowed")?;
-        let pick = |wanted: Option<usize>, taken: Option<usize>| {
-            let free = |cpu: &usize| Some(*cpu) != taken;
-            wanted.or_else(|| allowed.iter().copied().rev().find(free))
-        };
-        let (Some(switch), Some(load)) = (
-            pick(self.switch_cpu, self.load_cpu),
-            pick(self.load_cpu, self.switch_cpu.or(allowed.last().copied())),
-        ) else {
-            bail!("one CPU only: switch and load need one each");
-        };
-        ensure!(switch != load, "switch and load can't share CPU {switch}");
-        for cpu in [switch, load] {
-            ensure!(
-                allowed.contains(&cpu),
-                "CPU {cpu} is not allowed to this process"
-            );
-        }
-        Ok((switch, load))
-    }
-
-    /// The load for one size on these sockets.
-    pub(crate) fn config(&self, size: FrameSize, sockets: &[PathBuf]) -> Result<LoadConfig> {
-        ensure!(
-            self.queue_size.is_power_of_two() && (4..=32_768).contains(&self.queue_size),
-            "a queue has 4 to 32768 entries, a power of two"
-        );
-        ensure!(self.flows <= MAX_FLOWS, "at most {MAX_FLOWS} flows");
-        ensure!(self.queues > 0, "at least one queue pair");
-        Ok(LoadConfig {
-            sockets: sockets.to_vec(),
-            shape: Shape {
-                layout: match self.layout {
-                    LayoutArg::Split => Layout::Split,
-                    LayoutArg::Packed => Layout::Packed,
-                },
-                mergeable: !self.no_mergeable,
-                in_order: !self.no_in_order,
-                event_idx: self.event_idx,
-                chained: self.chained,
-                queue_size: self.queue_size,
-                queues: self.queues,
-                huge: free_huge_pages().is_ok_and(|free| free > 256),
-            },
-            sizes: size.sizes(),
-            flows: self.flows.max(1),
-            verify: self.verify,
-        })
-    }
-}
+pub(crate) const WARM_UP: Duration = Duration::from_millis(200);
 
 /// How frames are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -258,6 +82,8 @@ enum Row {
         frames_sent: u64,
         frames_received: u64,
         load_busy_share: f64,
+        /// By its own account; null if it has none.
+        switch_busy_share: Option<f64>,
         load_ns_per_frame: f64,
         /// Over the best 2 ms.
         best_frames_per_second: f64,
@@ -279,6 +105,8 @@ enum Row {
         /// So late that they can't be told from duplicates; counted as lost.
         frames_too_late: u64,
         frames_foreign: u64,
+        load_busy_share: f64,
+        load_disturbed_share: f64,
         latency_ns: Percentiles,
     },
     Rr {
@@ -288,84 +116,47 @@ enum Row {
     },
 }
 
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Percentiles {
-    min: u64,
-    p50: u64,
-    p90: u64,
-    p99: u64,
-    p999: u64,
-    max: u64,
-}
-
-impl Percentiles {
-    fn of(histogram: &Histogram<u64>) -> Self {
-        let at = |percent| histogram.value_at_percentile(percent);
-        Self {
-            min: histogram.min(),
-            p50: at(50.0),
-            p90: at(90.0),
-            p99: at(99.0),
-            p999: at(99.9),
-            max: histogram.max(),
-        }
-    }
-}
-
-impl std::fmt::Display for Percentiles {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let us = |ns: u64| ns as f64 / 1e3;
-        write!(
-            out,
-            "min {:.1} p50 {:.1} p90 {:.1} p99 {:.1} p99.9 {:.1} max {:.1} us",
-            us(self.min),
-            us(self.p50),
-            us(self.p90),
-            us(self.p99),
-            us(self.p999),
-            us(self.max)
-        )
-    }
-}
-
 /// Runs the load and prints what it measured.
 ///
 /// # Errors
 /// No switch, one that dies or lacks what the load needs: nothing is printed of a broken run.
 pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
+    interrupt::install()?;
     let (switch_cpu, load_cpu) = args.load.cpus()?;
     ensure!(args.duration > 0.0, "a run takes time");
-    let stamped = args.mode != Mode::Max;
-    let small = |size: &FrameSize| size.sizes().iter().any(|size| *size < MIN_STAMPED);
-    ensure!(
-        !stamped || !args.load.frames.iter().any(small),
-        "a frame with a sequence number has {MIN_STAMPED} bytes or more"
-    );
+    if args.mode != Mode::Max {
+        args.load.check_stamps()?;
+    }
+    let guests = args.pairs.max(1) * 2;
+    let (_pages, huge) = memory(args, guests)?;
     let mut switch = None;
     let sockets = match (&args.socket_a, &args.socket_b) {
         (Some(a), Some(b)) => vec![a.clone(), b.clone()],
         _ => {
+            let classes = args.load.frames().iter().map(|frame| frame.class());
+            let class = classes.max().context("no frame size")?;
             let place = Place {
                 cpu: switch_cpu,
                 other_cpu: load_cpu,
-                ports: args.pairs.max(1) * 2,
-                queues: args.load.queues,
-                segmentation: args.load.segmentation(),
+                ports: guests,
+                queues: args.load.queues(),
+                class,
+                tso: args.load.tso() || class == Class::Segmented,
+                huge: args.load.huge(),
             };
-            ensure!(
-                !args.switch.rewrites_macs(),
-                "this load needs MAC addresses left alone"
-            );
-            switch
-                .insert(Switch::start(args.switch, place)?)
-                .sockets()
-                .to_vec()
+            let started = switch.insert(Switch::start(args.switch, place)?);
+            started.sockets().to_vec()
         }
     };
+    let place = switch
+        .as_ref()
+        .map_or(LoadPlace::default(), Switch::load_place);
+    let place = LoadPlace { huge, ..place };
     let mut rows = Vec::new();
     for size in args.load.frames() {
-        let config = args.load.config(*size, &sockets)?;
-        let outcome = on_cpu(load_cpu, || measure(args, *size, &config))?;
+        let config = args.load.config(*size, &sockets, place)?;
+        let outcome = measure(args, *size, &config, load_cpu, switch.as_mut());
+        // A switch that died tells more than the load that misses it.
         if let Some(switch) = &mut switch {
             switch.check_alive()?;
         }
@@ -378,9 +169,13 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
     if args.json {
         let report = serde_json::json!({
             "environment": Environment::of_this_machine(),
+            "switch": switch.as_ref().map(|switch| switch.kind().name()),
+            "switch_version": switch.as_ref().map(Switch::version),
             "layout": args.load.layout_name(),
-            "queue_size": args.load.queue_size,
-            "queues": args.load.queues,
+            "queue_size": args.load.queue_size(),
+            "queues": args.load.queues(),
+            "guests": guests,
+            "hugepages": huge,
             "results": rows,
         });
         println!("{report}");
@@ -388,9 +183,15 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// One full-rate trial.
-pub(crate) fn max_trial(config: &LoadConfig, duration: Duration) -> Result<MaxResult> {
-    Ok(Load::connect(config)?.run_max(WARM_UP, duration)?)
+/// Hugepages for the guests and for a switch that can't do without; guests alone take what is free.
+fn memory(args: &RunArgs, guests: u16) -> Result<(Option<HugePages>, bool)> {
+    let load = pages_of_load(args.load.memory_bytes(guests)?).filter(|_| args.load.huge());
+    let of_switch = args.switch.huge_pages();
+    if args.socket_a.is_none() && of_switch > 0 && args.load.huge() {
+        let pages = HugePages::reserve(of_switch + load.unwrap_or(0))?;
+        return Ok((Some(pages), load.is_some()));
+    }
+    Ok((None, load.is_some_and(|pages| free_pages() >= pages)))
 }
 
 /// Runs something on a thread of its own that is pinned to a CPU.
@@ -403,56 +204,98 @@ pub(crate) fn on_cpu<T: Send>(cpu: usize, work: impl FnOnce() -> T + Send) -> Re
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-fn measure(args: &RunArgs, size: FrameSize, config: &LoadConfig) -> Result<Row> {
+/// Measures one size; the load works on its own CPU, all else happens here.
+fn measure(
+    args: &RunArgs,
+    size: FrameSize,
+    config: &LoadConfig,
+    cpu: usize,
+    switch: Option<&mut Switch>,
+) -> Result<Row> {
     let duration = Duration::try_from_secs_f64(args.duration)?;
-    let mut load = Load::connect(config)?;
     let frame = size.to_string();
-    Ok(match args.mode {
-        Mode::Max => {
-            let in_order = load.guests.iter().all(|guest| guest.in_order);
-            let result = load.run_max(WARM_UP, duration)?;
-            let full_turns = (result.turns - result.empty_turns).max(1);
-            Row::Max {
-                frame,
-                frames_per_second: result.pps(),
-                bits_per_second: result.bits_per_second(),
-                frames_sent: result.sent,
-                frames_received: result.received,
-                load_busy_share: result.busy_share(),
-                load_ns_per_frame: result.load_ns_per_frame(),
-                best_frames_per_second: result.best_pps,
-                best_load_ns_per_frame: result.best_ns_per_frame,
-                load_disturbed_share: result.disturbed_share(),
-                frames_per_turn: result.received as f64 / full_turns as f64,
-                in_order,
-                limit: Limit::of(result.busy_share()),
-            }
-        }
+    match args.mode {
+        Mode::Max => max_row(frame, config, duration, cpu, switch),
         Mode::Rate => {
             let rate = args.rate.unwrap_or(0.0);
             ensure!(rate > 0.0, "--rate is more than 0");
-            let result = load.run_rate(rate, duration, config.verify)?;
-            Row::Rate {
-                frame,
-                frames_offered: result.offered,
-                frames_sent: result.sent,
-                frames_received: result.received,
-                frames_lost: result.lost(),
-                frames_duplicated: result.duplicated,
-                frames_reordered: result.reordered,
-                frames_too_late: result.ancient,
-                frames_foreign: result.foreign,
-                latency_ns: Percentiles::of(&result.latency),
-            }
+            on_cpu(cpu, || rate_row(frame, config, rate, duration))?
         }
-        Mode::Rr => {
-            let result = load.run_echo(duration)?;
-            Row::Rr {
+        Mode::Rr => on_cpu(cpu, || {
+            let result = Load::connect(config)?.run_echo(duration)?;
+            Ok(Row::Rr {
                 frame,
                 transactions_per_second: result.transactions as f64 / result.elapsed.as_secs_f64(),
                 round_trip_ns: Percentiles::of(&result.round_trip),
-            }
-        }
+            })
+        })?,
+    }
+}
+
+fn max_row(
+    frame: String,
+    config: &LoadConfig,
+    duration: Duration,
+    cpu: usize,
+    mut switch: Option<&mut Switch>,
+) -> Result<Row> {
+    let mut load = on_cpu(cpu, || -> Result<Load> {
+        let mut load = Load::connect(config)?;
+        load.warm_up(WARM_UP)?;
+        Ok(load)
+    })??;
+    // testpmd's account costs it a little: it is for comparisons, in a run of its own.
+    let tells = |switch: &&mut Switch| !matches!(switch.kind(), Kind::Testpmd | Kind::TestpmdMac);
+    let account = match switch.as_mut().filter(|switch| tells(switch)) {
+        Some(switch) => Some(switch.begin_account()?),
+        None => None,
+    };
+    let result = on_cpu(cpu, || load.run_max(duration))??;
+    let switch_busy_share = match (switch, account) {
+        (Some(switch), Some(since)) => switch.end_account(since)?,
+        _ => None,
+    };
+    let full_turns = (result.turns - result.empty_turns).max(1);
+    let shares = Shares {
+        load_busy: result.busy_share(),
+        load_disturbed: result.disturbed_share(),
+        switch_busy: switch_busy_share,
+    };
+    Ok(Row::Max {
+        frame,
+        frames_per_second: result.pps(),
+        bits_per_second: result.bits_per_second(),
+        frames_sent: result.sent,
+        frames_received: result.received,
+        load_busy_share: shares.load_busy,
+        switch_busy_share,
+        load_ns_per_frame: result.load_ns_per_frame(),
+        best_frames_per_second: result.best_pps,
+        best_load_ns_per_frame: result.best_ns_per_frame,
+        load_disturbed_share: shares.load_disturbed,
+        frames_per_turn: result.received as f64 / full_turns as f64,
+        in_order: load.guests.iter().all(|guest| guest.in_order),
+        limit: Limit::of(shares),
+    })
+}
+
+fn rate_row(frame: String, config: &LoadConfig, rate: f64, duration: Duration) -> Result<Row> {
+    let mut load = Load::connect(config)?;
+    load.run_rate(rate, WARM_UP, false)?;
+    let result = load.run_rate(rate, duration, config.verify)?;
+    Ok(Row::Rate {
+        frame,
+        frames_offered: result.offered,
+        frames_sent: result.sent,
+        frames_received: result.received,
+        frames_lost: result.lost(),
+        frames_duplicated: result.duplicated,
+        frames_reordered: result.reordered,
+        frames_too_late: result.ancient,
+        frames_foreign: result.foreign,
+        load_busy_share: result.busy_share(),
+        load_disturbed_share: result.disturbed_share(),
+        latency_ns: Percentiles::of(&result.latency),
     })
 }
 
@@ -465,6 +308,7 @@ fn print_row(row: &Row) {
             frames_sent,
             frames_received,
             load_busy_share,
+            switch_busy_share,
             load_ns_per_frame,
             best_frames_per_second,
             best_load_ns_per_frame,
@@ -472,15 +316,19 @@ fn print_row(row: &Row) {
             limit,
             ..
         } => println!(
-            "{frame:>5} B  {:8.3} Mpps {:8.2} Gbit/s  lost {:.3} %  best 2 ms {:.3} Mpps; load busy \
-             {:.0} %, {load_ns_per_frame:.1} ns per frame (best {best_load_ns_per_frame:.1}), \
-             disturbed {:.0} %: {}",
+            "{frame:>5} B  {:8.3} Mpps {:8.2} Gbit/s  lost {:.3} %  best 2 ms {:.3} Mpps; busy: \
+             load {:.0} %{}; {load_ns_per_frame:.1} ns of load per frame (best \
+             {best_load_ns_per_frame:.1}), disturbed {:.0} %: {}",
             frames_per_second / 1e6,
             bits_per_second / 1e9,
             100.0 * frames_sent.saturating_sub(*frames_received) as f64
                 / (*frames_sent).max(1) as f64,
             best_frames_per_second / 1e6,
             100.0 * load_busy_share,
+            switch_busy_share.map_or(String::new(), |share| format!(
+                ", switch {:.0} %",
+                100.0 * share
+            )),
             100.0 * load_disturbed_share,
             limit.name()
         ),
@@ -492,12 +340,16 @@ fn print_row(row: &Row) {
             frames_duplicated,
             frames_reordered,
             frames_foreign,
+            load_busy_share,
+            load_disturbed_share,
             latency_ns,
             ..
         } => println!(
             "{frame:>5} B  offered {frames_offered} sent {frames_sent} lost {frames_lost} \
              duplicated {frames_duplicated} reordered {frames_reordered} foreign {frames_foreign}; \
-             {latency_ns}"
+             {latency_ns}; load busy {:.0} %, disturbed {:.0} %",
+            100.0 * load_busy_share,
+            100.0 * load_disturbed_share,
         ),
         Row::Rr {
             frame,

@@ -1,33 +1,79 @@
 //! DPDK's virtio driver as a second, foreign load: frames circulate between two of its ports
 //! through the switch, addressed for a learning one.
 
-use std::io::{Read, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ringway_dataplane::driver::Layout;
+use tempfile::TempDir;
 
-use super::load::{LoadConfig, allowed_cpus};
+use super::frame::MAX_PLAIN;
+use super::load::LoadConfig;
+use super::process::Process;
+use super::switch::{DPDK_PACKAGE, testpmd, testpmd_busy_seconds};
+use crate::interrupt;
 
-/// Bursts of 32 frames that start the circulation.
-const BURSTS: u32 = 16;
-/// From its start until frames circulate steadily.
-const SETTLE: Duration = Duration::from_millis(2500);
-/// How long it may take to end.
-const END_PATIENCE: Duration = Duration::from_secs(10);
+/// How long its start may take: it zeroes its hugepages first.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+/// Frames circulate for this long before they are counted.
+const WARM_UP: Duration = Duration::from_millis(500);
+/// How long the frames that are on their way at the end may take to arrive.
+const SETTLE: Duration = Duration::from_millis(50);
+/// Frames of a burst of testpmd's.
+const BURST: u32 = 32;
+/// Room for a frame in testpmd's usual packet buffer, and what lies in front of it.
+const USUAL_ROOM: u32 = 2048;
+const HEADROOM: u32 = 128;
+/// Packet buffers besides those in rings.
+const SPARE_BUFFERS: u32 = 4096;
+const MACS: [&str; 2] = ["52:54:00:00:00:01", "52:54:00:00:00:02"];
 
-/// One trial: frames per second that both ports receive.
-pub(crate) fn trial(config: &LoadConfig, cpu: usize, duration: Duration) -> Result<f64> {
-    let ([a, b], [size]) = (&config.sockets[..], &config.sizes[..]) else {
+/// What a trial measured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Circulation {
+    /// Frames per second that both ports receive.
+    pub(crate) frames_per_second: f64,
+    /// Share of time in which testpmd moved frames.
+    pub(crate) busy_share: Option<f64>,
+    /// Share of time that others kept testpmd off its CPU.
+    pub(crate) disturbed_share: f64,
+    /// Share of the circulating frames that were lost.
+    pub(crate) lost_share: f64,
+}
+
+/// One trial, with testpmd forwarding on `cpu` and its prompt on `main_cpu`.
+pub(crate) fn trial(
+    config: &LoadConfig,
+    cpu: usize,
+    main_cpu: usize,
+    duration: Duration,
+) -> Result<Circulation> {
+    let [size] = config.sizes[..] else {
         bail!("the virtio-user load drives two ports with frames of one size");
     };
-    let other = allowed_cpus()?.into_iter().find(|other| *other != cpu);
-    let other = other.context("DPDK needs a second CPU for its prompt")?;
-    let (mac_a, mac_b) = ("52:54:00:00:00:01", "52:54:00:00:00:02");
+    ensure!(
+        size <= MAX_PLAIN,
+        "the virtio-user load sends frames of up to {MAX_PLAIN} bytes"
+    );
+    let dir = TempDir::with_prefix("ringway-bench-")?;
+    let command = command(config, size, cpu, main_cpu)?;
+    let log = dir.path().join("log");
+    let mut load = Process::spawn("the virtio-user load", &command, DPDK_PACKAGE, log)?;
+    load.wait_for_prompt(START_PATIENCE)?;
+    measure(&mut load, config, size, duration)
+}
+
+fn command(
+    config: &LoadConfig,
+    size: u32,
+    cpu: usize,
+    main_cpu: usize,
+) -> Result<std::process::Command> {
+    let [a, b] = &config.sockets[..] else {
+        bail!("the virtio-user load drives two ports");
+    };
     let shape = config.shape;
+    ensure!(shape.queues == 1, "the virtio-user load has one queue pair");
     let options = format!(
         "queues=1,queue_size={},packed_vq={},mrg_rxbuf={},in_order={}",
         shape.queue_size,
@@ -35,96 +81,116 @@ pub(crate) fn trial(config: &LoadConfig, cpu: usize, duration: Duration) -> Resu
         u8::from(shape.mergeable),
         u8::from(shape.in_order)
     );
-    let mut command = Command::new("dpdk-testpmd");
-    command
-        .args([
-            "-l",
-            &format!("{other},{cpu}"),
-            "--main-lcore",
-            &other.to_string(),
-        ])
-        .args([
-            "--no-pci",
-            "--in-memory",
-            "--single-file-segments",
-            "-m",
-            "512",
-        ])
-        .args(["--file-prefix", &format!("rv{}", std::process::id())]);
-    for (port, (socket, mac)) in [(a, mac_a), (b, mac_b)].iter().enumerate() {
+    let mut command = testpmd(main_cpu, cpu, shape.huge);
+    for (port, (socket, mac)) in [a, b].iter().zip(MACS).enumerate() {
         let socket = socket.display();
         command.arg("--vdev").arg(format!(
             "net_virtio_user{port},path={socket},mac={mac},{options}"
         ));
     }
     let entries = shape.queue_size.to_string();
+    let room = size.next_multiple_of(64).max(USUAL_ROOM) + HEADROOM;
+    let buffers = 4 * u32::from(shape.queue_size) + SPARE_BUFFERS;
     command
         .args(["--", "-i", "--forward-mode=mac", "--nb-cores=1"])
-        .arg(format!("--eth-peer=0,{mac_b}"))
-        .arg(format!("--eth-peer=1,{mac_a}"))
-        .args(["--txd", &entries, "--rxd", &entries])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .process_group(0);
-    let mut child = command.spawn().context("can't start dpdk-testpmd")?;
-    let outcome = converse(&mut child, *size, duration);
-    if outcome.is_err() {
-        // It may have ended by itself.
-        let _ = child.kill();
+        // Else a start throws away what lies in the rings, which is to be counted.
+        .args(["--no-flush-rx", "--disable-link-check"])
+        .arg(format!("--eth-peer=0,{}", MACS[1]))
+        .arg(format!("--eth-peer=1,{}", MACS[0]))
+        .arg(format!("--mbuf-size={room}"))
+        .arg(format!("--total-num-mbufs={buffers}"))
+        .args(["--txd", &entries, "--rxd", &entries]);
+    Ok(command)
+}
+
+/// Talks to its prompt.
+fn measure(
+    load: &mut Process,
+    config: &LoadConfig,
+    size: u32,
+    duration: Duration,
+) -> Result<Circulation> {
+    // Half of what the smaller ring holds, so that none is ever full; in peers' buffers of 2 KiB.
+    let per_frame = (size + 12).div_ceil(USUAL_ROOM);
+    let bursts = (u32::from(config.shape.queue_size) / 2 / BURST / per_frame).max(1);
+    for command in [
+        "set record-core-cycles on".to_owned(),
+        format!("set txpkts {size}"),
+        format!("start tx_first {bursts}"),
+    ] {
+        let answer = load.tell(&command)?;
+        ensure!(
+            !answer.contains("rror") && !answer.contains("too large"),
+            "the virtio-user load refused `{command}`"
+        );
     }
-    end(&mut child)?;
-    let said = outcome?;
-    let rates: Vec<f64> = said
-        .lines()
-        .filter_map(|line| {
-            line.split_once("Rx-pps:")?
-                .1
-                .split_whitespace()
-                .next()?
-                .parse()
-                .ok()
-        })
-        .collect();
-    // The first pair of lines starts the clock, the second tells the rate since then.
+    interrupt::sleep(WARM_UP)?;
+    load.tell("clear fwd stats all")?;
+    // The first look starts its clock, the second tells the rate since then.
+    load.tell("show port stats all")?;
+    let (start, waited) = (Instant::now(), load.waited_for_cpu());
+    interrupt::sleep(duration)?;
+    let said = load.tell("show port stats all")?;
+    let seconds = start.elapsed().as_secs_f64();
+    let waited = load.waited_for_cpu().saturating_sub(waited);
+    let rates: Vec<f64> = numbers_after(&said, "Rx-pps:");
     ensure!(
-        rates.len() == 4,
-        "the virtio-user load told {} rates, not 4",
+        rates.len() == 2,
+        "the virtio-user load told {} rates, not 2",
         rates.len()
     );
-    let sum = rates[2] + rates[3];
-    ensure!(sum > 0.0, "no frame came back to the virtio-user load");
-    Ok(sum)
+    let frames_per_second: f64 = rates.iter().sum();
+    ensure!(
+        frames_per_second > 0.0,
+        "no frame came back to the virtio-user load"
+    );
+    let busy = testpmd_busy_seconds(&load.tell("show fwd stats all")?);
+    let started = f64::from(2 * bursts * BURST);
+    let lost_share = 1.0 - remaining(load)? / started;
+    // What is left is too little to keep a switch busy: a rate of it would be one of latency.
+    ensure!(
+        lost_share < 0.5,
+        "{:.0} % of the circulating frames were lost",
+        100.0 * lost_share
+    );
+    Ok(Circulation {
+        frames_per_second,
+        busy_share: busy.map(|busy| busy / seconds),
+        disturbed_share: waited.as_secs_f64() / seconds,
+        lost_share: lost_share.max(0.0),
+    })
 }
 
-/// Talks to its prompt and returns all that it said.
-fn converse(child: &mut Child, size: u32, duration: Duration) -> Result<String> {
-    let mut input = child.stdin.take().context("testpmd has no prompt")?;
-    let mut output = child.stdout.take().context("testpmd is mute")?;
-    let listener = thread::spawn(move || {
-        let mut said = Vec::new();
-        output.read_to_end(&mut said).map(|_| said)
-    });
-    thread::sleep(SETTLE);
-    writeln!(input, "set txpkts {size}\nstart tx_first {BURSTS}")?;
-    thread::sleep(duration);
-    writeln!(input, "show port stats all")?;
-    thread::sleep(duration);
-    writeln!(input, "show port stats all\nstop\nquit")?;
-    drop(input);
-    let said = listener
-        .join()
-        .map_err(|_| anyhow::anyhow!("testpmd can't be read"))??;
-    Ok(String::from_utf8_lossy(&said).into_owned())
-}
-
-fn end(child: &mut Child) -> Result<()> {
-    let deadline = Instant::now() + END_PATIENCE;
-    while child.try_wait()?.is_none() {
-        if Instant::now() > deadline {
-            child.kill()?;
-        }
-        thread::sleep(Duration::from_millis(20));
+/// Stops the circulation and counts the frames that still arrive.
+fn remaining(load: &mut Process) -> Result<f64> {
+    for command in ["stop", "set fwd rxonly", "start"] {
+        load.tell(command)?;
     }
-    Ok(())
+    interrupt::sleep(SETTLE)?;
+    let said = load.tell("stop")?;
+    numbers_after(&said, "RX-total:")
+        .last()
+        .copied()
+        .context("the virtio-user load told no sum")
+}
+
+/// The numbers that follow `key`, in order.
+fn numbers_after(said: &str, key: &str) -> Vec<f64> {
+    said.split(key)
+        .skip(1)
+        .filter_map(|rest| rest.split_whitespace().next()?.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn testpmds_rates_are_read() {
+        let said = "  Throughput (since last show)\n  Rx-pps:      1200          Rx-bps:  3\n\
+                      Rx-pps: 7  Rx-bps: 0\ntestpmd> ";
+        assert_eq!(numbers_after(said, "Rx-pps:"), [1200.0, 7.0]);
+        assert!(numbers_after("testpmd> ", "Rx-pps:").is_empty());
+    }
 }

@@ -12,6 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -54,7 +55,7 @@ pub const WANTED_PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtoco
 #[non_exhaustive]
 pub enum FrontendError {
     /// The socket failed; `UnexpectedEof` if the back-end closed it.
-    #[error("{request:?}: {source}")]
+    #[error("{request:?}")]
     Socket {
         /// What was being asked.
         request: FrontendReq,
@@ -62,7 +63,7 @@ pub enum FrontendError {
         source: io::Error,
     },
     /// Nobody is there to talk to.
-    #[error("can't connect to {path}: {source}")]
+    #[error("can't connect to {path}")]
     Connect {
         /// The socket's path.
         path: String,
@@ -448,12 +449,15 @@ impl Frontend {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut iov = [IoSliceMut::new(&mut header)];
-        let got = recvmsg(
-            &self.socket,
-            &mut iov,
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        )?;
+        // A socket with a timeout is not restarted after a signal by the kernel.
+        let got = retry_on_intr(|| {
+            recvmsg(
+                &self.socket,
+                &mut iov,
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            )
+        })?;
         let fds: Vec<OwnedFd> = control
             .drain()
             .filter_map(|message| match message {

@@ -369,6 +369,18 @@ impl Window {
         unsafe { ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
     }
 
+    /// Copies `len` bytes out of another window, or of another place in this one.
+    ///
+    /// # Panics
+    /// They reach past the end of either.
+    #[inline]
+    pub fn copy_from(&self, offset: usize, source: &Window, source_offset: usize, len: usize) {
+        let to = self.at(offset, len);
+        let from = source.at(source_offset, len);
+        // SAFETY: `at` checked both ranges; `copy` takes ranges that overlap.
+        unsafe { ptr::copy(from, to, len) };
+    }
+
     /// Loads a little-endian word.
     ///
     /// # Panics
@@ -379,6 +391,28 @@ impl Window {
         // SAFETY: aligned, in the mapping for the window's life, accessed by atomics only.
         let word = unsafe { AtomicU16::from_ptr(at) };
         u16::from_le(word.load(order))
+    }
+
+    /// Loads two little-endian double words that follow each other, with one check.
+    ///
+    /// # Panics
+    /// The offset is misaligned or they reach past the end.
+    #[inline]
+    pub fn load_u32_pair(&self, offset: usize, order: Ordering) -> (u32, u32) {
+        let at = self.at(offset, 8).cast::<u32>();
+        if !at.is_aligned() {
+            misaligned(offset);
+        }
+        // SAFETY: aligned, in the mapping for the window's life, accessed by atomics only.
+        let first = unsafe { AtomicU32::from_ptr(at) };
+        // SAFETY: `at` was checked for 8 bytes.
+        let behind = unsafe { at.add(1) };
+        // SAFETY: as for the first.
+        let second = unsafe { AtomicU32::from_ptr(behind) };
+        (
+            u32::from_le(first.load(order)),
+            u32::from_le(second.load(order)),
+        )
     }
 
     /// Stores a little-endian word.
@@ -441,26 +475,57 @@ impl Window {
         word.store(value.to_le(), order);
     }
 
+    /// Stores two little-endian quad words that follow each other, with one check: the first
+    /// relaxed, the second with release.
+    ///
+    /// # Panics
+    /// The offset is misaligned or they reach past the end.
+    #[inline]
+    pub fn store_u64_pair(&self, offset: usize, first: u64, second: u64) {
+        let at = self.at(offset, 16).cast::<u64>();
+        if !at.is_aligned() {
+            misaligned(offset);
+        }
+        // SAFETY: aligned, in the mapping for the window's life, accessed by atomics only.
+        let word = unsafe { AtomicU64::from_ptr(at) };
+        word.store(first.to_le(), Ordering::Relaxed);
+        // SAFETY: `at` was checked for 16 bytes.
+        let behind = unsafe { at.add(1) };
+        // SAFETY: as for the first.
+        let word = unsafe { AtomicU64::from_ptr(behind) };
+        word.store(second.to_le(), Ordering::Release);
+    }
+
     #[inline]
     fn at_aligned(&self, offset: usize, size: usize) -> *mut u8 {
         let at = self.at(offset, size);
-        assert!(
-            at.addr().is_multiple_of(size),
-            "misaligned access at offset {offset}"
-        );
+        if !at.addr().is_multiple_of(size) {
+            misaligned(offset);
+        }
         at
     }
 
     #[inline]
     fn at(&self, offset: usize, len: usize) -> *mut u8 {
-        assert!(
-            len <= self.len && offset <= self.len - len,
-            "{len} bytes at {offset} are outside a window of {}",
-            self.len
-        );
+        if len > self.len || offset > self.len - len {
+            outside(offset, len, self.len);
+        }
         // SAFETY: just checked against the window, which lies in one mapping.
         unsafe { self.base.as_ptr().add(offset) }
     }
+}
+
+/// Kept out of line: with its message in line, the check would keep the access out of it.
+#[cold]
+#[inline(never)]
+fn outside(offset: usize, len: usize, window: usize) -> ! {
+    panic!("{len} bytes at {offset} are outside a window of {window}")
+}
+
+#[cold]
+#[inline(never)]
+fn misaligned(offset: usize) -> ! {
+    panic!("misaligned access at offset {offset}")
 }
 
 #[cfg(test)]
@@ -497,6 +562,19 @@ mod tests {
             memory.user_addr(0x8000_0010).unwrap(),
             region.user_addr + 0x10
         );
+    }
+
+    #[test]
+    fn bytes_are_copied_between_windows_and_within_one() {
+        let memory = DriverMemory::single(PAGE, false).unwrap();
+        let window = |addr, len| memory.window((1u64 << 32) + addr, len).unwrap();
+        let (from, to) = (window(0, 8), window(64, 8));
+        from.write(0, b"abcdefgh");
+        to.copy_from(1, &from, 2, 5);
+        to.copy_from(2, &to, 1, 5);
+        let mut back = [0; 8];
+        to.read(0, &mut back);
+        assert_eq!(&back, b"\0ccdefg\0");
     }
 
     #[test]

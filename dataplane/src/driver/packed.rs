@@ -153,9 +153,14 @@ impl PackedArea {
     /// flags: what was written before is seen by then.
     #[inline]
     pub fn write_desc(&self, slot: u16, desc: PackedDesc) {
-        let at = usize::from(slot) * DESC_BYTES;
-        self.desc.store_u64(at, desc.addr, Ordering::Relaxed);
-        self.desc.store_u64(at + 8, desc.tail(), Ordering::Release);
+        self.write_desc_at(usize::from(slot), desc);
+    }
+
+    /// As [`PackedArea::write_desc`].
+    #[inline]
+    pub(crate) fn write_desc_at(&self, slot: usize, desc: PackedDesc) {
+        self.desc
+            .store_u64_pair(slot * DESC_BYTES, desc.addr, desc.tail());
     }
 
     /// Reads a descriptor, flags first. The acquire pairs with the device's release of them.

@@ -164,10 +164,7 @@ impl SplitArea {
         assert!(index < self.size, "entry {index} of {}", self.size);
         let at = ENTRIES + USED_ELEM_BYTES * usize::from(index);
         // 4-byte aligned only, by 2.7.8.
-        (
-            self.used.load_u32(at, Ordering::Relaxed),
-            self.used.load_u32(at + 4, Ordering::Relaxed),
-        )
+        self.used.load_u32_pair(at, Ordering::Relaxed)
     }
 
     /// `avail_event`, behind the used ring's entries.

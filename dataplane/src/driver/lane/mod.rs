@@ -13,8 +13,10 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::memory::DriverMemory;
 use super::packed::{PackedArea, PackedDesc, Position};
-use super::queue::{Calls, DeviceFault, Layout, RingOptions, RingPlace, RingSetupError, Segment};
-use super::split::{DESC_F_NEXT, DESC_F_WRITE, SplitArea, SplitDesc};
+use super::queue::{
+    Calls, DESC_BYTES, DeviceFault, Layout, RingOptions, RingPlace, RingSetupError, Segment,
+};
+use super::split::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, SplitArea};
 
 /// A slot that the device has used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,7 +45,8 @@ pub struct LaneShape {
     pub size: u16,
     /// Which side fills the buffers.
     pub direction: Direction,
-    /// Buffers of a slot, each one descriptor.
+    /// Buffers of a slot, each one descriptor of the ring, or of an indirect table if there are
+    /// several and [`RingOptions::indirect`] allows for so many.
     pub per_slot: u16,
 }
 
@@ -76,10 +79,15 @@ pub struct Lane {
     direction: Direction,
     event_idx: bool,
     in_order: bool,
-    /// Buffers of all slots, `per_slot` each.
+    /// What the ring's descriptors describe: buffers, `per_slot` for each slot, or one indirect
+    /// table each.
     segments: Vec<Segment>,
+    /// Bytes that the device may write into each slot.
+    rooms: Vec<u32>,
+    indirect: bool,
     /// The same as packed descriptors, available and used bits clear.
     descs: Vec<PackedDesc>,
+    /// Descriptors of the ring that a slot takes.
     per_slot: u16,
     /// `per_slot` is this power of two.
     shift: u32,
@@ -115,14 +123,24 @@ impl Lane {
         if per_slot == 0 || !size.is_multiple_of(per_slot) || !size.is_power_of_two() {
             return Err(RingSetupError::Size { layout, size });
         }
-        let slots = size / per_slot;
-        let segments: Vec<Segment> = (0..slots)
+        let indirect = per_slot > 1 && per_slot <= options.indirect;
+        let slots = if indirect { size } else { size / per_slot };
+        let mut segments: Vec<Segment> = (0..slots)
             .flat_map(|slot| {
                 let mut of_slot = segments(slot);
                 of_slot.resize(usize::from(per_slot), Segment { addr: 0, len: 0 });
                 of_slot
             })
             .collect();
+        let room = |chain: &[Segment]| match direction {
+            Direction::Transmit => 0,
+            Direction::Receive => chain.iter().map(|segment| segment.len).sum(),
+        };
+        let rooms = segments.chunks(usize::from(per_slot)).map(room).collect();
+        if indirect {
+            segments = write_tables(memory, shape, &segments)?;
+        }
+        let per_slot = if indirect { 1 } else { per_slot };
         let area = match layout {
             Layout::Split => Area::Split {
                 ring: SplitArea::new(memory, size)?,
@@ -140,6 +158,8 @@ impl Lane {
             event_idx: options.event_idx,
             in_order: options.in_order,
             segments,
+            rooms,
+            indirect,
             descs: Vec::new(),
             per_slot,
             shift: per_slot.trailing_zeros(),
@@ -187,18 +207,6 @@ impl Lane {
     #[inline]
     pub fn next_slot(&self, ahead: u16) -> u16 {
         self.order[self.place_of(self.pushed.wrapping_add(u32::from(ahead)))]
-    }
-
-    /// Changes the length of the last buffer of a free slot.
-    pub fn set_len(&mut self, slot: u16, len: u32) {
-        let last = usize::from(slot) * usize::from(self.per_slot) + usize::from(self.per_slot) - 1;
-        self.segments[last].len = len;
-        self.descs[last].len = len;
-        if let Area::Split { ring, .. } = &self.area {
-            let index = slot * self.per_slot + self.per_slot - 1;
-            let desc = ring.read_desc(index);
-            ring.write_desc(index, SplitDesc { len, ..desc });
-        }
     }
 
     /// Makes the next `count` slots available, at most those that are free, all at once.
@@ -266,8 +274,11 @@ impl Lane {
             self.reclaimed = self.reclaimed.wrapping_add(u32::from(count));
             return Ok(count);
         }
+        if let Some(outcome) = self.reclaim_in_order() {
+            return outcome;
+        }
         let mut some = [UsedSlot::default(); 64];
-        let mut total = self.reclaim_runs();
+        let mut total = 0;
         loop {
             let count = self.harvest(&mut some)?;
             // At most 64.
@@ -316,29 +327,12 @@ impl Lane {
         count as usize & (usize::from(self.slots) - 1)
     }
 
-    /// Room of a slot for the device's writing.
-    fn room(&self, slot: u16) -> u32 {
-        if self.direction == Direction::Transmit {
-            return 0;
+    /// Flags of the ring's descriptor of this number in a slot.
+    fn flags(&self, number: u16) -> u16 {
+        if self.indirect {
+            return DESC_F_INDIRECT;
         }
-        let first = usize::from(slot) * usize::from(self.per_slot);
-        self.segments[first..first + usize::from(self.per_slot)]
-            .iter()
-            .map(|segment| segment.len)
-            .sum()
-    }
-
-    fn flags(&self, buffer: u16) -> u16 {
-        let write = match self.direction {
-            Direction::Transmit => 0,
-            Direction::Receive => DESC_F_WRITE,
-        };
-        write
-            | if buffer + 1 < self.per_slot {
-                DESC_F_NEXT
-            } else {
-                0
-            }
+        chain_flags(self.direction, number, self.per_slot)
     }
 
     /// Begins a batch that ends with this slot: it, and those that an in-order device left out
@@ -374,7 +368,7 @@ impl Lane {
                 self.batch = None;
             } else {
                 // Left out, so used completely (virtio 1.3, 2.7.9).
-                let len = self.room(slot);
+                let len = self.rooms[usize::from(slot)];
                 *out = UsedSlot { slot, len };
             }
             self.reclaimed = self.reclaimed.wrapping_add(1);
@@ -391,4 +385,53 @@ impl Lane {
             Direction::Receive => len,
         }
     }
+}
+
+/// Flags of a buffer's descriptor in a chain.
+fn chain_flags(direction: Direction, number: u16, buffers: u16) -> u16 {
+    let write = match direction {
+        Direction::Transmit => 0,
+        Direction::Receive => DESC_F_WRITE,
+    };
+    write | if number + 1 < buffers { DESC_F_NEXT } else { 0 }
+}
+
+/// Writes an indirect table for the buffers of each slot (virtio 1.3, 2.7.5.3 and 2.8.7) and
+/// returns the tables.
+fn write_tables(
+    memory: &Arc<DriverMemory>,
+    shape: LaneShape,
+    buffers: &[Segment],
+) -> Result<Vec<Segment>, RingSetupError> {
+    let bytes = (buffers.len() * DESC_BYTES) as u64;
+    let addr = memory.alloc(bytes, DESC_BYTES as u64)?;
+    let window = memory.window(addr, bytes)?;
+    for (i, buffer) in buffers.iter().enumerate() {
+        let at = i * DESC_BYTES;
+        // Below `per_slot`.
+        let number = u16::try_from(i % usize::from(shape.per_slot)).unwrap_or(0);
+        let flags = chain_flags(shape.direction, number, shape.per_slot);
+        let next = if flags & DESC_F_NEXT != 0 {
+            number + 1
+        } else {
+            0
+        };
+        window.store_u64(at, buffer.addr, Ordering::Relaxed);
+        window.store_u32(at + 8, buffer.len, Ordering::Relaxed);
+        let (third, fourth) = match shape.layout {
+            Layout::Split => (flags, next),
+            // Order in the table takes the place of links; the id means nothing there.
+            Layout::Packed => (0, flags & !DESC_F_NEXT),
+        };
+        window.store_u16(at + 12, third, Ordering::Relaxed);
+        window.store_u16(at + 14, fourth, Ordering::Relaxed);
+    }
+    let len = u32::from(shape.per_slot) * 16;
+    Ok((0..)
+        .map(|slot| Segment {
+            addr: addr + slot * u64::from(len),
+            len,
+        })
+        .take(buffers.len() / usize::from(shape.per_slot))
+        .collect())
 }

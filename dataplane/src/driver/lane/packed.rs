@@ -1,5 +1,7 @@
 //! Lanes on packed rings.
 
+use std::ops::Range;
+
 use super::super::packed::{PackedArea, PackedDesc, Position};
 use super::super::queue::DeviceFault;
 use super::{Area, Lane, UsedSlot};
@@ -11,47 +13,74 @@ impl Lane {
     /// Writes descriptors from the last to the first, so that the device sees the burst at once.
     #[inline]
     pub(super) fn push_packed(&self, ring: &PackedArea, avail: Position, count: u16) {
-        let size = ring.size();
-        let laps = [avail, avail.advance(size, size)];
-        let flags = laps.map(Position::available_flags);
-        for ahead in (0..count << self.shift).rev() {
-            let at = avail.slot + ahead;
-            let (at, bits) = if at < size {
-                (at, flags[0])
-            } else {
-                (at - size, flags[1])
-            };
+        let size = u32::from(ring.size());
+        let start = u32::from(avail.slot);
+        let end = start + (u32::from(count) << self.shift);
+        if end > size {
+            let lap = avail.advance(ring.size() - avail.slot, ring.size());
+            self.write_packed(ring, 0..end - size, lap.available_flags());
+        }
+        self.write_packed(ring, start..end.min(size), avail.available_flags());
+    }
+
+    /// Makes places of the ring available, the last one first.
+    #[inline]
+    fn write_packed(&self, ring: &PackedArea, places: Range<u32>, flags: u16) {
+        // Both ends are at most the ring's size, which has 16 bits.
+        let places = places.start as usize..places.end as usize;
+        for at in places.rev() {
             // Slots are made available in a ring of the same length.
-            let (place, buffer) = (at >> self.shift, at & (self.per_slot - 1));
-            let slot = self.order[usize::from(place)];
-            let mut desc = self.descs[usize::from((slot << self.shift) + buffer)];
-            desc.flags |= bits;
-            ring.write_desc(at, desc);
+            let (place, buffer) = (at >> self.shift, at & usize::from(self.per_slot - 1));
+            let slot = usize::from(self.order[place]);
+            let mut desc = self.descs[(slot << self.shift) + buffer];
+            desc.flags |= flags;
+            ring.write_desc_at(at, desc);
         }
     }
 
-    /// Takes back runs of slots that an in-order device used one by one: if the last of a run is
-    /// used, all are.
+    /// Takes back what an in-order device used, without a look at each slot: used descriptors name
+    /// the last slot of a batch, and if the last of a run of single ones is used, all are. `None` if
+    /// it can't be told so.
     #[inline]
-    pub(super) fn reclaim_runs(&mut self) -> u16 {
+    pub(super) fn reclaim_in_order(&mut self) -> Option<Result<u16, DeviceFault>> {
         let Area::Packed { ring, used, .. } = &mut self.area else {
-            return 0;
+            return None;
         };
         if !self.in_order || self.batch.is_some() {
-            return 0;
+            return None;
         }
-        let mut total = 0;
-        while self.pushed.wrapping_sub(self.reclaimed) >= u32::from(RUN) {
-            let last = used.advance((RUN - 1) << self.shift, ring.size());
-            let desc = ring.read_tail(last.slot);
-            if !last.is_used(desc.flags) || desc.id != last.slot >> self.shift {
-                break;
+        let (mut reclaimed, mut total) = (self.reclaimed, 0);
+        let outcome = loop {
+            let in_flight = self.pushed.wrapping_sub(reclaimed);
+            if in_flight == 0 {
+                break Ok(total);
             }
-            *used = used.advance(RUN << self.shift, ring.size());
-            self.reclaimed = self.reclaimed.wrapping_add(u32::from(RUN));
-            total += RUN;
-        }
-        total
+            let is_run = in_flight >= u32::from(RUN) && {
+                let end = used.advance((RUN - 1) << self.shift, ring.size());
+                let last = ring.read_tail(end.slot);
+                end.is_used(last.flags) && last.id == end.slot >> self.shift
+            };
+            let count = if is_run {
+                RUN
+            } else {
+                let desc = ring.read_tail(used.slot);
+                if !used.is_used(desc.flags) {
+                    break Ok(total);
+                }
+                // In order, slots are where they were in the first lap.
+                let skipped = desc.id.wrapping_sub(used.slot >> self.shift) & (self.slots - 1);
+                if desc.id >= self.slots || u32::from(skipped) >= in_flight {
+                    let id = u32::from(desc.id);
+                    break Err(DeviceFault::UsedId { id });
+                }
+                skipped + 1
+            };
+            *used = used.advance(count << self.shift, ring.size());
+            reclaimed = reclaimed.wrapping_add(u32::from(count));
+            total += count;
+        };
+        self.reclaimed = reclaimed;
+        Some(outcome)
     }
 
     #[inline]

@@ -332,6 +332,7 @@ proptest! {
         shape in (any::<bool>(), 1u32..8, any::<bool>(), any::<bool>()),
         event_idx in any::<bool>(),
         in_order in any::<bool>(),
+        indirect in 0u16..3,
         steps in lane_steps(),
     ) {
         let (packed, log, receive, two) = shape;
@@ -342,8 +343,10 @@ proptest! {
             direction,
             per_slot: if two { 2 } else { 1 },
         };
-        let options = RingOptions { event_idx, in_order, indirect: 0 };
+        let options = RingOptions { event_idx, in_order, indirect };
         let (mut lane, mut device) = lane_and_device(shape, options);
+        let descs_of_slot = if indirect == 2 { 1 } else { shape.per_slot };
+        prop_assert_eq!(lane.slots(), shape.size / descs_of_slot);
         let (mut pushed, mut held) = (VecDeque::new(), VecDeque::new());
         let mut expected: VecDeque<UsedSlot> = VecDeque::new();
         for step in steps {

@@ -1,17 +1,22 @@
-//! Ctrl-C and SIGTERM: every wait of the lab looks here, so that what it made is removed by the
-//! ordinary way out.
+//! Ctrl-C and SIGTERM: every wait looks here, so that what was made is removed by the ordinary way
+//! out.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 static INTERRUPTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
 /// The longest nap between two looks at the flag.
 const NAP: Duration = Duration::from_millis(50);
+
+/// Somebody wants the program to end.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("interrupted")]
+pub(crate) struct Interrupted;
 
 /// Turns the signals into a flag.
 pub(crate) fn install() -> Result<()> {
@@ -31,15 +36,15 @@ pub(crate) fn requested() -> bool {
 
 /// # Errors
 /// Once a signal came.
-pub(crate) fn check() -> Result<()> {
+pub(crate) fn check() -> Result<(), Interrupted> {
     if requested() {
-        bail!("interrupted");
+        return Err(Interrupted);
     }
     Ok(())
 }
 
 /// Sleeps unless a signal comes.
-pub(crate) fn sleep(duration: Duration) -> Result<()> {
+pub(crate) fn sleep(duration: Duration) -> Result<(), Interrupted> {
     let end = Instant::now() + duration;
     loop {
         check()?;

@@ -1,0 +1,330 @@
+//! The switches that the load drives, each started as a user would start it, on one core, with all
+//! of its state in a directory of its own.
+
+mod busy;
+mod ovs;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use super::args::{Class, LoadPlace};
+use super::frame::guest_mac;
+use super::process::{Process, find, run, sibling};
+
+pub(crate) use super::process::SwitchError;
+pub(crate) use busy::testpmd_busy_seconds;
+
+/// How long a switch may take to come up: DPDK zeroes its hugepages first.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+/// Memory of a DPDK program in hugepages, and in pages of 4 KiB, in which packet buffers take more.
+const MEGABYTES: u64 = 512;
+const MEGABYTES_NO_HUGE: u64 = 1024;
+/// Hugepages of 2 MiB that testpmd takes: it needs a few more than it is told.
+pub(crate) const TESTPMD_HUGE_PAGES: u64 = 300;
+/// Debian's package with testpmd.
+pub(crate) const DPDK_PACKAGE: &str = "dpdk-dev";
+const BUILD: &str = "cargo build --release";
+
+/// A switch and a way to set it up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Kind {
+    /// ringwayd with a learning bridge
+    Ringway,
+    /// DPDK testpmd that passes frames from port to port unseen
+    Testpmd,
+    /// DPDK testpmd that rewrites MAC addresses
+    TestpmdMac,
+    /// Open vSwitch's userspace datapath with a learning bridge
+    OvsDpdk,
+    /// Open vSwitch's userspace datapath with a flow from port to port
+    OvsDpdkFlow,
+}
+
+impl Kind {
+    /// As on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ringway => "ringway",
+            Self::Testpmd => "testpmd",
+            Self::TestpmdMac => "testpmd-mac",
+            Self::OvsDpdk => "ovs-dpdk",
+            Self::OvsDpdkFlow => "ovs-dpdk-flow",
+        }
+    }
+
+    /// True if frames get other MAC addresses on their way.
+    pub(crate) fn rewrites_macs(self) -> bool {
+        self == Self::TestpmdMac
+    }
+
+    /// Fails if its program is not there.
+    pub(crate) fn check_installed(self) -> Result<(), SwitchError> {
+        let (program, package) = match self {
+            Self::Ringway => (sibling("ringwayd"), BUILD),
+            Self::Testpmd | Self::TestpmdMac => ("dpdk-testpmd".into(), DPDK_PACKAGE),
+            Self::OvsDpdk | Self::OvsDpdkFlow => (ovs::vswitchd().into(), ovs::PACKAGE),
+        };
+        find(&Command::new(program), package).map(|_| ())
+    }
+
+    /// Hugepages of 2 MiB that it can't do without, unless told to.
+    pub(crate) fn huge_pages(self) -> u64 {
+        match self {
+            Self::Ringway => 0,
+            Self::Testpmd | Self::TestpmdMac => TESTPMD_HUGE_PAGES,
+            Self::OvsDpdk | Self::OvsDpdkFlow => ovs::HUGE_PAGES,
+        }
+    }
+}
+
+/// What a switch is started with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// CPU of its only forwarding thread.
+    pub(crate) cpu: usize,
+    /// CPU for all else.
+    pub(crate) other_cpu: usize,
+    pub(crate) ports: u16,
+    pub(crate) queues: u16,
+    /// The largest frames that will come.
+    pub(crate) class: Class,
+    /// Segmentation offload is wanted.
+    pub(crate) tso: bool,
+    /// DPDK programs get hugepages.
+    pub(crate) huge: bool,
+}
+
+/// A running switch; ended when dropped.
+#[derive(Debug)]
+pub(crate) struct Switch {
+    kind: Kind,
+    /// Ended before their directory goes.
+    processes: Vec<Process>,
+    sockets: Vec<PathBuf>,
+    dir: TempDir,
+    version: String,
+    /// It connects to its sockets instead.
+    connects: bool,
+}
+
+impl Switch {
+    /// Starts one and waits until all its sockets listen. To be called from the main thread.
+    pub(crate) fn start(kind: Kind, place: Place) -> Result<Self, SwitchError> {
+        let dir = TempDir::with_prefix("ringway-bench-").map_err(|source| SwitchError::System {
+            what: "can't make a directory".into(),
+            source,
+        })?;
+        let sockets = (0..place.ports)
+            .map(|port| dir.path().join(format!("p{port}")))
+            .collect();
+        let mut switch = Self {
+            kind,
+            processes: Vec::new(),
+            sockets,
+            dir,
+            version: String::new(),
+            connects: false,
+        };
+        match kind {
+            Kind::Ringway => switch.start_ringway(place)?,
+            Kind::Testpmd => switch.start_testpmd(place, "io")?,
+            Kind::TestpmdMac => switch.start_testpmd(place, "mac")?,
+            Kind::OvsDpdk => switch.start_ovs(place, false)?,
+            Kind::OvsDpdkFlow => switch.start_ovs(place, true)?,
+        }
+        Ok(switch)
+    }
+
+    /// Which it is.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// What it says that it is.
+    pub(crate) fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// What a load has to know of it.
+    pub(crate) fn load_place(&self) -> LoadPlace {
+        LoadPlace {
+            huge: false,
+            macs_rewritten: self.kind.rewrites_macs(),
+            listen: self.connects,
+        }
+    }
+
+    /// Its sockets, by port.
+    pub(crate) fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
+    }
+
+    /// Fails if one of its processes has ended.
+    pub(crate) fn check_alive(&mut self) -> Result<(), SwitchError> {
+        self.processes.iter_mut().try_for_each(Process::check_alive)
+    }
+
+    /// Takes it off its core.
+    pub(crate) fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Puts it back.
+    pub(crate) fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        for process in &self.processes {
+            process.signal(signal);
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Starts a process of the switch.
+    fn spawn(&mut self, command: &Command, package: &str) -> Result<(), SwitchError> {
+        let log = self.path(&format!("log{}", self.processes.len()));
+        let process = Process::spawn(self.kind.name(), command, package, log)?;
+        self.processes.push(process);
+        Ok(())
+    }
+
+    /// Waits until `ready`, as long as all processes live.
+    fn wait_until(
+        &mut self,
+        what: &str,
+        mut ready: impl FnMut(&Self) -> bool,
+    ) -> Result<(), SwitchError> {
+        let deadline = Instant::now() + START_PATIENCE;
+        while !ready(self) {
+            self.check_alive()?;
+            if Instant::now() > deadline {
+                let what = format!("{what} within {START_PATIENCE:?}");
+                return Err(match self.processes.last() {
+                    Some(process) => process.failed(what),
+                    None => SwitchError::System {
+                        what,
+                        source: io::ErrorKind::TimedOut.into(),
+                    },
+                });
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    fn wait_for_sockets(&mut self) -> Result<(), SwitchError> {
+        self.wait_until("did not listen", |switch| {
+            switch.sockets.iter().all(|path| path.exists())
+        })
+    }
+
+    fn start_ringway(&mut self, place: Place) -> Result<(), SwitchError> {
+        let control = self.path("control.sock");
+        let program = sibling("ringwayd");
+        self.version = run(Command::new(&program).arg("--version"), BUILD)?
+            .trim()
+            .to_owned();
+        let mut daemon = Command::new(program);
+        daemon
+            .arg("--control")
+            .arg(&control)
+            .args(["--worker-cpus", &place.cpu.to_string()]);
+        self.spawn(&daemon, BUILD)?;
+        self.wait_until("did not open its control socket", |_| {
+            UnixStream::connect(&control).is_ok()
+        })?;
+        for (port, socket) in self.sockets.clone().iter().enumerate() {
+            let mut add = ringway(&control);
+            add.args(["port", "add", &format!("p{port}"), "vhost-user", "--listen"])
+                .arg(socket)
+                .args(["--queues", &place.queues.to_string()]);
+            run(&mut add, BUILD)?;
+        }
+        self.wait_for_sockets()
+    }
+
+    fn start_testpmd(&mut self, place: Place, mode: &str) -> Result<(), SwitchError> {
+        let mut command = testpmd(place.other_cpu, place.cpu, place.huge);
+        let (queues, tso) = (place.queues, u8::from(place.tso));
+        for (port, socket) in self.sockets.iter().enumerate() {
+            // With `legacy-ol-flags` the virtio-net header of a large frame passes through; else
+            // it arrives without, too large for its receiver.
+            command.arg("--vdev").arg(format!(
+                "net_vhost{port},iface={},queues={queues},tso={tso},legacy-ol-flags={tso}",
+                socket.display()
+            ));
+        }
+        let queues = queues.to_string();
+        command
+            .args(["--", "-i", "--nb-cores=1", "--no-lsc-interrupt"])
+            // It would wait for guests for 9 s.
+            .arg("--disable-link-check")
+            .args(["--rxq", &queues, "--txq", &queues])
+            .arg(format!("--forward-mode={mode}"))
+            .arg("--auto-start");
+        if self.kind.rewrites_macs() {
+            for port in 0..place.ports {
+                let mac = guest_mac(port).map(|byte| format!("{byte:02x}")).join(":");
+                command.arg(format!("--eth-peer={port},{mac}"));
+            }
+        }
+        self.spawn(&command, DPDK_PACKAGE)?;
+        let process = &mut self.processes[0];
+        process.wait_for_prompt(START_PATIENCE)?;
+        self.version = quoted_after(&process.said(), "RTE Version:").unwrap_or_default();
+        self.wait_for_sockets()
+    }
+}
+
+/// testpmd with one forwarding core and a memory of its own.
+pub(crate) fn testpmd(main_cpu: usize, cpu: usize, huge: bool) -> Command {
+    let mut command = Command::new("dpdk-testpmd");
+    command
+        .args(["-l", &format!("{main_cpu},{cpu}")])
+        .args(["--main-lcore", &main_cpu.to_string()])
+        .args(["-v", "--no-pci", "--no-telemetry"]);
+    if huge {
+        command.args(["--in-memory", "--single-file-segments"]);
+        command.args(["-m", &MEGABYTES.to_string()]);
+    } else {
+        command.args(["--no-huge", "--no-shconf"]);
+        command.args(["-m", &MEGABYTES_NO_HUGE.to_string()]);
+    }
+    command
+}
+
+/// The `ringway` tool for this daemon.
+fn ringway(control: &Path) -> Command {
+    let mut command = Command::new(sibling("ringway"));
+    command.arg("-s").arg(control);
+    command
+}
+
+/// What stands in single quotes behind `key`.
+fn quoted_after(text: &str, key: &str) -> Option<String> {
+    let mut parts = text.split_once(key)?.1.split('\'');
+    Some(parts.nth(1)?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_found_in_a_log() {
+        let log = "EAL: Detected NUMA nodes: 1\nEAL: RTE Version: 'DPDK 22.11.11'\n";
+        assert_eq!(quoted_after(log, "RTE Version:").unwrap(), "DPDK 22.11.11");
+        assert_eq!(quoted_after("", "RTE Version:"), None);
+    }
+}
