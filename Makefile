@@ -22,9 +22,9 @@ lint:
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 
 # Needs no cross compiler: nothing but tests and benches builds C.
-check-aarch64:
+check-aarch64: packages
 	@rustup target add aarch64-unknown-linux-gnu
-	$(CARGO) check --locked --workspace --target aarch64-unknown-linux-gnu
+	C_INCLUDE_PATH=/usr/aarch64-linux-gnu/include $(CARGO) check --locked --workspace --target aarch64-unknown-linux-gnu
 
 # Fails if a frame costs more instructions than dataplane/benches/instructions.txt allows.
 guard: packages

@@ -1,11 +1,12 @@
 #!/bin/sh
-# Installs what building, tests and `ringway-bench lab` need on Debian 12 or later: a linker, QEMU,
-# iperf3, busybox, valgrind and a few tools by name, and a cloud kernel that is unpacked into the
-# cache and never installed.
+# Installs what building, tests and `ringway-bench lab` need on Debian 12 or later: by name a linker,
+# what libxdp is built with (make to m4, and for the check of aarch64 a compiler that crosses), QEMU,
+# iperf3, busybox, valgrind and a few tools; and a cloud kernel that is unpacked into the cache and
+# never installed.
 # Safe to run again; it returns at once when nothing is missing.
 set -eu
 
-tools="gcc libc6-dev qemu-system-x86 iperf3 busybox-static iproute2 xz-utils kmod util-linux valgrind"
+tools="gcc libc6-dev make pkg-config zlib1g-dev libelf-dev clang m4 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-system-x86 iperf3 busybox-static iproute2 xz-utils kmod util-linux valgrind"
 lock_seconds=120
 cache=${XDG_CACHE_HOME:-${HOME:?}/.cache}/ringway
 kernels=$cache/kernel

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ringway_bridge::{DropCounts, MacAddr, PortId};
 
-use crate::switch::{PortConfig, PortName};
+use crate::switch::{PortConfig, PortName, XdpMode};
 
 /// Whether frames can pass through a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +87,50 @@ pub struct QueueInfo {
     pub contended: u64,
 }
 
+/// What only an AF_XDP port has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AfXdpInfo {
+    /// The interface.
+    pub ifname: String,
+    /// The mode in effect: never [`XdpMode::Auto`].
+    pub mode: XdpMode,
+    /// Id of the XDP program that is attached to the interface.
+    pub program_id: u32,
+    /// Frames may span several of the UMEM's chunks (XDP_USE_SG).
+    pub multi_buffer: bool,
+    /// Bytes of all queues' UMEMs.
+    pub umem_bytes: u64,
+    /// They are in huge pages.
+    pub huge_pages: bool,
+    /// Its queues in order.
+    pub queues: Vec<AfXdpQueueInfo>,
+}
+
+/// The rings of one queue of an AF_XDP port, and what the kernel counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AfXdpQueueInfo {
+    /// Entries of each of the four rings.
+    pub ring_size: u32,
+    /// Chunks in the fill ring: what the kernel can receive into.
+    pub fill_level: u32,
+    /// Chunks of received frames that wait for the worker.
+    pub rx_level: u32,
+    /// Chunks in the transmit ring that the kernel has not taken.
+    pub tx_level: u32,
+    /// Chunks of frames that were sent or are to be, and that the kernel has not given back.
+    pub tx_pending: u32,
+    /// Frames lost since the receive ring was full.
+    pub rx_ring_full: u64,
+    /// Times that the kernel found no chunk in the fill ring.
+    pub rx_fill_empty: u64,
+    /// Frames that the kernel dropped for other reasons: longer than a chunk, for one.
+    pub rx_dropped: u64,
+    /// Descriptors in the fill ring that the kernel refused.
+    pub rx_invalid: u64,
+    /// Descriptors in the transmit ring that the kernel refused.
+    pub tx_invalid: u64,
+}
+
 /// All that `port show` tells.
 #[derive(Clone, Debug)]
 pub struct PortDetail {
@@ -116,6 +160,8 @@ pub struct PortDetail {
     pub takes: Vec<&'static str>,
     /// What is done to headers on the way to each other port.
     pub actions: Vec<HeaderAction>,
+    /// What only an AF_XDP port has.
+    pub af_xdp: Option<AfXdpInfo>,
 }
 
 /// What is done to the headers of frames from one port to another: the most that any frame needs.

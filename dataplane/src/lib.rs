@@ -19,14 +19,15 @@ mod vhost_user;
 mod worker;
 
 pub use info::{
-    FdbEntryInfo, HeaderAction, PairCounters, PolledQueue, PortCounters, PortDetail, PortInfo,
-    PortState, QueueInfo, WorkerDetail, WorkerInfo,
+    AfXdpInfo, AfXdpQueueInfo, FdbEntryInfo, HeaderAction, PairCounters, PolledQueue, PortCounters,
+    PortDetail, PortInfo, PortState, QueueInfo, WorkerDetail, WorkerInfo,
 };
 pub use isa::isa_level;
 #[doc(hidden)]
 pub use offload::{copy_and_checksum, internet_checksum};
 pub use switch::{
-    BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
-    PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError,
+    AfXdpConfig, BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind,
+    PortName, PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError, UmemFrames,
+    XdpMode,
 };
 pub use worker::InlineSwitch;

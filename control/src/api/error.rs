@@ -31,6 +31,8 @@ pub enum ErrorKind {
     SocketPath,
     /// The tap can't be created or attached.
     Tap,
+    /// The interface can't be used through AF_XDP.
+    AfXdp,
     /// The forwarding database has no such entry.
     NoSuchFdbEntry,
     /// The forwarding database can't take the entry.
@@ -55,7 +57,7 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// Every kind, in declaration order.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::ParseError,
         Self::InvalidRequest,
         Self::MethodNotFound,
@@ -67,6 +69,7 @@ impl ErrorKind {
         Self::TooManyPorts,
         Self::SocketPath,
         Self::Tap,
+        Self::AfXdp,
         Self::NoSuchFdbEntry,
         Self::FdbRefused,
         Self::NoSuchWorker,
@@ -93,6 +96,7 @@ impl ErrorKind {
             Self::SocketPath => -32004,
             Self::Tap => -32005,
             Self::NoSuchQueue => -32006,
+            Self::AfXdp => -32007,
             Self::NoSuchFdbEntry => -32010,
             Self::FdbRefused => -32011,
             Self::NoSuchWorker => -32020,
@@ -142,6 +146,7 @@ impl From<SwitchError> for ApiError {
             SwitchError::TooManyPorts => ErrorKind::TooManyPorts,
             SwitchError::SocketPath { .. } => ErrorKind::SocketPath,
             SwitchError::Tap { .. } => ErrorKind::Tap,
+            SwitchError::AfXdp { .. } => ErrorKind::AfXdp,
             SwitchError::NoSuchFdbEntry { .. } => ErrorKind::NoSuchFdbEntry,
             SwitchError::FdbRefused { .. } => ErrorKind::FdbRefused,
             SwitchError::System { .. } => ErrorKind::System,

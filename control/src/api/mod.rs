@@ -20,14 +20,15 @@ pub use method::{
 };
 pub(crate) use port::check_socket_path;
 pub use port::{
-    DEFAULT_TAP_QUEUES, DEFAULT_VHOST_USER_QUEUES, KindName, MAX_MTU, MIN_MTU, PortSettings,
-    SettingError,
+    DEFAULT_TAP_QUEUES, DEFAULT_VHOST_USER_QUEUES, KindName, MAX_MTU, MIN_MTU, ModeName,
+    PortSettings, SettingError,
 };
 pub use schema::document;
 pub use state::{
-    Counters, DaemonReport, Done, FdbAddParams, FdbDelParams, FdbEntry, FdbFlushParams,
-    FdbFlushResult, FdbListParams, FdbListResult, HeaderActionReport, NoParams, PolledQueueReport,
-    PortAddParams, PortDelParams, PortDelResult, PortListResult, PortReport, PortShowParams,
-    PortShowResult, PortState, QueueReport, WorkerListResult, WorkerPinParams, WorkerReport,
-    WorkerShowParams, WorkerShowResult, WorkerUnpinParams, WorkerUnpinResult,
+    AfXdpQueueReport, AfXdpReport, Counters, DaemonReport, Done, FdbAddParams, FdbDelParams,
+    FdbEntry, FdbFlushParams, FdbFlushResult, FdbListParams, FdbListResult, HeaderActionReport,
+    NoParams, PolledQueueReport, PortAddParams, PortDelParams, PortDelResult, PortListResult,
+    PortReport, PortShowParams, PortShowResult, PortState, QueueReport, WorkerListResult,
+    WorkerPinParams, WorkerReport, WorkerShowParams, WorkerShowResult, WorkerUnpinParams,
+    WorkerUnpinResult,
 };

@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use ringway_dataplane::{MAX_QUEUE_PAIRS, PortConfig, PortKind, QueuePairs, SocketSpec};
+use ringway_dataplane::{
+    AfXdpConfig, MAX_QUEUE_PAIRS, PortConfig, PortKind, QueuePairs, SocketSpec, UmemFrames, XdpMode,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +23,9 @@ pub const MIN_MTU: u16 = 68;
 /// Greatest MTU that Linux takes for virtio-net and tap: 65,535 less room for the header.
 pub const MAX_MTU: u16 = 65_521;
 
+/// Longest busy poll: what a turn of the worker waits at most.
+const MAX_BUSY_POLL_US: u32 = 1000;
+
 /// Longest path of a Unix socket: `sun_path` has 108 bytes, one for the closing NUL (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -35,6 +41,9 @@ pub enum KindName {
     /// A tap interface of the host: `ifname`, `queues`, `mtu`, `persist`, `offload`,
     /// `fdb_limit`.
     Tap,
+    /// Queues of a NIC or veth through AF_XDP: `ifname`, `queues`, `mode`, `umem_frames`,
+    /// `busy_poll_us`, `mtu`, `fdb_limit`.
+    AfXdp,
 }
 
 impl KindName {
@@ -43,6 +52,50 @@ impl KindName {
         match self {
             Self::VhostUser => "vhost-user",
             Self::Tap => "tap",
+            Self::AfXdp => "af-xdp",
+        }
+    }
+}
+
+/// How an AF_XDP port exchanges frames with the kernel.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum ModeName {
+    /// The first of the others that works
+    Auto,
+    /// The NIC writes into the switch's memory: if its driver can
+    ZeroCopy,
+    /// The driver hands frames over, the kernel copies them: most drivers, and veth
+    Copy,
+    /// The kernel hands them over later, more slowly: any driver
+    Skb,
+}
+
+impl ModeName {
+    /// The mode as it is written.
+    pub const fn as_str(self) -> &'static str {
+        self.to_mode().as_str()
+    }
+
+    const fn to_mode(self) -> XdpMode {
+        match self {
+            Self::Auto => XdpMode::Auto,
+            Self::ZeroCopy => XdpMode::ZeroCopy,
+            Self::Copy => XdpMode::Copy,
+            Self::Skb => XdpMode::Skb,
+        }
+    }
+}
+
+impl From<XdpMode> for ModeName {
+    fn from(mode: XdpMode) -> Self {
+        match mode {
+            XdpMode::Auto => Self::Auto,
+            XdpMode::ZeroCopy => Self::ZeroCopy,
+            XdpMode::Copy => Self::Copy,
+            XdpMode::Skb => Self::Skb,
         }
     }
 }
@@ -59,11 +112,11 @@ pub struct PortSettings {
     /// vhost-user: absolute path of the front-end's socket to connect to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connect: Option<PathBuf>,
-    /// tap: name of the interface; created if there is none.
+    /// tap: name of the interface; created if there is none. af-xdp: of one that exists and is up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ifname: Option<String>,
     /// Queue pairs, 1 to 64; for vhost-user (default 8) the most that the guest may use, for a tap
-    /// (default 1) the number to open.
+    /// (default 1) the number to open, for af-xdp (default: all) the interface's first ones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 64))]
     pub queues: Option<u16>,
@@ -78,6 +131,19 @@ pub struct PortSettings {
     /// gives the interface, and takes from it, whole frames with their checksums.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offload: Option<bool>,
+    /// af-xdp: how frames are exchanged with the kernel (default auto).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<ModeName>,
+    /// af-xdp: frames of memory for each queue, half of them each way: a power of two, 128 to 65536
+    /// (default 4096). A frame takes 2 KiB, or 4 KiB if the MTU is above 1774.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 128, max = 65536))]
+    pub umem_frames: Option<u32>,
+    /// af-xdp: have the kernel poll the NIC for so many microseconds, 1 to 1000, rather than wait for
+    /// its interrupts (default: interrupts).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub busy_poll_us: Option<u32>,
     /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
@@ -122,6 +188,9 @@ impl PortSettings {
             mtu: None,
             persist: None,
             offload: None,
+            mode: None,
+            umem_frames: None,
+            busy_poll_us: None,
             fdb_limit: None,
             pins: BTreeMap::new(),
         }
@@ -132,25 +201,27 @@ impl PortSettings {
     /// # Errors
     /// A field that is missing, belongs to another kind, or is out of range.
     pub fn to_config(&self) -> Result<PortConfig, SettingError> {
+        self.refuse_others()?;
         let kind = match self.kind {
-            KindName::VhostUser => {
-                self.refuse("ifname", self.ifname.is_some())?;
-                self.refuse("persist", self.persist.is_some())?;
-                self.refuse("offload", self.offload.is_some())?;
-                PortKind::VhostUser {
-                    socket: self.socket()?,
-                    queue_pairs: self.queue_pairs(DEFAULT_VHOST_USER_QUEUES)?,
-                }
-            }
-            KindName::Tap => {
-                self.refuse("listen", self.listen.is_some())?;
-                self.refuse("connect", self.connect.is_some())?;
-                PortKind::Tap {
+            KindName::VhostUser => PortKind::VhostUser {
+                socket: self.socket()?,
+                queue_pairs: self.queue_pairs(DEFAULT_VHOST_USER_QUEUES)?,
+            },
+            KindName::Tap => PortKind::Tap {
+                ifname: self.checked_ifname()?,
+                queue_pairs: self.queue_pairs(DEFAULT_TAP_QUEUES)?,
+                persist: self.persist.unwrap_or(false),
+                offload: self.offload.unwrap_or(true),
+            },
+            KindName::AfXdp => {
+                let queue_pairs = self.queues.map(|count| self.queue_pairs(count));
+                PortKind::AfXdp(AfXdpConfig {
                     ifname: self.checked_ifname()?,
-                    queue_pairs: self.queue_pairs(DEFAULT_TAP_QUEUES)?,
-                    persist: self.persist.unwrap_or(false),
-                    offload: self.offload.unwrap_or(true),
-                }
+                    queue_pairs: queue_pairs.transpose()?,
+                    mode: self.mode.map_or(XdpMode::Auto, ModeName::to_mode),
+                    umem_frames: self.checked_umem_frames()?,
+                    busy_poll: self.checked_busy_poll()?,
+                })
             }
         };
         let mut config = PortConfig {
@@ -163,19 +234,54 @@ impl PortSettings {
         Ok(config)
     }
 
-    fn refuse(&self, field: &'static str, given: bool) -> Result<(), SettingError> {
-        if given {
-            let other = match self.kind {
-                KindName::VhostUser => KindName::Tap,
-                KindName::Tap => KindName::VhostUser,
-            };
-            return Err(SettingError::new(
-                field,
-                format!("not a setting of kind {}", self.kind.as_str()),
-                format!("it belongs to kind {}; leave it out", other.as_str()),
-            ));
+    /// Refuses what belongs to other kinds.
+    fn refuse_others(&self) -> Result<(), SettingError> {
+        use KindName::{AfXdp, Tap, VhostUser};
+        let settings: [(_, _, &[KindName]); 7] = [
+            ("listen", self.listen.is_some(), &[VhostUser]),
+            ("connect", self.connect.is_some(), &[VhostUser]),
+            ("ifname", self.ifname.is_some(), &[Tap, AfXdp]),
+            ("persist", self.persist.is_some(), &[Tap]),
+            ("mode", self.mode.is_some(), &[AfXdp]),
+            ("umem_frames", self.umem_frames.is_some(), &[AfXdp]),
+            ("busy_poll_us", self.busy_poll_us.is_some(), &[AfXdp]),
+        ];
+        for (field, is_given, kinds) in settings {
+            if is_given && !kinds.contains(&self.kind) {
+                let kinds: Vec<_> = kinds.iter().map(|kind| kind.as_str()).collect();
+                return Err(SettingError::new(
+                    field,
+                    format!("not a setting of kind {}", self.kind.as_str()),
+                    format!("it belongs to kind {}; leave it out", kinds.join(" and ")),
+                ));
+            }
         }
         Ok(())
+    }
+
+    fn checked_umem_frames(&self) -> Result<UmemFrames, SettingError> {
+        let Some(count) = self.umem_frames else {
+            return Ok(UmemFrames::DEFAULT);
+        };
+        UmemFrames::new(count).ok_or_else(|| {
+            let (min, max) = (UmemFrames::MIN, UmemFrames::MAX);
+            SettingError::new(
+                "umem_frames",
+                format!("{count} frames"),
+                format!("give a power of two from {min} to {max}"),
+            )
+        })
+    }
+
+    fn checked_busy_poll(&self) -> Result<Option<Duration>, SettingError> {
+        match self.busy_poll_us {
+            Some(us) if !(1..=MAX_BUSY_POLL_US).contains(&us) => Err(SettingError::new(
+                "busy_poll_us",
+                format!("{us} microseconds"),
+                format!("give 1 to {MAX_BUSY_POLL_US}, or leave it out for interrupts"),
+            )),
+            us => Ok(us.map(|us| Duration::from_micros(us.into()))),
+        }
     }
 
     fn socket(&self) -> Result<SocketSpec, SettingError> {
@@ -206,7 +312,10 @@ impl PortSettings {
         let Some(name) = &self.ifname else {
             return Err(SettingError::new(
                 "ifname",
-                "a tap port needs an interface name",
+                format!(
+                    "a port of kind {} needs an interface name",
+                    self.kind.as_str()
+                ),
                 hint,
             ));
         };
@@ -325,6 +434,16 @@ impl From<&PortConfig> for PortSettings {
                 settings.offload = Some(*offload);
                 settings
             }
+            PortKind::AfXdp(xdp) => {
+                let mut settings = Self::new(KindName::AfXdp);
+                settings.ifname = Some(xdp.ifname.clone());
+                settings.queues = xdp.queue_pairs.map(QueuePairs::get);
+                settings.mode = Some(xdp.mode.into());
+                settings.umem_frames = Some(xdp.umem_frames.get());
+                let us = xdp.busy_poll.map(|time| time.as_micros());
+                settings.busy_poll_us = us.map(|us| u32::try_from(us).unwrap_or(u32::MAX));
+                settings
+            }
         };
         settings.mtu = config.mtu;
         settings.fdb_limit = config.fdb_limit;
@@ -335,141 +454,4 @@ impl From<&PortConfig> for PortSettings {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn vhost_user(listen: &str) -> PortSettings {
-        PortSettings {
-            listen: Some(listen.into()),
-            ..PortSettings::new(KindName::VhostUser)
-        }
-    }
-
-    #[test]
-    fn settings_survive_the_way_to_the_dataplane_and_back() {
-        let vm = PortSettings {
-            queues: Some(2),
-            mtu: Some(9000),
-            fdb_limit: Some(4),
-            pins: [("0".into(), 1), ("1".into(), 0)].into(),
-            ..vhost_user("/run/vm1.sock")
-        };
-        let tap = PortSettings {
-            ifname: Some("rw0".into()),
-            queues: Some(1),
-            persist: Some(true),
-            offload: Some(false),
-            ..PortSettings::new(KindName::Tap)
-        };
-        for settings in [vm, tap] {
-            let config = settings.to_config().unwrap();
-            assert_eq!(PortSettings::from(&config), settings);
-        }
-    }
-
-    #[test]
-    fn queues_default_to_eight_for_guests_and_one_for_a_tap() {
-        let vm = vhost_user("/vm1").to_config().unwrap();
-        assert_eq!(PortSettings::from(&vm).queues, Some(8));
-        let mut tap = PortSettings::new(KindName::Tap);
-        tap.ifname = Some("rw0".into());
-        let tap = tap.to_config().unwrap();
-        let tap = PortSettings::from(&tap);
-        assert_eq!((tap.queues, tap.offload), (Some(1), Some(true)));
-    }
-
-    #[test]
-    fn bad_settings_are_refused_by_field() {
-        let vm = || vhost_user("/vm1");
-        let tap = |ifname: &str| PortSettings {
-            ifname: Some(ifname.into()),
-            ..PortSettings::new(KindName::Tap)
-        };
-        let cases = [
-            (PortSettings::new(KindName::VhostUser), "listen"),
-            (vhost_user("relative.sock"), "listen"),
-            (vhost_user("/a\0b"), "listen"),
-            (vhost_user(&format!("/{}", "x".repeat(107))), "listen"),
-            (
-                PortSettings {
-                    connect: Some("/b".into()),
-                    ..vm()
-                },
-                "connect",
-            ),
-            (
-                PortSettings {
-                    ifname: Some("rw0".into()),
-                    ..vm()
-                },
-                "ifname",
-            ),
-            (
-                PortSettings {
-                    offload: Some(false),
-                    ..vm()
-                },
-                "offload",
-            ),
-            (
-                PortSettings {
-                    queues: Some(0),
-                    ..vm()
-                },
-                "queues",
-            ),
-            (
-                PortSettings {
-                    queues: Some(65),
-                    ..vm()
-                },
-                "queues",
-            ),
-            (
-                PortSettings {
-                    mtu: Some(67),
-                    ..vm()
-                },
-                "mtu",
-            ),
-            (
-                PortSettings {
-                    fdb_limit: Some(0),
-                    ..vm()
-                },
-                "fdb_limit",
-            ),
-            (
-                PortSettings {
-                    pins: [("8".into(), 0)].into(),
-                    ..vm()
-                },
-                "pins",
-            ),
-            (
-                PortSettings {
-                    pins: [("+1".into(), 0)].into(),
-                    ..vm()
-                },
-                "pins",
-            ),
-            (PortSettings::new(KindName::Tap), "ifname"),
-            (tap(""), "ifname"),
-            (tap("sixteen_bytes_xx"), "ifname"),
-            (tap("a/b"), "ifname"),
-            (tap("a b"), "ifname"),
-            (tap("rw%d"), "ifname"),
-            (tap(".."), "ifname"),
-        ];
-        for (settings, field) in cases {
-            let error = settings.to_config().expect_err(field);
-            assert_eq!(error.field, field, "{settings:?}");
-            assert!(!error.hint.is_empty());
-        }
-        assert!(
-            vhost_user(&format!("/{}", "x".repeat(106)))
-                .to_config()
-                .is_ok()
-        );
-    }
-}
+mod tests;

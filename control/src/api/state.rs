@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::measure::Drops;
-use super::port::PortSettings;
+use super::port::{ModeName, PortSettings};
 
 /// No parameters: absent or `{}`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -150,6 +150,50 @@ pub struct QueueReport {
     pub contended: u64,
 }
 
+/// What only an AF_XDP port has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct AfXdpReport {
+    /// The mode in effect: never `auto`.
+    pub mode: ModeName,
+    /// Id of the XDP program that is attached to the interface.
+    pub program_id: u32,
+    /// Frames may span several of the memory's chunks.
+    pub multi_buffer: bool,
+    /// Memory for frames, of all queues.
+    pub umem_bytes: u64,
+    /// It is in huge pages.
+    pub huge_pages: bool,
+    /// Its queues, in order.
+    pub queues: Vec<AfXdpQueueReport>,
+}
+
+/// The rings of one queue of an AF_XDP port, and what the kernel counted since the port was added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct AfXdpQueueReport {
+    /// Number of the queue, from 0.
+    pub index: u16,
+    /// Entries of each of the four rings.
+    pub ring_size: u32,
+    /// Chunks in the fill ring: what the kernel can receive into.
+    pub fill_level: u32,
+    /// Chunks of received frames that wait for the worker.
+    pub rx_level: u32,
+    /// Chunks in the transmit ring that the kernel has not taken.
+    pub tx_level: u32,
+    /// Chunks of frames that are to be sent or were, and that the kernel has not given back.
+    pub tx_pending: u32,
+    /// Frames lost since the receive ring was full.
+    pub rx_ring_full: u64,
+    /// Times that the kernel found no chunk in the fill ring.
+    pub rx_fill_empty: u64,
+    /// Frames that the kernel dropped for other reasons: longer than a chunk, for one.
+    pub rx_dropped: u64,
+    /// Descriptors in the fill ring that the kernel refused.
+    pub rx_invalid: u64,
+    /// Descriptors in the transmit ring that the kernel refused.
+    pub tx_invalid: u64,
+}
+
 /// Result of `port.show`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PortShowResult {
@@ -178,6 +222,9 @@ pub struct PortShowResult {
     pub takes: Vec<String>,
     /// What is done to headers on the way to each other port, by name.
     pub actions: Vec<HeaderActionReport>,
+    /// What only an AF_XDP port has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub af_xdp: Option<AfXdpReport>,
 }
 
 /// What is done to the headers of frames from one port to another: the most that any frame needs.
@@ -461,6 +508,33 @@ impl From<&dataplane::PortDetail> for PortShowResult {
                     done: owned(&action.done),
                 })
                 .collect(),
+            af_xdp: detail.af_xdp.as_ref().map(Into::into),
+        }
+    }
+}
+
+impl From<&dataplane::AfXdpInfo> for AfXdpReport {
+    fn from(info: &dataplane::AfXdpInfo) -> Self {
+        let queue = |(index, queue): (u16, &dataplane::AfXdpQueueInfo)| AfXdpQueueReport {
+            index,
+            ring_size: queue.ring_size,
+            fill_level: queue.fill_level,
+            rx_level: queue.rx_level,
+            tx_level: queue.tx_level,
+            tx_pending: queue.tx_pending,
+            rx_ring_full: queue.rx_ring_full,
+            rx_fill_empty: queue.rx_fill_empty,
+            rx_dropped: queue.rx_dropped,
+            rx_invalid: queue.rx_invalid,
+            tx_invalid: queue.tx_invalid,
+        };
+        Self {
+            mode: info.mode.into(),
+            program_id: info.program_id,
+            multi_buffer: info.multi_buffer,
+            umem_bytes: info.umem_bytes,
+            huge_pages: info.huge_pages,
+            queues: (0..).zip(&info.queues).map(queue).collect(),
         }
     }
 }

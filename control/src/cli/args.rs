@@ -9,15 +9,15 @@ use ringway_bridge::MacAddr;
 use ringway_dataplane::PortName;
 
 use super::units::Rate;
-use crate::api::{KindName, PortSettings};
+use crate::api::{KindName, ModeName, PortSettings};
 
 /// How long the daemon may take to answer unless told.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Operate the ringway software switch
 ///
-/// Talks to ringwayd through its control socket. A port is what a guest (vhost-user) or the host
-/// (tap) is plugged into; frames are switched between all ports by MAC address.
+/// Talks to ringwayd through its control socket. A port is what a guest (vhost-user), the host (tap)
+/// or a NIC (af-xdp) is plugged into; frames are switched between all ports by MAC address.
 ///
 /// Rx and Tx are from the switch's point of view everywhere: what a guest transmits is our Rx, what
 /// it receives is our Tx. Bytes are L2 bytes without FCS; k, M, G are powers of ten, KiB, MiB, GiB
@@ -59,6 +59,7 @@ const AFTER_HELP: &str = "\
 Examples:
   ringway port add vm1 vhost-user --listen /run/ringway/vm1.sock
   ringway port add host tap --ifname rw0
+  ringway port add uplink af-xdp --ifname eth1
   ringway port list
   ringway measure --from vm1 --to vm2 -t 10
 
@@ -144,11 +145,12 @@ const ADD_HELP: &str = "\
 Examples:
   ringway port add vm1 vhost-user --listen /run/ringway/vm1.sock --queues 2
   ringway port add vm2 vhost-user --connect /run/qemu/vm2.sock
-  ringway port add host tap --ifname rw0 --mtu 9000";
+  ringway port add host tap --ifname rw0 --mtu 9000
+  ringway port add uplink af-xdp --ifname eth1 --mode zero-copy";
 
 const LIST_HELP: &str = "\
 Columns:
-  QUEUES     queue pairs: for vhost-user the most that the guest may use
+  QUEUES     queue pairs: for vhost-user the most that the guest may use, - all of the NIC's
   MTU        L3 MTU as configured; - takes the front-end's or the interface's
   RX         frames and L2 bytes taken from the port: what its guest transmitted
   TX         frames and L2 bytes delivered to the port: what its guest received
@@ -204,7 +206,39 @@ pub enum AddKind {
         #[command(flatten)]
         common: AddCommon,
     },
+    /// Queues of a NIC or veth, past the host's network stack (AF_XDP); needs root
+    #[command(after_help = AF_XDP_HELP)]
+    AfXdp {
+        /// Interface name; it exists and is up
+        #[arg(long, value_name = "IF")]
+        ifname: String,
+        /// Queues to take, from the first on, 1 to 64 [default: all that the interface has]
+        #[arg(long, value_name = "N")]
+        queues: Option<u16>,
+        /// How frames are exchanged with the kernel [default: auto]
+        #[arg(long)]
+        mode: Option<ModeName>,
+        /// Frames of memory for each queue, half of them each way: a power of two, 128 to 65536
+        /// [default: 4096]
+        #[arg(long, value_name = "N")]
+        umem_frames: Option<u32>,
+        /// Have the kernel poll the NIC for so long, 1 to 1000, rather than wait for interrupts
+        #[arg(long, value_name = "MICROSECONDS")]
+        busy_poll_us: Option<u32>,
+        #[command(flatten)]
+        common: AddCommon,
+    },
 }
+
+const AF_XDP_HELP: &str = "\
+All frames that arrive in the queues taken go to the switch; those of other queues go to the host as
+before. The port attaches an XDP program of its own, which goes with the port or the daemon, however
+it ends; an interface that has a program already is refused. A frame of memory takes 2 KiB, or 4 KiB
+if the MTU is above 1774; up to 9000 is carried if the driver takes frames in several buffers.
+
+Examples:
+  ringway port add uplink af-xdp --ifname eth1
+  ringway port add uplink af-xdp --ifname eth1 --queues 2 --mode zero-copy --busy-poll-us 20";
 
 /// Settings of all kinds of port.
 #[derive(Debug, ClapArgs)]
@@ -249,6 +283,22 @@ impl AddKind {
                 settings.queues = *queues;
                 settings.persist = Some(*persist);
                 settings.offload = Some(!no_offload);
+                (settings, common)
+            }
+            Self::AfXdp {
+                ifname,
+                queues,
+                mode,
+                umem_frames,
+                busy_poll_us,
+                common,
+            } => {
+                let mut settings = PortSettings::new(KindName::AfXdp);
+                settings.ifname = Some(ifname.clone());
+                settings.queues = *queues;
+                settings.mode = *mode;
+                settings.umem_frames = *umem_frames;
+                settings.busy_poll_us = *busy_poll_us;
                 (settings, common)
             }
         };

@@ -5,9 +5,9 @@ use std::fmt::{self, Write};
 use super::table::{Align, Table};
 use super::units;
 use crate::api::{
-    Counters, DaemonReport, Drops, FdbListResult, HeaderActionReport, KindName, PolledQueueReport,
-    PortListResult, PortReport, PortShowResult, QueueReport, WorkerListResult, WorkerReport,
-    WorkerShowResult,
+    AfXdpReport, Counters, DaemonReport, Drops, FdbListResult, HeaderActionReport, KindName,
+    PolledQueueReport, PortListResult, PortReport, PortShowResult, QueueReport, WorkerListResult,
+    WorkerReport, WorkerShowResult,
 };
 
 /// What stands for nothing.
@@ -61,11 +61,10 @@ pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
     where_it_is(out, port)?;
     field(out, "state", port.state.as_str())?;
     let started = show.queues.iter().filter(|q| q.rx_started || q.tx_started);
-    let pairs = format!(
-        "{} started of {}",
-        started.count(),
-        optional(port.config.queues)
-    );
+    let pairs = match port.config.queues {
+        Some(most) => format!("{} started of {most}", started.count()),
+        None => format!("{}, all of the interface's", started.count()),
+    };
     field(out, "queue pairs", &pairs)?;
     if !port.config.pins.is_empty() {
         let pins = port.config.pins.iter();
@@ -89,6 +88,9 @@ pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
             &format!("{mapped} in {} regions", show.memory_regions),
         )?;
     }
+    if let Some(xdp) = &show.af_xdp {
+        af_xdp(out, port, xdp)?;
+    }
     field(out, "features", &show.features.join(" "))?;
     field(out, "protocol", &show.protocol_features.join(" "))?;
     field(out, "sends", &show.sends.join(" "))?;
@@ -100,7 +102,8 @@ pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
     )?;
     traffic(out, &port.counters)?;
     queues(out, &show.queues)?;
-    actions(out, &show.actions)
+    actions(out, &show.actions)?;
+    show.af_xdp.as_ref().map_or(Ok(()), |xdp| rings(out, xdp))
 }
 
 /// Header actions, a line for all destinations of one kind.
@@ -129,6 +132,53 @@ fn actions(out: &mut dyn Write, actions: &[HeaderActionReport]) -> fmt::Result {
             done => done,
         };
         table.row([action.action.clone(), done, names.join(" ")]);
+    }
+    writeln!(out)?;
+    table.write(out)
+}
+
+fn af_xdp(out: &mut dyn Write, port: &PortReport, xdp: &AfXdpReport) -> fmt::Result {
+    let asked = port.config.mode.filter(|mode| *mode != xdp.mode);
+    let note = asked.map_or(String::new(), |mode| format!(" ({})", mode.as_str()));
+    field(out, "mode", &format!("{}{note}", xdp.mode.as_str()))?;
+    field(out, "xdp program", &format!("id {}", xdp.program_id))?;
+    let buffers = if xdp.multi_buffer { "several" } else { "one" };
+    field(out, "buffers a frame", buffers)?;
+    let pages = if xdp.huge_pages { " in huge pages" } else { "" };
+    let memory = units::binary_bytes(xdp.umem_bytes);
+    field(out, "frame memory", &format!("{memory}{pages}"))?;
+    if let Some(us) = port.config.busy_poll_us {
+        field(out, "busy poll", &format!("{us} us"))?;
+    }
+    Ok(())
+}
+
+/// The rings between an AF_XDP port and the kernel, and what the kernel lost.
+fn rings(out: &mut dyn Write, xdp: &AfXdpReport) -> fmt::Result {
+    let mut table = Table::new(&[
+        ("QUEUE", Align::Right),
+        ("FILL", Align::Right),
+        ("RX", Align::Right),
+        ("TX", Align::Right),
+        ("TX PENDING", Align::Right),
+        ("RX FULL", Align::Right),
+        ("FILL EMPTY", Align::Right),
+        ("RX DROPPED", Align::Right),
+        ("INVALID", Align::Right),
+    ]);
+    for queue in &xdp.queues {
+        let level = |level: u32| format!("{level}/{}", queue.ring_size);
+        table.row([
+            queue.index.to_string(),
+            level(queue.fill_level),
+            level(queue.rx_level),
+            level(queue.tx_level),
+            level(queue.tx_pending),
+            units::count(queue.rx_ring_full),
+            units::count(queue.rx_fill_empty),
+            units::count(queue.rx_dropped),
+            units::count(queue.rx_invalid.saturating_add(queue.tx_invalid)),
+        ]);
     }
     writeln!(out)?;
     table.write(out)

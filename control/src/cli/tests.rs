@@ -4,9 +4,10 @@ use clap::CommandFactory;
 
 use super::{Args, print};
 use crate::api::{
-    Counters, DaemonReport, Drops, FdbEntry, FdbListResult, HeaderActionReport, KindName,
-    PolledQueueReport, PortListResult, PortReport, PortSettings, PortShowResult, PortState,
-    QueueReport, WorkerListResult, WorkerReport, WorkerShowResult,
+    AfXdpQueueReport, AfXdpReport, Counters, DaemonReport, Drops, FdbEntry, FdbListResult,
+    HeaderActionReport, KindName, ModeName, PolledQueueReport, PortListResult, PortReport,
+    PortSettings, PortShowResult, PortState, QueueReport, WorkerListResult, WorkerReport,
+    WorkerShowResult,
 };
 
 fn drops(list: &[(&str, u64)]) -> Drops {
@@ -92,6 +93,7 @@ fn vm_detail() -> PortShowResult {
             action("c", "segment", &["checksum"], &["tso4"]),
             action("host", "pass", &["checksum", "tso4"], &[]),
         ],
+        af_xdp: None,
     }
 }
 
@@ -119,6 +121,49 @@ fn tap_detail() -> PortShowResult {
         sends: vec![],
         takes: vec![],
         actions: vec![],
+        af_xdp: None,
+    }
+}
+
+fn nic_detail() -> PortShowResult {
+    let port = PortReport {
+        name: "uplink".into(),
+        config: PortSettings {
+            ifname: Some("eth1".into()),
+            mode: Some(ModeName::Auto),
+            umem_frames: Some(4096),
+            busy_poll_us: Some(20),
+            ..PortSettings::new(KindName::AfXdp)
+        },
+        state: PortState::Up,
+        ..tap()
+    };
+    let ring = |index| AfXdpQueueReport {
+        index,
+        ring_size: 2048,
+        fill_level: 2016,
+        rx_level: 32,
+        tx_level: 0,
+        tx_pending: 64,
+        rx_ring_full: 1_000_000 * u64::from(index),
+        rx_fill_empty: 3,
+        rx_dropped: 0,
+        rx_invalid: 0,
+        tx_invalid: 0,
+    };
+    PortShowResult {
+        port,
+        queues: vec![queue(0, 2048), queue(1, 2048)],
+        mtu: Some(9000),
+        af_xdp: Some(AfXdpReport {
+            mode: ModeName::Copy,
+            program_id: 42,
+            multi_buffer: true,
+            umem_bytes: 32 << 20,
+            huge_pages: true,
+            queues: vec![ring(0), ring(1)],
+        }),
+        ..tap_detail()
     }
 }
 
@@ -171,6 +216,16 @@ fn port_show_of_a_guest() {
 #[test]
 fn port_show_of_a_tap() {
     insta::assert_snapshot!(written(print::port, &tap_detail()));
+}
+
+#[test]
+fn port_show_of_a_nic() {
+    insta::assert_snapshot!(written(print::port, &nic_detail()));
+}
+
+#[test]
+fn port_show_of_a_nic_as_json() {
+    insta::assert_snapshot!(serde_json::to_string_pretty(&nic_detail()).unwrap());
 }
 
 #[test]
@@ -271,6 +326,7 @@ fn help_texts() {
         help(&["port", "add", "vhost-user"])
     );
     insta::assert_snapshot!("help_port_add_tap", help(&["port", "add", "tap"]));
+    insta::assert_snapshot!("help_port_add_af_xdp", help(&["port", "add", "af-xdp"]));
     insta::assert_snapshot!("help_port_list", help(&["port", "list"]));
     insta::assert_snapshot!("help_port_show", help(&["port", "show"]));
     insta::assert_snapshot!("help_measure", help(&["measure"]));

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ringway_bridge::MAX_PORTS;
-use ringway_dataplane::{BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, SocketSpec};
+use ringway_dataplane::{
+    AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, SocketSpec,
+};
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
@@ -281,7 +283,9 @@ fn check_shared(
                 SocketSpec::Listen(path) => ("listen", path.as_path()),
                 SocketSpec::Connect(path) => ("connect", path.as_path()),
             },
-            PortKind::Tap { ifname, .. } => ("ifname", Path::new(ifname.as_str())),
+            PortKind::Tap { ifname, .. } | PortKind::AfXdp(AfXdpConfig { ifname, .. }) => {
+                ("ifname", Path::new(ifname.as_str()))
+            }
         };
         if let Some(other) = seen.insert((field, what), name.as_str()) {
             return Err(places.error(
@@ -328,6 +332,13 @@ kind = "tap"
 ifname = "rw0"
 persist = false
 offload = false
+
+[ports.nic]
+kind = "af-xdp"
+ifname = "eth1"
+mode = "zero-copy"
+umem_frames = 1024
+busy_poll_us = 20
 "#;
 
     fn refused(text: &str) -> ConfigError {
@@ -344,7 +355,7 @@ offload = false
         assert_eq!(config.idle.spin, Duration::from_micros(10));
         assert_eq!(config.idle.pause, Duration::ZERO);
         let names: Vec<_> = config.ports.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ["vm2", "host"]);
+        assert_eq!(names, ["vm2", "host", "nic"]);
         assert_eq!(config.ports[0].1.mtu, Some(1500));
         assert_eq!(config.ports[0].1.pins, [(0, 1), (1, 0)].into());
         let interval = Duration::from_secs(30);
@@ -403,6 +414,14 @@ offload = false
             ),
             (
                 "[ports.t]\nkind = \"tap\"\nifname = \"rw0\"\nmtu = 70000\n",
+                4,
+            ),
+            (
+                "[ports.n]\nkind = \"af-xdp\"\nifname = \"eth1\"\nmode = \"fast\"\n",
+                4,
+            ),
+            (
+                "[ports.n]\nkind = \"af-xdp\"\nifname = \"eth1\"\numem_frames = 100\n",
                 4,
             ),
             ("[ports.\"a/b\"]\nkind = \"tap\"\nifname = \"rw0\"\n", 1),

@@ -6,7 +6,8 @@ use clap::Parser;
 
 use crate::config::{Config, CpuList, LogFormat};
 
-/// A software switch for virtual machines: vhost-user ports for guests, tap ports for the host
+/// A software switch for virtual machines: vhost-user ports for guests, tap ports for the host,
+/// AF_XDP ports for NICs
 ///
 /// Runs in the foreground until SIGTERM or SIGINT, then removes its ports and sockets. The tool
 /// `ringway` talks to it through the control socket.

@@ -1,15 +1,18 @@
 //! Ports: what can stand behind a slot of the bridge.
 
+mod af_xdp;
 mod call;
 mod counters;
 mod rarp;
 mod tap;
 mod vhost;
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use ringway_bridge::PortId;
 
+pub(crate) use af_xdp::{AfXdpPort, AfXdpQueue, Sent, Transmitter};
 pub(crate) use call::rescue;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
 pub(crate) use tap::{TapPort, TapReader};
@@ -24,6 +27,7 @@ use crate::switch::PortName;
 pub(crate) enum Port {
     VhostUser(Arc<VhostPort>),
     Tap(Box<TapPort>),
+    AfXdp(Box<AfXdpPort>),
 }
 
 /// What all kinds of port have.
@@ -59,6 +63,7 @@ impl Port {
         match self {
             Self::VhostUser(port) => &port.base,
             Self::Tap(port) => &port.base,
+            Self::AfXdp(port) => &port.base,
         }
     }
 
@@ -67,6 +72,7 @@ impl Port {
         match self {
             Self::VhostUser(port) => port.pairs(),
             Self::Tap(port) => port.pairs(),
+            Self::AfXdp(port) => port.pairs(),
         }
     }
 
@@ -74,6 +80,7 @@ impl Port {
         match self {
             Self::VhostUser(port) => port.state(),
             Self::Tap(port) => port.state(),
+            Self::AfXdp(port) => port.state(),
         }
     }
 
@@ -85,6 +92,7 @@ impl Port {
                 (Offloads::from_guest(features), Offloads::to_guest(features))
             }
             Self::Tap(port) => (port.offloads(), port.offloads()),
+            Self::AfXdp(_) => (Offloads::NONE, Offloads::NONE),
         }
     }
 
@@ -101,10 +109,7 @@ impl Port {
             ..PortCounters::default()
         };
         for pair in 0..self.queue_pairs() {
-            let (rx, tx) = match self {
-                Self::VhostUser(port) => port.queue_counters(pair),
-                Self::Tap(port) => port.queue_counters(pair),
-            };
+            let (rx, tx) = self.queue_counters(pair);
             sum.rx_frames += rx.frames.get();
             sum.rx_bytes += rx.bytes.get();
             sum.tx_frames += tx.frames.get();
@@ -113,12 +118,30 @@ impl Port {
         sum
     }
 
-    /// Frames and bytes taken from a pair since the port was added.
-    pub(crate) fn received(&self, pair: u16) -> (u64, u64) {
-        let (rx, _) = match self {
+    /// Counters of a queue pair: our Rx (taken from it), our Tx (given to it).
+    pub(crate) fn queue_counters(&self, pair: u16) -> (&QueueCounters, &QueueCounters) {
+        match self {
             Self::VhostUser(port) => port.queue_counters(pair),
             Self::Tap(port) => port.queue_counters(pair),
-        };
+            Self::AfXdp(port) => {
+                let queue = port.queue(pair);
+                (&queue.rx, &queue.tx)
+            }
+        }
+    }
+
+    /// The fd by which the kernel tells of frames in a queue, if that is how it does.
+    pub(crate) fn fd(&self, pair: u16) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::VhostUser(_) => None,
+            Self::Tap(port) => Some(port.fd(pair)),
+            Self::AfXdp(port) => Some(port.queue(pair).fd()),
+        }
+    }
+
+    /// Frames and bytes taken from a pair since the port was added.
+    pub(crate) fn received(&self, pair: u16) -> (u64, u64) {
+        let (rx, _) = self.queue_counters(pair);
         (rx.frames.get(), rx.bytes.get())
     }
 
@@ -131,6 +154,7 @@ impl Port {
                 match self {
                     Self::VhostUser(port) => port.queue_info(pair, worker),
                     Self::Tap(port) => port.queue_info(pair, worker),
+                    Self::AfXdp(port) => port.queue_info(pair, worker),
                 }
             })
             .collect()

@@ -541,7 +541,7 @@ impl Device for VhostPort {
 /// flow stays in one ring, or the next that is `owned`. If another pair changes hands, the choice
 /// stays.
 #[inline]
-fn choose_receiver(receivers: u64, owned: u64, source_queue: u16) -> Option<usize> {
+pub(super) fn choose_receiver(receivers: u64, owned: u64, source_queue: u16) -> Option<usize> {
     let own = receivers & owned;
     if own >> source_queue & 1 != 0 {
         return Some(source_queue.into());

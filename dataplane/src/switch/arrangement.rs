@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::load::Load;
 use super::{PortConfig, PortName, SwitchError};
-use crate::port::{Binding, Port, TapPort};
+use crate::port::{Binding, Port};
 use crate::topology::{Action, Topology, diff};
 use crate::worker::{Command, Source, Token, WorkerThread};
 
@@ -181,9 +181,11 @@ impl Arrangement {
         let [from, to] = [from, to].map(|worker| &self.workers[usize::from(worker)].handle);
         match &*entry.port {
             Port::VhostUser(guest) => guest.bind(pair, binding)?,
-            Port::Tap(tap) => {
-                to.watch(tap.fd(pair), binding.token)?;
-                from.unwatch(tap.fd(pair));
+            port @ (Port::Tap(_) | Port::AfXdp(_)) => {
+                if let Some(fd) = port.fd(pair) {
+                    to.watch(fd, binding.token)?;
+                    from.unwatch(fd);
+                }
             }
         }
         let token = entry.token(pair);
@@ -213,26 +215,27 @@ impl Arrangement {
         for () in &all_done {}
     }
 
-    /// Has a tap's queues wake their workers.
-    pub(super) fn watch_tap(&self, state: &State, tap: &TapPort) -> io::Result<()> {
-        let id = tap.base.id;
+    /// Has a port's queues that are fds of ours wake their workers.
+    pub(super) fn watch(&self, state: &State, port: &Port) -> io::Result<()> {
+        let id = port.base().id;
         let Some(entry) = state.entry_of(id) else {
             return Ok(());
         };
         for (pair, worker) in (0..).zip(state.topology.placement(id)) {
-            self.workers[usize::from(*worker)]
-                .handle
-                .watch(tap.fd(pair), entry.token(pair))?;
+            if let Some(fd) = port.fd(pair) {
+                let handle = &self.workers[usize::from(*worker)].handle;
+                handle.watch(fd, entry.token(pair))?;
+            }
         }
         Ok(())
     }
 
-    /// Has a tap's queues wake nobody.
-    pub(super) fn unwatch_tap(&self, state: &State, tap: &TapPort) {
-        for (pair, worker) in (0..).zip(state.topology.placement(tap.base.id)) {
-            self.workers[usize::from(*worker)]
-                .handle
-                .unwatch(tap.fd(pair));
+    /// Has these queues wake nobody.
+    pub(super) fn unwatch(&self, state: &State, port: &Port) {
+        for (pair, worker) in (0..).zip(state.topology.placement(port.base().id)) {
+            if let Some(fd) = port.fd(pair) {
+                self.workers[usize::from(*worker)].handle.unwatch(fd);
+            }
         }
     }
 

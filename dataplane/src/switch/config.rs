@@ -59,6 +59,9 @@ impl FromStr for PortName {
 pub struct QueuePairs(NonZeroU16);
 
 impl QueuePairs {
+    /// [`MAX_QUEUE_PAIRS`].
+    const MAX: Self = Self(NonZeroU16::new(MAX_QUEUE_PAIRS).unwrap());
+
     /// `count` pairs, or `None` if that is zero or more than [`MAX_QUEUE_PAIRS`].
     pub fn new(count: u16) -> Option<Self> {
         NonZeroU16::new(count)
@@ -102,6 +105,82 @@ pub enum PortKind {
         /// Let the kernel leave checksums and segmentation to others, and take such frames.
         offload: bool,
     },
+    /// Queues of a network interface, through AF_XDP sockets.
+    AfXdp(AfXdpConfig),
+}
+
+/// How AF_XDP sockets are fed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum XdpMode {
+    /// The first of the others that works.
+    #[default]
+    Auto,
+    /// The NIC writes into and reads from the switch's memory.
+    ZeroCopy,
+    /// The driver runs the program; the kernel copies frames.
+    Copy,
+    /// The kernel makes an skb of each frame first: for any driver.
+    Skb,
+}
+
+impl XdpMode {
+    /// The mode as it is written.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::ZeroCopy => "zero-copy",
+            Self::Copy => "copy",
+            Self::Skb => "skb",
+        }
+    }
+}
+
+/// How many frames a queue's UMEM holds: a power of two, [`UmemFrames::MIN`] to
+/// [`UmemFrames::MAX`]. Half of them are to receive into, half to transmit from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UmemFrames(u32);
+
+impl UmemFrames {
+    /// Least: a burst each way.
+    pub const MIN: u32 = 128;
+
+    /// Most: rings of 32,768 entries, 256 MiB with the greater chunks.
+    pub const MAX: u32 = 65_536;
+
+    /// Rings of 2,048 entries, as the kernel's own tools have: a millisecond at 2 Mpps.
+    pub const DEFAULT: Self = Self(4096);
+
+    /// `count` frames, or `None` if that is no power of two or out of range.
+    pub fn new(count: u32) -> Option<Self> {
+        let fits = count.is_power_of_two() && (Self::MIN..=Self::MAX).contains(&count);
+        fits.then_some(Self(count))
+    }
+
+    /// The number of frames.
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl Default for UmemFrames {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+/// An AF_XDP port's own settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AfXdpConfig {
+    /// Interface name; it exists and is up.
+    pub ifname: String,
+    /// Queues to take, from the first on; `None` takes all.
+    pub queue_pairs: Option<QueuePairs>,
+    /// How frames are exchanged with the kernel.
+    pub mode: XdpMode,
+    /// Frames of each queue's UMEM.
+    pub umem_frames: UmemFrames,
+    /// Have the kernel poll the NIC for as long, rather than wait for its interrupts.
+    pub busy_poll: Option<Duration>,
 }
 
 /// A port's configuration.
@@ -118,12 +197,14 @@ pub struct PortConfig {
 }
 
 impl PortConfig {
-    /// Queue pairs of the port: for a guest the most that it may use.
+    /// Queue pairs of the port: for a guest the most that it may use, for a NIC the most that there
+    /// can be unless a number is given.
     pub fn queue_pairs(&self) -> QueuePairs {
-        match self.kind {
+        match &self.kind {
             PortKind::VhostUser { queue_pairs, .. } | PortKind::Tap { queue_pairs, .. } => {
-                queue_pairs
+                *queue_pairs
             }
+            PortKind::AfXdp(xdp) => xdp.queue_pairs.unwrap_or(QueuePairs::MAX),
         }
     }
 }

@@ -77,6 +77,16 @@ pub enum SwitchError {
         /// What to do.
         hint: String,
     },
+    /// The interface can't be used through AF_XDP.
+    #[error("can't use {ifname} through AF_XDP: {reason}")]
+    AfXdp {
+        /// The interface.
+        ifname: String,
+        /// What is wrong.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
     /// There is no such row in the forwarding database.
     #[error("the forwarding database has no entry for {mac}")]
     NoSuchFdbEntry {
@@ -118,7 +128,9 @@ impl SwitchError {
                 last => format!("the workers are 0 to {last}; `ringway worker list` shows them"),
             },
             Self::TooManyPorts => "delete a port first".into(),
-            Self::SocketPath { hint, .. } | Self::Tap { hint, .. } => hint.clone(),
+            Self::SocketPath { hint, .. } | Self::Tap { hint, .. } | Self::AfXdp { hint, .. } => {
+                hint.clone()
+            }
             Self::NoSuchFdbEntry { .. } => "`ringway fdb list` shows the entries".into(),
             Self::FdbRefused { .. } => {
                 "an entry is a station's own address; `ringway fdb flush` makes room".into()

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 use ringway_bridge::{Bridge, BridgeConfig, DropCounts, MacAddr, PortId, Tick};
 
 pub use config::{
-    BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind, PortName,
-    PortNameError, QueuePairs, SocketSpec, SwitchConfig,
+    AfXdpConfig, BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind,
+    PortName, PortNameError, QueuePairs, SocketSpec, SwitchConfig, UmemFrames, XdpMode,
 };
 pub use error::SwitchError;
 
@@ -28,7 +28,7 @@ use crate::info::{
 };
 use crate::offload::Action;
 use crate::placement::QueueId;
-use crate::port::{Port, PortBase, TapPort, VhostPort};
+use crate::port::{AfXdpPort, Port, PortBase, TapPort, VhostPort};
 use crate::vhost_user::{Endpoint, SessionThread};
 use crate::worker::WorkerThread;
 
@@ -116,6 +116,9 @@ impl Switch {
         let base = PortBase::new(name.clone(), id);
         // What can be refused comes first; nothing of it outlives an error.
         let (port, endpoint) = open_port(base, &config)?;
+        for pair in config.pins.keys() {
+            check_pair(&name, *pair, port.queue_pairs())?;
+        }
         let port = Arc::new(port);
         let (pairs, workers) = (port.queue_pairs(), self.arrangement.worker_count());
         let desired = state.topology.with_port(id, pairs, workers, &config.pins);
@@ -126,7 +129,7 @@ impl Switch {
             (Port::VhostUser(guest), Some(endpoint)) => {
                 self.sessions.add(id, endpoint, Arc::clone(guest))
             }
-            (Port::Tap(tap), _) => self.arrangement.watch_tap(&state, tap),
+            (Port::Tap(_) | Port::AfXdp(_), _) => self.arrangement.watch(&state, &port),
             (Port::VhostUser(_), None) => Ok(()),
         });
         if let Err(source) = started {
@@ -190,6 +193,7 @@ impl Switch {
                     sends,
                     takes,
                     actions,
+                    af_xdp: None,
                 }
             }
             Port::Tap(tap) => PortDetail {
@@ -205,6 +209,22 @@ impl Switch {
                 sends,
                 takes,
                 actions,
+                af_xdp: None,
+            },
+            Port::AfXdp(xdp) => PortDetail {
+                info,
+                queues,
+                features: Vec::new(),
+                protocol_features: Vec::new(),
+                connections: 0,
+                mapped_bytes: 0,
+                memory_regions: 0,
+                last_error: None,
+                mtu: Some(xdp.mtu()),
+                sends,
+                takes,
+                actions,
+                af_xdp: Some(xdp.info()),
             },
         })
     }
@@ -386,7 +406,7 @@ impl Switch {
         let id = port.base().id;
         match &*port {
             Port::VhostUser(_) => self.sessions.remove(id),
-            Port::Tap(tap) => self.arrangement.unwatch_tap(state, tap),
+            Port::Tap(_) | Port::AfXdp(_) => self.arrangement.unwatch(state, &port),
         }
         self.arrangement.remove_from_workers(state, id);
         self.bridge.fdb().purge_port(id);
@@ -462,6 +482,10 @@ fn open_port(base: PortBase, config: &PortConfig) -> Result<(Port, Option<Endpoi
             let flags = (*persist, *offload);
             let tap = TapPort::open(base, ifname, queue_pairs.get(), config.mtu, flags)?;
             Ok((Port::Tap(Box::new(tap)), None))
+        }
+        PortKind::AfXdp(xdp) => {
+            let port = AfXdpPort::open(base, xdp, config.mtu)?;
+            Ok((Port::AfXdp(Box::new(port)), None))
         }
     }
 }

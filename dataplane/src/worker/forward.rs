@@ -1,10 +1,13 @@
 //! From a gathered burst to delivered frames: the bridge decides, then each destination's frames
 //! are copied under one lock, published once and announced by at most one call.
 
+mod af_xdp;
+
 use std::sync::Arc;
 
 use ringway_bridge::{Bridge, Decisions, DropReason, MAX_BURST, MAX_PORTS, Members, PortId, Tick};
 
+use self::af_xdp::deliver_to_af_xdp;
 use super::pairs::PairTable;
 use super::parcels::{deliver_any, write_parcels};
 use crate::burst::Burst;
@@ -29,6 +32,8 @@ pub(super) struct Forwarder {
     full_since: Box<[u64]>,
     /// How long a source waits for a full destination.
     pub(super) patience_ns: u64,
+    /// Queues of AF_XDP ports that hold frames for which the kernel had no room.
+    pub(super) unsent: Vec<(PortId, u16)>,
     /// Per destination: the queue pairs that this worker polls, a bit each. Frames go to their
     /// receive rings, so that no other worker wants the same lock.
     pub(super) owned: Box<[u64]>,
@@ -102,6 +107,7 @@ impl Forwarder {
             },
             full_since: vec![0; MAX_PORTS].into(),
             patience_ns,
+            unsent: Vec::with_capacity(MAX_PORTS),
             owned: vec![0; MAX_PORTS].into(),
             contended: 0,
         }
@@ -150,6 +156,11 @@ impl Forwarder {
                 }
                 Port::Tap(port) => {
                     deliver_to_tap(port, source_queue, mask, burst, &mut tools.bench)
+                }
+                Port::AfXdp(port) => {
+                    let pair = port.transmit_queue(source_queue, self.owned[to.index()]);
+                    let counts = (&mut self.unsent, &mut self.contended);
+                    deliver_to_af_xdp(port, pair, (mask, haste), burst, &mut tools.bench, counts)
                 }
             };
             if !self.tools.bench.tally.is_empty() {

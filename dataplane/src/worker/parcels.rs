@@ -8,8 +8,9 @@ use ringway_bridge::DropReason;
 
 use super::forward::{Limits, Tools};
 use crate::burst::Burst;
-use crate::offload::{Parcel, Parcels, Tally, Workbench};
-use crate::port::TapPort;
+use crate::net_header::HEADER_BYTES;
+use crate::offload::{Offloads, Parcel, Parcels, Tally, Workbench};
+use crate::port::{TapPort, Transmitter};
 use crate::ring::{Deliver, RingFault};
 
 /// How a frame fared.
@@ -87,6 +88,34 @@ pub(super) fn write_parcels(
     let mut parcels = bench.parcels(burst, index, port.offloads(), max_bytes)?;
     let sent = each(&mut parcels, &mut tally, |parcel| {
         port.deliver(queue, parcel)
+    });
+    bench.tally = tally;
+    sent
+}
+
+/// Puts frame `index` of a burst into chunks of an AF_XDP queue; returns its L2 bytes. One that is cut
+/// waits for room for all of its segments, unless it `is_hasty` or they need more than half of the
+/// chunks.
+pub(super) fn put_parcels(
+    transmitter: &mut Transmitter,
+    (burst, index): (&Burst, usize),
+    max_bytes: u32,
+    is_hasty: bool,
+    bench: &mut Workbench,
+) -> Result<u64, DropReason> {
+    let mut tally = bench.tally;
+    // The wire has no virtio-net header to leave anything undone in.
+    let mut parcels = bench.parcels(burst, index, Offloads::NONE, max_bytes)?;
+    let (count, bytes) = (parcels.count(), parcels.longest_bytes() - HEADER_BYTES);
+    if count > 1 && !is_hasty && transmitter.should_wait_for(count, bytes) {
+        return Err(DropReason::RingFull);
+    }
+    let sent = each(&mut parcels, &mut tally, |parcel| {
+        if transmitter.put(parcel) {
+            Ok(())
+        } else {
+            Err(DropReason::RingFull)
+        }
     });
     bench.tally = tally;
     sent

@@ -1,5 +1,7 @@
 //! The loop of a worker.
 
+mod af_xdp;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -140,7 +142,8 @@ impl Worker {
                 continue;
             }
             if self.active.is_empty() {
-                self.sleep(None);
+                let unsent = self.forwarder.unsent.is_empty();
+                self.sleep(if unsent { None } else { Some(&DOZE) });
             } else if self.must_doze {
                 self.sleep(Some(&DOZE));
             }
@@ -159,6 +162,9 @@ impl Worker {
         }
         if !self.active.is_empty() {
             self.turn();
+        }
+        if !self.forwarder.unsent.is_empty() {
+            self.forwarder.send_again();
         }
         true
     }
@@ -303,6 +309,7 @@ impl Worker {
             }
             (Port::Tap(tap), Some(reader)) => self.poll_tap(port, tap, pair, reader),
             (Port::Tap(_), None) => Polled::Stopped,
+            (Port::AfXdp(xdp), _) => self.poll_af_xdp(port, xdp, pair, limit),
         };
         self.sources[index] = Some(source);
         polled
@@ -408,10 +415,17 @@ impl Worker {
         let Some(source) = &self.sources[index] else {
             return true;
         };
-        let Port::VhostUser(guest) = &*source.port else {
+        let guest = match &*source.port {
+            Port::VhostUser(guest) => guest,
             // A tap's fd is always watched, and the last read found nothing: the next frame is an
             // event.
-            return true;
+            Port::Tap(_) => return true,
+            Port::AfXdp(xdp) => {
+                let queue = xdp.queue(source.token.pair());
+                return queue
+                    .try_receiver()
+                    .is_some_and(|mut receiver| receiver.arm());
+            }
         };
         let Some(mut state) = guest.transmit_queue(source.token.pair()).try_lock() else {
             return false;

@@ -8,6 +8,7 @@
 pub(crate) mod hostile;
 pub(crate) mod observe;
 pub(crate) mod packet;
+pub(crate) mod veth;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -1,0 +1,295 @@
+//! `ringwayd` with an AF_XDP port, in a network namespace of its own. Needs root and iproute2.
+#![expect(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
+
+use std::net::UdpSocket;
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ringway_control::api::{
+    ModeName, PortAdd, PortAddParams, PortDel, PortDelParams, PortShow, PortShowParams,
+    PortShowResult,
+};
+use ringway_control::rpc::Client;
+use ringway_dataplane::driver::{Guest, GuestConfig};
+use rustix::thread::{UnshareFlags, gettid, unshare_unsafe};
+
+/// How long anything may take that should happen at once.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Within this a daemon that was killed is to forward again after its start.
+const RESTART: Duration = Duration::from_secs(1);
+
+fn fresh_namespace() {
+    // SAFETY: only the network namespace changes; nothing else in the process depends on it.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
+}
+
+fn ip(arguments: &str) -> String {
+    let output = Command::new("ip").args(arguments.split(' ')).output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "ip {arguments}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < DEADLINE, "{what} did not happen");
+        std::thread::yield_now();
+    }
+}
+
+/// A veth pair: `xdp0` (10.0.0.1) here, `far0` (10.0.0.2) in another namespace, from which
+/// datagrams come without end.
+struct Load {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Load {
+    fn start() -> Self {
+        ip("link add xdp0 address 02:00:00:00:00:01 type veth peer name far0");
+        ip("addr add 10.0.0.1/24 dev xdp0");
+        ip("link set xdp0 up");
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let (ready, is_ready) = mpsc::channel();
+        let (go, may_go) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            fresh_namespace();
+            ready.send(gettid().as_raw_nonzero()).unwrap();
+            may_go.recv().unwrap();
+            ip("addr add 10.0.0.2/24 dev far0");
+            ip("link set far0 up");
+            ip("neigh add 10.0.0.1 lladdr 02:00:00:00:00:01 dev far0");
+            let socket = UdpSocket::bind("10.0.0.2:0").unwrap();
+            while !stopped.load(Ordering::Relaxed) {
+                // What does not get through is not missed.
+                let _ = socket.send_to(&[0; 100], "10.0.0.1:9");
+            }
+        });
+        ip(&format!("link set far0 netns {}", is_ready.recv().unwrap()));
+        go.send(()).unwrap();
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Place {
+    directory: tempfile::TempDir,
+}
+
+struct Daemon(Child);
+
+impl Place {
+    fn new() -> Self {
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Starts the daemon with a guest's port and one of xdp0, and waits for READY=1.
+    fn start(&self, mode: &str) -> Daemon {
+        let vm = self.path("vm.sock");
+        let text = format!(
+            "[ports.vm]\nkind = \"vhost-user\"\nlisten = \"{}\"\n\
+             [ports.nic]\nkind = \"af-xdp\"\nifname = \"xdp0\"\nmode = \"{mode}\"\n",
+            vm.display()
+        );
+        std::fs::write(self.path("ringway.toml"), text).unwrap();
+        let notify = self.path("notify.sock");
+        let _ = std::fs::remove_file(&notify);
+        let socket = UnixDatagram::bind(&notify).unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_ringwayd"))
+            .env("NOTIFY_SOCKET", &notify)
+            .arg("--control")
+            .arg(self.path("control.sock"))
+            .arg("--config")
+            .arg(self.path("ringway.toml"))
+            .spawn();
+        let daemon = Daemon(child.unwrap());
+        let mut buffer = [0; 100];
+        let n = socket.recv(&mut buffer).expect("READY=1");
+        assert_eq!(&buffer[..n], b"READY=1\n");
+        daemon
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.path("control.sock"), DEADLINE).unwrap()
+    }
+
+    fn show(&self) -> PortShowResult {
+        let name = "nic".into();
+        self.client()
+            .call::<PortShow>(&PortShowParams { name })
+            .unwrap()
+    }
+
+    fn ringway(&self, arguments: &str) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_ringway"))
+            .arg("--socket")
+            .arg(self.path("control.sock"))
+            .args(arguments.split(' '))
+            .output()
+            .unwrap()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Whether datagrams reach a socket of this namespace's kernel.
+fn kernel_receives(socket: &UdpSocket) -> bool {
+    socket.recv(&mut [0; 200]).is_ok()
+}
+
+#[test]
+fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_within_a_second() {
+    for (mode, shown) in [("copy", "prog/xdp"), ("skb", "prog/xdp")] {
+        fresh_namespace();
+        let place = Place::new();
+        let _load = Load::start();
+        let socket = UdpSocket::bind("10.0.0.1:9").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        eventually("the kernel receives", || kernel_receives(&socket));
+        for _ in 0..3 {
+            let start = Instant::now();
+            let mut daemon = place.start(mode);
+            let frames = || place.show().port.counters.rx_frames;
+            let before = frames();
+            eventually("the switch receives", || frames() > before + 1000);
+            let took = start.elapsed();
+            assert!(took < RESTART, "{took:?} from start to frames");
+            // A guest that sends as well as it can.
+            let config = GuestConfig::default();
+            let mut guest = Guest::connect(&place.path("vm.sock"), config).unwrap();
+            let mut frame = [0xff; 60];
+            frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
+            for _ in 0..10_000 {
+                guest.send_frame(&frame).unwrap();
+            }
+            assert!(ip("-d link show dev xdp0").contains(shown));
+            while kernel_receives(&socket) {}
+            assert!(!kernel_receives(&socket), "a frame went to the kernel");
+            daemon.0.kill().unwrap();
+            daemon.0.wait().unwrap();
+            assert!(!ip("-d link show dev xdp0").contains(shown));
+            eventually("the kernel receives", || kernel_receives(&socket));
+        }
+    }
+}
+
+#[test]
+fn a_port_of_the_file_is_shown_deleted_and_added_again_as_it_was() {
+    fresh_namespace();
+    let place = Place::new();
+    let _load = Load::start();
+    let _daemon = place.start("auto");
+    let show = place.show();
+    let xdp = show.af_xdp.unwrap();
+    assert_eq!(xdp.mode, ModeName::Copy);
+    assert_eq!((xdp.multi_buffer, xdp.queues.len()), (false, 1));
+    assert_eq!(xdp.umem_bytes, 4096 * 2048);
+    assert_eq!(show.mtu, Some(1500));
+    let id = xdp.program_id;
+    assert!(ip("-d link show dev xdp0").contains(&format!("prog/xdp id {id} ")));
+    let output = place.ringway("port show nic");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("\n  mode            copy (auto)\n"), "{text}");
+    assert!(
+        text.contains(&format!("\n  xdp program     id {id}\n")),
+        "{text}"
+    );
+    assert!(text.contains("  TX PENDING  "), "{text}");
+
+    let mut client = place.client();
+    let (name, if_exists) = ("nic".to_owned(), false);
+    let settings = show.port.config;
+    client
+        .call::<PortDel>(&PortDelParams { name, if_exists })
+        .unwrap();
+    assert!(!ip("-d link show dev xdp0").contains("prog/xdp"));
+    let added = client.call::<PortAdd>(&PortAddParams {
+        name: "nic".into(),
+        config: settings.clone(),
+    });
+    assert_eq!(added.unwrap().config, settings);
+}
+
+#[test]
+fn what_is_refused_is_one_line_with_a_hint() {
+    fresh_namespace();
+    let place = Place::new();
+    let _load = Load::start();
+    ip("link set lo mtu 1500 up");
+    ip("link add off0 type veth peer name off1");
+    let _daemon = place.start("auto");
+    let id = place.show().af_xdp.unwrap().program_id;
+    let has_program = format!("xdp0 through AF_XDP: it has an XDP program already, with id {id}");
+    let cases = [
+        (
+            "--ifname none0",
+            "none0 through AF_XDP: there is no such interface",
+        ),
+        ("--ifname off0", "off0 through AF_XDP: it is down"),
+        (
+            "--ifname lo --mode copy",
+            "lo through AF_XDP: its driver can't run XDP programs",
+        ),
+        (
+            "--ifname lo --queues 2",
+            "lo through AF_XDP: 2 queues are asked for, and it has 1",
+        ),
+        (
+            "--ifname lo --mtu 9001",
+            "lo through AF_XDP: its MTU of 9001 is above",
+        ),
+        ("--ifname xdp0", &has_program),
+    ];
+    for (arguments, reason) in cases {
+        let output = place.ringway(&format!("port add x af-xdp {arguments}"));
+        assert_eq!(output.status.code(), Some(1), "{arguments}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 2, "{text}");
+        assert!(lines[0].contains(reason), "{arguments}: {text}");
+        assert!(lines[1].starts_with("  hint: "), "{text}");
+    }
+    for wrong in [
+        "--mode fast",
+        "--umem-frames 100",
+        "--busy-poll-us 1001",
+        "--queues 0",
+    ] {
+        let output = place.ringway(&format!("port add x af-xdp --ifname lo {wrong}"));
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains("hint: "), "{text}");
+    }
+}

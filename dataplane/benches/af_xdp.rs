@@ -1,0 +1,347 @@
+//! An AF_XDP port next to a bare loop over xsk-rs, on a veth pair at 64 bytes, interleaved:
+//!
+//! ```text
+//!   receive    live frames of the kernel -> far0 -> xdp0 -> socket -> dropped
+//!   transmit   socket (fed by a guest, or by nobody) -> xdp0 -> far0, where nobody listens
+//! ```
+//! Prints the medians of both, and the median of the ratios with the lowest and the highest. Run by
+//! hand as root: `cargo bench -p ringway-dataplane --bench af_xdp -- [PAIRS [SECONDS [CASE]]]`.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a program run by hand")]
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use core_affinity::CoreId;
+use libbpf_sys as bpf;
+use ringway_dataplane::driver::{Guest, GuestConfig};
+use ringway_dataplane::{
+    AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, QueuePairs, SocketSpec,
+    Switch, SwitchConfig, UmemFrames, XdpMode,
+};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use xsk_rs::config::{BindFlags, SocketConfig, UmemConfig, XdpFlags};
+use xsk_rs::{FillQueue, RxQueue, Socket, Umem};
+
+/// L2 bytes without FCS of a 64-byte frame.
+const FRAME_BYTES: usize = 60;
+
+/// Frames of each UMEM, half of them each way, on both sides of the comparison.
+const UMEM_FRAMES: u32 = 4096;
+
+/// Frames that both sides handle at a time.
+const BURST: usize = 64;
+
+fn main() {
+    let mut arguments = std::env::args().skip(1).filter(|text| text != "--bench");
+    let mut number = |default: u64| {
+        arguments
+            .next()
+            .map_or(default, |text| text.parse().unwrap())
+    };
+    let (pairs, time) = (number(9), Duration::from_secs(number(1)));
+    let only = arguments.next();
+    type Trial = fn(Duration) -> f64;
+    let cases: [(&str, Trial, Trial); 2] = [
+        ("receive", receive_by_switch, receive_bare),
+        ("transmit", transmit_by_switch, transmit_bare),
+    ];
+    println!("64 bytes, Mpps: {pairs} interleaved pairs of {time:?}");
+    for (name, ours, bare) in cases {
+        if only.as_ref().is_some_and(|only| only != name) {
+            continue;
+        }
+        let mut rates: [Vec<f64>; 3] = Default::default();
+        for _ in 0..pairs {
+            let (a, b) = (ours(time), bare(time));
+            for (rates, rate) in rates.iter_mut().zip([a, b, a / b]) {
+                rates.push(rate);
+            }
+        }
+        for rates in &mut rates {
+            rates.sort_by(f64::total_cmp);
+        }
+        let median = |rates: &[f64]| rates[rates.len() / 2];
+        let [ours, bare, ratios] = &rates;
+        println!(
+            "{name:<9} ringway {:.2}  bare {:.2}  ratio {:.2} ({:.2} to {:.2})",
+            median(ours) / 1e6,
+            median(bare) / 1e6,
+            median(ratios),
+            ratios[0],
+            ratios[ratios.len() - 1],
+        );
+    }
+}
+
+/// The first CPU for whoever loads, the last for whoever is measured.
+fn pin(is_measured: bool) -> usize {
+    static CPUS: OnceLock<Vec<CoreId>> = OnceLock::new();
+    // Asked once: a thread that is pinned is told its own CPU only, and so are its children.
+    let cpus = CPUS.get_or_init(|| core_affinity::get_core_ids().unwrap());
+    let cpu = cpus[if is_measured { cpus.len() - 1 } else { 0 }];
+    core_affinity::set_for_current(cpu);
+    cpu.id
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(status.unwrap().success(), "ip {arguments}");
+}
+
+/// A fresh namespace with a veth pair, whose far end is returned.
+fn veth() -> u32 {
+    // SAFETY: only the network namespace changes; nothing else in the process depends on it.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
+    ip("link add xdp0 type veth peer name far0");
+    for ifname in ["xdp0", "far0"] {
+        ip(&format!("link set {ifname} addrgenmode none"));
+        ip(&format!("link set {ifname} up"));
+    }
+    // SAFETY: the pointer is a valid C string.
+    unsafe { libc::if_nametoindex(c"far0".as_ptr()) }
+}
+
+fn frame() -> [u8; FRAME_BYTES] {
+    let mut frame = [0; FRAME_BYTES];
+    frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5]);
+    frame
+}
+
+/// Sends frames out of an interface until told to stop, by a program that redirects them.
+fn generate(interface: u32, stop: &AtomicBool) {
+    pin(false);
+    let redirect = u64::from(interface) << 32;
+    // r1 = interface; r2 = 0; bpf_redirect(r1, r2); exit.
+    let code: [u64; 4] = [redirect | 0x01b7, 0x02b7, 23 << 32 | 0x85, 0x95];
+    let mut options = bpf::bpf_prog_load_opts {
+        sz: size_of::<bpf::bpf_prog_load_opts>() as bpf::size_t,
+        ..Default::default()
+    };
+    // SAFETY: texts, instructions and options are valid for their lengths.
+    let program = unsafe {
+        bpf::bpf_prog_load(
+            bpf::BPF_PROG_TYPE_XDP,
+            c"generate".as_ptr(),
+            c"GPL".as_ptr(),
+            code.as_ptr().cast(),
+            code.len() as bpf::size_t,
+            &raw mut options,
+        )
+    };
+    assert!(program >= 0, "bpf_prog_load: {program}");
+    let data = frame();
+    while !stop.load(Ordering::Relaxed) {
+        let mut options = bpf::bpf_test_run_opts {
+            sz: size_of::<bpf::bpf_test_run_opts>() as bpf::size_t,
+            data_in: data.as_ptr().cast(),
+            data_size_in: data.len().try_into().unwrap(),
+            repeat: 1 << 16,
+            flags: bpf::BPF_F_TEST_XDP_LIVE_FRAMES,
+            batch_size: 64,
+            ..Default::default()
+        };
+        // SAFETY: options and frame are valid for their lengths.
+        let result = unsafe { bpf::bpf_prog_test_run_opts(program, &raw mut options) };
+        assert_eq!(result, 0);
+    }
+    // SAFETY: the fd is this function's own.
+    unsafe { libc::close(program) };
+}
+
+/// Frames per second that `count` tells, while frames arrive at xdp0.
+fn under_load(far: u32, time: Duration, measure: impl FnOnce(Duration) -> f64) -> f64 {
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    // It inherits the namespace.
+    let thread = std::thread::spawn(move || generate(far, &stopped));
+    let rate = measure(time);
+    stop.store(true, Ordering::Relaxed);
+    thread.join().unwrap();
+    rate
+}
+
+fn rate_of(count: impl Fn() -> u64, time: Duration) -> f64 {
+    let before = count();
+    let start = Instant::now();
+    std::thread::sleep(time);
+    let (after, took) = (count(), start.elapsed());
+    (after - before) as f64 / took.as_secs_f64()
+}
+
+fn switch() -> (Switch, PortName) {
+    let switch = Switch::start(SwitchConfig {
+        worker_cpus: vec![pin(true)],
+        // As the bare loops do.
+        idle: IdleConfig {
+            spin: Duration::MAX,
+            pause: Duration::ZERO,
+            ..IdleConfig::default()
+        },
+        balance: BalanceConfig::default(),
+        fdb_capacity: 1024,
+        fdb_ageing: Duration::from_secs(300),
+    })
+    .unwrap();
+    let nic: PortName = "nic".parse().unwrap();
+    let kind = PortKind::AfXdp(AfXdpConfig {
+        ifname: "xdp0".into(),
+        queue_pairs: None,
+        mode: XdpMode::Copy,
+        umem_frames: UmemFrames::new(UMEM_FRAMES).unwrap(),
+        busy_poll: None,
+    });
+    switch.add_port(nic.clone(), config(kind)).unwrap();
+    (switch, nic)
+}
+
+fn config(kind: PortKind) -> PortConfig {
+    PortConfig {
+        kind,
+        mtu: None,
+        fdb_limit: None,
+        pins: BTreeMap::new(),
+    }
+}
+
+fn receive_by_switch(time: Duration) -> f64 {
+    let far = veth();
+    let (switch, nic) = switch();
+    let frames = || switch.port(&nic).unwrap().info.counters.rx_frames;
+    under_load(far, time, |time| rate_of(frames, time))
+}
+
+fn transmit_by_switch(time: Duration) -> f64 {
+    veth();
+    let (switch, nic) = switch();
+    let folder = tempfile::TempDir::new().unwrap();
+    let path = folder.path().join("vm.sock");
+    let kind = PortKind::VhostUser {
+        socket: SocketSpec::Listen(path.clone()),
+        queue_pairs: QueuePairs::new(1).unwrap(),
+    };
+    let vm = "vm".parse().unwrap();
+    switch.add_port(vm, config(kind)).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let load = std::thread::spawn(move || {
+        pin(false);
+        let config = GuestConfig {
+            queue_size: 1024,
+            ..GuestConfig::default()
+        };
+        let mut guest = Guest::connect(&path, config).unwrap();
+        let mut one = vec![0; 12];
+        one.extend(frame());
+        let burst = vec![one; BURST];
+        while !stopped.load(Ordering::Relaxed) {
+            if guest.send_burst(0, &burst).unwrap() == 0 {
+                std::hint::spin_loop();
+            }
+        }
+    });
+    let frames = || switch.port(&nic).unwrap().info.counters.tx_frames;
+    let rate = rate_of(frames, time);
+    stop.store(true, Ordering::Relaxed);
+    load.join().unwrap();
+    rate
+}
+
+/// A socket as xsk-rs makes it, with libxdp's own program; the second half of the frames is to send.
+fn bare() -> (
+    xsk_rs::TxQueue,
+    RxQueue,
+    FillQueue,
+    xsk_rs::CompQueue,
+    Umem,
+    Vec<xsk_rs::FrameDesc>,
+) {
+    pin(true);
+    let half = (UMEM_FRAMES / 2).try_into().unwrap();
+    let umem_config = UmemConfig::builder()
+        .frame_size(2048.try_into().unwrap())
+        .fill_queue_size(half)
+        .comp_queue_size(half)
+        .build()
+        .unwrap();
+    let count = UMEM_FRAMES.try_into().unwrap();
+    let (umem, descs) = Umem::new(umem_config, count, false).unwrap();
+    let config = SocketConfig::builder()
+        .rx_queue_size(half)
+        .tx_queue_size(half)
+        .xdp_flags(XdpFlags::XDP_FLAGS_DRV_MODE)
+        .bind_flags(BindFlags::XDP_USE_NEED_WAKEUP | BindFlags::XDP_COPY)
+        .build();
+    // SAFETY: the UMEM is used for one socket only.
+    let socket = unsafe { Socket::new(config, &umem, &"xdp0".parse().unwrap(), 0) };
+    let (tx, rx, rings) = socket.unwrap();
+    let (fill, completions) = rings.unwrap();
+    (tx, rx, fill, completions, umem, descs)
+}
+
+fn receive_bare(time: Duration) -> f64 {
+    let far = veth();
+    let (_tx, mut rx, mut fill, _completions, _umem, descs) = bare();
+    let half = descs.len() / 2;
+    // SAFETY: the frames are this UMEM's and free.
+    unsafe { fill.produce(&descs[..half]) };
+    under_load(far, time, move |time| {
+        let mut batch = vec![descs[0]; BURST];
+        let mut frames = 0;
+        let start = Instant::now();
+        while start.elapsed() < time {
+            // SAFETY: the frames are this UMEM's.
+            let count = unsafe { rx.consume(&mut batch) };
+            // SAFETY: likewise, and free again.
+            unsafe { fill.produce(&batch[..count]) };
+            frames += count;
+        }
+        frames as f64 / start.elapsed().as_secs_f64()
+    })
+}
+
+fn transmit_bare(time: Duration) -> f64 {
+    use std::io::Write;
+    veth();
+    let (mut tx, _rx, _fill, mut completions, umem, mut descs) = bare();
+    // Two CPUs may be one core: the other one is as busy as with a guest.
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let other = std::thread::spawn(move || {
+        pin(false);
+        let mut copies = [frame(); BURST];
+        while !stopped.load(Ordering::Relaxed) {
+            copies.rotate_left(1);
+            std::hint::black_box(&mut copies);
+        }
+    });
+    let mut free = descs.split_off(descs.len() / 2);
+    let mut done = vec![free[0]; BURST];
+    let mut frames = 0;
+    let start = Instant::now();
+    while start.elapsed() < time {
+        // SAFETY: the frames are this UMEM's.
+        let count = unsafe { completions.consume(&mut done) };
+        free.extend_from_slice(&done[..count]);
+        frames += count;
+        if free.len() < BURST {
+            tx.wakeup().unwrap();
+            continue;
+        }
+        let mut batch = free.split_off(free.len() - BURST);
+        for desc in &mut batch {
+            // SAFETY: the frame is this UMEM's and free.
+            let mut data = unsafe { umem.data_mut(desc) };
+            data.cursor().set_pos(0);
+            data.cursor().write_all(&frame()).unwrap();
+        }
+        // SAFETY: likewise; as many entries as frames.
+        unsafe { tx.produce_and_wakeup(&batch) }.unwrap();
+    }
+    let rate = frames as f64 / start.elapsed().as_secs_f64();
+    stop.store(true, Ordering::Relaxed);
+    other.join().unwrap();
+    rate
+}

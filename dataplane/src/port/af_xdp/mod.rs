@@ -1,0 +1,212 @@
+//! An AF_XDP port: queues of a NIC or veth, one socket each, past the kernel's network stack.
+//!
+//! ```text
+//!                 XDP program                 worker
+//!   NIC queue n ---redirect---> receive ring ---------> burst ---> guests (the one copy)
+//!        ^       +- pass -> kernel  fill ring <-- chunks back
+//!        |
+//!        +----------------- transmit ring <-- one copy into a chunk, one call per burst
+//!                            completion ring --> free chunks
+//! ```
+//! Each queue has a UMEM of its own, so that queues share nothing. Its receiving half is used by the
+//! worker that polls the queue, its transmitting half by all that send to it; each half has a
+//! mutex, taken by `try_lock` once per burst.
+
+mod interface;
+mod open;
+mod program;
+mod receive;
+mod transmit;
+mod umem;
+
+use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+
+pub(crate) use receive::Receiver;
+pub(crate) use transmit::{Sent, Transmitter};
+
+use self::interface::Interface;
+use self::program::Program;
+use super::vhost::choose_receiver;
+use super::{PortBase, QueueCounters};
+use crate::info::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo};
+use crate::switch::XdpMode;
+
+/// Longest L3 MTU: what common NICs carry in several buffers.
+pub(crate) const MAX_MTU: u32 = 9000;
+
+/// One queue of the interface.
+#[derive(Debug)]
+pub(crate) struct AfXdpQueue {
+    /// The socket, which both halves keep open.
+    fd: RawFd,
+    /// Entries of each of its four rings.
+    ring_size: u32,
+    /// Others than workers that wait for a half: workers stand back meanwhile.
+    waiting: AtomicU32,
+    receiver: Mutex<Receiver>,
+    transmitter: Mutex<Transmitter>,
+    pub(crate) rx: QueueCounters,
+    pub(crate) tx: QueueCounters,
+}
+
+/// Queues of an interface.
+#[derive(Debug)]
+pub(crate) struct AfXdpPort {
+    pub(crate) base: PortBase,
+    ifname: String,
+    // Dropped in this order: no frame is redirected any more when the sockets are closed.
+    program: Program,
+    queues: Box<[AfXdpQueue]>,
+    interface: Interface,
+    mode: XdpMode,
+    has_several_chunks: bool,
+    umem_bytes: u64,
+    is_huge: bool,
+    /// The MTU that frames to the interface are held to.
+    mtu: u16,
+}
+
+impl AfXdpPort {
+    pub(crate) fn pairs(&self) -> u16 {
+        u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
+    }
+
+    pub(crate) fn state(&self) -> PortState {
+        if self.interface.is_running() {
+            PortState::Up
+        } else {
+            PortState::Down
+        }
+    }
+
+    /// The MTU that frames to the interface are held to.
+    pub(crate) fn mtu(&self) -> u16 {
+        self.mtu
+    }
+
+    pub(crate) fn queue(&self, pair: u16) -> &AfXdpQueue {
+        &self.queues[usize::from(pair)]
+    }
+
+    /// The queue for frames of a source's queue, so that a flow stays in one. `owned` has a bit for
+    /// each queue that the worker polls which asks.
+    #[inline]
+    pub(crate) fn transmit_queue(&self, source_queue: u16, owned: u64) -> u16 {
+        let all = u64::MAX >> (64 - u32::from(self.pairs()).clamp(1, 64));
+        let chosen = choose_receiver(all, owned, source_queue);
+        chosen
+            .and_then(|pair| u16::try_from(pair).ok())
+            .unwrap_or(0)
+    }
+
+    pub(crate) fn queue_info(&self, pair: u16, worker: u16) -> QueueInfo {
+        let queue = self.queue(pair);
+        let ring_size = u16::try_from(queue.ring_size).unwrap_or(u16::MAX);
+        QueueInfo {
+            index: pair,
+            rx_started: true,
+            tx_started: true,
+            enabled: true,
+            rx_size: ring_size,
+            tx_size: ring_size,
+            worker,
+            rx_frames: queue.rx.frames.get(),
+            tx_frames: queue.tx.frames.get(),
+            calls: 0,
+            contended: queue.rx.contended.get() + queue.tx.contended.get(),
+        }
+    }
+
+    /// All that only a port of this kind has.
+    pub(crate) fn info(&self) -> AfXdpInfo {
+        AfXdpInfo {
+            ifname: self.ifname.clone(),
+            mode: self.mode,
+            program_id: self.program.id(),
+            multi_buffer: self.has_several_chunks,
+            umem_bytes: self.umem_bytes,
+            huge_pages: self.is_huge,
+            queues: self.queues.iter().map(AfXdpQueue::info).collect(),
+        }
+    }
+}
+
+impl AfXdpQueue {
+    /// The socket's fd, to wait for frames.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: both halves keep the socket open and live as long as the borrow of `self`.
+        unsafe { BorrowedFd::borrow_raw(self.fd) }
+    }
+
+    /// The receiving half for one burst, or `None` if somebody else has it.
+    #[inline]
+    pub(crate) fn try_receiver(&self) -> Option<MutexGuard<'_, Receiver>> {
+        self.try_lock(&self.receiver)
+    }
+
+    /// The transmitting half for one burst, or `None` if somebody else has it.
+    #[inline]
+    pub(crate) fn try_transmitter(&self) -> Option<MutexGuard<'_, Transmitter>> {
+        self.try_lock(&self.transmitter)
+    }
+
+    fn info(&self) -> AfXdpQueueInfo {
+        let mut receiver = self.lock(&self.receiver);
+        let (fill_level, rx_level) = receiver.levels(self.ring_size);
+        let statistics = receiver.statistics();
+        drop(receiver);
+        let (tx_level, tx_pending) = self.lock(&self.transmitter).levels();
+        let count = |read: fn(&xsk_rs::socket::XdpStatistics) -> u64| {
+            statistics.as_ref().map(read).unwrap_or_default()
+        };
+        AfXdpQueueInfo {
+            ring_size: self.ring_size,
+            fill_level,
+            rx_level,
+            tx_level,
+            tx_pending,
+            rx_ring_full: count(|s| s.rx_ring_full()),
+            rx_fill_empty: count(|s| s.rx_fill_ring_empty_descs()),
+            rx_dropped: count(|s| s.rx_dropped()),
+            rx_invalid: count(|s| s.rx_invalid_descs()),
+            tx_invalid: count(|s| s.tx_invalid_descs()),
+        }
+    }
+}
+
+impl AfXdpQueue {
+    #[inline]
+    fn try_lock<'a, T>(&self, half: &'a Mutex<T>) -> Option<MutexGuard<'a, T>> {
+        if self.waiting.load(Ordering::Relaxed) != 0 {
+            return None;
+        }
+        match half.try_lock() {
+            Ok(guard) => Some(guard),
+            // A panic in a worker ends the process.
+            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// A half, once the worker that has it is done with its burst.
+    fn lock<'a, T>(&self, half: &'a Mutex<T>) -> MutexGuard<'a, T> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let guard = half.lock().unwrap_or_else(PoisonError::into_inner);
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        guard
+    }
+
+    fn new(receiver: Receiver, transmitter: Transmitter, fd: RawFd, ring_size: u32) -> Self {
+        Self {
+            fd,
+            ring_size,
+            waiting: AtomicU32::new(0),
+            receiver: Mutex::new(receiver),
+            transmitter: Mutex::new(transmitter),
+            rx: QueueCounters::default(),
+            tx: QueueCounters::default(),
+        }
+    }
+}

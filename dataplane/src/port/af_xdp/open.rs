@@ -1,0 +1,374 @@
+//! Opening an interface's queues: which mode it can, and why not.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use xsk_rs::Socket;
+use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSize, SocketConfig};
+
+use super::interface::Interface;
+use super::program::{self, Hook, Program};
+use super::receive::Receiver;
+use super::transmit::{Transmitter, set_option};
+use super::umem::{Layout, SharedMemory, os_error};
+use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
+use crate::port::{PortBase, max_l2_bytes};
+use crate::switch::{AfXdpConfig, MAX_QUEUE_PAIRS, SwitchError, XdpMode};
+
+/// How long a queue that is bound is tried again: after the end of the process that had it, the
+/// kernel lets go of it within some 10 ms.
+const BIND_PATIENCE: Duration = Duration::from_millis(300);
+
+/// Pause between two attempts.
+const BIND_PAUSE: Duration = Duration::from_millis(2);
+
+/// Frames that the kernel takes from the NIC in one busy poll: its own default elsewhere.
+const BUSY_POLL_BUDGET: u32 = 64;
+
+/// Why the interface can't be opened in one mode.
+enum Refusal {
+    /// Another mode may do.
+    Mode(SwitchError),
+    /// No mode will.
+    Final(SwitchError),
+}
+
+/// What is to be opened.
+struct Plan<'a> {
+    config: &'a AfXdpConfig,
+    interface: &'a Interface,
+    queues: u16,
+    layout: Layout,
+    /// The interface's own.
+    interface_mtu: u32,
+}
+
+impl AfXdpPort {
+    /// Attaches a program to the interface and binds its first queues.
+    ///
+    /// # Errors
+    /// An interface that is not there, down, in use, can't do it in this mode or with its MTU; too
+    /// few queues, too little memory that may be locked, no permission.
+    pub(crate) fn open(
+        base: PortBase,
+        config: &AfXdpConfig,
+        mtu: Option<u16>,
+    ) -> Result<Self, SwitchError> {
+        let ifname = &config.ifname;
+        let found = Interface::find(ifname).map_err(|error| config.system("socket", &error))?;
+        let Some(interface) = found else {
+            return Err(config.refuse(
+                "there is no such interface",
+                "see `ip link`; the interface is to exist already",
+            ));
+        };
+        if !interface.is_up() {
+            let hint = format!("`ip link set {ifname} up` sets it up");
+            return Err(config.refuse("it is down", hint));
+        }
+        let plan = plan(config, &interface, mtu)?;
+        let (mode, opened) = plan.open_first()?;
+        Ok(Self {
+            base,
+            ifname: ifname.clone(),
+            mode,
+            has_several_chunks: plan.layout.several_chunks,
+            umem_bytes: opened.umem_bytes,
+            is_huge: opened.is_huge,
+            mtu: mtu.unwrap_or(u16::try_from(plan.interface_mtu).unwrap_or(u16::MAX)),
+            program: opened.program,
+            queues: opened.queues,
+            interface,
+        })
+    }
+}
+
+/// What one mode yields.
+struct Opened {
+    program: Program,
+    queues: Box<[AfXdpQueue]>,
+    umem_bytes: u64,
+    is_huge: bool,
+}
+
+fn plan<'a>(
+    config: &'a AfXdpConfig,
+    interface: &'a Interface,
+    mtu: Option<u16>,
+) -> Result<Plan<'a>, SwitchError> {
+    let ifname = &config.ifname;
+    let there = interface.queues();
+    let queues = match config.queue_pairs.map(|wanted| wanted.get()) {
+        Some(wanted) if wanted > there => {
+            let reason = format!("{wanted} queues are asked for, and it has {there}");
+            let hint = format!("ask for fewer, or `ethtool -L {ifname} combined {wanted}` first");
+            return Err(config.refuse(reason, hint));
+        }
+        Some(wanted) => wanted,
+        None => there.min(MAX_QUEUE_PAIRS),
+    };
+    let interface_mtu = interface.mtu().unwrap_or(1500);
+    let greatest = interface_mtu.max(mtu.map_or(0, u32::from));
+    if greatest > MAX_MTU {
+        let reason = format!("its MTU of {greatest} is above the {MAX_MTU} that AF_XDP carries");
+        let hint = format!("`ip link set {ifname} mtu {MAX_MTU}`, and leave out a greater --mtu");
+        return Err(config.refuse(reason, hint));
+    }
+    Ok(Plan {
+        config,
+        interface,
+        queues,
+        layout: Layout::for_frames(max_l2_bytes(u16::try_from(greatest).ok())),
+        interface_mtu,
+    })
+}
+
+impl Plan<'_> {
+    /// Opens the interface in the first mode of those wanted that it can.
+    fn open_first(&self) -> Result<(XdpMode, Opened), SwitchError> {
+        let config = self.config;
+        let support = program::query(self.interface.index())
+            .map_err(|error| config.system("netlink", &error))?;
+        if let Some(id) = support.program {
+            return Err(self.has_program(id));
+        }
+        let modes: &[XdpMode] = match &config.mode {
+            XdpMode::Auto => &[XdpMode::ZeroCopy, XdpMode::Copy, XdpMode::Skb],
+            mode => std::slice::from_ref(mode),
+        };
+        let mut refused = None;
+        for mode in modes {
+            let is_native = *mode != XdpMode::Skb;
+            if is_native && self.layout.several_chunks && support.several_buffers == Some(false) {
+                refused = Some(self.too_long());
+                continue;
+            }
+            match self.open(*mode) {
+                Ok(opened) => return Ok((*mode, opened)),
+                Err(Refusal::Final(error)) => return Err(error),
+                Err(Refusal::Mode(error)) => refused = Some(error),
+            }
+        }
+        Err(refused.unwrap_or_else(|| config.refuse("no mode is left", "see `ip -d link`")))
+    }
+
+    fn open(&self, mode: XdpMode) -> Result<Opened, Refusal> {
+        let hook = match mode {
+            XdpMode::Skb => Hook::Generic,
+            XdpMode::Auto | XdpMode::ZeroCopy | XdpMode::Copy => Hook::Driver,
+        };
+        let program = Program::attach(self.interface.index(), self.queues, hook)
+            .map_err(|error| self.cannot_attach(&error))?;
+        let (mut umem_bytes, mut is_huge) = (0, true);
+        let mut queues = Vec::new();
+        for index in 0..self.queues {
+            let memory = SharedMemory::new(self.layout, self.config.umem_frames.get())
+                .map_err(|error| Refusal::Final(self.no_memory(&error)))?;
+            umem_bytes += memory.total_bytes;
+            is_huge &= memory.is_huge;
+            let queue = self.open_queue(index, mode, memory)?;
+            program
+                .redirect(index, queue.fd())
+                .map_err(|error| Refusal::Final(self.config.system("XSKMAP", &error)))?;
+            queues.push(queue);
+        }
+        Ok(Opened {
+            program,
+            queues: queues.into(),
+            umem_bytes,
+            is_huge,
+        })
+    }
+
+    fn open_queue(
+        &self,
+        index: u16,
+        mode: XdpMode,
+        memory: SharedMemory,
+    ) -> Result<AfXdpQueue, Refusal> {
+        let config = self.config;
+        let is_zero_copy = mode == XdpMode::ZeroCopy;
+        let mut flags = BindFlags::XDP_USE_NEED_WAKEUP;
+        flags |= if is_zero_copy {
+            BindFlags::XDP_ZEROCOPY
+        } else {
+            BindFlags::XDP_COPY
+        };
+        if self.layout.several_chunks {
+            flags |= BindFlags::XDP_USE_SG;
+        }
+        let size = config.umem_frames.get() / 2;
+        let ring_size = QueueSize::new(size).map_err(|error| {
+            Refusal::Final(config.system("ring", &io::Error::other(error.to_string())))
+        })?;
+        let socket = SocketConfig::builder()
+            .rx_queue_size(ring_size)
+            .tx_queue_size(ring_size)
+            .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
+            .bind_flags(flags)
+            .build();
+        let name: InterfaceName = config.ifname.parse().map_err(|_| {
+            Refusal::Final(config.refuse("no interface can have this name", "see `ip link`"))
+        })?;
+        let deadline = Instant::now() + BIND_PATIENCE;
+        let (ring, received, rings) = loop {
+            // SAFETY: the UMEM is used for one socket only.
+            match unsafe { Socket::new(socket, &memory.umem, &name, u32::from(index)) } {
+                Ok(socket) => break socket,
+                Err(error) => {
+                    let error = os_error(&error);
+                    let is_busy = error.raw_os_error() == Some(libc::EBUSY);
+                    if !is_busy || Instant::now() >= deadline {
+                        return Err(self.cannot_bind(index, mode, &error));
+                    }
+                    std::thread::sleep(BIND_PAUSE);
+                }
+            }
+        };
+        let Some((fill, completions)) = rings else {
+            let error = io::Error::other("no fill ring");
+            return Err(Refusal::Final(config.system("socket", &error)));
+        };
+        if let Some(time) = config.busy_poll {
+            let us = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+            let options = [
+                (libc::SO_PREFER_BUSY_POLL, 1),
+                (libc::SO_BUSY_POLL, us),
+                (libc::SO_BUSY_POLL_BUDGET, BUSY_POLL_BUDGET),
+            ];
+            for (name, value) in options {
+                set_option(&ring, libc::SOL_SOCKET, name, value)
+                    .map_err(|error| Refusal::Final(config.system("busy polling", &error)))?;
+            }
+        }
+        let fd = ring.fd().as_raw_fd();
+        let chunks = memory.chunks;
+        let umem = (memory.umem, chunks, self.layout.room_bytes());
+        Ok(AfXdpQueue::new(
+            Receiver::new(
+                received,
+                fill,
+                chunks,
+                &memory.to_receive,
+                config.busy_poll.is_some(),
+            ),
+            Transmitter::new(ring, completions, umem, memory.to_transmit, is_zero_copy),
+            fd,
+            size,
+        ))
+    }
+
+    fn cannot_attach(&self, error: &io::Error) -> Refusal {
+        let config = self.config;
+        let ifname = &config.ifname;
+        match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => Refusal::Final(config.not_permitted()),
+            Some(libc::EBUSY | libc::EEXIST) => {
+                // Somebody was faster.
+                let support = program::query(self.interface.index()).ok();
+                let id = support.and_then(|support| support.program).unwrap_or(0);
+                Refusal::Final(self.has_program(id))
+            }
+            Some(libc::EOPNOTSUPP) => Refusal::Mode(config.refuse(
+                "its driver can't run XDP programs",
+                "use --mode skb, which needs nothing of the driver and is slower",
+            )),
+            Some(libc::ERANGE | libc::EINVAL) if self.interface_mtu > 1500 => {
+                Refusal::Mode(self.too_long())
+            }
+            _ => Refusal::Mode(config.refuse(
+                format!("its driver refused the XDP program: {error}"),
+                format!("see `ethtool -i {ifname}` and the kernel's log, or use --mode skb"),
+            )),
+        }
+    }
+
+    fn cannot_bind(&self, index: u16, mode: XdpMode, error: &io::Error) -> Refusal {
+        let config = self.config;
+        let ifname = &config.ifname;
+        match error.raw_os_error() {
+            Some(libc::EBUSY) => Refusal::Final(config.refuse(
+                format!("queue {index} is bound to another AF_XDP socket"),
+                "end the program that has it; `ss --xdp -p` shows it",
+            )),
+            Some(libc::ENETDOWN) => Refusal::Final(config.refuse(
+                "it is down",
+                format!("`ip link set {ifname} up` sets it up"),
+            )),
+            Some(libc::EPERM | libc::EACCES) => Refusal::Final(config.not_permitted()),
+            Some(libc::EOPNOTSUPP) if self.layout.several_chunks => Refusal::Mode(self.too_long()),
+            Some(libc::EOPNOTSUPP) if mode == XdpMode::ZeroCopy => Refusal::Mode(config.refuse(
+                "its driver has no zero-copy",
+                "use --mode copy, or auto for the best there is",
+            )),
+            _ => Refusal::Mode(config.refuse(
+                format!("queue {index} can't be bound: {error}"),
+                format!("see `ethtool -l {ifname}` and the kernel's log, or use --mode skb"),
+            )),
+        }
+    }
+
+    fn no_memory(&self, error: &io::Error) -> SwitchError {
+        let config = self.config;
+        match error.raw_os_error() {
+            Some(libc::ENOBUFS) => config.refuse(
+                "not enough memory may be locked for its frames",
+                "raise `ulimit -l` (LimitMEMLOCK= of the unit) or take fewer with --umem-frames",
+            ),
+            Some(libc::ENOMEM) => config.refuse(
+                "there is not enough memory for its frames",
+                "take fewer with --umem-frames",
+            ),
+            Some(libc::EPERM | libc::EACCES) => config.not_permitted(),
+            Some(libc::EAFNOSUPPORT) => config.refuse(
+                "this kernel or sandbox has no AF_XDP",
+                "use a kernel with CONFIG_XDP_SOCKETS and allow the address family AF_XDP",
+            ),
+            _ => config.system("UMEM", error),
+        }
+    }
+
+    fn has_program(&self, id: u32) -> SwitchError {
+        let ifname = &self.config.ifname;
+        self.config.refuse(
+            format!("it has an XDP program already, with id {id}"),
+            format!(
+                "`bpftool prog show id {id}` tells whose; end that, or `ip link set {ifname} xdp off`"
+            ),
+        )
+    }
+
+    fn too_long(&self) -> SwitchError {
+        let mtu = self.interface_mtu;
+        let ifname = &self.config.ifname;
+        self.config.refuse(
+            format!("its MTU of {mtu} is above what its driver carries in this mode"),
+            format!("`ip link set {ifname} mtu 1500`, or use --mode skb"),
+        )
+    }
+}
+
+impl AfXdpConfig {
+    fn refuse(&self, reason: impl Into<String>, hint: impl Into<String>) -> SwitchError {
+        SwitchError::AfXdp {
+            ifname: self.ifname.clone(),
+            reason: reason.into(),
+            hint: hint.into(),
+        }
+    }
+
+    fn not_permitted(&self) -> SwitchError {
+        self.refuse(
+            "not permitted",
+            "run ringwayd as root or with CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF",
+        )
+    }
+
+    fn system(&self, what: &str, error: &io::Error) -> SwitchError {
+        self.refuse(
+            format!("{what}: {error}"),
+            "see the daemon's and the kernel's log",
+        )
+    }
+}

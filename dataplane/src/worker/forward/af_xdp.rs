@@ -1,0 +1,88 @@
+//! Delivery to a queue of an AF_XDP port.
+
+use std::sync::MutexGuard;
+
+use ringway_bridge::{DropReason, PortId};
+
+use super::{Forwarder, LOCK_TRIES, Outcome, bits};
+use crate::burst::Burst;
+use crate::offload::Workbench;
+use crate::port::{AfXdpPort, AfXdpQueue, Port, Sent, Transmitter, max_l2_bytes};
+use crate::worker::parcels::put_parcels;
+
+/// Delivers the frames of `mask` to queue `pair`, with one call to the kernel. Notes in `unsent` that
+/// some are to be sent later.
+pub(super) fn deliver_to_af_xdp(
+    port: &AfXdpPort,
+    pair: u16,
+    (mask, haste): (u64, u64),
+    burst: &Burst,
+    bench: &mut Workbench,
+    (unsent, contended): (&mut Vec<(PortId, u16)>, &mut u64),
+) -> Outcome {
+    let queue = port.queue(pair);
+    let Some(mut transmitter) = lock(queue, contended) else {
+        return Outcome {
+            busy: mask,
+            ..Outcome::default()
+        };
+    };
+    if !transmitter.begin() {
+        return Outcome::all(mask, DropReason::HostError);
+    }
+    let max_bytes = max_l2_bytes(Some(port.mtu()));
+    let mut outcome = Outcome::default();
+    for index in bits(mask) {
+        let is_hasty = haste >> index & 1 != 0;
+        match put_parcels(&mut transmitter, (burst, index), max_bytes, is_hasty, bench) {
+            Ok(bytes) => outcome.sent(index, bytes),
+            // Frames behind it are refused too, lest they overtake it.
+            Err(DropReason::RingFull) => {
+                outcome.full = mask & (u64::MAX << index);
+                break;
+            }
+            Err(reason) => outcome.drop(1 << index, reason),
+        }
+    }
+    // Also if nothing was put: what fills the ring may be what the kernel had no room for.
+    if transmitter.submit() == Sent::Later && !unsent.contains(&(port.base.id, pair)) {
+        unsent.push((port.base.id, pair));
+    }
+    let frames = u64::from(outcome.sent.count_ones());
+    queue.tx.frames.add_owned(frames);
+    queue.tx.bytes.add_owned(outcome.sent_bytes);
+    outcome
+}
+
+impl Forwarder {
+    /// Has the kernel send what it had no room for before.
+    #[cold]
+    pub(in crate::worker) fn send_again(&mut self) {
+        let ports = &self.ports;
+        self.unsent.retain(|(id, pair)| match &ports[id.index()] {
+            Some(port) => match &**port {
+                Port::AfXdp(port) if *pair < port.pairs() => port
+                    .queue(*pair)
+                    .try_transmitter()
+                    .is_none_or(|mut transmitter| transmitter.send() == Sent::Later),
+                _ => false,
+            },
+            None => false,
+        });
+    }
+}
+
+fn lock<'a>(queue: &'a AfXdpQueue, contended: &mut u64) -> Option<MutexGuard<'a, Transmitter>> {
+    if let Some(guard) = queue.try_transmitter() {
+        return Some(guard);
+    }
+    queue.tx.contended.add(1);
+    *contended += 1;
+    for _ in 0..LOCK_TRIES {
+        std::hint::spin_loop();
+        if let Some(guard) = queue.try_transmitter() {
+            return Some(guard);
+        }
+    }
+    None
+}
