@@ -201,4 +201,31 @@ mod tests {
         assert!(layout(3841).several_chunks);
         assert_eq!(layout(9018).room_bytes(), 3840);
     }
+
+    #[test]
+    fn whatever_is_in_front_of_a_frame_becomes_a_header_that_promises_nothing() {
+        // Needs CAP_NET_RAW, as all AF_XDP does.
+        let memory = SharedMemory::new(Layout::for_frames(1518), 128).unwrap();
+        let chunks = memory.chunks;
+        assert_eq!(
+            (memory.to_receive.len(), memory.to_transmit.len()),
+            (64, 64)
+        );
+        for desc in &memory.to_receive {
+            let frame = chunks.received(desc).unwrap();
+            let front = frame.ptr.wrapping_sub(2 * HEADER_LEN);
+            // SAFETY: these bytes are in the chunk's headroom, and nobody else has the chunk.
+            unsafe { front.write_bytes(0xee, 2 * HEADER_LEN) };
+            let with_header = chunks.with_header(desc).unwrap();
+            assert_eq!(with_header.len, HEADER_BYTES);
+            assert_eq!(with_header.ptr, frame.ptr.wrapping_sub(HEADER_LEN));
+            // SAFETY: as above.
+            let bytes = unsafe { front.cast::<[[u8; HEADER_LEN]; 2]>().read() };
+            assert_eq!(bytes, [[0xee; HEADER_LEN], [0; HEADER_LEN]]);
+        }
+        assert!(
+            chunks.with_header(&FrameDesc::default()).is_none(),
+            "no room"
+        );
+    }
 }
