@@ -237,11 +237,12 @@ impl PortSettings {
     /// Refuses what belongs to other kinds.
     fn refuse_others(&self) -> Result<(), SettingError> {
         use KindName::{AfXdp, Tap, VhostUser};
-        let settings: [(_, _, &[KindName]); 7] = [
+        let settings: [(_, _, &[KindName]); 8] = [
             ("listen", self.listen.is_some(), &[VhostUser]),
             ("connect", self.connect.is_some(), &[VhostUser]),
             ("ifname", self.ifname.is_some(), &[Tap, AfXdp]),
             ("persist", self.persist.is_some(), &[Tap]),
+            ("offload", self.offload.is_some(), &[Tap]),
             ("mode", self.mode.is_some(), &[AfXdp]),
             ("umem_frames", self.umem_frames.is_some(), &[AfXdp]),
             ("busy_poll_us", self.busy_poll_us.is_some(), &[AfXdp]),

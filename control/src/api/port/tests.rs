@@ -20,6 +20,7 @@ fn settings_survive_the_way_to_the_dataplane_and_back() {
         ifname: Some("rw0".into()),
         queues: Some(1),
         persist: Some(true),
+        offload: Some(false),
         ..PortSettings::new(KindName::Tap)
     };
     let nic = PortSettings {
@@ -43,7 +44,8 @@ fn queues_default_to_eight_for_guests_one_for_a_tap_and_all_of_a_nic() {
     let mut tap = PortSettings::new(KindName::Tap);
     tap.ifname = Some("rw0".into());
     let config = tap.to_config().unwrap();
-    assert_eq!(PortSettings::from(&config).queues, Some(1));
+    let settings = PortSettings::from(&config);
+    assert_eq!((settings.queues, settings.offload), (Some(1), Some(true)));
     tap.kind = KindName::AfXdp;
     let nic = PortSettings::from(&tap.to_config().unwrap());
     assert_eq!((nic.queues, nic.mode), (None, Some(ModeName::Auto)));
@@ -66,6 +68,13 @@ fn bad_settings_are_refused_by_field() {
         (vhost_user("relative.sock"), "listen"),
         (vhost_user("/a\0b"), "listen"),
         (vhost_user(&format!("/{}", "x".repeat(107))), "listen"),
+        (
+            PortSettings {
+                offload: Some(false),
+                ..vm()
+            },
+            "offload",
+        ),
         (
             PortSettings {
                 connect: Some("/b".into()),
