@@ -25,11 +25,16 @@ pub(super) struct Sharing {
     asked_ns: u64,
     waited_ns: u64,
     shared_until_ns: u64,
-    /// The thread's times, once asked for.
+    /// The thread's times.
     stat: Option<File>,
 }
 
 impl Sharing {
+    /// Begins to watch the calling thread.
+    pub(super) fn watch(&mut self) {
+        self.stat = File::open("/proc/thread-self/schedstat").ok();
+    }
+
     /// Whether somebody else wants this core, as far as is known at `now_ns`.
     #[inline]
     pub(super) fn is_shared(&mut self, now_ns: u64) -> bool {
@@ -54,10 +59,7 @@ impl Sharing {
 
     /// For how long the calling thread was ready and had no core; 0 where the kernel does not tell.
     #[cold]
-    fn read_waited_ns(&mut self) -> u64 {
-        if self.stat.is_none() {
-            self.stat = File::open("/proc/thread-self/schedstat").ok();
-        }
+    fn read_waited_ns(&self) -> u64 {
         let mut text = [0; 64];
         let read = self.stat.as_ref().map(|stat| stat.read_at(&mut text, 0));
         // On the CPU, ready without one, and slices: all in nanoseconds but the last.
@@ -113,6 +115,7 @@ mod tests {
         let core = core_affinity::get_core_ids().unwrap()[0];
         let spin = move |sharing: &mut Sharing, done: &dyn Fn(&Sharing) -> bool| {
             assert!(core_affinity::set_for_current(core));
+            sharing.watch();
             let start = std::time::Instant::now();
             while !done(sharing) && start.elapsed().as_secs() < 20 {
                 let now_ns = u64::try_from(start.elapsed().as_nanos()).unwrap();

@@ -134,6 +134,7 @@ impl Worker {
 
     /// Runs until [`Command::Stop`].
     pub(super) fn run(mut self, commands: &Receiver<Command>) {
+        self.sharing.watch();
         self.read_clock();
         while self.step(commands) {
             // The turn may have taken the doorbell's event of commands that came after the last
@@ -282,7 +283,7 @@ impl Worker {
         if self.is_shared {
             return true;
         }
-        let limit_ns = saturating_ns(self.idle.spin + self.idle.pause);
+        let limit_ns = saturating_ns(self.idle.spin.saturating_add(self.idle.pause));
         self.sources[index]
             .as_ref()
             .is_none_or(|source| self.now_ns - source.last_frame_ns >= limit_ns)
