@@ -15,7 +15,7 @@ pub(crate) unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
         // SAFETY: likewise with 32 bytes.
         32..64 => unsafe { ends::<32>(dst, src, len) },
         // SAFETY: the caller vouches for the ranges.
-        2048.. => unsafe { move_string(dst, src, len) },
+        4096.. => unsafe { move_string(dst, src, len) },
         // SAFETY: the caller vouches for the ranges.
         _ => unsafe { dst.copy_from_nonoverlapping(src, len) },
     }
