@@ -35,13 +35,20 @@ const UMEM_FRAMES: u32 = 4096;
 const BURST: usize = 64;
 
 fn main() {
-    let mut arguments = std::env::args().skip(1).filter(|text| text != "--bench");
+    // As criterion has it: each once, to see that it runs.
+    let is_test = std::env::args().any(|text| text == "--test");
+    let mut arguments = std::env::args()
+        .skip(1)
+        .filter(|text| !text.starts_with("--"));
     let mut number = |default: u64| {
         arguments
             .next()
             .map_or(default, |text| text.parse().unwrap())
     };
-    let (pairs, time) = (number(9), Duration::from_secs(number(1)));
+    let (pairs, time) = (
+        number(if is_test { 1 } else { 9 }),
+        Duration::from_secs(number(1)),
+    );
     let only = arguments.next();
     type Trial = fn(Duration) -> f64;
     let cases: [(&str, Trial, Trial); 2] = [

@@ -20,8 +20,15 @@ use ringway_dataplane::{
 use tempfile::TempDir;
 use wire::{BURST, Guest, RING_SIZE, Shape};
 
+/// Whether each is to be done once, to see that it runs, as criterion has it.
+fn is_test() -> bool {
+    std::env::args().any(|argument| argument == "--test")
+}
+
 /// Pairs of measurements.
-const ROUNDS: usize = 15;
+fn rounds() -> usize {
+    if is_test() { 1 } else { 15 }
+}
 
 fn main() {
     let only: Vec<_> = std::env::args()
@@ -49,7 +56,7 @@ fn compare(what: &str, promise: &str, mut case: impl FnMut(usize) -> f64) {
     let mut firsts = Vec::new();
     let mut seconds = Vec::new();
     let mut ratios = Vec::new();
-    for round in 0..ROUNDS {
+    for round in 0..rounds() {
         // Who comes first takes turns too.
         let [one, other] = [round % 2, 1 - round % 2].map(|which| (which, case(which)));
         let (first, second) = if one.0 == 0 {
@@ -63,7 +70,7 @@ fn compare(what: &str, promise: &str, mut case: impl FnMut(usize) -> f64) {
     }
     let [first, second, ratio] = [firsts, seconds, ratios].map(|mut all| {
         all.sort_by(f64::total_cmp);
-        (all[0], all[ROUNDS / 2], all[ROUNDS - 1])
+        (all[0], all[all.len() / 2], all[all.len() - 1])
     });
     println!(
         "{what}: {:.3} ({:.3} to {:.3}), {:.1} against {:.1}; promised: {promise}",
@@ -297,10 +304,11 @@ fn idle() {
         println!("idle ports: skipped, as it takes two CPUs");
         return;
     }
-    let mut cases = [0, 1000].map(Busy::new);
+    let many = if is_test() { 10 } else { 1000 };
+    let mut cases = [0, many].map(Busy::new);
     core_affinity::set_for_current(cores[1]);
     compare(
-        "kpps of two busy ports, 1,000 idle ones beside them against none",
+        &format!("kpps of two busy ports, {many} idle ones beside them against none"),
         "0.95 or more",
         |which| cases[which].measure(),
     );
