@@ -12,11 +12,11 @@ use std::sync::Arc;
 
 use ringway_bridge::PortId;
 
-pub(crate) use af_xdp::{AfXdpPort, AfXdpQueue, Sent, Transmitter};
+pub(crate) use af_xdp::{AfXdpPort, Sent, Transmitter};
 pub(crate) use call::rescue;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
 pub(crate) use tap::{TapPort, TapReader};
-pub(crate) use vhost::{Binding, QueueGuard, VhostPort, VhostQueue};
+pub(crate) use vhost::{Binding, VhostPort, VhostQueue};
 
 use crate::info::{PortCounters, PortState, QueueInfo};
 use crate::offload::Offloads;

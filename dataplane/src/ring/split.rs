@@ -136,20 +136,13 @@ impl SplitRing {
         self.next_avail = self.next_avail.wrapping_sub(count);
     }
 
-    /// The head of the chain at avail index `index`.
+    /// What the driver put at avail index `index`: the head of a chain, unless [`Table::read`] finds
+    /// no such descriptor.
     #[inline]
-    fn avail_entry(&self, index: u16) -> Result<u16, RingFault> {
+    fn avail_entry(&self, index: u16) -> u16 {
         let slot = usize::from(index & (self.size - 1));
         // Relaxed: ordered by the acquire load of the index.
-        let head = u16::from_le(self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed));
-        if head < self.size {
-            Ok(head)
-        } else {
-            Err(RingFault::DescriptorIndex {
-                index: head,
-                size: u32::from(self.size),
-            })
-        }
+        u16::from_le(self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed))
     }
 
     /// Gives the pieces of the chain at `head` to `piece` and returns their length. At most
@@ -312,9 +305,7 @@ impl DeviceRing for SplitRing {
         let mut index = self.next_avail;
         let mut count = 0;
         for single in to {
-            let Ok(head) = self.avail_entry(index) else {
-                break;
-            };
+            let head = self.avail_entry(index);
             let Ok(bits) = table.read(head) else { break };
             let desc = Descriptor::from_bits(bits);
             if desc.flags != direction.flag() || desc.len == 0 {
@@ -346,7 +337,7 @@ impl DeviceRing for SplitRing {
         if limit == 0 {
             return Ok(None);
         }
-        let head = self.avail_entry(place)?;
+        let head = self.avail_entry(place);
         let bytes = self.walk(head, direction, piece)?;
         Ok(Some((Entry::single(head), bytes)))
     }

@@ -13,7 +13,7 @@ use super::parcels::{deliver_any, write_parcels};
 use crate::burst::Burst;
 use crate::isa::for_this_cpu;
 use crate::offload::{Offloads, Workbench};
-use crate::port::{Port, QueueGuard, TapPort, VhostPort, VhostQueue, max_l2_bytes};
+use crate::port::{Port, QueueCounters, TapPort, VhostPort, VhostQueue, max_l2_bytes};
 use crate::ring::{Deliver, Ring, RingFault, RxScratch};
 
 /// How often a receive queue that another thread holds is tried: about one of its bursts.
@@ -335,15 +335,22 @@ pub(super) struct Limits {
     pub(super) haste: u64,
 }
 
-fn lock_queue<'a>(queue: &'a VhostQueue, contended: &mut u64) -> Option<QueueGuard<'a>> {
-    if let Some(guard) = queue.try_lock() {
+/// What `try_lock` gives, tried again for as long as somebody else's burst may take; counts that it
+/// was not to be had at once.
+#[inline]
+fn lock_for_burst<G>(
+    try_lock: impl Fn() -> Option<G>,
+    counters: &QueueCounters,
+    contended: &mut u64,
+) -> Option<G> {
+    if let Some(guard) = try_lock() {
         return Some(guard);
     }
-    queue.counters.contended.add(1);
+    counters.contended.add(1);
     *contended += 1;
     for _ in 0..LOCK_TRIES {
         std::hint::spin_loop();
-        if let Some(guard) = queue.try_lock() {
+        if let Some(guard) = try_lock() {
             return Some(guard);
         }
     }
@@ -361,7 +368,8 @@ fn deliver_to_guest(
     let Some(queue) = queue else {
         return Outcome::all(mask, DropReason::PortDown);
     };
-    let Some(mut state) = lock_queue(queue, contended) else {
+    let try_lock = || queue.try_lock();
+    let Some(mut state) = lock_for_burst(try_lock, &queue.counters, contended) else {
         return Outcome {
             busy: mask,
             ..Outcome::default()

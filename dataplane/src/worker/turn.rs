@@ -21,7 +21,7 @@ use crate::burst::Burst;
 use crate::memory::{Segment, breaks};
 use crate::net_header::{HEADER_BYTES, HEADER_LEN};
 use crate::offload::Offloads;
-use crate::port::{Port, TapPort, TapReader, VhostPort};
+use crate::port::{Port, QueueCounters, TapPort, TapReader, VhostPort};
 use crate::ring::Entry;
 use crate::switch::IdleConfig;
 
@@ -86,6 +86,17 @@ enum Polled {
     Empty,
     /// The queue is stopped or gone: no event but a new start brings it back.
     Stopped,
+}
+
+impl Polled {
+    /// Of `count` frames that were gathered so many were taken.
+    fn of(taken: usize, count: usize) -> Self {
+        if taken == count && taken > 0 {
+            Self::Frames(taken)
+        } else {
+            Self::Waiting(taken)
+        }
+    }
 }
 
 /// A worker's state; lives on its thread.
@@ -368,11 +379,7 @@ impl Worker {
             guest.base.rx_drops.add(DropReason::BadDescriptor, 1);
             guest.fail_queue(queue, &mut state, &fault);
         }
-        if given_back == 0 && taken > 0 {
-            Polled::Frames(taken)
-        } else {
-            Polled::Waiting(taken)
-        }
+        Polled::of(taken, count)
     }
 
     fn poll_tap(
@@ -391,23 +398,32 @@ impl Worker {
         if count == 0 {
             return Polled::Empty;
         }
-        self.burst.take_snapshots(HEADER_BYTES, tap.offloads());
+        let counters = tap.queue_counters(pair).0;
+        let taken = self.forward_gathered(port, pair, tap.offloads(), counters);
+        reader.give_back(count - taken);
+        Polled::of(taken, count)
+    }
+
+    /// Forwards the burst that was gathered from a queue of the host, whose frames may ask for
+    /// `allowed`, and counts it. Returns how many were taken; those behind wait.
+    fn forward_gathered(
+        &mut self,
+        port: &Port,
+        pair: u16,
+        allowed: Offloads,
+        counters: &QueueCounters,
+    ) -> usize {
+        self.burst.take_snapshots(HEADER_BYTES, allowed);
         let now = self.now();
         let pairs = &self.handle.pairs;
         let given_back = self
             .forwarder
             .forward(port, pair, &mut self.burst, pairs, now);
-        reader.give_back(given_back);
-        let taken = count - given_back;
+        let taken = self.burst.len() - given_back;
         let bytes = (0..taken).map(|i| u64::from(self.burst.l2_bytes(i))).sum();
-        let counters = tap.queue_counters(pair).0;
         counters.frames.add_owned(taken as u64);
         counters.bytes.add_owned(bytes);
-        if given_back == 0 && taken > 0 {
-            Polled::Frames(taken)
-        } else {
-            Polled::Waiting(taken)
-        }
+        taken
     }
 
     /// Turns a silent source's notifications on; true if it is still empty, so that it can leave

@@ -258,47 +258,25 @@ pub(crate) fn judge(frame: &[u8]) -> Result<Judged, String> {
         )?;
         judged.ipv4 = Some(ip.clone());
     }
-    match (parsed.transport, &net) {
-        (Some(TransportHeader::Tcp(tcp)), NetHeaders::Ipv4(ip, _)) => {
-            check(
-                "TCP's checksum",
-                tcp.checksum,
-                tcp.calc_checksum_ipv4(ip, payload).unwrap(),
-            )?;
+    match parsed.transport {
+        Some(TransportHeader::Tcp(tcp)) => {
+            let right = match &net {
+                NetHeaders::Ipv4(ip, _) => tcp.calc_checksum_ipv4(ip, payload),
+                NetHeaders::Ipv6(ip, _) => tcp.calc_checksum_ipv6(ip, payload),
+                _ => return Err("no IP header".into()),
+            };
+            check("TCP's checksum", tcp.checksum, right.unwrap())?;
             judged.tcp = Some(tcp);
         }
-        (Some(TransportHeader::Tcp(tcp)), NetHeaders::Ipv6(ip, _)) => {
-            check(
-                "TCP's checksum",
-                tcp.checksum,
-                tcp.calc_checksum_ipv6(ip, payload).unwrap(),
-            )?;
-            judged.tcp = Some(tcp);
-        }
-        (Some(TransportHeader::Udp(udp)), NetHeaders::Ipv4(ip, _)) => {
-            check(
-                "UDP's checksum",
-                udp.checksum,
-                udp.calc_checksum_ipv4(ip, payload).unwrap(),
-            )?;
-            check(
-                "UDP's length",
-                udp.length,
-                u16::try_from(payload.len() + 8).unwrap(),
-            )?;
-            judged.udp = Some(udp);
-        }
-        (Some(TransportHeader::Udp(udp)), NetHeaders::Ipv6(ip, _)) => {
-            check(
-                "UDP's checksum",
-                udp.checksum,
-                udp.calc_checksum_ipv6(ip, payload).unwrap(),
-            )?;
-            check(
-                "UDP's length",
-                udp.length,
-                u16::try_from(payload.len() + 8).unwrap(),
-            )?;
+        Some(TransportHeader::Udp(udp)) => {
+            let right = match &net {
+                NetHeaders::Ipv4(ip, _) => udp.calc_checksum_ipv4(ip, payload),
+                NetHeaders::Ipv6(ip, _) => udp.calc_checksum_ipv6(ip, payload),
+                _ => return Err("no IP header".into()),
+            };
+            check("UDP's checksum", udp.checksum, right.unwrap())?;
+            let length = u16::try_from(payload.len() + 8).unwrap();
+            check("UDP's length", udp.length, length)?;
             judged.udp = Some(udp);
         }
         _ => return Err("neither TCP nor UDP".into()),

@@ -1,13 +1,11 @@
 //! Delivery to a queue of an AF_XDP port.
 
-use std::sync::MutexGuard;
-
 use ringway_bridge::{DropReason, PortId};
 
-use super::{Forwarder, LOCK_TRIES, Outcome, bits};
+use super::{Forwarder, Outcome, bits, lock_for_burst};
 use crate::burst::Burst;
 use crate::offload::Workbench;
-use crate::port::{AfXdpPort, AfXdpQueue, Port, Sent, Transmitter, max_l2_bytes};
+use crate::port::{AfXdpPort, Port, Sent, max_l2_bytes};
 use crate::worker::parcels::put_parcels;
 
 /// Delivers the frames of `mask` to queue `pair`, with one call to the kernel. Notes in `unsent` that
@@ -21,7 +19,8 @@ pub(super) fn deliver_to_af_xdp(
     (unsent, contended): (&mut Vec<(PortId, u16)>, &mut u64),
 ) -> Outcome {
     let queue = port.queue(pair);
-    let Some(mut transmitter) = lock(queue, contended) else {
+    let try_lock = || queue.try_transmitter();
+    let Some(mut transmitter) = lock_for_burst(try_lock, &queue.tx, contended) else {
         return Outcome {
             busy: mask,
             ..Outcome::default()
@@ -70,19 +69,4 @@ impl Forwarder {
             None => false,
         });
     }
-}
-
-fn lock<'a>(queue: &'a AfXdpQueue, contended: &mut u64) -> Option<MutexGuard<'a, Transmitter>> {
-    if let Some(guard) = queue.try_transmitter() {
-        return Some(guard);
-    }
-    queue.tx.contended.add(1);
-    *contended += 1;
-    for _ in 0..LOCK_TRIES {
-        std::hint::spin_loop();
-        if let Some(guard) = queue.try_transmitter() {
-            return Some(guard);
-        }
-    }
-    None
 }
