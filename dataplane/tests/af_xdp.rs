@@ -5,19 +5,23 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
-use common::packet::{Packet, judge, pattern};
+use common::packet::{Packet, complete, judge, pattern};
 use common::veth::{Raw, fresh_namespace, ip, veth};
 use common::{Lab, eventually, frame, mac, name, receive};
 use etherparse::PacketBuilder;
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::features::{TSO, USO};
+use ringway_dataplane::driver::features::{TSO, USO, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM};
 use ringway_dataplane::driver::{Guest, GuestConfig, NET_HEADER_BYTES};
 use ringway_dataplane::{
     AfXdpConfig, AfXdpInfo, PortConfig, PortKind, PortState, QueuePairs, SwitchError, UmemFrames,
     XdpMode,
 };
+
+/// Checksums may be left open both ways.
+const CSUM: u64 = VIRTIO_NET_F_CSUM | VIRTIO_NET_F_GUEST_CSUM;
 
 /// Both modes that veth has.
 const MODES: [XdpMode; 2] = [XdpMode::Copy, XdpMode::Skb];
@@ -346,6 +350,54 @@ fn what_a_guest_left_to_the_device_is_done_before_the_wire() {
             }
         }
         assert_eq!(lab.counters("nic").tx_cut, 8);
+    }
+}
+
+/// The kernel at a veth's other end leaves checksums to a NIC that there is none.
+#[test]
+fn a_checksum_that_the_far_ends_kernel_left_open_is_told_or_completed() {
+    for mode in MODES {
+        let (lab, _) = lab_with_nic(1, 1500, |config| config.mode = mode);
+        let mut guests = [0, CSUM].map(|features| {
+            let config = GuestConfig {
+                features,
+                ..GuestConfig::default()
+            };
+            lab.guest(if features == 0 { "none" } else { "csum" }, config)
+        });
+        for address in ["10.0.0.2/24", "fd00::2/64"] {
+            ip(&format!("addr add {address} dev far0 nodad"));
+        }
+        // To all stations: a guest of each kind gets the same.
+        for address in ["10.0.0.1", "fd00::1"] {
+            ip(&format!(
+                "neigh replace {address} lladdr ff:ff:ff:ff:ff:ff dev far0"
+            ));
+        }
+        // With the place of the destination's port in the frame.
+        for (from, to, l4_place) in [
+            ("10.0.0.2:7000", "10.0.0.1:7", 14 + 20 + 2),
+            ("[fd00::2]:7000", "[fd00::1]:7", 14 + 40 + 2),
+        ] {
+            let socket = UdpSocket::bind(from).unwrap();
+            for bytes in [1, 64, 1001, 1400] {
+                socket.send_to(&pattern(bytes), to).unwrap();
+                for guest in &mut guests {
+                    let mut arrived = receive(guest);
+                    // The kernel has words of its own.
+                    while arrived.frame.get(l4_place..l4_place + 2) != Some(&[0, 7]) {
+                        arrived = receive(guest);
+                    }
+                    let is_open = complete(&arrived.header, &mut arrived.frame);
+                    let takes_open = guest.features() & CSUM != 0;
+                    assert_eq!(is_open, takes_open, "{mode:?} {from} {bytes}");
+                    let judged = judge(&arrived.frame).unwrap();
+                    assert!(judged.payload == pattern(bytes), "the payload changed");
+                }
+            }
+        }
+        assert_eq!(lab.counters("none").tx_completed, 8);
+        assert_eq!(lab.counters("csum").tx_completed, 0);
     }
 }
 

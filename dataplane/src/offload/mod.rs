@@ -20,6 +20,7 @@
 
 mod checksum;
 mod gso;
+mod open_checksum;
 mod parcel;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ mod tests;
 use crate::net_header::vhost_features;
 
 pub use checksum::{copy_and_checksum, internet_checksum};
+pub(crate) use open_checksum::find_open_checksum;
 pub(crate) use parcel::{Parcel, Parcels, Pieces, Tally, Workbench};
 
 /// Most frames that one frame is cut into: 64 KiB with segments of 128 bytes. Smaller ones, which no

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use ringway_bridge::DropReason;
 
 use self::packet::{GSO_ECN, Packet, complete, judge, pattern};
-use super::{Action, MAX_PARCELS, Offloads, Parcels, Workbench};
+use super::{Action, MAX_PARCELS, Offloads, Parcels, Workbench, find_open_checksum};
 use crate::burst::Burst;
 use crate::memory::Segment;
 use crate::net_header::{HEADER_BYTES, HEADER_LEN};
@@ -416,4 +416,36 @@ fn congestion_is_told_once_even_if_the_header_does_not_say_ecn() {
         bench.parcels(&burst, 0, taken, u32::MAX).unwrap().count(),
         1
     );
+}
+
+proptest! {
+    #[test]
+    fn a_checksum_is_open_if_it_is_the_pseudo_headers_sum(packet in packets(), spoilt in 0..16_usize) {
+        let place = packet.place();
+        let bytes = |frame: &[u8]| u32::try_from(frame.len()).unwrap();
+        let mut open = packet.open();
+        let found = find_open_checksum(&open, bytes(&open)).map(|open| (open.start, open.offset));
+        let told = (place.l4.try_into().unwrap(), place.csum_offset.try_into().unwrap());
+        prop_assert_eq!(found, Some(told));
+        // Padding is not summed; headers that are not all there are not looked at.
+        prop_assert_eq!(find_open_checksum(&open, bytes(&open) + 1), None);
+        prop_assert_eq!(find_open_checksum(&open[..place.headers - 1], bytes(&open)), None);
+        let whole = packet.frame();
+        if whole != open {
+            prop_assert_eq!(find_open_checksum(&whole, bytes(&whole)), None);
+        }
+        open[place.l4 + place.csum_offset + spoilt / 8] ^= 1 << (spoilt % 8);
+        prop_assert_eq!(find_open_checksum(&open, bytes(&open)), None);
+    }
+}
+
+#[test]
+fn fragments_and_other_protocols_have_no_open_checksum() {
+    let packet = Packet::new(true, true, pattern(100));
+    for (at, value) in [(14 + 6, 0x20), (14 + 7, 1), (14 + 9, 1), (12, 0)] {
+        let mut frame = packet.open();
+        frame[at] = value;
+        let bytes = u32::try_from(frame.len()).unwrap();
+        assert_eq!(find_open_checksum(&frame, bytes), None, "byte {at}");
+    }
 }

@@ -92,7 +92,7 @@ impl Port {
                 (Offloads::from_guest(features), Offloads::to_guest(features))
             }
             Self::Tap(port) => (port.offloads(), port.offloads()),
-            Self::AfXdp(_) => (Offloads::NONE, Offloads::NONE),
+            Self::AfXdp(port) => (port.sends(), Offloads::NONE),
         }
     }
 

@@ -31,6 +31,7 @@ use self::program::Program;
 use super::vhost::choose_receiver;
 use super::{PortBase, QueueCounters};
 use crate::info::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo};
+use crate::offload::Offloads;
 use crate::switch::XdpMode;
 
 /// Longest L3 MTU: what common NICs carry in several buffers.
@@ -62,6 +63,8 @@ pub(crate) struct AfXdpPort {
     interface: Interface,
     mode: XdpMode,
     has_several_chunks: bool,
+    /// What frames from the interface may ask for.
+    sends: Offloads,
     umem_bytes: u64,
     is_huge: bool,
     /// The MTU that frames to the interface are held to.
@@ -79,6 +82,11 @@ impl AfXdpPort {
         } else {
             PortState::Down
         }
+    }
+
+    /// What frames from the interface may ask for.
+    pub(crate) fn sends(&self) -> Offloads {
+        self.sends
     }
 
     /// The MTU that frames to the interface are held to.

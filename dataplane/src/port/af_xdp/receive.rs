@@ -10,6 +10,9 @@ use xsk_rs::umem::frame::FrameDesc;
 
 use super::umem::Chunks;
 use crate::burst::Burst;
+use crate::memory::Segment;
+use crate::net_header::{self, HEADER_BYTES, HEADER_LEN};
+use crate::offload::find_open_checksum;
 use crate::ring::Entry;
 
 /// Descriptors taken from the ring and not given back yet: a burst of frames in four chunks each,
@@ -30,6 +33,8 @@ pub(crate) struct Receiver {
     /// For each frame of the last burst, where its descriptors end.
     ends: [usize; MAX_BURST],
     busy_poll: bool,
+    /// Senders may leave checksums open: their interface is this kernel's.
+    open_checksums: bool,
 }
 
 impl Receiver {
@@ -39,7 +44,7 @@ impl Receiver {
         mut fill: FillQueue,
         chunks: Chunks,
         free: &[FrameDesc],
-        busy_poll: bool,
+        (busy_poll, open_checksums): (bool, bool),
     ) -> Self {
         // SAFETY: these chunks are of the socket's UMEM and nobody else's.
         unsafe { fill.produce(free) };
@@ -52,12 +57,14 @@ impl Receiver {
             end: 0,
             ends: [0; MAX_BURST],
             busy_poll,
+            open_checksums,
         };
         receiver.wake_if_asked();
         receiver
     }
 
-    /// Puts up to `limit` frames into the burst, each with a virtio-net header of zeros.
+    /// Puts up to `limit` frames into the burst, each with a virtio-net header that asks for nothing,
+    /// but where the sender left a checksum open.
     pub(crate) fn gather(&mut self, limit: usize, burst: &mut Burst) {
         if self.end - self.start < limit {
             self.take_more(2 * limit);
@@ -70,6 +77,7 @@ impl Receiver {
             };
             let Some(mark) = burst.begin() else { break };
             let mut bytes = 0;
+            let mut first = None;
             let mut is_whole = true;
             for (piece, desc) in waiting[..=last].iter().enumerate() {
                 let segment = if piece == 0 {
@@ -79,6 +87,7 @@ impl Receiver {
                 };
                 match segment {
                     Some(segment) => {
+                        first = first.or(Some(segment));
                         is_whole &= burst.push(mark, segment);
                         bytes += segment.len;
                     }
@@ -89,6 +98,8 @@ impl Receiver {
                 // Nothing at all is a frame that the burst rejects.
                 burst.abandon(mark);
                 bytes = 0;
+            } else if let (true, Some(first)) = (self.open_checksums, first) {
+                tell_open_checksum(first, bytes);
             }
             burst.add(mark, Entry::single(0), bytes);
             at += last + 1;
@@ -161,5 +172,16 @@ impl Receiver {
         let fd = self.ring.fd().as_raw_fd();
         // SAFETY: a buffer of no bytes may be anywhere. What goes wrong shows when transmitting.
         let _ = unsafe { libc::recv(fd, std::ptr::null_mut(), 0, libc::MSG_DONTWAIT) };
+    }
+}
+
+/// Makes the header of a frame of `bytes` in all ask for its checksum, if that was left open.
+/// `first` begins with the header.
+fn tell_open_checksum(first: Segment, bytes: u32) {
+    // SAFETY: the piece is valid for its length, and its chunk is ours until it is given back.
+    let bytes_there = unsafe { std::slice::from_raw_parts_mut(first.ptr, first.len as usize) };
+    let (header, frame) = bytes_there.split_at_mut(HEADER_LEN);
+    if let Some(open) = find_open_checksum(frame, bytes - HEADER_BYTES) {
+        net_header::ask_for_checksum(header, open.start, open.offset);
     }
 }

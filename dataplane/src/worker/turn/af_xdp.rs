@@ -1,7 +1,6 @@
 //! A turn of a queue of an AF_XDP port.
 
 use super::{Polled, Worker};
-use crate::offload::Offloads;
 use crate::port::{AfXdpPort, Port};
 
 impl Worker {
@@ -23,8 +22,8 @@ impl Worker {
         if count == 0 {
             return Polled::Empty;
         }
-        // The headers are the receiver's own: they ask for nothing.
-        let taken = self.forward_gathered(port, pair, Offloads::NONE, &queue.rx);
+        // The headers are the receiver's own.
+        let taken = self.forward_gathered(port, pair, xdp.sends(), &queue.rx);
         receiver.give_back(taken);
         Polled::of(taken, count)
     }
