@@ -23,11 +23,12 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-pub(crate) use receive::Receiver;
+pub(crate) use receive::{Merged, Receiver};
 pub(crate) use transmit::{Sent, Transmitter};
 
 use self::interface::Interface;
 use self::program::Program;
+use super::counters::Counter;
 use super::vhost::choose_receiver;
 use super::{PortBase, QueueCounters};
 use crate::info::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo};
@@ -50,6 +51,8 @@ pub(crate) struct AfXdpQueue {
     transmitter: Mutex<Transmitter>,
     pub(crate) rx: QueueCounters,
     pub(crate) tx: QueueCounters,
+    /// Received frames that travel on as part of the one before.
+    pub(crate) merged: Counter,
 }
 
 /// Queues of an interface.
@@ -92,6 +95,11 @@ impl AfXdpPort {
     /// The MTU that frames to the interface are held to.
     pub(crate) fn mtu(&self) -> u16 {
         self.mtu
+    }
+
+    /// Received frames that travelled on as part of the one before.
+    pub(crate) fn merged(&self) -> u64 {
+        self.queues.iter().map(|queue| queue.merged.get()).sum()
     }
 
     pub(crate) fn queue(&self, pair: u16) -> &AfXdpQueue {
@@ -215,6 +223,7 @@ impl AfXdpQueue {
             transmitter: Mutex::new(transmitter),
             rx: QueueCounters::default(),
             tx: QueueCounters::default(),
+            merged: Counter::default(),
         }
     }
 }

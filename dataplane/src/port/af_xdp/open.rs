@@ -9,7 +9,7 @@ use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSi
 
 use super::interface::Interface;
 use super::program::{self, Hook, Program};
-use super::receive::Receiver;
+use super::receive::{Receiver, Receiving};
 use super::transmit::{Transmitter, set_option};
 use super::umem::{Layout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
@@ -264,10 +264,11 @@ impl Plan<'_> {
                 fill,
                 chunks,
                 &memory.to_receive,
-                (
-                    config.busy_poll.is_some(),
-                    self.sends(mode) != Offloads::NONE,
-                ),
+                Receiving {
+                    busy_poll: config.busy_poll.is_some(),
+                    open_checksums: self.sends(mode) != Offloads::NONE,
+                    gro: config.gro,
+                },
             ),
             Transmitter::new(ring, completions, umem, memory.to_transmit, is_zero_copy),
             fd,

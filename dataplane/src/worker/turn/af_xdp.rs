@@ -1,7 +1,8 @@
 //! A turn of a queue of an AF_XDP port.
 
 use super::{Polled, Worker};
-use crate::port::{AfXdpPort, Port};
+use crate::offload::Offloads;
+use crate::port::{AfXdpPort, Merged, Port};
 
 impl Worker {
     pub(super) fn poll_af_xdp(
@@ -17,14 +18,22 @@ impl Worker {
             return Polled::Waiting(0);
         };
         self.burst.clear();
-        receiver.gather(limit, &mut self.burst);
+        let now = self.now().tick;
+        let forwarder = &self.forwarder;
+        let takes = |frame: &[u8]| forwarder.takes(port, frame, now);
+        receiver.gather(limit, &mut self.burst, takes);
         let count = self.burst.len();
         if count == 0 {
             return Polled::Empty;
         }
         // The headers are the receiver's own.
-        let taken = self.forward_gathered(port, pair, xdp.sends(), &queue.rx);
-        receiver.give_back(taken);
+        let taken = self.forward_gathered(port, pair, Offloads::ALL, &queue.rx);
+        let merged = receiver.give_back(taken);
+        if merged != Merged::default() {
+            queue.rx.frames.add_owned(merged.frames);
+            queue.rx.bytes.add_owned(merged.bytes);
+            queue.merged.add_owned(merged.frames);
+        }
         Polled::of(taken, count)
     }
 }
