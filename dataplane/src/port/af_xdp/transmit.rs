@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use xsk_rs::socket::TxQueue;
+use xsk_rs::socket::{Fd, TxQueue};
 use xsk_rs::umem::frame::FrameDesc;
 use xsk_rs::umem::{CompQueue, Umem};
 
@@ -75,7 +75,7 @@ impl Transmitter {
     ) -> Self {
         let size = u32::try_from(free.len()).unwrap_or(u32::MAX);
         // One call is to send a burst, whatever its descriptors. Older kernels don't know it.
-        let _ = set_option(&ring, libc::SOL_XDP, MAX_TX_SKB_BUDGET, size);
+        let _ = set_option(ring.fd(), libc::SOL_XDP, MAX_TX_SKB_BUDGET, size);
         Self {
             ring,
             completions,
@@ -163,7 +163,7 @@ impl Transmitter {
         let mut waiting = self.waiting();
         // Each further call sends a batch at least, or is the last.
         for _ in 0..=waiting / KERNEL_BATCH {
-            if waiting == 0 || !self.ring.needs_wakeup() {
+            if waiting == 0 || self.is_zero_copy && !self.ring.needs_wakeup() {
                 return Sent::All;
             }
             let fd = self.ring.fd().as_raw_fd();
@@ -199,6 +199,10 @@ impl Transmitter {
         (self.waiting(), self.size.saturating_sub(free))
     }
 
+    pub(super) fn statistics(&self) -> io::Result<xsk_rs::socket::XdpStatistics> {
+        self.ring.fd().xdp_statistics()
+    }
+
     /// Takes the chunks back whose frames are sent.
     fn reclaim(&mut self) {
         let mut done = [FrameDesc::default(); BATCH];
@@ -215,12 +219,12 @@ impl Transmitter {
 
 /// Sets a socket option that is an int.
 pub(super) fn set_option(
-    ring: &TxQueue,
+    socket: &Fd,
     level: libc::c_int,
     name: libc::c_int,
     value: u32,
 ) -> io::Result<()> {
-    let fd = ring.fd().as_raw_fd();
+    let fd = socket.as_raw_fd();
     #[expect(clippy::cast_possible_truncation, reason = "it is 4")]
     let bytes = size_of_val(&value) as libc::socklen_t;
     // SAFETY: the value is valid for its length.
