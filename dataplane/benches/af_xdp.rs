@@ -15,8 +15,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use core_affinity::CoreId;
-use libbpf_sys as bpf;
-use ringway_dataplane::driver::{Guest, GuestConfig};
+use ringway_dataplane::driver::{FrameSource, Guest, GuestConfig};
 use ringway_dataplane::{
     AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, QueuePairs, SocketSpec,
     Switch, SwitchConfig, UmemFrames, XdpMode,
@@ -117,45 +116,13 @@ fn frame() -> [u8; FRAME_BYTES] {
     frame
 }
 
-/// Sends frames out of an interface until told to stop, by a program that redirects them.
+/// Sends frames out of an interface until told to stop.
 fn generate(interface: u32, stop: &AtomicBool) {
     pin(false);
-    let redirect = u64::from(interface) << 32;
-    // r1 = interface; r2 = 0; bpf_redirect(r1, r2); exit.
-    let code: [u64; 4] = [redirect | 0x01b7, 0x02b7, 23 << 32 | 0x85, 0x95];
-    let mut options = bpf::bpf_prog_load_opts {
-        sz: size_of::<bpf::bpf_prog_load_opts>() as bpf::size_t,
-        ..Default::default()
-    };
-    // SAFETY: texts, instructions and options are valid for their lengths.
-    let program = unsafe {
-        bpf::bpf_prog_load(
-            bpf::BPF_PROG_TYPE_XDP,
-            c"generate".as_ptr(),
-            c"GPL".as_ptr(),
-            code.as_ptr().cast(),
-            code.len() as bpf::size_t,
-            &raw mut options,
-        )
-    };
-    assert!(program >= 0, "bpf_prog_load: {program}");
-    let data = frame();
+    let source = FrameSource::new(interface, frame().to_vec()).unwrap();
     while !stop.load(Ordering::Relaxed) {
-        let mut options = bpf::bpf_test_run_opts {
-            sz: size_of::<bpf::bpf_test_run_opts>() as bpf::size_t,
-            data_in: data.as_ptr().cast(),
-            data_size_in: data.len().try_into().unwrap(),
-            repeat: 1 << 16,
-            flags: bpf::BPF_F_TEST_XDP_LIVE_FRAMES,
-            batch_size: 64,
-            ..Default::default()
-        };
-        // SAFETY: options and frame are valid for their lengths.
-        let result = unsafe { bpf::bpf_prog_test_run_opts(program, &raw mut options) };
-        assert_eq!(result, 0);
+        source.send(1 << 16).unwrap();
     }
-    // SAFETY: the fd is this function's own.
-    unsafe { libc::close(program) };
 }
 
 /// Frames per second that `count` tells, while frames arrive at xdp0.

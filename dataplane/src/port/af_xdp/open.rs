@@ -8,11 +8,12 @@ use xsk_rs::Socket;
 use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSize, SocketConfig};
 
 use super::interface::Interface;
-use super::program::{self, Hook, Program};
+use super::program::{self, Program};
 use super::receive::Receiver;
 use super::transmit::{Transmitter, set_option};
 use super::umem::{Layout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
+use crate::bpf::Hook;
 use crate::port::{PortBase, max_l2_bytes};
 use crate::switch::{AfXdpConfig, MAX_QUEUE_PAIRS, SwitchError, XdpMode};
 
