@@ -11,7 +11,7 @@
 //!   │                └─ Window ─ DriverMemory (memfd regions)
 //!   └── Frontend ── socket ── back-end
 //! ```
-//! [`FrameSource`] and [`FrameSink`] stand at the other end of a NIC instead.
+//! A [`FarEnd`] stands at the other end of a NIC instead.
 
 mod event;
 mod far_end;
@@ -27,7 +27,7 @@ mod session;
 mod split;
 
 pub use event::{EventFd, wait_any};
-pub use far_end::{FrameSink, FrameSource};
+pub use far_end::FarEnd;
 pub use frontend::{
     Frontend, FrontendError, HEADER_BYTES, MAX_FDS, MAX_REPLY_BYTES, Reply,
     WANTED_PROTOCOL_FEATURES, encode,

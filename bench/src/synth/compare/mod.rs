@@ -13,11 +13,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 
 use super::args::{Class, FrameSize, LoadArgs};
 use super::huge::{HugePages, free_pages, pages_of_load};
+use super::nic::{self, Way};
 use super::report::{Environment, Spread};
 use super::switch::{Kind, Place, Switch, TESTPMD_HUGE_PAGES};
+use crate::hint::hinted;
 use crate::interrupt;
 use table::{COPY, Latency, Size, Subject, print_size};
 use trial::{Setting, Trial};
@@ -38,6 +41,38 @@ enum Driver {
     VirtioUser,
 }
 
+/// Which way frames go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+enum Path {
+    /// Between two guests, both ways
+    GuestGuest,
+    /// From a guest to an AF_XDP queue of a veth, at whose other end frames are counted and dropped
+    GuestNic,
+    /// From such a queue to a guest
+    NicGuest,
+}
+
+impl Path {
+    /// As on the command line.
+    fn name(self) -> &'static str {
+        match self {
+            Self::GuestGuest => "guest-guest",
+            Self::GuestNic => "guest-nic",
+            Self::NicGuest => "nic-guest",
+        }
+    }
+
+    /// The way at the NIC, if there is one.
+    fn way(self) -> Option<Way> {
+        match self {
+            Self::GuestGuest => None,
+            Self::GuestNic => Some(Way::ToNic),
+            Self::NicGuest => Some(Way::FromNic),
+        }
+    }
+}
+
 /// Drive ringway and its peers with the same load, in turns.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CompareArgs {
@@ -51,6 +86,16 @@ pub(crate) struct CompareArgs {
         default_value = "testpmd,ovs-dpdk"
     )]
     with: Vec<Kind>,
+    /// Ways that frames go, each measured by itself; those with a NIC need root, and compare with
+    /// testpmd alone
+    #[arg(
+        long = "path",
+        value_enum,
+        value_name = "PATH",
+        value_delimiter = ',',
+        default_value = "guest-guest"
+    )]
+    paths: Vec<Path>,
     /// Leave ringway out: the first peer stands in its place
     #[arg(long)]
     peers_only: bool,
@@ -69,6 +114,23 @@ pub(crate) struct CompareArgs {
     /// Print one JSON object
     #[arg(short = 'j', long)]
     json: bool,
+}
+
+impl CompareArgs {
+    fn has_nic(&self) -> bool {
+        self.paths.iter().any(|path| path.way().is_some())
+    }
+
+    /// Fails if something is wanted that a path with a NIC has not.
+    fn check_nic(&self) -> Result<()> {
+        let refuse =
+            |what: &str, hint: &str| Err(hinted(format!("{what} --path *-nic or nic-*"), hint));
+        let too_long = |frame: &FrameSize| frame.sizes().iter().any(|size| *size > nic::MAX_FRAME);
+        if self.load.frames().iter().any(too_long) {
+            return refuse("frames", "");
+        }
+        Ok(())
+    }
 }
 
 /// Compares the switches and prints a table or JSON. The exit code is that of a failure if a switch
@@ -90,9 +152,13 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
         );
         args.load.check_stamps()?;
     }
+    if args.has_nic() {
+        args.check_nic()?;
+    }
     let (kinds, missing) = contenders(args)?;
     let (_pages, huge) = memory(args, &kinds)?;
     let setting = Setting {
+        path: Path::GuestGuest,
         driver: args.driver,
         load: &args.load,
         duration: Duration::try_from_secs_f64(args.duration)?,
@@ -106,7 +172,9 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
     }
     let mut report = Report::default();
     for class in classes(args.load.frames()) {
-        measure_class(args, setting, class, &kinds, &mut report)?;
+        for nic in [false, true] {
+            measure_class(args, setting, (class, nic), &kinds, &mut report)?;
+        }
     }
     if args.json {
         let json = serde_json::json!({
@@ -152,6 +220,13 @@ fn contenders(args: &CompareArgs) -> Result<(Vec<Kind>, Vec<&'static str>)> {
         if kinds.contains(kind) {
             continue;
         }
+        if args.has_nic() && !kind.takes_nic() {
+            eprintln!(
+                "{} is left out: only guests are joined to it here",
+                kind.name()
+            );
+            continue;
+        }
         match kind.check_installed() {
             Ok(()) => kinds.push(*kind),
             Err(error) => {
@@ -192,18 +267,24 @@ fn classes(frames: &[FrameSize]) -> Vec<Class> {
     classes
 }
 
-/// Starts the switches and measures all sizes of a class.
+/// Starts the switches, with a NIC or without, and measures all sizes of a class on all such paths.
 fn measure_class(
     args: &CompareArgs,
     setting: Setting<'_>,
-    class: Class,
+    (class, nic): (Class, bool),
     kinds: &[Kind],
     report: &mut Report,
 ) -> Result<()> {
+    let is_meant = |path: &&Path| path.way().is_some() == nic;
+    let paths: Vec<Path> = args.paths.iter().filter(is_meant).copied().collect();
+    if paths.is_empty() {
+        return Ok(());
+    }
     let place = Place {
         cpu: setting.switch_cpu,
         other_cpu: setting.load_cpu,
-        ports: 2,
+        ports: if nic { 1 } else { 2 },
+        nic,
         queues: args.load.queues(),
         class,
         tso: args.load.tso() || class == Class::Segmented,
@@ -225,14 +306,19 @@ fn measure_class(
                 return Err(error).with_context(|| format!("starting {}", kind.name()));
             }
             Err(error) => {
-                say_left_out(kind.name(), "", &error.into());
+                say_left_out(kind.name(), "", &error);
                 report.left_out = true;
                 switches.push(None);
             }
         }
     }
-    for frame in args.load.frames() {
-        if frame.class() == class {
+    let frames = args.load.frames().iter();
+    for frame in frames.filter(|frame| frame.class() == class) {
+        for path in &paths {
+            let setting = Setting {
+                path: *path,
+                ..setting
+            };
             let size = measure_size(args, setting, *frame, kinds, &mut switches)?;
             report.left_out |= size.left_out();
             if !args.json {
@@ -307,6 +393,7 @@ fn measure_size(
     }
     let mut size = Size {
         frame: frame.to_string(),
+        path: setting.path,
         subjects,
     };
     size.name_limits();
