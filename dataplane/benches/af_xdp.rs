@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use core_affinity::CoreId;
-use ringway_dataplane::driver::{FarEnd, Guest, GuestConfig};
+use ringway_dataplane::driver::{FrameSource, Guest, GuestConfig};
 use ringway_dataplane::{
     AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, QueuePairs, SocketSpec,
     Switch, SwitchConfig, UmemFrames, XdpMode,
@@ -119,7 +119,7 @@ fn frame() -> [u8; FRAME_BYTES] {
 /// Sends frames out of an interface until told to stop.
 fn generate(interface: u32, stop: &AtomicBool) {
     pin(false);
-    let source = FarEnd::attach(interface, frame().to_vec()).unwrap();
+    let source = FrameSource::new(interface, frame().to_vec()).unwrap();
     while !stop.load(Ordering::Relaxed) {
         source.send(1 << 16).unwrap();
     }

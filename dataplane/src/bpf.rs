@@ -34,8 +34,6 @@ pub(crate) const LOAD_WORD: u32 = bpf::BPF_LDX | bpf::BPF_MEM | bpf::BPF_W;
 pub(crate) const LOAD_WIDE: u32 = bpf::BPF_LD | bpf::BPF_IMM | bpf::BPF_DW;
 /// `to = immediate`.
 pub(crate) const SET: u32 = bpf::BPF_ALU64 | bpf::BPF_MOV | bpf::BPF_K;
-/// Skips `offset` instructions unless `to == immediate`.
-pub(crate) const JUMP_UNLESS: u32 = bpf::BPF_JMP | bpf::BPF_JNE | bpf::BPF_K;
 /// `r0 = function(r1, …)`.
 pub(crate) const CALL: u32 = bpf::BPF_JMP | bpf::BPF_CALL;
 /// `return r0`.

@@ -1,9 +1,9 @@
-//! A NIC in place of the second guest: the switch has one end of a veth pair, and XDP programs at the
-//! other end send frames or swallow them.
+//! A NIC in place of the second guest: the switch has one end of a veth pair, and at the other end the
+//! kernel makes frames, or drops and counts them.
 //!
 //! ```text
-//!   to the NIC     guest -> switch -> nic0 -> far0, which drops and counts
-//!   from the NIC   far0, which makes frames -> nic0 -> switch -> guest
+//!   to the NIC     guest -> switch -> nic0 -> far0 -> dropped: they are for somebody else
+//!   from the NIC   XDP program -> far0 -> nic0 -> switch -> guest
 //! ```
 //! One thread is guest and far end, by turns. What the kernel does for a frame, it does on the
 //! switch's core on the way to the NIC, and on the load's on the way from it.
@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use ringway_dataplane::driver::{FarEnd, NET_HEADER_BYTES};
+use ringway_dataplane::driver::{FrameSource, NET_HEADER_BYTES};
 
 use super::error::LoadError;
 use super::frame::Template;
@@ -94,7 +94,7 @@ pub(crate) struct NicLoad {
     guest: LoadGuest,
     way: Way,
     templates: Vec<Template>,
-    far: FarEnd,
+    source: FrameSource,
 }
 
 impl std::fmt::Debug for Wire {
@@ -110,12 +110,12 @@ impl NicLoad {
     pub(crate) fn connect(config: &LoadConfig, wire: &Wire, way: Way) -> Result<Self> {
         let to_guest = config.templates(1).swap_remove(0);
         let frame = to_guest.for_flow(0)[NET_HEADER_BYTES..].to_vec();
-        let refused = "the kernel refused an XDP program at the far end";
+        let refused = "the kernel refused the XDP program that makes frames";
         let mut load = Self {
             guest: config.guests()?.swap_remove(0),
             way,
             templates: config.templates(0),
-            far: FarEnd::attach(wire.far, frame).context(refused)?,
+            source: FrameSource::new(wire.far, frame).context(refused)?,
         };
         load.teach(&to_guest)?;
         Ok(load)
@@ -124,9 +124,9 @@ impl NicLoad {
     /// Sends frames from both ends until one came through each way.
     fn teach(&mut self, to_guest: &Template) -> Result<()> {
         let start = Instant::now();
-        let before = swallowed()?;
+        let before = arrived()?;
         let (mut heard, mut next) = (false, Duration::ZERO);
-        while !heard || swallowed()? == before {
+        while !heard || arrived()? == before {
             ensure!(
                 start.elapsed() <= FIRST_FRAME,
                 LoadError::NoTraffic(FIRST_FRAME)
@@ -137,7 +137,7 @@ impl NicLoad {
                 next += Duration::from_millis(5);
                 pair.tx.reclaim()?;
                 pair.transmit(1)?;
-                self.far.send(1).context("making frames")?;
+                self.source.send(1).context("making frames")?;
             }
             pair.receive(|frame| heard |= to_guest.matches(frame))?;
         }
@@ -165,7 +165,7 @@ impl NicLoad {
 
     fn full_rate(&mut self, duration: Duration) -> Result<MaxResult> {
         let mut meter = Meter::start(duration);
-        let (mut counted, mut next) = (swallowed()?, LOOK);
+        let (mut counted, mut next) = (arrived()?, LOOK);
         while !meter.is_over() {
             let mut turn = match self.way {
                 Way::ToNic => self.offer()?,
@@ -173,7 +173,7 @@ impl NicLoad {
             };
             if self.way == Way::ToNic && meter.elapsed() >= next {
                 next = meter.elapsed() + LOOK;
-                let now = swallowed()?;
+                let now = arrived()?;
                 turn.received = now.saturating_sub(counted);
                 turn.bytes = self.bytes_of(turn.received);
                 counted = now;
@@ -197,7 +197,7 @@ impl NicLoad {
 
     /// Makes frames, and has the guest take what arrived meanwhile.
     fn make_and_take(&mut self) -> Result<Turn> {
-        self.far.send(CALL).context("making frames")?;
+        self.source.send(CALL).context("making frames")?;
         let mut sum = Turn {
             sent: CALL.into(),
             ..Turn::default()
@@ -218,8 +218,8 @@ impl NicLoad {
     }
 }
 
-/// Frames that arrived at the far end of the thread's namespace so far.
-fn swallowed() -> io::Result<u64> {
+/// Frames that arrived at the far end in the thread's namespace so far.
+fn arrived() -> io::Result<u64> {
     let text = std::fs::read_to_string("/proc/thread-self/net/dev")?;
     packets_of(&text, FAR).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, text))
 }
