@@ -30,10 +30,6 @@ const FAR: &str = "far0";
 /// Largest frame: an MTU of 1,500.
 pub(crate) const MAX_FRAME: u32 = 1514;
 
-/// Frames that are made by one call: so many that the call's own cost is small, and so few that they
-/// find room in a guest's ring of 256.
-const CALL: u32 = 128;
-
 /// How often the far end's count is read, which costs some microseconds.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -94,6 +90,9 @@ pub(crate) struct NicLoad {
     guest: LoadGuest,
     way: Way,
     templates: Vec<Template>,
+    /// Frames that are made by one call, which takes the time of a hundred: as many as find room in
+    /// the guest's ring while it is being refilled.
+    call: u32,
     source: FrameSource,
 }
 
@@ -114,6 +113,7 @@ impl NicLoad {
         let mut load = Self {
             guest: config.guests()?.swap_remove(0),
             way,
+            call: u32::from(config.shape.slots() / 2),
             templates: config.templates(0),
             source: FrameSource::new(wire.far, frame).context(refused)?,
         };
@@ -197,9 +197,9 @@ impl NicLoad {
 
     /// Makes frames, and has the guest take what arrived meanwhile.
     fn make_and_take(&mut self) -> Result<Turn> {
-        self.source.send(CALL).context("making frames")?;
+        self.source.send(self.call).context("making frames")?;
         let mut sum = Turn {
-            sent: CALL.into(),
+            sent: self.call.into(),
             ..Turn::default()
         };
         loop {

@@ -5,6 +5,7 @@
 //! want switches set up in another way (MTU, segmentation offload) are measured on switches of their
 //! own.
 
+mod options;
 mod table;
 mod trial;
 
@@ -12,16 +13,16 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use clap::{Args, ValueEnum};
-use serde::Serialize;
+use clap::ValueEnum;
 
-use super::args::{Class, FrameSize, LoadArgs};
+use super::args::{Class, FrameSize};
 use super::huge::{HugePages, free_pages, pages_of_load};
-use super::nic::{self, Way};
 use super::report::{Environment, Spread};
 use super::switch::{Kind, Place, Switch, TESTPMD_HUGE_PAGES};
-use crate::hint::hinted;
 use crate::interrupt;
+use crate::lab::NetNs;
+pub(crate) use options::CompareArgs;
+use options::{Driver, Path};
 use table::{COPY, Latency, Size, Subject, print_size};
 use trial::{Setting, Trial};
 
@@ -31,107 +32,6 @@ const RETRIES: u32 = 2;
 const LEVELS: [f64; 3] = [0.1, 0.5, 0.9];
 /// Most rounds of latency trials.
 const LATENCY_ROUNDS: u32 = 5;
-
-/// Who sends and receives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Driver {
-    /// The synthetic guests of `ringway-bench run`
-    Synth,
-    /// DPDK's virtio driver in testpmd
-    VirtioUser,
-}
-
-/// Which way frames go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-enum Path {
-    /// Between two guests, both ways
-    GuestGuest,
-    /// From a guest to an AF_XDP queue of a veth, at whose other end frames are counted and dropped
-    GuestNic,
-    /// From such a queue to a guest
-    NicGuest,
-}
-
-impl Path {
-    /// As on the command line.
-    fn name(self) -> &'static str {
-        match self {
-            Self::GuestGuest => "guest-guest",
-            Self::GuestNic => "guest-nic",
-            Self::NicGuest => "nic-guest",
-        }
-    }
-
-    /// The way at the NIC, if there is one.
-    fn way(self) -> Option<Way> {
-        match self {
-            Self::GuestGuest => None,
-            Self::GuestNic => Some(Way::ToNic),
-            Self::NicGuest => Some(Way::FromNic),
-        }
-    }
-}
-
-/// Drive ringway and its peers with the same load, in turns.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct CompareArgs {
-    #[command(flatten)]
-    load: LoadArgs,
-    /// Peers of ringway
-    #[arg(
-        long,
-        value_enum,
-        value_delimiter = ',',
-        default_value = "testpmd,ovs-dpdk"
-    )]
-    with: Vec<Kind>,
-    /// Ways that frames go, each measured by itself; those with a NIC need root, and compare with
-    /// testpmd alone
-    #[arg(
-        long = "path",
-        value_enum,
-        value_name = "PATH",
-        value_delimiter = ',',
-        default_value = "guest-guest"
-    )]
-    paths: Vec<Path>,
-    /// Leave ringway out: the first peer stands in its place
-    #[arg(long)]
-    peers_only: bool,
-    /// Trials of each switch per frame size, in turns
-    #[arg(long, value_name = "N", default_value_t = 9)]
-    pairs: u32,
-    /// Seconds per trial
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
-    duration: f64,
-    /// Measure latency one way too, in open loop at 10, 50 and 90 % of each switch's own maximum
-    #[arg(long)]
-    latency: bool,
-    /// Who sends and receives
-    #[arg(long = "load", value_enum, default_value = "synth")]
-    driver: Driver,
-    /// Print one JSON object
-    #[arg(short = 'j', long)]
-    json: bool,
-}
-
-impl CompareArgs {
-    fn has_nic(&self) -> bool {
-        self.paths.iter().any(|path| path.way().is_some())
-    }
-
-    /// Fails if something is wanted that a path with a NIC has not.
-    fn check_nic(&self) -> Result<()> {
-        let refuse =
-            |what: &str, hint: &str| Err(hinted(format!("{what} --path *-nic or nic-*"), hint));
-        let too_long = |frame: &FrameSize| frame.sizes().iter().any(|size| *size > nic::MAX_FRAME);
-        if self.load.frames().iter().any(too_long) {
-            return refuse("frames", "");
-        }
-        Ok(())
-    }
-}
 
 /// Compares the switches and prints a table or JSON. The exit code is that of a failure if a switch
 /// that is installed was left out somewhere.
@@ -154,6 +54,7 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
     }
     if args.has_nic() {
         args.check_nic()?;
+        NetNs::remove_stale();
     }
     let (kinds, missing) = contenders(args)?;
     let (_pages, huge) = memory(args, &kinds)?;
@@ -280,6 +181,11 @@ fn measure_class(
     if paths.is_empty() {
         return Ok(());
     }
+    let kinds: Vec<Kind> = kinds
+        .iter()
+        .copied()
+        .filter(|kind| !nic || kind.takes_nic())
+        .collect();
     let place = Place {
         cpu: setting.switch_cpu,
         other_cpu: setting.load_cpu,
@@ -291,7 +197,7 @@ fn measure_class(
         huge: args.load.huge(),
     };
     let mut switches: Vec<Option<Switch>> = Vec::new();
-    for kind in kinds {
+    for kind in &kinds {
         let started = Switch::start(*kind, place);
         interrupt::check()?;
         match started {
@@ -319,7 +225,7 @@ fn measure_class(
                 path: *path,
                 ..setting
             };
-            let size = measure_size(args, setting, *frame, kinds, &mut switches)?;
+            let size = measure_size(args, setting, *frame, &kinds, &mut switches)?;
             report.left_out |= size.left_out();
             if !args.json {
                 print_size(&size);

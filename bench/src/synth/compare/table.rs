@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::super::report::{Limit, Shares, Spread};
-use super::Path;
+use super::options::Path;
 use super::trial::{LatencyTrial, Trial};
 
 /// The row of the plain copy loop.

@@ -15,7 +15,7 @@ use super::super::report::Percentiles;
 use super::super::run::{WARM_UP, on_cpu};
 use super::super::switch::Switch;
 use super::super::virtio_user;
-use super::{Driver, Path};
+use super::options::{Driver, Path};
 
 /// Of the frames that were due, those that may stay unsent before a latency trial tells nothing.
 const UNSENT: f64 = 0.01;
