@@ -294,12 +294,21 @@ fn a_comparison_tells_rates_shares_latency_and_the_copy_loop() {
     }
 }
 
-/// Namespaces with names of a lab.
-fn namespaces() -> Vec<PathBuf> {
+/// Namespaces of labs and comparisons that have ended.
+fn namespaces_left() -> Vec<PathBuf> {
     let entries = std::fs::read_dir("/run/netns").into_iter().flatten();
-    let paths = entries.flatten().map(|entry| entry.path());
-    let is_ours = |path: &PathBuf| path.to_string_lossy().contains("/ringway-lab-");
-    paths.filter(is_ours).collect()
+    let is_left = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let owner = name
+            .strip_prefix("ringway-lab-")
+            .and_then(|rest| rest.split('-').next());
+        owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+    };
+    entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(is_left)
+        .collect()
 }
 
 /// Needs root and iproute2, as the lab does.
@@ -336,7 +345,7 @@ fn a_nic_takes_the_place_of_the_second_guest() {
         assert!(ringway["switch_busy_share"].as_f64() > Some(0.0), "{size}");
     }
     assert_eq!(sizes.len(), 4);
-    assert_eq!(namespaces(), Vec::<PathBuf>::new(), "left behind");
+    assert_eq!(namespaces_left(), Vec::<PathBuf>::new(), "left behind");
 }
 
 #[test]
