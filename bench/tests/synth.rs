@@ -294,6 +294,70 @@ fn a_comparison_tells_rates_shares_latency_and_the_copy_loop() {
     }
 }
 
+/// Namespaces of labs and comparisons that have ended.
+fn namespaces_left() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir("/run/netns").into_iter().flatten();
+    let is_left = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let owner = name
+            .strip_prefix("ringway-lab-")
+            .and_then(|rest| rest.split('-').next());
+        owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+    };
+    entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(is_left)
+        .collect()
+}
+
+/// Needs root and iproute2, as the lab does.
+#[test]
+fn a_nic_takes_the_place_of_the_second_guest() {
+    let _alone = alone();
+    let report = report(&[
+        "compare",
+        "-j",
+        "--peers-only",
+        "--with",
+        "ringway",
+        "--path",
+        "guest-nic,nic-guest",
+        "--frame",
+        "64,1500",
+        "--pairs",
+        "1",
+        "--duration",
+        "0.1",
+    ]);
+    let sizes = report["sizes"].as_array().expect("sizes");
+    let is = |size: &Value, frame: &str, path: &str| size["frame"] == frame && size["path"] == path;
+    for (size, frame) in sizes.iter().zip(["64", "64", "1500", "1500"]) {
+        assert!(
+            is(size, frame, "guest-nic") || is(size, frame, "nic-guest"),
+            "{size}"
+        );
+        let ringway = &size["subjects"][0];
+        assert!(
+            ringway["frames_per_second"]["median"].as_f64() > Some(0.0),
+            "{size}"
+        );
+        assert!(ringway["switch_busy_share"].as_f64() > Some(0.0), "{size}");
+    }
+    assert_eq!(sizes.len(), 4);
+    assert_eq!(namespaces_left(), Vec::<PathBuf>::new(), "left behind");
+}
+
+#[test]
+fn what_a_nic_has_not_is_refused_with_a_hint() {
+    let output = run(&["compare", "--path", "guest-nic", "--latency"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty());
+    let expected = "error: latency and bytes are checked between guests only\n\
+                    hint: leave out --latency and --verify, or paths with a NIC\n";
+    assert_eq!(stderr(&output), expected);
+}
+
 #[test]
 fn a_run_that_is_ended_stops_its_switch_and_removes_its_files() {
     let _alone = alone();

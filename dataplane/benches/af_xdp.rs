@@ -4,8 +4,9 @@
 //!   receive    live frames of the kernel -> far0 -> xdp0 -> socket -> dropped
 //!   transmit   socket (fed by a guest, or by nobody) -> xdp0 -> far0, where nobody listens
 //! ```
-//! Prints the medians of both, and the median of the ratios with the lowest and the highest. Run by
-//! hand as root: `cargo bench -p ringway-dataplane --bench af_xdp -- [PAIRS [SECONDS [CASE]]]`.
+//! and with busy polling and huge pages next to without. Prints the medians of both, and the median of
+//! the ratios with the lowest and the highest. Run by hand as root:
+//! `cargo bench -p ringway-dataplane --bench af_xdp -- [PAIRS [SECONDS [CASE]]]`.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a program run by hand")]
 
 use std::collections::BTreeMap;
@@ -15,8 +16,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use core_affinity::CoreId;
-use libbpf_sys as bpf;
-use ringway_dataplane::driver::{Guest, GuestConfig};
+use ringway_dataplane::driver::{FrameSource, Guest, GuestConfig};
 use ringway_dataplane::{
     AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, QueuePairs, SocketSpec,
     Switch, SwitchConfig, UmemFrames, XdpMode,
@@ -30,6 +30,15 @@ const FRAME_BYTES: usize = 60;
 
 /// Frames of each UMEM, half of them each way, on both sides of the comparison.
 const UMEM_FRAMES: u32 = 4096;
+
+/// What `--busy-poll` is given.
+const BUSY_POLL: Duration = Duration::from_micros(50);
+
+/// Huge pages of 2 MiB that the UMEM takes.
+const HUGE_PAGES: u64 = UMEM_FRAMES as u64 * 2048 / (2 << 20);
+
+/// Whether ports that don't get huge pages are a mistake.
+static WANTS_HUGE: AtomicBool = AtomicBool::new(false);
 
 /// Frames that both sides handle at a time.
 const BURST: usize = 64;
@@ -51,18 +60,44 @@ fn main() {
     );
     let only = arguments.next();
     type Trial = fn(Duration) -> f64;
-    let cases: [(&str, Trial, Trial); 2] = [
-        ("receive", receive_by_switch, receive_bare),
-        ("transmit", transmit_by_switch, transmit_bare),
+    type Side = (&'static str, Trial);
+    let cases: [(&str, Side, Side); 5] = [
+        (
+            "receive",
+            ("ringway", |time| receive_by_switch(time, None)),
+            ("bare", receive_bare),
+        ),
+        (
+            "transmit",
+            ("ringway", transmit_by_switch),
+            ("bare", transmit_bare),
+        ),
+        (
+            "busy-poll",
+            ("with", |time| receive_by_switch(time, Some(BUSY_POLL))),
+            ("without", |time| receive_by_switch(time, None)),
+        ),
+        (
+            "huge-receive",
+            ("with", |time| {
+                with_huge_pages(|| receive_by_switch(time, None))
+            }),
+            ("without", |time| receive_by_switch(time, None)),
+        ),
+        (
+            "huge-transmit",
+            ("with", |time| with_huge_pages(|| transmit_by_switch(time))),
+            ("without", transmit_by_switch),
+        ),
     ];
     println!("64 bytes, Mpps: {pairs} interleaved pairs of {time:?}");
-    for (name, ours, bare) in cases {
+    for (name, (first_name, first), (second_name, second)) in cases {
         if only.as_ref().is_some_and(|only| only != name) {
             continue;
         }
         let mut rates: [Vec<f64>; 3] = Default::default();
         for _ in 0..pairs {
-            let (a, b) = (ours(time), bare(time));
+            let (a, b) = (first(time), second(time));
             for (rates, rate) in rates.iter_mut().zip([a, b, a / b]) {
                 rates.push(rate);
             }
@@ -71,11 +106,11 @@ fn main() {
             rates.sort_by(f64::total_cmp);
         }
         let median = |rates: &[f64]| rates[rates.len() / 2];
-        let [ours, bare, ratios] = &rates;
+        let [firsts, seconds, ratios] = &rates;
         println!(
-            "{name:<9} ringway {:.2}  bare {:.2}  ratio {:.2} ({:.2} to {:.2})",
-            median(ours) / 1e6,
-            median(bare) / 1e6,
+            "{name:<13} {first_name} {:.2}  {second_name} {:.2}  ratio {:.2} ({:.2} to {:.2})",
+            median(firsts) / 1e6,
+            median(seconds) / 1e6,
             median(ratios),
             ratios[0],
             ratios[ratios.len() - 1],
@@ -117,45 +152,13 @@ fn frame() -> [u8; FRAME_BYTES] {
     frame
 }
 
-/// Sends frames out of an interface until told to stop, by a program that redirects them.
+/// Sends frames out of an interface until told to stop.
 fn generate(interface: u32, stop: &AtomicBool) {
     pin(false);
-    let redirect = u64::from(interface) << 32;
-    // r1 = interface; r2 = 0; bpf_redirect(r1, r2); exit.
-    let code: [u64; 4] = [redirect | 0x01b7, 0x02b7, 23 << 32 | 0x85, 0x95];
-    let mut options = bpf::bpf_prog_load_opts {
-        sz: size_of::<bpf::bpf_prog_load_opts>() as bpf::size_t,
-        ..Default::default()
-    };
-    // SAFETY: texts, instructions and options are valid for their lengths.
-    let program = unsafe {
-        bpf::bpf_prog_load(
-            bpf::BPF_PROG_TYPE_XDP,
-            c"generate".as_ptr(),
-            c"GPL".as_ptr(),
-            code.as_ptr().cast(),
-            code.len() as bpf::size_t,
-            &raw mut options,
-        )
-    };
-    assert!(program >= 0, "bpf_prog_load: {program}");
-    let data = frame();
+    let source = FrameSource::new(interface, frame().to_vec()).unwrap();
     while !stop.load(Ordering::Relaxed) {
-        let mut options = bpf::bpf_test_run_opts {
-            sz: size_of::<bpf::bpf_test_run_opts>() as bpf::size_t,
-            data_in: data.as_ptr().cast(),
-            data_size_in: data.len().try_into().unwrap(),
-            repeat: 1 << 16,
-            flags: bpf::BPF_F_TEST_XDP_LIVE_FRAMES,
-            batch_size: 64,
-            ..Default::default()
-        };
-        // SAFETY: options and frame are valid for their lengths.
-        let result = unsafe { bpf::bpf_prog_test_run_opts(program, &raw mut options) };
-        assert_eq!(result, 0);
+        source.send(1 << 16).unwrap();
     }
-    // SAFETY: the fd is this function's own.
-    unsafe { libc::close(program) };
 }
 
 /// Frames per second that `count` tells, while frames arrive at xdp0.
@@ -178,7 +181,27 @@ fn rate_of(count: impl Fn() -> u64, time: Duration) -> f64 {
     (after - before) as f64 / took.as_secs_f64()
 }
 
-fn switch() -> (Switch, PortName) {
+/// Has the kernel keep as many more huge pages free as a UMEM takes, for the time of a trial.
+fn with_huge_pages(trial: impl FnOnce() -> f64) -> f64 {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    let read = || -> u64 {
+        std::fs::read_to_string(POOL)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    };
+    let before = read();
+    std::fs::write(POOL, (before + HUGE_PAGES).to_string()).unwrap();
+    assert_eq!(read(), before + HUGE_PAGES, "too few huge pages");
+    WANTS_HUGE.store(true, Ordering::Relaxed);
+    let rate = trial();
+    WANTS_HUGE.store(false, Ordering::Relaxed);
+    std::fs::write(POOL, before.to_string()).unwrap();
+    rate
+}
+
+fn switch(busy_poll: Option<Duration>) -> (Switch, PortName) {
     let switch = Switch::start(SwitchConfig {
         worker_cpus: vec![pin(true)],
         // As the bare loops do.
@@ -198,10 +221,12 @@ fn switch() -> (Switch, PortName) {
         queue_pairs: None,
         mode: XdpMode::Copy,
         umem_frames: UmemFrames::new(UMEM_FRAMES).unwrap(),
-        busy_poll: None,
+        busy_poll,
         gro: true,
     });
     switch.add_port(nic.clone(), config(kind)).unwrap();
+    let info = switch.port(&nic).unwrap().af_xdp.unwrap();
+    assert!(info.huge_pages || !WANTS_HUGE.load(Ordering::Relaxed));
     (switch, nic)
 }
 
@@ -214,16 +239,16 @@ fn config(kind: PortKind) -> PortConfig {
     }
 }
 
-fn receive_by_switch(time: Duration) -> f64 {
+fn receive_by_switch(time: Duration, busy_poll: Option<Duration>) -> f64 {
     let far = veth();
-    let (switch, nic) = switch();
+    let (switch, nic) = switch(busy_poll);
     let frames = || switch.port(&nic).unwrap().info.counters.rx_frames;
     under_load(far, time, |time| rate_of(frames, time))
 }
 
 fn transmit_by_switch(time: Duration) -> f64 {
     veth();
-    let (switch, nic) = switch();
+    let (switch, nic) = switch(None);
     let folder = tempfile::TempDir::new().unwrap();
     let path = folder.path().join("vm.sock");
     let kind = PortKind::VhostUser {

@@ -1,5 +1,6 @@
 //! Guest memory, virtqueues, vhost-user sessions, ports and poll-mode workers.
 
+mod bpf;
 mod burst;
 mod copy;
 pub mod driver;

@@ -14,7 +14,7 @@ use common::{Lab, eventually, frame, mac, name, receive};
 use etherparse::PacketBuilder;
 use ringway_bridge::DropReason;
 use ringway_dataplane::driver::features::{TSO, USO, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM};
-use ringway_dataplane::driver::{Guest, GuestConfig, NET_HEADER_BYTES};
+use ringway_dataplane::driver::{FrameSource, Guest, GuestConfig, NET_HEADER_BYTES};
 use ringway_dataplane::{
     AfXdpConfig, AfXdpInfo, PortConfig, PortKind, PortState, QueuePairs, SwitchError, UmemFrames,
     XdpMode,
@@ -252,6 +252,24 @@ fn a_guest_that_takes_nothing_fills_the_rings_and_all_flows_when_it_does() {
         let sent = frame(1, 2, 60, seed);
         far.send(&sent);
         assert_eq!(receive(&mut guest).frame, sent);
+    }
+    lab.assert_conserved(&["nic", "vm"], 0);
+}
+
+#[test]
+fn frames_made_at_the_far_end_arrive() {
+    let (lab, far) = lab_with_nic(1, 1500, |_| {});
+    let mut guest = lab.guest("vm", GuestConfig::default());
+    introduce(&mut guest, &far);
+    let made = frame(1, 2, 1514, 7);
+    // SAFETY: the pointer is a valid C string.
+    let index = unsafe { libc::if_nametoindex(c"far0".as_ptr()) };
+    let source = FrameSource::new(index, made.clone()).unwrap();
+    for count in [1, 64, 100] {
+        source.send(count).unwrap();
+        for _ in 0..count {
+            assert_eq!(receive(&mut guest).frame, made);
+        }
     }
     lab.assert_conserved(&["nic", "vm"], 0);
 }

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+pub(crate) use netns::NetNs;
 pub(crate) use options::LabArgs;
 pub(crate) use process::tied;
 
@@ -79,7 +80,7 @@ fn run_in(plan: &Plan, folder: &Path) -> Result<bool> {
     let progress = Progress::new(plan.steps());
     process::find(guest::QEMU)?;
     process::find("iperf3")?;
-    netns::NetNs::remove_stale();
+    NetNs::remove_stale();
     let revision = if plan.needs_ringway() {
         Some(plan.programs.check()?)
     } else {

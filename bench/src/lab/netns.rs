@@ -86,20 +86,26 @@ impl NetNs {
         Ok(command)
     }
 
+    /// Moves the calling thread inside.
+    pub(crate) fn enter(&self) -> Result<()> {
+        use std::os::fd::AsFd;
+        let file = std::fs::File::open(self.path())
+            .with_context(|| format!("opening {}", self.path().display()))?;
+        let kind = Some(rustix::thread::LinkNameSpaceType::Network);
+        Ok(rustix::thread::move_into_link_name_space(
+            file.as_fd(),
+            kind,
+        )?)
+    }
+
     /// Lets `action` run on a thread inside this namespace.
     pub(crate) fn on_thread<T: Send>(
         &self,
         action: impl FnOnce() -> Result<T> + Send,
     ) -> Result<T> {
-        use std::os::fd::AsFd;
-        let file = std::fs::File::open(self.path())
-            .with_context(|| format!("opening {}", self.path().display()))?;
         std::thread::scope(|scope| {
             let thread = scope.spawn(move || {
-                rustix::thread::move_into_link_name_space(
-                    file.as_fd(),
-                    Some(rustix::thread::LinkNameSpaceType::Network),
-                )?;
+                self.enter()?;
                 action()
             });
             thread

@@ -170,6 +170,16 @@ impl LoadArgs {
         !self.no_huge
     }
 
+    /// True if offloads are wanted.
+    pub(crate) fn offloads(&self) -> bool {
+        self.checksum || self.tso
+    }
+
+    /// True if bytes are to be compared.
+    pub(crate) fn verify(&self) -> bool {
+        self.verify
+    }
+
     /// True if segmentation offload is wanted for all sizes.
     pub(crate) fn tso(&self) -> bool {
         self.tso

@@ -143,6 +143,15 @@ pub(crate) struct Turn {
     pub(crate) sent: u64,
 }
 
+impl std::ops::AddAssign for Turn {
+    #[inline]
+    fn add_assign(&mut self, other: Self) {
+        self.received += other.received;
+        self.bytes += other.bytes;
+        self.sent += other.sent;
+    }
+}
+
 /// A queue pair of a load's guest.
 #[derive(Debug)]
 pub(crate) struct LoadPair {
@@ -248,6 +257,16 @@ impl LoadPair {
     /// looked at.
     #[inline]
     pub(crate) fn turn(&mut self) -> Result<Turn, LoadError> {
+        let taken = self.take()?;
+        Ok(Turn {
+            sent: self.refill()?,
+            ..taken
+        })
+    }
+
+    /// Takes what arrived and gives the buffers back; frames are not looked at.
+    #[inline]
+    pub(crate) fn take(&mut self) -> Result<Turn, LoadError> {
         let mut turn = Turn::default();
         let mut used = [UsedSlot::default(); BURST];
         let count = self.rx.harvest(&mut used)?;
@@ -259,11 +278,17 @@ impl LoadPair {
             self.headless = last.len >= self.rx_len;
         }
         self.recycle(count == 0)?;
+        Ok(turn)
+    }
+
+    /// Refills the transmit ring. Returns how many frames were offered.
+    #[inline]
+    pub(crate) fn refill(&mut self) -> Result<u64, LoadError> {
         let reclaimed = self.tx.reclaim()?;
         if self.tx.free() >= WORTH_A_PUSH || reclaimed == 0 {
-            turn.sent = u64::from(self.transmit(u16::MAX)?);
+            return Ok(self.transmit(u16::MAX)?.into());
         }
-        Ok(turn)
+        Ok(0)
     }
 
     /// Takes frames that arrived and shows the beginning of each, header in front, at most

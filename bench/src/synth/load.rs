@@ -1,6 +1,5 @@
 //! The load: pairs of guests on one thread, each guest sending to its partner.
 
-use std::hint;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -10,22 +9,15 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::error::LoadError;
 use super::frame::{Route, Stamp, Style, Template, guest_mac};
-use super::guest::{Listener, LoadGuest, Shape, memory_bytes};
+use super::guest::{Listener, LoadGuest, Shape, Turn, memory_bytes};
+use super::meter::{MaxResult, Meter};
 use crate::interrupt;
 
 /// How long the first frame may take: a switch learns, a back-end starts its queues.
-const FIRST_FRAME: Duration = Duration::from_secs(5);
-/// How often a full-rate run looks whether the switch still lives.
-const CHECK_EVERY: Duration = Duration::from_millis(20);
-/// Pauses after a turn that found less than this many frames: looking at the rings less often costs
-/// switch and load fewer cache misses (load busy 20 instead of 40 % of the time, the same rate).
-const PAUSES: u32 = 16;
-const FULL_TURN: u64 = 64;
-/// Stretches of which the best is told; shorter than a scheduler's time slice.
-const WINDOW: Duration = Duration::from_millis(2);
+pub(crate) const FIRST_FRAME: Duration = Duration::from_secs(5);
 /// A switch that passes nothing for so long has stalled; it may still be setting itself up in the
 /// warm-up, which is repeated for as long as [`FIRST_FRAME`].
-const STALL: Duration = Duration::from_millis(250);
+pub(crate) const STALL: Duration = Duration::from_millis(250);
 /// How long frames on their way may stay unseen before they count as lost.
 pub(crate) const SETTLE: Duration = Duration::from_millis(50);
 
@@ -51,7 +43,7 @@ pub(crate) struct LoadConfig {
 
 impl LoadConfig {
     /// Frames that this guest sends, one template per size.
-    fn templates(&self, guest: u16) -> Vec<Template> {
+    pub(crate) fn templates(&self, guest: u16) -> Vec<Template> {
         let route = Route {
             from: guest_mac(guest),
             to: guest_mac(guest ^ 1),
@@ -76,96 +68,17 @@ impl LoadConfig {
         listeners.iter().map(Listener::accept).collect()
     }
 
+    /// All guests, their queues started.
+    pub(crate) fn guests(&self) -> Result<Vec<LoadGuest>, LoadError> {
+        let start = |(guest, frontend)| {
+            LoadGuest::start(frontend, self.shape, &self.templates(guest), self.flows)
+        };
+        (0..).zip(self.frontends()?).map(start).collect()
+    }
+
     /// Bytes of memory that all guests need together.
     pub(crate) fn memory_bytes(&self, guests: u16) -> u64 {
         memory_bytes(self.shape, &self.templates(0)) * u64::from(guests)
-    }
-}
-
-/// What a full-rate run measured.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct MaxResult {
-    pub(crate) elapsed: Duration,
-    pub(crate) sent: u64,
-    pub(crate) received: u64,
-    /// L2 bytes received.
-    pub(crate) bytes: u64,
-    /// Time in turns of the load that moved frames.
-    pub(crate) busy: Duration,
-    /// Turns of the load, and those that found nothing.
-    pub(crate) turns: u64,
-    pub(crate) empty_turns: u64,
-    /// Longest time without a frame.
-    pub(crate) longest_gap: Duration,
-    /// Most frames per second over [`WINDOW`], and the load's time per frame there: what both can
-    /// do while nobody takes their cores away.
-    pub(crate) best_pps: f64,
-    pub(crate) best_ns_per_frame: f64,
-    /// Time that the load was ready to run and had no CPU.
-    pub(crate) waited_for_cpu: Duration,
-    /// A guest to which nothing came.
-    pub(crate) silent_guest: Option<usize>,
-    /// Frames that came to the wrong guest, of those that were looked at.
-    pub(crate) foreign: u64,
-}
-
-/// A short stretch of a run.
-#[derive(Clone, Copy, Debug)]
-struct Stretch {
-    start: Instant,
-    received: u64,
-    busy: Duration,
-}
-
-impl MaxResult {
-    /// Frames received per second.
-    pub(crate) fn pps(&self) -> f64 {
-        self.received as f64 / self.elapsed.as_secs_f64()
-    }
-
-    /// L2 bits received per second.
-    pub(crate) fn bits_per_second(&self) -> f64 {
-        self.bytes as f64 * 8.0 / self.elapsed.as_secs_f64()
-    }
-
-    /// Share of time in which the load moved frames.
-    pub(crate) fn busy_share(&self) -> f64 {
-        self.busy.as_secs_f64() / self.elapsed.as_secs_f64()
-    }
-
-    /// Time of the load per frame, sending and receiving together.
-    pub(crate) fn load_ns_per_frame(&self) -> f64 {
-        self.busy.as_nanos() as f64 / self.received.max(1) as f64
-    }
-
-    /// Share of sent frames that did not arrive, not counting those on their way at both ends.
-    pub(crate) fn loss(&self) -> f64 {
-        (1.0 - self.received as f64 / self.sent.max(1) as f64).max(0.0)
-    }
-
-    /// Share of time that others kept the load off its CPU.
-    pub(crate) fn disturbed_share(&self) -> f64 {
-        self.waited_for_cpu.as_secs_f64() / self.elapsed.as_secs_f64()
-    }
-
-    /// Notes a stretch that ends now, if it is long enough.
-    fn end_stretch(&mut self, stretch: &mut Stretch, now: Instant) {
-        let took = now - stretch.start;
-        if took < WINDOW {
-            return;
-        }
-        let frames = self.received - stretch.received;
-        let pps = frames as f64 / took.as_secs_f64();
-        if pps > self.best_pps {
-            self.best_pps = pps;
-            let busy = self.busy - stretch.busy;
-            self.best_ns_per_frame = busy.as_nanos() as f64 / frames as f64;
-        }
-        *stretch = Stretch {
-            start: now,
-            received: self.received,
-            busy: self.busy,
-        };
     }
 }
 
@@ -185,16 +98,8 @@ impl Load {
     pub(crate) fn connect(config: &LoadConfig) -> Result<Self, LoadError> {
         let count = u16::try_from(config.sockets.len()).unwrap_or(u16::MAX);
         let templates: Vec<_> = (0..count).map(|guest| config.templates(guest)).collect();
-        let guests = config
-            .frontends()?
-            .into_iter()
-            .zip(&templates)
-            .map(|(frontend, frames)| {
-                LoadGuest::start(frontend, config.shape, frames, config.flows)
-            })
-            .collect::<Result<_, _>>()?;
         let mut load = Self {
-            guests,
+            guests: config.guests()?,
             templates,
             runs: 0,
             verify: config.verify,
@@ -292,58 +197,28 @@ impl Load {
     }
 
     fn full_rate(&mut self, duration: Duration) -> Result<MaxResult, LoadError> {
-        let mut result = MaxResult::default();
-        let waited = cpu_wait();
-        let start = Instant::now();
-        let (mut now, mut next_check, mut last_frame) = (start, start + CHECK_EVERY, start);
-        let mut stretch = Stretch {
-            start,
-            received: 0,
-            busy: Duration::ZERO,
-        };
+        let mut meter = Meter::start(duration);
         let mut received_by = vec![0; self.guests.len()];
-        let end = start + duration;
-        while now < end {
-            let (mut sent, mut received) = (0, 0);
+        while !meter.is_over() {
+            let mut sum = Turn::default();
             for (guest, received_by) in self.guests.iter_mut().zip(&mut received_by) {
                 for pair in &mut guest.pairs {
                     let turn = pair.turn()?;
-                    sent += turn.sent;
-                    received += turn.received;
+                    sum += turn;
                     *received_by += turn.received;
-                    result.bytes += turn.bytes;
                 }
             }
-            let turned = Instant::now();
-            result.turns += 1;
-            if sent + received == 0 {
-                result.empty_turns += 1;
-            } else {
-                result.busy += turned - now;
-            }
-            result.sent += sent;
-            result.received += received;
-            now = turned;
-            if received < FULL_TURN {
-                (0..PAUSES).for_each(|_| hint::spin_loop());
-                now = Instant::now();
-            }
-            if received > 0 {
-                last_frame = now;
-            }
-            result.longest_gap = result.longest_gap.max(now - last_frame);
-            result.end_stretch(&mut stretch, now);
-            if now >= next_check {
-                next_check = now + CHECK_EVERY;
+            meter.note(sum, sum.received);
+            if meter.is_time_to_check() {
                 self.check_alive()?;
-                self.check_routes(&mut result)?;
+                self.check_routes(&mut meter.result)?;
             }
         }
-        result.bytes -= 12 * result.received;
-        result.elapsed = now - start;
-        result.waited_for_cpu = cpu_wait().saturating_sub(waited);
-        result.silent_guest = received_by.iter().position(|received| *received == 0);
-        Ok(result)
+        let silent_guest = received_by.iter().position(|received| *received == 0);
+        Ok(MaxResult {
+            silent_guest,
+            ..meter.end()
+        })
     }
 
     /// Looks at the addresses of what comes next at each queue: a sample, so that it costs nothing.
@@ -385,13 +260,6 @@ impl Load {
         }
         Ok(())
     }
-}
-
-/// Time that the calling thread was ready to run and had no CPU, since it started.
-pub(crate) fn cpu_wait() -> Duration {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    let wait = text.split_whitespace().nth(1);
-    Duration::from_nanos(wait.and_then(|ns| ns.parse().ok()).unwrap_or(0))
 }
 
 /// Pins the calling thread to a CPU.

@@ -13,6 +13,8 @@ mod guest;
 mod huge;
 mod load;
 mod memcpy;
+mod meter;
+mod nic;
 mod process;
 mod rate;
 mod report;

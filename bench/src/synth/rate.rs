@@ -10,7 +10,8 @@ use hdrhistogram::Histogram;
 use super::error::LoadError;
 use super::frame::Stamp;
 use super::guest::BURST;
-use super::load::{HEAD, Load, cpu_wait};
+use super::load::{HEAD, Load};
+use super::meter::cpu_wait;
 use super::report::whole;
 
 /// How far back a late frame is told from one that came twice, in frames.

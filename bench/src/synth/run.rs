@@ -139,6 +139,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
                 cpu: switch_cpu,
                 other_cpu: load_cpu,
                 ports: guests,
+                nic: false,
                 queues: args.load.queues(),
                 class,
                 tso: args.load.tso() || class == Class::Segmented,

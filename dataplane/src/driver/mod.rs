@@ -11,9 +11,11 @@
 //!   │                └─ Window ─ DriverMemory (memfd regions)
 //!   └── Frontend ── socket ── back-end
 //! ```
+//! A [`FrameSource`] stands at the other end of a NIC instead.
 
 mod event;
 pub mod features;
+mod frame_source;
 mod frontend;
 mod guest;
 mod lane;
@@ -25,6 +27,7 @@ mod session;
 mod split;
 
 pub use event::{EventFd, wait_any};
+pub use frame_source::FrameSource;
 pub use frontend::{
     Frontend, FrontendError, HEADER_BYTES, MAX_FDS, MAX_REPLY_BYTES, Reply,
     WANTED_PROTOCOL_FEATURES, encode,

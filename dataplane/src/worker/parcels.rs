@@ -96,6 +96,7 @@ pub(super) fn write_parcels(
 /// Puts frame `index` of a burst into chunks of an AF_XDP queue; returns its L2 bytes. One that is cut
 /// waits for room for all of its segments, unless it `is_hasty` or they need more than half of the
 /// chunks.
+#[cold]
 pub(super) fn put_parcels(
     transmitter: &mut Transmitter,
     (burst, index): (&Burst, usize),

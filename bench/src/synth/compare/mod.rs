@@ -5,6 +5,7 @@
 //! want switches set up in another way (MTU, segmentation offload) are measured on switches of their
 //! own.
 
+mod options;
 mod table;
 mod trial;
 
@@ -12,13 +13,16 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use clap::{Args, ValueEnum};
+use clap::ValueEnum;
 
-use super::args::{Class, FrameSize, LoadArgs};
+use super::args::{Class, FrameSize};
 use super::huge::{HugePages, free_pages, pages_of_load};
 use super::report::{Environment, Spread};
 use super::switch::{Kind, Place, Switch, TESTPMD_HUGE_PAGES};
 use crate::interrupt;
+use crate::lab::NetNs;
+pub(crate) use options::CompareArgs;
+use options::{Driver, Path};
 use table::{COPY, Latency, Size, Subject, print_size};
 use trial::{Setting, Trial};
 
@@ -28,48 +32,6 @@ const RETRIES: u32 = 2;
 const LEVELS: [f64; 3] = [0.1, 0.5, 0.9];
 /// Most rounds of latency trials.
 const LATENCY_ROUNDS: u32 = 5;
-
-/// Who sends and receives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Driver {
-    /// The synthetic guests of `ringway-bench run`
-    Synth,
-    /// DPDK's virtio driver in testpmd
-    VirtioUser,
-}
-
-/// Drive ringway and its peers with the same load, in turns.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct CompareArgs {
-    #[command(flatten)]
-    load: LoadArgs,
-    /// Peers of ringway
-    #[arg(
-        long,
-        value_enum,
-        value_delimiter = ',',
-        default_value = "testpmd,ovs-dpdk"
-    )]
-    with: Vec<Kind>,
-    /// Leave ringway out: the first peer stands in its place
-    #[arg(long)]
-    peers_only: bool,
-    /// Trials of each switch per frame size, in turns
-    #[arg(long, value_name = "N", default_value_t = 9)]
-    pairs: u32,
-    /// Seconds per trial
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
-    duration: f64,
-    /// Measure latency one way too, in open loop at 10, 50 and 90 % of each switch's own maximum
-    #[arg(long)]
-    latency: bool,
-    /// Who sends and receives
-    #[arg(long = "load", value_enum, default_value = "synth")]
-    driver: Driver,
-    /// Print one JSON object
-    #[arg(short = 'j', long)]
-    json: bool,
-}
 
 /// Compares the switches and prints a table or JSON. The exit code is that of a failure if a switch
 /// that is installed was left out somewhere.
@@ -90,9 +52,14 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
         );
         args.load.check_stamps()?;
     }
+    if args.has_nic() {
+        args.check_nic()?;
+        NetNs::remove_stale();
+    }
     let (kinds, missing) = contenders(args)?;
     let (_pages, huge) = memory(args, &kinds)?;
     let setting = Setting {
+        path: Path::GuestGuest,
         driver: args.driver,
         load: &args.load,
         duration: Duration::try_from_secs_f64(args.duration)?,
@@ -106,7 +73,9 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
     }
     let mut report = Report::default();
     for class in classes(args.load.frames()) {
-        measure_class(args, setting, class, &kinds, &mut report)?;
+        for nic in [false, true] {
+            measure_class(args, setting, (class, nic), &kinds, &mut report)?;
+        }
     }
     if args.json {
         let json = serde_json::json!({
@@ -152,6 +121,13 @@ fn contenders(args: &CompareArgs) -> Result<(Vec<Kind>, Vec<&'static str>)> {
         if kinds.contains(kind) {
             continue;
         }
+        if args.has_nic() && !kind.takes_nic() {
+            eprintln!(
+                "{} is left out: only guests are joined to it here",
+                kind.name()
+            );
+            continue;
+        }
         match kind.check_installed() {
             Ok(()) => kinds.push(*kind),
             Err(error) => {
@@ -192,25 +168,36 @@ fn classes(frames: &[FrameSize]) -> Vec<Class> {
     classes
 }
 
-/// Starts the switches and measures all sizes of a class.
+/// Starts the switches, with a NIC or without, and measures all sizes of a class on all such paths.
 fn measure_class(
     args: &CompareArgs,
     setting: Setting<'_>,
-    class: Class,
+    (class, nic): (Class, bool),
     kinds: &[Kind],
     report: &mut Report,
 ) -> Result<()> {
+    let is_meant = |path: &&Path| path.way().is_some() == nic;
+    let paths: Vec<Path> = args.paths.iter().filter(is_meant).copied().collect();
+    if paths.is_empty() {
+        return Ok(());
+    }
+    let kinds: Vec<Kind> = kinds
+        .iter()
+        .copied()
+        .filter(|kind| !nic || kind.takes_nic())
+        .collect();
     let place = Place {
         cpu: setting.switch_cpu,
         other_cpu: setting.load_cpu,
-        ports: 2,
+        ports: if nic { 1 } else { 2 },
+        nic,
         queues: args.load.queues(),
         class,
         tso: args.load.tso() || class == Class::Segmented,
         huge: args.load.huge(),
     };
     let mut switches: Vec<Option<Switch>> = Vec::new();
-    for kind in kinds {
+    for kind in &kinds {
         let started = Switch::start(*kind, place);
         interrupt::check()?;
         match started {
@@ -225,15 +212,20 @@ fn measure_class(
                 return Err(error).with_context(|| format!("starting {}", kind.name()));
             }
             Err(error) => {
-                say_left_out(kind.name(), "", &error.into());
+                say_left_out(kind.name(), "", &error);
                 report.left_out = true;
                 switches.push(None);
             }
         }
     }
-    for frame in args.load.frames() {
-        if frame.class() == class {
-            let size = measure_size(args, setting, *frame, kinds, &mut switches)?;
+    let frames = args.load.frames().iter();
+    for frame in frames.filter(|frame| frame.class() == class) {
+        for path in &paths {
+            let setting = Setting {
+                path: *path,
+                ..setting
+            };
+            let size = measure_size(args, setting, *frame, &kinds, &mut switches)?;
             report.left_out |= size.left_out();
             if !args.json {
                 print_size(&size);
@@ -307,6 +299,7 @@ fn measure_size(
     }
     let mut size = Size {
         frame: frame.to_string(),
+        path: setting.path,
         subjects,
     };
     size.name_limits();

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::super::report::{Limit, Shares, Spread};
+use super::options::Path;
 use super::trial::{LatencyTrial, Trial};
 
 /// The row of the plain copy loop.
@@ -52,6 +53,7 @@ pub(super) struct Latency {
 #[derive(Debug, Serialize)]
 pub(super) struct Size {
     pub(super) frame: String,
+    pub(super) path: Path,
     pub(super) subjects: Vec<Subject>,
 }
 
@@ -223,7 +225,10 @@ impl Size {
 
 /// Prints what was found with one size.
 pub(super) fn print_size(size: &Size) {
-    println!("\n{} B", size.frame);
+    match size.path {
+        Path::GuestGuest => println!("\n{} B", size.frame),
+        path => println!("\n{} B, {}", size.frame, path.name()),
+    }
     let first = size.subjects[0].switch;
     for subject in &size.subjects {
         println!("{}", subject.line());
@@ -271,6 +276,7 @@ mod tests {
         let first = vec![trial(90.0)];
         let mut size = Size {
             frame: "9000".into(),
+            path: Path::GuestGuest,
             subjects: vec![
                 Subject::new("ringway", first.clone(), None, &first),
                 Subject::new("testpmd", vec![trial(50.0)], None, &first),

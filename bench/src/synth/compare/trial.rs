@@ -7,13 +7,15 @@ use serde::Serialize;
 
 use super::super::args::{FrameSize, LoadArgs, LoadPlace};
 use super::super::error::LoadError;
-use super::super::load::{Load, LoadConfig, MaxResult, SETTLE};
+use super::super::load::{Load, LoadConfig, SETTLE};
 use super::super::memcpy;
+use super::super::meter::MaxResult;
+use super::super::nic::{NicLoad, Wire};
 use super::super::report::Percentiles;
 use super::super::run::{WARM_UP, on_cpu};
 use super::super::switch::Switch;
 use super::super::virtio_user;
-use super::Driver;
+use super::options::{Driver, Path};
 
 /// Of the frames that were due, those that may stay unsent before a latency trial tells nothing.
 const UNSENT: f64 = 0.01;
@@ -21,6 +23,7 @@ const UNSENT: f64 = 0.01;
 /// What all trials have in common.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setting<'a> {
+    pub(super) path: Path,
     pub(super) driver: Driver,
     pub(super) load: &'a LoadArgs,
     pub(super) duration: Duration,
@@ -94,10 +97,14 @@ impl Setting<'_> {
         match self.driver {
             Driver::Synth => {
                 let result = on_cpu(self.load_cpu, || -> Result<MaxResult> {
-                    let mut load = warm_load(&config)?;
-                    Ok(load.run_max(self.duration)?)
+                    self.warm_load(&config, switch)?.run_max(self.duration)
                 })??;
-                Ok(result.into())
+                Ok(Trial {
+                    // The far end's count is not read often enough to tell.
+                    best_frames_per_second: (self.path == Path::GuestGuest)
+                        .then_some(result.best_pps),
+                    ..result.into()
+                })
             }
             Driver::VirtioUser => {
                 let (cpu, main) = (self.load_cpu, self.switch_cpu);
@@ -118,9 +125,13 @@ impl Setting<'_> {
             return Ok(None);
         }
         let config = self.config(frame, switch)?;
-        let mut load = on_cpu(self.load_cpu, || warm_load(&config))??;
+        let mut load = on_cpu(self.load_cpu, || self.warm_load(&config, switch))??;
         let since = switch.begin_account()?;
-        on_cpu(self.load_cpu, || load.run_max(self.duration))??;
+        let place = switch.wire().ok();
+        on_cpu(self.load_cpu, || -> Result<MaxResult> {
+            place.map_or(Ok(()), Wire::enter)?;
+            load.run_max(self.duration)
+        })??;
         Ok(switch.end_account(since)?)
     }
 
@@ -183,6 +194,18 @@ impl Setting<'_> {
         Ok(Some(Trial::of_rate(rate, bytes)))
     }
 
+    /// A load on this path through which frames flow steadily. Enters the switch's NIC's place.
+    fn warm_load(self, config: &LoadConfig, switch: &Switch) -> Result<AnyLoad> {
+        let Some(way) = self.path.way() else {
+            return Ok(AnyLoad::Guests(warm_load(config)?));
+        };
+        let wire = switch.wire()?;
+        wire.enter()?;
+        let mut load = NicLoad::connect(config, wire, way)?;
+        load.warm_up(WARM_UP)?;
+        Ok(AnyLoad::Nic(load))
+    }
+
     fn config(self, frame: FrameSize, switch: &Switch) -> Result<LoadConfig> {
         let place = LoadPlace {
             huge: self.huge,
@@ -192,7 +215,22 @@ impl Setting<'_> {
     }
 }
 
-/// A load through which frames flow steadily.
+/// A load on any path.
+enum AnyLoad {
+    Guests(Load),
+    Nic(NicLoad),
+}
+
+impl AnyLoad {
+    fn run_max(&mut self, duration: Duration) -> Result<MaxResult> {
+        match self {
+            Self::Guests(load) => Ok(load.run_max(duration)?),
+            Self::Nic(load) => load.run_max(duration),
+        }
+    }
+}
+
+/// A load between guests through which frames flow steadily.
 fn warm_load(config: &LoadConfig) -> Result<Load> {
     let mut load = Load::connect(config)?;
     load.warm_up(WARM_UP)?;

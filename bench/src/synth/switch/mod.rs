@@ -11,11 +11,13 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
 use super::args::{Class, LoadPlace};
 use super::frame::guest_mac;
+use super::nic::{self, Wire};
 use super::process::{Process, find, run, sibling};
 
 pub(crate) use super::process::SwitchError;
@@ -64,6 +66,11 @@ impl Kind {
         self == Self::TestpmdMac
     }
 
+    /// True if it can join a guest and a NIC's queue here.
+    pub(crate) fn takes_nic(self) -> bool {
+        matches!(self, Self::Ringway | Self::Testpmd)
+    }
+
     /// Fails if its program is not there.
     pub(crate) fn check_installed(self) -> Result<(), SwitchError> {
         let (program, package) = match self {
@@ -91,7 +98,10 @@ pub(crate) struct Place {
     pub(crate) cpu: usize,
     /// CPU for all else.
     pub(crate) other_cpu: usize,
+    /// Ports of guests,
     pub(crate) ports: u16,
+    /// and one of a NIC's queue.
+    pub(crate) nic: bool,
     pub(crate) queues: u16,
     /// The largest frames that will come.
     pub(crate) class: Class,
@@ -112,11 +122,13 @@ pub(crate) struct Switch {
     version: String,
     /// It connects to its sockets instead.
     connects: bool,
+    /// The NIC that it has; goes after its processes.
+    wire: Option<Wire>,
 }
 
 impl Switch {
     /// Starts one and waits until all its sockets listen. To be called from the main thread.
-    pub(crate) fn start(kind: Kind, place: Place) -> Result<Self, SwitchError> {
+    pub(crate) fn start(kind: Kind, place: Place) -> Result<Self> {
         let dir = TempDir::with_prefix("ringway-bench-").map_err(|source| SwitchError::System {
             what: "can't make a directory".into(),
             source,
@@ -131,6 +143,7 @@ impl Switch {
             dir,
             version: String::new(),
             connects: false,
+            wire: place.nic.then(|| Wire::create(kind.name())).transpose()?,
         };
         match kind {
             Kind::Ringway => switch.start_ringway(place)?,
@@ -159,6 +172,11 @@ impl Switch {
             macs_rewritten: self.kind.rewrites_macs(),
             listen: self.connects,
         }
+    }
+
+    /// The NIC that it has.
+    pub(crate) fn wire(&self) -> Result<&Wire> {
+        self.wire.as_ref().context("the switch has no NIC")
     }
 
     /// Its sockets, by port.
@@ -194,6 +212,8 @@ impl Switch {
     /// Starts a process of the switch.
     fn spawn(&mut self, command: &Command, package: &str) -> Result<(), SwitchError> {
         let log = self.path(&format!("log{}", self.processes.len()));
+        let inside = self.wire.as_ref().map(|wire| wire.inside(command));
+        let command = inside.as_ref().unwrap_or(command);
         let process = Process::spawn(self.kind.name(), command, package, log)?;
         self.processes.push(process);
         Ok(())
@@ -251,6 +271,10 @@ impl Switch {
                 .args(["--queues", &place.queues.to_string()]);
             run(&mut add, BUILD)?;
         }
+        if place.nic {
+            let add = ["port", "add", "nic", "af-xdp", "--ifname", nic::IFNAME];
+            run(ringway(&control).args(add), BUILD)?;
+        }
         self.wait_for_sockets()
     }
 
@@ -264,6 +288,13 @@ impl Switch {
                 "net_vhost{port},iface={},queues={queues},tso={tso},legacy-ol-flags={tso}",
                 socket.display()
             ));
+        }
+        if place.nic {
+            // Its busy polling, on by default, is slower on a veth: each look at an empty ring is a
+            // system call.
+            let ifname = nic::IFNAME;
+            let options = "start_queue=0,queue_count=1,busy_budget=0";
+            command.args(["--vdev", &format!("net_af_xdp0,iface={ifname},{options}")]);
         }
         let queues = queues.to_string();
         command

@@ -8,6 +8,7 @@
 //!        +----------------- transmit ring <-- one copy into a chunk, one call per burst
 //!                            completion ring --> free chunks
 //! ```
+//! In copy mode the transmit ring is that of a socket of its own, which shares the others (ADR 9).
 //! Each queue has a UMEM of its own, so that queues share nothing. Its receiving half is used by the
 //! worker that polls the queue, its transmitting half by all that send to it; each half has a
 //! mutex, taken by `try_lock` once per burst.
@@ -41,7 +42,7 @@ pub(crate) const MAX_MTU: u32 = 9000;
 /// One queue of the interface.
 #[derive(Debug)]
 pub(crate) struct AfXdpQueue {
-    /// The socket, which both halves keep open.
+    /// The receiving socket, which both halves keep open.
     fd: RawFd,
     /// Entries of each of its four rings.
     ring_size: u32,
@@ -150,7 +151,7 @@ impl AfXdpPort {
 }
 
 impl AfXdpQueue {
-    /// The socket's fd, to wait for frames.
+    /// The receiving socket's fd, to wait for frames.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: both halves keep the socket open and live as long as the borrow of `self`.
         unsafe { BorrowedFd::borrow_raw(self.fd) }
@@ -171,11 +172,14 @@ impl AfXdpQueue {
     fn info(&self) -> AfXdpQueueInfo {
         let mut receiver = self.lock(&self.receiver);
         let (fill_level, rx_level) = receiver.levels(self.ring_size);
-        let statistics = receiver.statistics();
+        let received = receiver.statistics();
         drop(receiver);
-        let (tx_level, tx_pending) = self.lock(&self.transmitter).levels();
+        let mut transmitter = self.lock(&self.transmitter);
+        let (tx_level, tx_pending) = transmitter.levels();
+        let sent = transmitter.statistics();
+        drop(transmitter);
         let count = |read: fn(&xsk_rs::socket::XdpStatistics) -> u64| {
-            statistics.as_ref().map(read).unwrap_or_default()
+            received.as_ref().map(read).unwrap_or_default()
         };
         AfXdpQueueInfo {
             ring_size: self.ring_size,
@@ -187,7 +191,7 @@ impl AfXdpQueue {
             rx_fill_empty: count(|s| s.rx_fill_ring_empty_descs()),
             rx_dropped: count(|s| s.rx_dropped()),
             rx_invalid: count(|s| s.rx_invalid_descs()),
-            tx_invalid: count(|s| s.tx_invalid_descs()),
+            tx_invalid: sent.map_or(0, |s| s.tx_invalid_descs()),
         }
     }
 }

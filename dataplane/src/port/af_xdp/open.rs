@@ -8,11 +8,12 @@ use xsk_rs::Socket;
 use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSize, SocketConfig};
 
 use super::interface::Interface;
-use super::program::{self, Hook, Program};
+use super::program::{self, Program};
 use super::receive::{Receiver, Receiving};
 use super::transmit::{Transmitter, set_option};
 use super::umem::{Layout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
+use crate::bpf::Hook;
 use crate::offload::Offloads;
 use crate::port::{PortBase, max_l2_bytes};
 use crate::switch::{AfXdpConfig, MAX_QUEUE_PAIRS, SwitchError, XdpMode};
@@ -23,6 +24,9 @@ const BIND_PATIENCE: Duration = Duration::from_millis(300);
 
 /// Pause between two attempts.
 const BIND_PAUSE: Duration = Duration::from_millis(2);
+
+/// Entries of a ring that is not used: a socket of xsk-rs has both.
+const LEAST_RING: u32 = 2;
 
 /// Frames that the kernel takes from the NIC in one busy poll: its own default elsewhere.
 const BUSY_POLL_BUDGET: u32 = 64;
@@ -212,25 +216,23 @@ impl Plan<'_> {
             flags |= BindFlags::XDP_USE_SG;
         }
         let size = config.umem_frames.get() / 2;
-        let ring_size = QueueSize::new(size).map_err(|error| {
-            Refusal::Final(config.system("ring", &io::Error::other(error.to_string())))
-        })?;
-        let socket = SocketConfig::builder()
-            .rx_queue_size(ring_size)
-            .tx_queue_size(ring_size)
-            .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
-            .bind_flags(flags)
-            .build();
         let name: InterfaceName = config.ifname.parse().map_err(|_| {
             Refusal::Final(config.refuse("no interface can have this name", "see `ip link`"))
         })?;
+        let bind = |rx_size, tx_size| {
+            let config = socket_config((rx_size, tx_size), flags)?;
+            // SAFETY: sockets that share a UMEM must not load programs, and these don't.
+            unsafe { Socket::new(config, &memory.umem, &name, u32::from(index)) }
+                .map_err(|error| os_error(&error))
+        };
+        // In copy mode, each frame that the kernel is done with would wake whoever waits for the
+        // receiving socket's events: a second socket, at the same rings of chunks, transmits.
+        let first_tx_size = if is_zero_copy { size } else { LEAST_RING };
         let deadline = Instant::now() + BIND_PATIENCE;
-        let (ring, received, rings) = loop {
-            // SAFETY: the UMEM is used for one socket only.
-            match unsafe { Socket::new(socket, &memory.umem, &name, u32::from(index)) } {
+        let (mut ring, received, rings) = loop {
+            match bind(size, first_tx_size) {
                 Ok(socket) => break socket,
                 Err(error) => {
-                    let error = os_error(&error);
                     let is_busy = error.raw_os_error() == Some(libc::EBUSY);
                     if !is_busy || Instant::now() >= deadline {
                         return Err(self.cannot_bind(index, mode, &error));
@@ -243,6 +245,10 @@ impl Plan<'_> {
             let error = io::Error::other("no fill ring");
             return Err(Refusal::Final(config.system("socket", &error)));
         };
+        if !is_zero_copy {
+            (ring, ..) =
+                bind(LEAST_RING, size).map_err(|error| self.cannot_bind(index, mode, &error))?;
+        }
         if let Some(time) = config.busy_poll {
             let us = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
             let options = [
@@ -251,11 +257,11 @@ impl Plan<'_> {
                 (libc::SO_BUSY_POLL_BUDGET, BUSY_POLL_BUDGET),
             ];
             for (name, value) in options {
-                set_option(&ring, libc::SOL_SOCKET, name, value)
+                set_option(received.fd(), libc::SOL_SOCKET, name, value)
                     .map_err(|error| Refusal::Final(config.system("busy polling", &error)))?;
             }
         }
-        let fd = ring.fd().as_raw_fd();
+        let fd = received.fd().as_raw_fd();
         let chunks = memory.chunks;
         let umem = (memory.umem, chunks, self.layout.room_bytes());
         Ok(AfXdpQueue::new(
@@ -364,6 +370,16 @@ impl Plan<'_> {
             format!("`ip link set {ifname} mtu 1500`, or use --mode skb"),
         )
     }
+}
+
+fn socket_config((rx_size, tx_size): (u32, u32), flags: BindFlags) -> io::Result<SocketConfig> {
+    let entries = |size| QueueSize::new(size).map_err(io::Error::other);
+    Ok(SocketConfig::builder()
+        .rx_queue_size(entries(rx_size)?)
+        .tx_queue_size(entries(tx_size)?)
+        .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
+        .bind_flags(flags)
+        .build())
 }
 
 impl AfXdpConfig {

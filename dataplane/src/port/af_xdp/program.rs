@@ -1,6 +1,6 @@
 //! The XDP program: frames of bound queues go to their sockets, all others to the kernel.
 //!
-//! Six instructions, so they are written down here rather than compiled by another tool:
+//! Six instructions:
 //!
 //! ```text
 //!   r2 = ctx->rx_queue_index                 the queue that the frame came in by
@@ -13,25 +13,20 @@
 //! end of the process, the kernel detaches the program.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::Once;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_sys as bpf;
+
+use crate::bpf::{
+    CALL, EXIT, Hook, Instruction, LOAD_WIDE, LOAD_WORD, SET, as_int, check, link, load, own,
+    silence,
+};
 
 /// Offset of `rx_queue_index` in `struct xdp_md` (linux/bpf.h).
 const RX_QUEUE_INDEX: i16 = 16;
 
 /// The name by which `bpftool prog` and `bpftool map` show program and map.
 const NAME: &std::ffi::CStr = c"ringway";
-
-/// Which hook of the interface the program is attached to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Hook {
-    /// The driver's, before an skb is made.
-    Driver,
-    /// The kernel's own for any driver, after it.
-    Generic,
-}
 
 /// What the kernel tells of an interface and XDP.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +55,7 @@ impl Program {
     pub(super) fn attach(interface: u32, queues: u16, hook: Hook) -> io::Result<Self> {
         silence();
         let map = create_map(queues)?;
-        let program = load(&map)?;
+        let program = load(NAME, &instructions(map.as_raw_fd()))?;
         let link = link(&program, interface, hook)?;
         Ok(Self {
             id: id_of(&program)?,
@@ -128,15 +123,6 @@ pub(super) fn query(interface: u32) -> io::Result<Support> {
 /// `NETDEV_XDP_ACT_RX_SG` (linux/netdev.h).
 const RX_SG: u32 = 32;
 
-/// Keeps libbpf from writing to stderr: errors are told by whoever meets them.
-fn silence() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // SAFETY: no function is a valid choice.
-        let _ = unsafe { bpf::libbpf_set_print(None) };
-    });
-}
-
 fn create_map(queues: u16) -> io::Result<OwnedFd> {
     // SAFETY: the name is a C string, and options may be absent.
     own(unsafe {
@@ -151,42 +137,6 @@ fn create_map(queues: u16) -> io::Result<OwnedFd> {
     })
 }
 
-fn load(map: &OwnedFd) -> io::Result<OwnedFd> {
-    let code = instructions(map.as_raw_fd());
-    let mut options = bpf::bpf_prog_load_opts {
-        sz: size_of::<bpf::bpf_prog_load_opts>() as bpf::size_t,
-        expected_attach_type: bpf::BPF_XDP,
-        prog_flags: bpf::BPF_F_XDP_HAS_FRAGS,
-        ..Default::default()
-    };
-    // SAFETY: name and license are C strings; the instructions are as many as said, laid out as the
-    // kernel's; the options are valid and say how long they are.
-    own(unsafe {
-        bpf::bpf_prog_load(
-            bpf::BPF_PROG_TYPE_XDP,
-            NAME.as_ptr(),
-            c"Apache-2.0".as_ptr(),
-            code.as_ptr().cast(),
-            code.len() as bpf::size_t,
-            &raw mut options,
-        )
-    })
-}
-
-fn link(program: &OwnedFd, interface: u32, hook: Hook) -> io::Result<OwnedFd> {
-    let options = bpf::bpf_link_create_opts {
-        sz: size_of::<bpf::bpf_link_create_opts>() as bpf::size_t,
-        flags: match hook {
-            Hook::Driver => bpf::XDP_FLAGS_DRV_MODE,
-            Hook::Generic => bpf::XDP_FLAGS_SKB_MODE,
-        },
-        ..Default::default()
-    };
-    let (program, interface) = (program.as_raw_fd(), as_int(interface)?);
-    // SAFETY: the options are valid and say how long they are.
-    own(unsafe { bpf::bpf_link_create(program, interface, bpf::BPF_XDP, &raw const options) })
-}
-
 fn id_of(program: &OwnedFd) -> io::Result<u32> {
     let mut info = bpf::bpf_prog_info::default();
     let mut bytes = u32::try_from(size_of_val(&info)).map_err(io::Error::other)?;
@@ -196,40 +146,7 @@ fn id_of(program: &OwnedFd) -> io::Result<u32> {
     Ok(info.id)
 }
 
-/// `struct bpf_insn` (linux/bpf.h).
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Instruction {
-    code: u8,
-    /// Source in the upper half on a little-endian machine, destination in the lower.
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-impl Instruction {
-    const fn new(code: u32, (to, from): (u8, u8), offset: i16, immediate: i32) -> Self {
-        let registers = if cfg!(target_endian = "little") {
-            from << 4 | to
-        } else {
-            to << 4 | from
-        };
-        Self {
-            #[expect(clippy::cast_possible_truncation, reason = "codes have eight bits")]
-            code: code as u8,
-            registers,
-            offset,
-            immediate,
-        }
-    }
-}
-
 fn instructions(map: i32) -> [Instruction; 6] {
-    const LOAD_WORD: u32 = bpf::BPF_LDX | bpf::BPF_MEM | bpf::BPF_W;
-    const LOAD_WIDE: u32 = bpf::BPF_LD | bpf::BPF_IMM | bpf::BPF_DW;
-    const SET: u32 = bpf::BPF_ALU64 | bpf::BPF_MOV | bpf::BPF_K;
-    const CALL: u32 = bpf::BPF_JMP | bpf::BPF_CALL;
-    const EXIT: u32 = bpf::BPF_JMP | bpf::BPF_EXIT;
     const REDIRECT_MAP: i32 = bpf::BPF_FUNC_redirect_map.cast_signed();
     const PASS: i32 = bpf::XDP_PASS.cast_signed();
     [
@@ -242,23 +159,4 @@ fn instructions(map: i32) -> [Instruction; 6] {
         Instruction::new(CALL, (0, 0), 0, REDIRECT_MAP),
         Instruction::new(EXIT, (0, 0), 0, 0),
     ]
-}
-
-fn as_int(interface: u32) -> io::Result<i32> {
-    i32::try_from(interface).map_err(io::Error::other)
-}
-
-/// An fd, or a negative error number.
-fn own(result: i32) -> io::Result<OwnedFd> {
-    let fd = check(result)?;
-    // SAFETY: libbpf returned a new fd, which is nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn check(result: i32) -> io::Result<i32> {
-    if result < 0 {
-        Err(io::Error::from_raw_os_error(-result))
-    } else {
-        Ok(result)
-    }
 }

@@ -4,13 +4,16 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use xsk_rs::socket::TxQueue;
+use xsk_rs::socket::{Fd, TxQueue};
 use xsk_rs::umem::frame::FrameDesc;
 use xsk_rs::umem::{CompQueue, Umem};
 
 use super::umem::Chunks;
+use crate::burst::{Burst, PLAIN_BYTES};
+use crate::copy::copy;
+use crate::isa::for_this_cpu;
 use crate::memory::Segment;
-use crate::net_header::HEADER_BYTES;
+use crate::net_header::{HEADER_BYTES, HEADER_LEN};
 use crate::offload::Parcel;
 
 /// Completions taken at a time.
@@ -75,7 +78,7 @@ impl Transmitter {
     ) -> Self {
         let size = u32::try_from(free.len()).unwrap_or(u32::MAX);
         // One call is to send a burst, whatever its descriptors. Older kernels don't know it.
-        let _ = set_option(&ring, libc::SOL_XDP, MAX_TX_SKB_BUDGET, size);
+        let _ = set_option(ring.fd(), libc::SOL_XDP, MAX_TX_SKB_BUDGET, size);
         Self {
             ring,
             completions,
@@ -104,6 +107,43 @@ impl Transmitter {
         needed > self.free.len() as u64 && needed <= u64::from(self.size / 2)
     }
 
+    /// Copies the frames of `mask` into free chunks, in order, for as long as they are of the common
+    /// kind: plain ones of at most `max_bytes` L2 bytes that one chunk holds. Returns those that were
+    /// and their L2 bytes; the others are left to [`Transmitter::put`].
+    pub(crate) fn put_plain(&mut self, burst: &Burst, mask: u64, max_bytes: u32) -> (u64, u64) {
+        put_plain(self, burst, mask, max_bytes)
+    }
+
+    #[inline(always)]
+    fn put_plain_frames(&mut self, burst: &Burst, mask: u64, max_bytes: u32) -> (u64, u64) {
+        // In order: up to the first that is not plain.
+        let odd = mask & !burst.plain();
+        let plain = mask & (odd & odd.wrapping_neg()).wrapping_sub(1);
+        let limit = max_bytes.min(self.room_bytes);
+        let (mut left, mut bytes) = (plain, 0);
+        while left != 0 {
+            let (frame, snapshot) = burst.plain_at(left.trailing_zeros() as usize);
+            let l2_bytes = frame.len - HEADER_BYTES;
+            if l2_bytes > limit {
+                break;
+            }
+            let Some(desc) = self.free.pop() else { break };
+            let (to, head) = (self.chunks.room(&desc), PLAIN_BYTES as usize - HEADER_LEN);
+            // SAFETY: the snapshot holds these bytes behind the header, the chunk is free, hence
+            // ours, and has room for the whole frame, which is no shorter.
+            unsafe { to.copy_from_nonoverlapping(snapshot.wrapping_add(HEADER_LEN), head) };
+            let from = frame.ptr.wrapping_add(PLAIN_BYTES as usize);
+            let rest = (frame.len - PLAIN_BYTES) as usize;
+            // SAFETY: the frame's buffer holds all of it, and the chunk has room for it; UMEM is
+            // nobody's memory but the kernel's and ours.
+            unsafe { copy(to.wrapping_add(head), from, rest) };
+            self.add(desc, l2_bytes, false);
+            bytes += u64::from(l2_bytes);
+            left &= left - 1;
+        }
+        (plain & !left, bytes)
+    }
+
     /// Copies a frame into free chunks, to be sent by [`Transmitter::submit`]; false if there are not
     /// enough.
     pub(crate) fn put(&mut self, parcel: &mut Parcel<'_, '_>) -> bool {
@@ -115,27 +155,32 @@ impl Transmitter {
         else {
             return false;
         };
-        let room = &mut self.room.0;
-        room.clear();
+        self.room.0.clear();
         let mut left = l2_bytes;
-        for mut desc in self.free.drain(kept..) {
+        while let Some(desc) = (self.free.len() > kept).then(|| self.free.pop()).flatten() {
             let bytes = left.min(self.room_bytes);
             left -= bytes;
             // Of a chunk that is free, hence ours, and of the UMEM, which is nobody's memory but the
             // kernel's and ours.
-            room.push(Segment {
+            self.room.0.push(Segment {
                 ptr: self.chunks.room(&desc),
                 len: bytes,
             });
-            desc.set_options(if left > 0 { CONTINUED } else { 0 });
-            // SAFETY: the chunk is ours. The view is used for the length alone.
-            let mut view = unsafe { self.umem.data_mut(&mut desc) };
-            view.cursor().set_pos(bytes as usize);
-            self.batch.push(desc);
+            self.add(desc, bytes, left > 0);
         }
         // The wire has no virtio-net header.
-        parcel.write_to(HEADER_BYTES, 1, room);
+        parcel.write_to(HEADER_BYTES, 1, &self.room.0);
         true
+    }
+
+    /// Adds a chunk with so many bytes of a frame to those to be submitted.
+    #[inline]
+    fn add(&mut self, mut desc: FrameDesc, bytes: u32, is_continued: bool) {
+        desc.set_options(if is_continued { CONTINUED } else { 0 });
+        // SAFETY: the chunk is ours. The view is used for the length alone.
+        let mut view = unsafe { self.umem.data_mut(&mut desc) };
+        view.cursor().set_pos(bytes as usize);
+        self.batch.push(desc);
     }
 
     /// Chunks that a frame takes.
@@ -163,7 +208,7 @@ impl Transmitter {
         let mut waiting = self.waiting();
         // Each further call sends a batch at least, or is the last.
         for _ in 0..=waiting / KERNEL_BATCH {
-            if waiting == 0 || !self.ring.needs_wakeup() {
+            if waiting == 0 || self.is_zero_copy && !self.ring.needs_wakeup() {
                 return Sent::All;
             }
             let fd = self.ring.fd().as_raw_fd();
@@ -199,6 +244,10 @@ impl Transmitter {
         (self.waiting(), self.size.saturating_sub(free))
     }
 
+    pub(super) fn statistics(&self) -> io::Result<xsk_rs::socket::XdpStatistics> {
+        self.ring.fd().xdp_statistics()
+    }
+
     /// Takes the chunks back whose frames are sent.
     fn reclaim(&mut self) {
         let mut done = [FrameDesc::default(); BATCH];
@@ -213,14 +262,23 @@ impl Transmitter {
     }
 }
 
+for_this_cpu! {
+    fn put_plain(
+        transmitter: &mut Transmitter,
+        burst: &Burst,
+        mask: u64,
+        max_bytes: u32,
+    ) -> (u64, u64) = Transmitter::put_plain_frames;
+}
+
 /// Sets a socket option that is an int.
 pub(super) fn set_option(
-    ring: &TxQueue,
+    socket: &Fd,
     level: libc::c_int,
     name: libc::c_int,
     value: u32,
 ) -> io::Result<()> {
-    let fd = ring.fd().as_raw_fd();
+    let fd = socket.as_raw_fd();
     #[expect(clippy::cast_possible_truncation, reason = "it is 4")]
     let bytes = size_of_val(&value) as libc::socklen_t;
     // SAFETY: the value is valid for its length.

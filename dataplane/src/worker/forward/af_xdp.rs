@@ -2,7 +2,7 @@
 
 use ringway_bridge::{DropReason, PortId};
 
-use super::{Forwarder, Outcome, bits, lock_for_burst};
+use super::{Forwarder, Outcome, lock_for_burst};
 use crate::burst::Burst;
 use crate::offload::Workbench;
 use crate::port::{AfXdpPort, Port, Sent, max_l2_bytes};
@@ -31,17 +31,28 @@ pub(super) fn deliver_to_af_xdp(
     }
     let max_bytes = max_l2_bytes(Some(port.mtu()));
     let mut outcome = Outcome::default();
-    for index in bits(mask) {
+    let mut left = mask;
+    while left != 0 {
+        // The common frames in one go, then one that is not, and again.
+        let (sent, bytes) = transmitter.put_plain(burst, left, max_bytes);
+        outcome.sent |= sent;
+        outcome.sent_bytes += bytes;
+        left &= !sent;
+        if left == 0 {
+            break;
+        }
+        let index = left.trailing_zeros() as usize;
         let is_hasty = haste >> index & 1 != 0;
         match put_parcels(&mut transmitter, (burst, index), max_bytes, is_hasty, bench) {
             Ok(bytes) => outcome.sent(index, bytes),
             // Frames behind it are refused too, lest they overtake it.
             Err(DropReason::RingFull) => {
-                outcome.full = mask & (u64::MAX << index);
+                outcome.full = left;
                 break;
             }
             Err(reason) => outcome.drop(1 << index, reason),
         }
+        left &= left - 1;
     }
     // Also if nothing was put: what fills the ring may be what the kernel had no room for.
     if transmitter.submit() == Sent::Later && !unsent.contains(&(port.base.id, pair)) {

@@ -1,0 +1,202 @@
+//! What to compare, as the command line tells.
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::super::args::{FrameSize, LoadArgs};
+use super::super::nic::{self, Way};
+use super::super::switch::Kind;
+use crate::hint::hinted;
+
+/// Who sends and receives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Driver {
+    /// The synthetic guests of `ringway-bench run`
+    Synth,
+    /// DPDK's virtio driver in testpmd
+    VirtioUser,
+}
+
+/// Which way frames go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Path {
+    /// Between two guests, both ways
+    GuestGuest,
+    /// From a guest to an AF_XDP queue of a veth, at whose other end frames are counted and dropped
+    GuestNic,
+    /// From such a queue to a guest
+    NicGuest,
+}
+
+impl Path {
+    /// As on the command line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::GuestGuest => "guest-guest",
+            Self::GuestNic => "guest-nic",
+            Self::NicGuest => "nic-guest",
+        }
+    }
+
+    /// The way at the NIC, if there is one.
+    pub(super) fn way(self) -> Option<Way> {
+        match self {
+            Self::GuestGuest => None,
+            Self::GuestNic => Some(Way::ToNic),
+            Self::NicGuest => Some(Way::FromNic),
+        }
+    }
+}
+
+/// Drive ringway and its peers with the same load, in turns.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CompareArgs {
+    #[command(flatten)]
+    pub(super) load: LoadArgs,
+    /// Peers of ringway
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "testpmd,ovs-dpdk"
+    )]
+    pub(super) with: Vec<Kind>,
+    /// Ways that frames go, each measured by itself; those with a NIC need root, and compare with
+    /// testpmd alone
+    #[arg(
+        long = "path",
+        value_enum,
+        value_name = "PATH",
+        value_delimiter = ',',
+        default_value = "guest-guest"
+    )]
+    pub(super) paths: Vec<Path>,
+    /// Leave ringway out: the first peer stands in its place
+    #[arg(long)]
+    pub(super) peers_only: bool,
+    /// Trials of each switch per frame size, in turns
+    #[arg(long, value_name = "N", default_value_t = 9)]
+    pub(super) pairs: u32,
+    /// Seconds per trial
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    pub(super) duration: f64,
+    /// Measure latency one way too, in open loop at 10, 50 and 90 % of each switch's own maximum
+    #[arg(long)]
+    pub(super) latency: bool,
+    /// Who sends and receives
+    #[arg(long = "load", value_enum, default_value = "synth")]
+    pub(super) driver: Driver,
+    /// Print one JSON object
+    #[arg(short = 'j', long)]
+    pub(super) json: bool,
+}
+
+impl CompareArgs {
+    /// Whether there is a NIC on any path.
+    pub(super) fn has_nic(&self) -> bool {
+        self.paths.iter().any(|path| path.way().is_some())
+    }
+
+    /// Fails if something is wanted that there is between guests only.
+    pub(super) fn check_nic(&self) -> Result<()> {
+        let frames = self.load.frames().iter();
+        let longest = frames.flat_map(|frame| frame.sizes()).max();
+        let is_mixed = self.load.frames().contains(&FrameSize::Imix);
+        let refusals = [
+            (
+                longest > Some(nic::MAX_FRAME),
+                "frames for a NIC have at most 1514 bytes",
+                "leave out longer ones from --frame",
+            ),
+            (
+                is_mixed && self.paths.contains(&Path::NicGuest),
+                "a NIC's far end makes frames of one size at a time",
+                "leave out imix from --frame, or nic-guest from --path",
+            ),
+            (
+                self.load.offloads(),
+                "frames for a NIC are measured without offloads",
+                "leave out --checksum and --tso",
+            ),
+            (
+                self.load.queues() > 1,
+                "the NIC has one queue",
+                "leave out --queues",
+            ),
+            (
+                self.latency || self.load.verify(),
+                "latency and bytes are checked between guests only",
+                "leave out --latency and --verify, or paths with a NIC",
+            ),
+            (
+                self.driver != Driver::Synth,
+                "the virtio-user load sends between guests only",
+                "leave out --load",
+            ),
+        ];
+        match refusals.into_iter().find(|(is_wanted, ..)| *is_wanted) {
+            Some((_, what, hint)) => Err(hinted(what, hint)),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hint::hint_of;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        compare: CompareArgs,
+    }
+
+    fn parsed(line: &str) -> CompareArgs {
+        let words = std::iter::once("compare").chain(line.split_whitespace());
+        Cli::try_parse_from(words).unwrap().compare
+    }
+
+    #[test]
+    fn paths_are_between_guests_unless_told() {
+        assert_eq!(parsed("").paths, [Path::GuestGuest]);
+        assert!(!parsed("").has_nic());
+        let args = parsed("--path nic-guest,guest-guest");
+        assert_eq!(args.paths, [Path::NicGuest, Path::GuestGuest]);
+        assert!(args.has_nic());
+        for path in Path::value_variants() {
+            let named = parsed(&format!("--path {}", path.name()));
+            assert_eq!(named.paths, [*path]);
+        }
+        assert!(Cli::try_parse_from(["compare", "--path", "nic"]).is_err());
+    }
+
+    #[test]
+    fn what_there_is_between_guests_only_is_refused_with_a_hint() {
+        let refusal = |line: &str| parsed(&format!("--path nic-guest {line}")).check_nic();
+        for line in ["", "--frame 60,1514", "--layout packed --queue-size 1024"] {
+            assert!(refusal(line).is_ok(), "{line}");
+        }
+        for line in [
+            "--frame 1515",
+            "--frame 64,imix",
+            "--checksum",
+            "--tso",
+            "--queues 2",
+            "--latency",
+            "--verify",
+            "--load virtio-user",
+        ] {
+            let error = refusal(line).unwrap_err();
+            assert!(
+                hint_of(&error).is_some_and(|hint| !hint.is_empty()),
+                "{line}"
+            );
+            assert!(!error.to_string().contains('\n'), "{line}");
+        }
+        assert!(parsed("--path guest-nic --frame imix").check_nic().is_ok());
+    }
+}
