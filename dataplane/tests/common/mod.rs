@@ -163,8 +163,8 @@ pub(crate) fn tap(ifname: &str, queues: u16, offload: bool) -> PortConfig {
     })
 }
 
-/// A port of all queues of `xdp0`, unless changed.
-pub(crate) fn af_xdp(change: impl FnOnce(&mut AfXdpConfig)) -> PortConfig {
+/// All queues of `xdp0`, unless changed.
+pub(crate) fn nic_config(change: impl FnOnce(&mut AfXdpConfig)) -> AfXdpConfig {
     let mut config = AfXdpConfig {
         ifname: "xdp0".into(),
         queue_pairs: None,
@@ -173,7 +173,11 @@ pub(crate) fn af_xdp(change: impl FnOnce(&mut AfXdpConfig)) -> PortConfig {
         busy_poll: None,
     };
     change(&mut config);
-    port_of(PortKind::AfXdp(config))
+    config
+}
+
+pub(crate) fn af_xdp(change: impl FnOnce(&mut AfXdpConfig)) -> PortConfig {
+    port_of(PortKind::AfXdp(nic_config(change)))
 }
 
 /// A lab whose port `nic` is one end of a veth pair in a fresh namespace; a raw socket has the other.
