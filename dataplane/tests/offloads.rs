@@ -1,5 +1,5 @@
-//! Segments and their room, real TCP through taps, and what is told of each pair. Every pair of kinds
-//! is in `offload_matrix`. Taps need root and iproute2.
+//! Frames that pass whole, headers that are refused, segments and their room, real TCP through taps, and
+//! what is told of each pair. Every pair of kinds is in `offload_matrix`. Taps need root and iproute2.
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
 
 mod common;
@@ -11,8 +11,8 @@ use std::sync::mpsc;
 
 use common::endpoint::{ALL, CSUM};
 use common::host::{Raw, ip, quiet_namespace};
-use common::packet::{Packet, judge, pattern};
-use common::{DEADLINE, Lab, eventually, frame, name, receive, tap};
+use common::packet::{GSO_TCPV4, NEEDS_CSUM, Packet, judge, pattern};
+use common::{DEADLINE, LAYOUTS, Lab, eventually, frame, name, receive, tap};
 use ringway_bridge::DropReason;
 use ringway_dataplane::driver::features::TSO;
 use ringway_dataplane::driver::{Guest, GuestConfig, Layout, NET_HEADER_BYTES};
@@ -39,6 +39,114 @@ fn sender_and_small_receiver(lab: &Lab, queue_size: u16, layout: Layout) -> (Gue
     b.send_frame(&frame(1, 2, 64, 1)).unwrap();
     receive(&mut a);
     (a, b)
+}
+
+/// A guest that negotiated all offloads, and can take frames of 64 KiB in merged buffers.
+fn with_offloads() -> GuestConfig {
+    GuestConfig {
+        features: TSO,
+        ..GuestConfig::default()
+    }
+}
+
+/// A virtio-net header (virtio 1.3, 5.1.6).
+fn header(flags: u8, gso_type: u8, hdr_len: u16, gso_size: u16, csum: (u16, u16)) -> Vec<u8> {
+    let mut header = vec![flags, gso_type];
+    for field in [hdr_len, gso_size, csum.0, csum.1, 0] {
+        header.extend(field.to_le_bytes());
+    }
+    header
+}
+
+#[test]
+fn a_tso_frame_of_64_kib_passes_whole() {
+    let packet = Packet::new(true, false, pattern(65_535 - 40));
+    let frame = packet.open();
+    let message = [packet.header(1448), frame.clone()].concat();
+    for [from, to] in LAYOUTS {
+        // One buffer, a chain of 33, and a table of as many.
+        for (buffer_size, indirect) in [(65_600, true), (2048, false), (2048, true)] {
+            let lab = Lab::start();
+            let mut a = lab.guest(
+                "a",
+                GuestConfig {
+                    layout: from,
+                    buffer_size,
+                    indirect,
+                    ..with_offloads()
+                },
+            );
+            let mut b = lab.guest(
+                "b",
+                GuestConfig {
+                    layout: to,
+                    ..with_offloads()
+                },
+            );
+            // More than a lap of both rings.
+            for _ in 0..20 {
+                a.send(&message).unwrap();
+                let received = receive(&mut b);
+                assert_eq!(received.frame, frame);
+                assert_eq!(
+                    received.num_buffers(),
+                    33,
+                    "65,561 bytes in buffers of 2,048"
+                );
+                assert_eq!(received.header[..10], message[..10]);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_offload_that_the_source_did_not_negotiate_is_dropped_and_counted() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", GuestConfig::default());
+    let mut b = lab.guest("b", with_offloads());
+    let packet = Packet::new(true, false, pattern(100));
+    a.send(&[packet.header(0), packet.open()].concat()).unwrap();
+    let marker = frame(2, 1, 64, 1);
+    a.send_frame(&marker).unwrap();
+    assert_eq!(receive(&mut b).frame, marker);
+    lab.eventually_dropped("a", |c| c.rx_drops[DropReason::OffloadNotNegotiated], 1);
+}
+
+// CVE-2024-11614, CVE-2026-100236: fields of the header are checked against the frame.
+#[test]
+fn headers_that_contradict_their_frame_are_dropped() {
+    let lab = Lab::start();
+    let mut a = lab.guest(
+        "a",
+        GuestConfig {
+            buffer_size: 4096,
+            ..with_offloads()
+        },
+    );
+    let mut b = lab.guest("b", with_offloads());
+    let segment = Packet::new(true, false, pattern(3000)).open();
+    let frame_bytes = u16::try_from(segment.len()).unwrap();
+    let bad = [
+        header(NEEDS_CSUM, 0, 0, 0, (frame_bytes, 0)),
+        header(NEEDS_CSUM, 0, 0, 0, (65_535, 65_535)),
+        header(NEEDS_CSUM, 0, 0, 0, (34, frame_bytes - 34 - 1)),
+        header(NEEDS_CSUM, 0, 0, 0, (13, 16)),
+        header(NEEDS_CSUM, GSO_TCPV4, 54, 0, (34, 16)),
+        header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (35, 16)),
+        header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (34, 6)),
+        header(NEEDS_CSUM, 4, 54, 1448, (34, 16)),
+        header(0, GSO_TCPV4, 54, 1448, (34, 16)),
+    ];
+    for header in &bad {
+        a.send(&[&header[..], &segment].concat()).unwrap();
+    }
+    // A header length that lies is replaced by the frame's own.
+    let lie = header(NEEDS_CSUM, GSO_TCPV4, 65_535, 1448, (34, 16));
+    a.send(&[lie, segment.clone()].concat()).unwrap();
+    let received = receive(&mut b);
+    assert_eq!(received.frame, segment);
+    assert_eq!(received.header[2..4], 54_u16.to_le_bytes());
+    lab.eventually_dropped("a", |c| c.rx_drops[DropReason::BadHeader], bad.len() as u64);
 }
 
 /// Receives the segments of a packet, all checksums complete.
