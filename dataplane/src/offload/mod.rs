@@ -21,13 +21,15 @@
 mod checksum;
 mod gso;
 mod parcel;
+mod pieces;
 #[cfg(test)]
 mod tests;
 
 use crate::net_header::vhost_features;
 
 pub use checksum::{copy_and_checksum, internet_checksum};
-pub(crate) use parcel::{Parcel, Parcels, Pieces, Tally, Workbench};
+pub(crate) use parcel::{Parcel, Parcels, Tally, Workbench};
+pub(crate) use pieces::Pieces;
 
 /// Most frames that one frame is cut into: 64 KiB with segments of 128 bytes. Smaller ones, which no
 /// MTU in use has, would make a worker build headers for others' money.
