@@ -199,6 +199,7 @@ fn switch() -> (Switch, PortName) {
         mode: XdpMode::Copy,
         umem_frames: UmemFrames::new(UMEM_FRAMES).unwrap(),
         busy_poll: None,
+        gro: true,
     });
     switch.add_port(nic.clone(), config(kind)).unwrap();
     (switch, nic)

@@ -25,6 +25,8 @@ pub struct PortCounters {
     pub rx_frames: u64,
     /// L2 bytes taken from the port.
     pub rx_bytes: u64,
+    /// Of `rx_frames`, TCP segments that were joined to the frame before and travel on as a part of it.
+    pub rx_merged: u64,
     /// Frames delivered to the port, each flooded copy and each segment counted.
     pub tx_frames: u64,
     /// L2 bytes delivered to the port.
@@ -37,7 +39,7 @@ pub struct PortCounters {
     pub tx_completed: u64,
     /// Frames that were cut into segments, since the port does not take them whole. None of them is
     /// in `tx_frames`; their segments are, or in `tx_drops`. So over all ports, frames received, and
-    /// flooded copies, are as many as frames delivered and dropped, less `tx_segments - tx_cut`.
+    /// flooded copies, are as many as frames delivered and dropped, plus `rx_merged`, less `tx_segments - tx_cut`.
     pub tx_cut: u64,
     /// Segments that they became.
     pub tx_segments: u64,

@@ -237,6 +237,20 @@ pub(crate) fn ask_for_checksum(snapshot: &mut [u8], csum_start: u16, csum_offset
     snapshot[..HEADER_LEN].copy_from_slice(&header);
 }
 
+/// Makes a header ask for TCP's segmentation, which asks for its checksum too. `lengths` are those of all
+/// headers and of a segment.
+pub(crate) fn ask_for_tcp_segmentation(
+    header: &mut [u8],
+    is_ipv4: bool,
+    lengths: (u16, u16),
+    csum_start: u16,
+) {
+    let gso_type = if is_ipv4 { GSO_TCPV4 } else { GSO_TCPV6 };
+    let csum = [csum_start, TCP_CHECKSUM];
+    let clean = clean(FLAG_NEEDS_CSUM, gso_type, lengths.0, lengths.1, csum);
+    header[..HEADER_LEN].copy_from_slice(&clean);
+}
+
 /// Fields of a header that was checked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fields {

@@ -4,12 +4,16 @@
 
 mod common;
 
+use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
+use common::endpoint::CSUM;
 use common::host::{Raw, ip};
+use common::packet::{GSO_TCPV4, Packet, complete, judge, pattern};
 use common::{af_xdp, eventually, frame, lab_with_nic, mac, name, nic_info, receive};
 use etherparse::PacketBuilder;
 use ringway_bridge::DropReason;
+use ringway_dataplane::driver::features::TSO;
 use ringway_dataplane::driver::{Guest, GuestConfig, NET_HEADER_BYTES};
 use ringway_dataplane::{AfXdpConfig, PortState, QueuePairs, UmemFrames, XdpMode};
 
@@ -196,12 +200,13 @@ fn a_guest_that_takes_nothing_fills_the_rings_and_all_flows_when_it_does() {
         "{waiting:?}"
     );
     // What found a place arrives, in order.
-    let mut next = 0;
+    let mut arrived = 0;
+    let mut sent = (0..COUNT).map(|seed| frame(1, 2, 60, seed));
     while let Some(received) = guest.recv(Duration::from_millis(200)).unwrap() {
-        assert_eq!(received.frame, frame(1, 2, 60, next));
-        next += 1;
+        assert!(sent.any(|sent| sent == received.frame), "out of order");
+        arrived += 1;
     }
-    assert!((64..COUNT).contains(&next), "{next} frames");
+    assert!((64..COUNT).contains(&arrived), "{arrived} frames");
     eventually("every chunk is in the fill ring again", || {
         let queue = nic_info(&lab).queues[0];
         (queue.fill_level, queue.rx_level) == (64, 0)
@@ -277,6 +282,144 @@ fn busy_polling_is_taken_and_frames_pass() {
         far.send(&sent);
         assert_eq!(receive(&mut guest).frame, sent);
     }
+}
+
+/// The kernel at a veth's other end leaves checksums to a NIC that there is none.
+#[test]
+fn a_checksum_that_the_far_ends_kernel_left_open_is_told_or_completed() {
+    for mode in MODES {
+        let (lab, _) = lab_with_nic(1, 1500, |config| config.mode = mode);
+        let mut guests = [0, CSUM].map(|features| {
+            let config = GuestConfig {
+                features,
+                ..GuestConfig::default()
+            };
+            lab.guest(if features == 0 { "none" } else { "csum" }, config)
+        });
+        for address in ["10.0.0.2/24", "fd00::2/64"] {
+            ip(&format!("addr add {address} dev far0 nodad"));
+        }
+        // To all stations: a guest of each kind gets the same.
+        for address in ["10.0.0.1", "fd00::1"] {
+            ip(&format!(
+                "neigh replace {address} lladdr ff:ff:ff:ff:ff:ff dev far0"
+            ));
+        }
+        // With the place of the destination's port in the frame.
+        for (from, to, l4_place) in [
+            ("10.0.0.2:7000", "10.0.0.1:7", 14 + 20 + 2),
+            ("[fd00::2]:7000", "[fd00::1]:7", 14 + 40 + 2),
+        ] {
+            let socket = UdpSocket::bind(from).unwrap();
+            for bytes in [1, 64, 1001, 1400] {
+                socket.send_to(&pattern(bytes), to).unwrap();
+                for guest in &mut guests {
+                    let mut arrived = receive(guest);
+                    // The kernel has words of its own.
+                    while arrived.frame.get(l4_place..l4_place + 2) != Some(&[0, 7]) {
+                        arrived = receive(guest);
+                    }
+                    let is_open = complete(&arrived.header, &mut arrived.frame);
+                    let takes_open = guest.features() & CSUM != 0;
+                    assert_eq!(is_open, takes_open, "{mode:?} {from} {bytes}");
+                    let judged = judge(&arrived.frame).unwrap();
+                    assert!(judged.payload == pattern(bytes), "the payload changed");
+                }
+            }
+        }
+        assert_eq!(lab.counters("none").tx_completed, 8);
+        assert_eq!(lab.counters("csum").tx_completed, 0);
+    }
+}
+
+/// A TCP packet from station 2 to station 1 with the bytes of a stream from `at` on.
+fn stream(at: usize, bytes: usize) -> Packet {
+    let mut packet = Packet::new(true, false, pattern(at + bytes).split_off(at));
+    packet.stations = [mac(2), mac(1)];
+    packet.psh = false;
+    packet.identification = 0;
+    packet.sequence = u32::try_from(at).unwrap();
+    packet
+}
+
+/// Receives a stream of TCP up to its byte `end`, each frame of which is judged; returns how many there
+/// were.
+fn receive_stream(guest: &mut Guest, end: usize) -> usize {
+    let (mut payload, mut frames) = (Vec::new(), 0);
+    while payload.len() < end {
+        let mut arrived = receive(guest);
+        let gso_type = arrived.header[1];
+        assert!(gso_type == 0 || gso_type == GSO_TCPV4 && guest.features() & TSO == TSO);
+        complete(&arrived.header, &mut arrived.frame);
+        let judged = judge(&arrived.frame).unwrap();
+        let at = judged.tcp.unwrap().sequence_number;
+        assert_eq!(at as usize, payload.len(), "out of order");
+        payload.extend(judged.payload);
+        frames += 1;
+    }
+    assert!(payload == pattern(end), "the payload changed");
+    frames
+}
+
+#[test]
+fn segments_are_joined_for_a_guest_that_takes_such_frames_and_for_no_other() {
+    const SEGMENTS: usize = 60;
+    const BYTES: usize = 1000;
+    for (features, gro) in [(TSO, true), (TSO, false), (CSUM, true)] {
+        let (lab, _) = lab_with_nic(1, 1500, |nic| nic.gro = gro);
+        let config = GuestConfig {
+            features,
+            ..GuestConfig::default()
+        };
+        let mut guest = lab.guest("vm", config);
+        let far = Raw::for_type("far0", 0x0800);
+        introduce(&mut guest, &Raw::open("far0"));
+        let mut rounds = 0;
+        // How many of them wait for the worker at a time is up to it.
+        eventually("segments are joined, or never", || {
+            for index in 0..SEGMENTS {
+                far.send(&stream(index * BYTES, BYTES).frame());
+            }
+            let frames = receive_stream(&mut guest, SEGMENTS * BYTES);
+            rounds += 1;
+            assert_eq!(frames == SEGMENTS, lab.counters("nic").rx_merged == 0);
+            frames < SEGMENTS || (features, gro) != (TSO, true) && rounds == 50
+        });
+        lab.assert_conserved(&["nic", "vm"], 0);
+        let counters = lab.counters("nic");
+        let sent = u64::try_from(rounds * SEGMENTS).unwrap();
+        assert_eq!(counters.rx_frames, sent, "frames of the wire are counted");
+        let bytes = stream(0, BYTES).frame().len();
+        assert_eq!(counters.rx_bytes, sent * u64::try_from(bytes).unwrap());
+    }
+}
+
+#[test]
+fn a_segment_whose_checksum_is_wrong_arrives_as_it_came() {
+    let (lab, _) = lab_with_nic(1, 1500, |_| {});
+    let config = GuestConfig {
+        features: TSO,
+        ..GuestConfig::default()
+    };
+    let mut guest = lab.guest("vm", config);
+    let far = Raw::for_type("far0", 0x0800);
+    introduce(&mut guest, &Raw::open("far0"));
+    let mut bad = stream(10_000, 1000).frame();
+    *bad.last_mut().unwrap() ^= 0x10;
+    eventually("many others are joined", || {
+        for index in 0..10 {
+            far.send(&stream(index * 1000, 1000).frame());
+        }
+        far.send(&bad);
+        let mut bytes = 0;
+        while bytes < 10_000 {
+            bytes += receive(&mut guest).frame.len() - stream(0, 0).frame().len();
+        }
+        let arrived = receive(&mut guest);
+        assert_eq!(arrived.header[..10], [0; 10]);
+        assert!(arrived.frame == bad);
+        lab.counters("nic").rx_merged > 500
+    });
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub enum KindName {
     /// `fdb_limit`.
     Tap,
     /// Queues of a NIC or veth through AF_XDP: `ifname`, `queues`, `mode`, `umem_frames`,
-    /// `busy_poll_us`, `mtu`, `fdb_limit`.
+    /// `busy_poll_us`, `gro`, `mtu`, `fdb_limit`.
     AfXdp,
 }
 
@@ -144,6 +144,10 @@ pub struct PortSettings {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub busy_poll_us: Option<u32>,
+    /// af-xdp: join received TCP segments that follow one another, towards ports that take such frames
+    /// (default true).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gro: Option<bool>,
     /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
@@ -191,6 +195,7 @@ impl PortSettings {
             mode: None,
             umem_frames: None,
             busy_poll_us: None,
+            gro: None,
             fdb_limit: None,
             pins: BTreeMap::new(),
         }
@@ -221,6 +226,7 @@ impl PortSettings {
                     mode: self.mode.map_or(XdpMode::Auto, ModeName::to_mode),
                     umem_frames: self.checked_umem_frames()?,
                     busy_poll: self.checked_busy_poll()?,
+                    gro: self.gro.unwrap_or(true),
                 })
             }
         };
@@ -237,7 +243,7 @@ impl PortSettings {
     /// Refuses what belongs to other kinds.
     fn refuse_others(&self) -> Result<(), SettingError> {
         use KindName::{AfXdp, Tap, VhostUser};
-        let settings: [(_, _, &[KindName]); 8] = [
+        let settings: [(_, _, &[KindName]); 9] = [
             ("listen", self.listen.is_some(), &[VhostUser]),
             ("connect", self.connect.is_some(), &[VhostUser]),
             ("ifname", self.ifname.is_some(), &[Tap, AfXdp]),
@@ -246,6 +252,7 @@ impl PortSettings {
             ("mode", self.mode.is_some(), &[AfXdp]),
             ("umem_frames", self.umem_frames.is_some(), &[AfXdp]),
             ("busy_poll_us", self.busy_poll_us.is_some(), &[AfXdp]),
+            ("gro", self.gro.is_some(), &[AfXdp]),
         ];
         for (field, is_given, kinds) in settings {
             if is_given && !kinds.contains(&self.kind) {
@@ -443,6 +450,7 @@ impl From<&PortConfig> for PortSettings {
                 settings.umem_frames = Some(xdp.umem_frames.get());
                 let us = xdp.busy_poll.map(|time| time.as_micros());
                 settings.busy_poll_us = us.map(|us| u32::try_from(us).unwrap_or(u32::MAX));
+                settings.gro = Some(xdp.gro);
                 settings
             }
         };

@@ -81,6 +81,8 @@ pub struct Counters {
     pub rx_frames: u64,
     /// L2 bytes taken from the port, without FCS and virtio-net headers.
     pub rx_bytes: u64,
+    /// Of `rx_frames`, TCP segments that were joined to the frame before and travel on as a part of it.
+    pub rx_merged: u64,
     /// Frames delivered to the port, each flooded copy and each segment counted: what its guest
     /// received.
     pub tx_frames: u64,
@@ -441,6 +443,7 @@ impl From<&dataplane::PortCounters> for Counters {
         Self {
             rx_frames: counters.rx_frames,
             rx_bytes: counters.rx_bytes,
+            rx_merged: counters.rx_merged,
             tx_frames: counters.tx_frames,
             tx_bytes: counters.tx_bytes,
             rx_drops: (&counters.rx_drops).into(),

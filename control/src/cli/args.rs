@@ -225,6 +225,9 @@ pub enum AddKind {
         /// Have the kernel poll the NIC for so long, 1 to 1000, rather than wait for interrupts
         #[arg(long, value_name = "MICROSECONDS")]
         busy_poll_us: Option<u32>,
+        /// Leave TCP segments as they come, rather than join them for ports that take such frames
+        #[arg(long)]
+        no_gro: bool,
         #[command(flatten)]
         common: AddCommon,
     },
@@ -291,6 +294,7 @@ impl AddKind {
                 mode,
                 umem_frames,
                 busy_poll_us,
+                no_gro,
                 common,
             } => {
                 let mut settings = PortSettings::new(KindName::AfXdp);
@@ -299,6 +303,7 @@ impl AddKind {
                 settings.mode = *mode;
                 settings.umem_frames = *umem_frames;
                 settings.busy_poll_us = *busy_poll_us;
+                settings.gro = Some(!no_gro);
                 (settings, common)
             }
         };

@@ -150,7 +150,14 @@ fn af_xdp(out: &mut dyn Write, port: &PortReport, xdp: &AfXdpReport) -> fmt::Res
     if let Some(us) = port.config.busy_poll_us {
         field(out, "busy poll", &format!("{us} us"))?;
     }
-    Ok(())
+    let joined = match port.config.gro {
+        Some(false) => "off".to_owned(),
+        _ => format!(
+            "{} TCP segments joined to the frame before",
+            units::count(port.counters.rx_merged)
+        ),
+    };
+    field(out, "gro", &joined)
 }
 
 /// The rings between an AF_XDP port and the kernel, and what the kernel lost.

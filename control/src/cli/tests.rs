@@ -30,6 +30,7 @@ fn vm() -> PortReport {
         fdb_entries: 1,
         counters: Counters {
             rx_frames: 12_345_678,
+            rx_merged: 1_250_000,
             rx_bytes: 18_000_000_000,
             tx_frames: 99_999,
             tx_bytes: 6_600_000,
@@ -133,6 +134,7 @@ fn nic_detail() -> PortShowResult {
             mode: Some(ModeName::Auto),
             umem_frames: Some(4096),
             busy_poll_us: Some(20),
+            gro: Some(true),
             ..PortSettings::new(KindName::AfXdp)
         },
         state: PortState::Up,

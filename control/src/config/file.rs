@@ -339,6 +339,7 @@ ifname = "eth1"
 mode = "zero-copy"
 umem_frames = 1024
 busy_poll_us = 20
+gro = false
 "#;
 
     fn refused(text: &str) -> ConfigError {

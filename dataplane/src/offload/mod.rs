@@ -22,14 +22,18 @@ mod checksum;
 mod gso;
 mod parcel;
 mod pieces;
+mod pseudo_header;
 #[cfg(test)]
 mod tests;
+mod train;
 
 use crate::net_header::vhost_features;
 
 pub use checksum::{copy_and_checksum, internet_checksum};
 pub(crate) use parcel::{Parcel, Parcels, Tally, Workbench};
 pub(crate) use pieces::Pieces;
+pub(crate) use pseudo_header::find_open_checksum;
+pub(crate) use train::{Train, is_checksum_right};
 
 /// Most frames that one frame is cut into: 64 KiB with segments of 128 bytes. Smaller ones, which no
 /// MTU in use has, would make a worker build headers for others' money.

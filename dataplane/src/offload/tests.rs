@@ -1,10 +1,12 @@
 //! Parcels against etherparse: each is parsed and judged, and together they are the original.
 
 use proptest::prelude::*;
-use ringway_bridge::DropReason;
+use ringway_bridge::{DropReason, Headers};
 
-use self::packet::{GSO_ECN, Packet, complete, judge, pattern};
-use super::{Action, MAX_PARCELS, Offloads, Parcels, Workbench};
+use self::packet::{GSO_ECN, Packet, complete, judge, pattern, plain_sum};
+use super::{
+    Action, MAX_PARCELS, Offloads, Parcels, Train, Workbench, find_open_checksum, is_checksum_right,
+};
 use crate::burst::Burst;
 use crate::memory::Segment;
 use crate::net_header::{HEADER_BYTES, HEADER_LEN};
@@ -416,4 +418,198 @@ fn congestion_is_told_once_even_if_the_header_does_not_say_ecn() {
         bench.parcels(&burst, 0, taken, u32::MAX).unwrap().count(),
         1
     );
+}
+
+fn length(frame: &[u8]) -> u32 {
+    u32::try_from(frame.len()).unwrap()
+}
+
+/// What is found in a frame whose first `seen` bytes are looked at.
+fn found_open(frame: &[u8], seen: usize, bytes: u32) -> Option<(u16, u16)> {
+    let headers = Headers::parse(&frame[..seen])?;
+    find_open_checksum(&frame[..seen], &headers, bytes).map(|open| (open.start, open.offset))
+}
+
+proptest! {
+    #[test]
+    fn a_checksum_is_open_if_it_is_the_pseudo_headers_sum(packet in packets(), spoilt in 0..16_usize) {
+        let place = packet.place();
+        let all = |frame: &[u8]| found_open(frame, frame.len(), length(frame));
+        let mut open = packet.open();
+        let told = (place.l4.try_into().unwrap(), place.csum_offset.try_into().unwrap());
+        prop_assert_eq!(all(&open), Some(told));
+        // Padding is not summed; headers that are not all there are not looked at.
+        prop_assert_eq!(found_open(&open, open.len(), length(&open) + 1), None);
+        prop_assert_eq!(found_open(&open, place.headers - 1, length(&open)), None);
+        let whole = packet.frame();
+        if whole != open {
+            prop_assert_eq!(all(&whole), None);
+        }
+        open[place.l4 + place.csum_offset + spoilt / 8] ^= 1 << (spoilt % 8);
+        prop_assert_eq!(all(&open), None);
+    }
+}
+
+#[test]
+fn fragments_and_other_protocols_have_no_open_checksum() {
+    let packet = Packet::new(true, true, pattern(100));
+    for (at, value) in [(14 + 6, 0x20), (14 + 7, 1), (14 + 9, 1), (12, 0)] {
+        let mut frame = packet.open();
+        frame[at] = value;
+        assert_eq!(
+            found_open(&frame, frame.len(), length(&frame)),
+            None,
+            "byte {at}"
+        );
+    }
+}
+
+/// Frames joined for as long as they follow one another: what they became, and how many.
+fn joined(frames: &[Vec<u8>]) -> (Vec<u8>, usize) {
+    let headers = Headers::parse(&frames[0]).unwrap();
+    let Some(mut train) = Train::begin(&frames[0], &headers, length(&frames[0])) else {
+        return (frames[0].clone(), 1);
+    };
+    let mut payload = frames[0][headers.payload_offset..].to_vec();
+    for frame in &frames[1..] {
+        if !train.takes(frame, length(frame)) {
+            break;
+        }
+        train.add(frame, length(frame));
+        payload.extend(&frame[headers.payload_offset..]);
+    }
+    let mut all = vec![0; HEADER_LEN + train.headers_bytes()];
+    train.write_headers(&mut all);
+    all.extend(payload);
+    (all, train.segments().into())
+}
+
+/// The segments of a packet, cut and completed by ourselves.
+fn segments(packet: &Packet, gso_size: u16) -> Vec<Vec<u8>> {
+    let mut message = [packet.header(gso_size), packet.open()].concat();
+    let burst = burst(&mut message, &[]);
+    let mut bench = Workbench::new();
+    let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+    std::iter::from_fn(|| written(&mut parcels, &[], 0))
+        .map(|all| all[HEADER_LEN..].to_vec())
+        .collect()
+}
+
+proptest! {
+    /// What was cut is joined to what it was.
+    #[test]
+    fn segments_become_the_frame_that_they_were(mut packet in packets(), gso_size in 200..9000_u16) {
+        (packet.is_udp, packet.fin, packet.cwr, packet.ip_options) = (false, false, false, 0);
+        packet.payload.truncate(65_000);
+        let parts = segments(&packet, gso_size);
+        let (all, count) = joined(&parts);
+        prop_assert_eq!(count, parts.len());
+        if count > 1 {
+            prop_assert_eq!(&all[..10], &packet.header(gso_size)[..10]);
+            prop_assert!(all[HEADER_LEN..] == packet.open());
+        }
+    }
+}
+
+fn stream_of_four(sequence: u32) -> Packet {
+    Packet {
+        psh: false,
+        sequence,
+        ..Packet::new(true, false, pattern(4))
+    }
+}
+
+#[test]
+fn what_segmentation_could_not_give_back_is_not_joined() {
+    type Change = fn(&mut Packet);
+    let changes: [(&str, Change); 11] = [
+        ("nothing", |_| {}),
+        ("a gap", |p| p.sequence = p.sequence.wrapping_add(1)),
+        ("a repetition", |p| {
+            p.sequence = p.sequence.wrapping_sub(1000)
+        }),
+        ("a flag", |p| p.cwr = true),
+        ("the end", |p| p.fin = true),
+        ("a longer segment", |p| p.payload.push(0)),
+        ("no payload", |p| p.payload.clear()),
+        ("a tag", |p| p.tags = 1),
+        ("options", |p| p.tcp_options = 3),
+        ("options of IPv4", |p| p.ip_options = 1),
+        ("another station", |p| p.stations[0][5] ^= 1),
+    ];
+    for (what, change) in changes {
+        let first = Packet {
+            psh: false,
+            sequence: u32::MAX - 10,
+            ..Packet::new(true, false, pattern(1000))
+        };
+        let mut second = first.clone();
+        second.identification = first.identification.wrapping_add(1);
+        second.sequence = first.sequence.wrapping_add(1000);
+        change(&mut second);
+        let (_, count) = joined(&[first.frame(), second.frame()]);
+        assert_eq!(count, if what == "nothing" { 2 } else { 1 }, "{what}");
+    }
+    // Identifications mean something where a packet may be fragmented.
+    let numbered = |step: u16, may_be_fragmented| {
+        let mut packet = stream_of_four(if step == 0 { 0 } else { 4 });
+        packet.identification = 7 + step;
+        let mut frame = packet.frame();
+        if may_be_fragmented {
+            assert_eq!(frame[20], 0x40);
+            frame[20] = 0;
+            let place = 24..26;
+            frame[place.clone()].fill(0);
+            let sum = !plain_sum(&frame[14..34]);
+            frame[place].copy_from_slice(&sum.to_be_bytes());
+        }
+        frame
+    };
+    for (step, may_be_fragmented, count) in [(1, true, 2), (2, true, 1), (2, false, 2)] {
+        let frames = [0, step].map(|step| numbered(step, may_be_fragmented));
+        assert_eq!(joined(&frames).1, count, "{step} {may_be_fragmented}");
+    }
+    let mut spoilt = numbered(1, false);
+    spoilt[24] ^= 1;
+    let frames = [numbered(0, false), spoilt];
+    assert_eq!(joined(&frames).1, 1, "an IPv4 checksum that is wrong");
+    let short = Packet {
+        psh: false,
+        ..Packet::new(false, false, pattern(999))
+    };
+    let next = |bytes, by: u32| Packet {
+        sequence: short.sequence.wrapping_add(by),
+        payload: pattern(bytes),
+        ..short.clone()
+    };
+    let frames = [&short, &next(999, 999), &next(998, 1998), &next(998, 2996)];
+    let (_, count) = joined(&frames.map(Packet::frame));
+    assert_eq!(count, 3, "nothing follows a shorter one");
+    let mut pushed = short.clone();
+    pushed.psh = true;
+    assert_eq!(joined(&[pushed.frame(), next(999, 999).frame()]).1, 1);
+    let many: Vec<_> = (0..70).map(|i| next(999, 999 * i).frame()).collect();
+    assert_eq!(joined(&many).1, 65, "an IP packet has 65,535 bytes at most");
+}
+
+proptest! {
+    #[test]
+    fn a_checksum_is_right_or_not_wherever_the_pieces_end(
+        packet in packets(),
+        cut: prop::sample::Index,
+        spoilt: prop::sample::Index,
+    ) {
+        let mut frame = packet.frame();
+        let place = packet.place();
+        let headers = Headers::parse(&frame).unwrap();
+        let at = place.headers + cut.index(frame.len() - place.headers + 1);
+        let is_right = |frame: &[u8]| {
+            let (head, rest) = frame.split_at(at);
+            is_checksum_right(head, &headers, length(frame), [head, rest].into_iter())
+        };
+        prop_assert!(is_right(&frame));
+        let at = place.l4 + spoilt.index(frame.len() - place.l4);
+        frame[at] ^= 1;
+        prop_assert!(!is_right(&frame));
+    }
 }

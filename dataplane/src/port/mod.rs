@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use ringway_bridge::PortId;
 
-pub(crate) use af_xdp::{AfXdpPort, Sent, Transmitter};
+pub(crate) use af_xdp::{AfXdpPort, Merged, Sent, Transmitter};
 pub(crate) use call::rescue;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
 pub(crate) use tap::{TapPort, TapReader};
@@ -92,7 +92,7 @@ impl Port {
                 (Offloads::from_guest(features), Offloads::to_guest(features))
             }
             Self::Tap(port) => (port.offloads(), port.offloads()),
-            Self::AfXdp(_) => (Offloads::NONE, Offloads::NONE),
+            Self::AfXdp(port) => (port.sends(), Offloads::NONE),
         }
     }
 
@@ -114,6 +114,9 @@ impl Port {
             sum.rx_bytes += rx.bytes.get();
             sum.tx_frames += tx.frames.get();
             sum.tx_bytes += tx.bytes.get();
+        }
+        if let Self::AfXdp(port) = self {
+            sum.rx_merged = port.merged();
         }
         sum
     }

@@ -181,6 +181,8 @@ pub struct AfXdpConfig {
     pub umem_frames: UmemFrames,
     /// Have the kernel poll the NIC for as long, rather than wait for its interrupts.
     pub busy_poll: Option<Duration>,
+    /// Join TCP segments that follow one another, for ports that take such frames.
+    pub gro: bool,
 }
 
 /// A port's configuration.

@@ -5,7 +5,9 @@ mod af_xdp;
 
 use std::sync::Arc;
 
-use ringway_bridge::{Bridge, Decisions, DropReason, MAX_BURST, MAX_PORTS, Members, PortId, Tick};
+use ringway_bridge::{
+    Bridge, Decisions, DropReason, MAX_BURST, MAX_PORTS, MacAddr, Members, PortId, Tick,
+};
 
 use self::af_xdp::deliver_to_af_xdp;
 use super::pairs::PairTable;
@@ -181,6 +183,20 @@ impl Forwarder {
         }
         self.count_source_drops(source, burst);
         given_back
+    }
+
+    /// What the one destination of a frame from `source` takes that begins with `frame`; nothing if it
+    /// has none or several.
+    pub(super) fn takes(&self, source: &Port, frame: &[u8], now: Tick) -> Offloads {
+        let Some(to) = frame.first_chunk().map(|mac| MacAddr(*mac)) else {
+            return Offloads::NONE;
+        };
+        let to = self.bridge.fdb().lookup(to, now);
+        let port = to.and_then(|to| self.ports[to.index()].as_ref());
+        match port {
+            Some(port) if port.base().id != source.base().id => port.offloads().1,
+            _ => Offloads::NONE,
+        }
     }
 
     /// Frames that are not to wait until a destination has room for all of their segments: those that

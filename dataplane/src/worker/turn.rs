@@ -1,6 +1,8 @@
 //! The loop of a worker.
 
 mod af_xdp;
+mod commands;
+mod poll;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,21 +10,18 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam::channel::Receiver;
-use ringway_bridge::{Bridge, DropReason, MAX_BURST, PortId, Tick};
+use ringway_bridge::{Bridge, MAX_BURST, Tick};
 use rustix::event::epoll;
 use rustix::time::Timespec;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::allowance::Allowance;
 use super::forward::{Forwarder, Now};
 use super::sharing::Sharing;
 use super::{Command, DOORBELL, Token, WorkerHandle};
 use crate::burst::Burst;
-use crate::memory::{Segment, breaks};
-use crate::net_header::{HEADER_BYTES, HEADER_LEN};
-use crate::offload::Offloads;
-use crate::port::{Port, QueueCounters, TapPort, TapReader, VhostPort};
-use crate::ring::Entry;
+use crate::memory::breaks;
+use crate::port::{Port, TapReader};
 use crate::switch::IdleConfig;
 
 /// How long to sleep while frames wait for a destination without free buffers.
@@ -309,123 +308,6 @@ impl Worker {
         }
     }
 
-    fn poll(&mut self, index: usize) -> Polled {
-        // Taken out for the time, which is cheaper than another reference to its port.
-        let Some(mut source) = self.sources[index].take() else {
-            return Polled::Stopped;
-        };
-        let (port, pair, limit) = (&*source.port, source.token.pair(), source.quantum);
-        let polled = match (port, &mut source.reader) {
-            (Port::VhostUser(guest), _) => {
-                self.poll_guest(port, guest, pair, limit, &mut source.allowance)
-            }
-            (Port::Tap(tap), Some(reader)) => self.poll_tap(port, tap, pair, reader),
-            (Port::Tap(_), None) => Polled::Stopped,
-            (Port::AfXdp(xdp), _) => self.poll_af_xdp(port, xdp, pair, limit),
-        };
-        self.sources[index] = Some(source);
-        polled
-    }
-
-    fn poll_guest(
-        &mut self,
-        port: &Port,
-        guest: &VhostPort,
-        pair: u16,
-        limit: usize,
-        allowance: &mut Allowance,
-    ) -> Polled {
-        let queue = guest.transmit_queue(pair);
-        let Some(mut state) = queue.try_lock() else {
-            queue.counters.contended.add_owned(1);
-            self.forwarder.contended += 1;
-            return Polled::Waiting(0);
-        };
-        let Some(started) = &mut state.started else {
-            return Polled::Stopped;
-        };
-        self.burst.clear();
-        let limit = limit.min(allowance.frames());
-        let gathered = started.ring.gather(limit, &mut self.burst);
-        let count = self.burst.len();
-        if count == 0 && gathered.is_ok() {
-            return Polled::Empty;
-        }
-        self.burst
-            .take_snapshots(started.ring.header_bytes(), started.offloads);
-        let given_back = if started.enabled {
-            let now = self.now();
-            let pairs = &self.handle.pairs;
-            self.forwarder
-                .forward(port, pair, &mut self.burst, pairs, now)
-        } else {
-            guest
-                .base
-                .rx_drops
-                .add(DropReason::QueueDisabled, count as u64);
-            0
-        };
-        let taken = count - given_back;
-        let (done, again) = self.burst.frames().split_at(taken);
-        let bytes = started.ring.complete_gathered(done);
-        started.ring.give_back(again);
-        queue.counters.frames.add_owned(taken as u64);
-        queue.counters.bytes.add_owned(bytes);
-        allowance.note(taken, bytes);
-        guest.publish(queue, &mut state);
-        if let Err(fault) = gathered {
-            // The chain at fault is a frame received and dropped.
-            queue.counters.frames.add_owned(1);
-            guest.base.rx_drops.add(DropReason::BadDescriptor, 1);
-            guest.fail_queue(queue, &mut state, &fault);
-        }
-        Polled::of(taken, count)
-    }
-
-    fn poll_tap(
-        &mut self,
-        port: &Port,
-        tap: &TapPort,
-        pair: u16,
-        reader: &mut TapReader,
-    ) -> Polled {
-        self.burst.clear();
-        if let Err(error) = reader.gather(tap.fd(pair), &mut self.burst) {
-            warn!(port = %tap.base.name, queue = pair, "tap queue failed: {error}");
-            return Polled::Stopped;
-        }
-        let count = self.burst.len();
-        if count == 0 {
-            return Polled::Empty;
-        }
-        let counters = tap.queue_counters(pair).0;
-        let taken = self.forward_gathered(port, pair, tap.offloads(), counters);
-        reader.give_back(count - taken);
-        Polled::of(taken, count)
-    }
-
-    /// Forwards the burst that was gathered from a queue of the host, whose frames may ask for
-    /// `allowed`, and counts it. Returns how many were taken; those behind wait.
-    fn forward_gathered(
-        &mut self,
-        port: &Port,
-        pair: u16,
-        allowed: Offloads,
-        counters: &QueueCounters,
-    ) -> usize {
-        self.burst.take_snapshots(HEADER_BYTES, allowed);
-        let now = self.now();
-        let pairs = &self.handle.pairs;
-        let given_back = self
-            .forwarder
-            .forward(port, pair, &mut self.burst, pairs, now);
-        let taken = self.burst.len() - given_back;
-        let bytes = (0..taken).map(|i| u64::from(self.burst.l2_bytes(i))).sum();
-        counters.frames.add_owned(taken as u64);
-        counters.bytes.add_owned(bytes);
-        taken
-    }
-
     /// Turns a silent source's notifications on; true if it is still empty, so that it can leave
     /// the active list.
     fn arm(&mut self, index: usize) -> bool {
@@ -534,157 +416,6 @@ impl Worker {
             }
         }
         self.events = events;
-    }
-
-    /// Executes the commands that wait; false after [`Command::Stop`].
-    #[cold]
-    fn take_commands(&mut self, commands: &Receiver<Command>) -> bool {
-        // Acquire: pairs with the release store in `WorkerHandle::send`. Cleared before the channel
-        // is read, so a command that comes later rings again.
-        self.handle.rung.swap(false, Ordering::Acquire);
-        while let Ok(command) = commands.try_recv() {
-            match command {
-                Command::AddPort {
-                    port,
-                    sources,
-                    done,
-                } => {
-                    self.add_port(port, sources);
-                    // The sender waits unless it gave up.
-                    let _ = done.send(());
-                }
-                Command::RemovePort { id, done } => {
-                    self.remove_port(id);
-                    let _ = done.send(());
-                }
-                Command::Release { token, done } => {
-                    let source = self.release(token);
-                    let _ = done.send(source.map(Box::new));
-                }
-                Command::Adopt { source, done } => {
-                    self.adopt(*source);
-                    let _ = done.send(());
-                }
-                Command::Activate(token) => self.activate(token),
-                Command::Inject { from, frame } => self.inject(from, &frame),
-                Command::Stop => return false,
-            }
-        }
-        true
-    }
-
-    fn add_port(&mut self, port: Arc<Port>, sources: Vec<Token>) {
-        let id = port.base().id;
-        debug!(worker = self.handle.index, port = %port.base().name, "port added");
-        self.forwarder.reset_destination(id);
-        self.forwarder.members.add(id);
-        self.forwarder.ports[id.index()] = Some(Arc::clone(&port));
-        self.forwarder.owned[id.index()] = 0;
-        for token in sources {
-            self.adopt(Source::new(Arc::clone(&port), token));
-        }
-    }
-
-    /// Polls a source from now on, beginning with a look at it.
-    fn adopt(&mut self, source: Source) {
-        let token = source.token;
-        self.forwarder.owned[source.port.base().id.index()] |= 1 << token.pair();
-        let free = self.sources.iter().position(Option::is_none);
-        let index = free.unwrap_or(self.sources.len());
-        if free.is_some() {
-            self.sources[index] = Some(source);
-        } else {
-            self.sources.push(Some(source));
-        }
-        self.by_token.insert(token.0, index);
-        self.activate(token);
-        self.count_queues();
-    }
-
-    /// Polls a source no more. Its last burst is published, and frames that wait are in its ring or
-    /// its reader.
-    fn release(&mut self, token: Token) -> Option<Source> {
-        let index = self.by_token.remove(&token.0)?;
-        self.active.retain(|active| *active != index);
-        let mut source = self.sources.get_mut(index)?.take()?;
-        source.is_active = false;
-        self.forwarder.owned[source.port.base().id.index()] &= !(1 << token.pair());
-        self.count_queues();
-        Some(source)
-    }
-
-    fn count_queues(&self) {
-        let stats = &self.handle.stats;
-        stats.queues.set(self.by_token.len() as u64);
-        stats.active_queues.set(self.active.len() as u64);
-    }
-
-    fn remove_port(&mut self, id: PortId) {
-        self.forwarder.members.remove(id);
-        self.forwarder.ports[id.index()] = None;
-        self.forwarder.owned[id.index()] = 0;
-        self.handle.pairs.forget(id);
-        for index in 0..self.sources.len() {
-            let slot = &mut self.sources[index];
-            if slot
-                .as_ref()
-                .is_some_and(|source| source.port.base().id == id)
-                && let Some(source) = slot.take()
-            {
-                self.by_token.remove(&source.token.0);
-                self.active.retain(|active| *active != index);
-            }
-        }
-        self.count_queues();
-    }
-
-    /// Forwards a frame of our own making, in the name of a port.
-    fn inject(&mut self, from: PortId, frame: &[u8]) {
-        let Some(port) = self.forwarder.ports[from.index()].clone() else {
-            return;
-        };
-        let mut bytes = vec![0; HEADER_LEN];
-        bytes.extend_from_slice(frame);
-        let Ok(len) = u32::try_from(bytes.len()) else {
-            return;
-        };
-        self.burst.clear();
-        if let Some(mark) = self.burst.begin() {
-            self.burst.push(
-                mark,
-                Segment {
-                    ptr: bytes.as_mut_ptr(),
-                    len,
-                },
-            );
-            self.burst.add(mark, Entry::single(0), len);
-        }
-        self.burst.take_snapshots(HEADER_BYTES, Offloads::NONE);
-        let now = self.now();
-        // It has no ring to wait in.
-        let patience_ns = std::mem::replace(&mut self.forwarder.patience_ns, 0);
-        self.forwarder
-            .forward(&port, 0, &mut self.burst, &self.handle.pairs, now);
-        self.forwarder.patience_ns = patience_ns;
-        let counters = &port.base().injected;
-        counters.frames.add(1);
-        counters.bytes.add(frame.len() as u64);
-    }
-
-    /// Stops the queues whose memory was cut off; those in other hands at the moment are tried
-    /// again in the next turn.
-    #[cold]
-    fn stop_broken(&mut self) {
-        let breaks = breaks();
-        let mut all = true;
-        for port in self.forwarder.ports.iter().flatten() {
-            if let Port::VhostUser(guest) = &**port {
-                all &= guest.stop_broken_queues();
-            }
-        }
-        if all {
-            self.seen_breaks = breaks;
-        }
     }
 }
 

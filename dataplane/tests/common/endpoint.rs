@@ -54,9 +54,14 @@ impl Kind {
         Self::AfXdp,
     ];
 
-    /// The most that frames from it leave open: features come in pairs here.
+    /// The most that frames from it leave open.
     pub(crate) fn sends(self) -> Open {
-        self.takes()
+        match self {
+            // The kernel behind a veth, tacitly.
+            Self::AfXdp => Open::Checksum,
+            // Features come in pairs here.
+            _ => self.takes(),
+        }
     }
 
     /// The most that frames to it may leave open.

@@ -29,6 +29,7 @@ fn settings_survive_the_way_to_the_dataplane_and_back() {
         mode: Some(ModeName::ZeroCopy),
         umem_frames: Some(1024),
         busy_poll_us: Some(20),
+        gro: Some(false),
         ..PortSettings::new(KindName::AfXdp)
     };
     for settings in [vm, tap, nic] {
@@ -50,6 +51,7 @@ fn queues_default_to_eight_for_guests_one_for_a_tap_and_all_of_a_nic() {
     let nic = PortSettings::from(&tap.to_config().unwrap());
     assert_eq!((nic.queues, nic.mode), (None, Some(ModeName::Auto)));
     assert_eq!((nic.umem_frames, nic.busy_poll_us), (Some(4096), None));
+    assert_eq!(nic.gro, Some(true));
 }
 
 #[test]
@@ -144,6 +146,13 @@ fn bad_settings_are_refused_by_field() {
                 ..nic()
             },
             "persist",
+        ),
+        (
+            PortSettings {
+                gro: Some(true),
+                ..tap("rw0")
+            },
+            "gro",
         ),
         (
             PortSettings {

@@ -6,6 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::net::netdevice;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
+/// `ETHTOOL_GDRVINFO` (linux/ethtool.h).
+const GET_DRIVER: u32 = 0x03;
+
 /// `ETHTOOL_GCHANNELS` (linux/ethtool.h).
 const GET_CHANNELS: u32 = 0x3c;
 
@@ -22,6 +25,15 @@ struct Channels {
     tx: u32,
     other: u32,
     combined: u32,
+}
+
+/// `struct ethtool_drvinfo` (linux/ethtool.h).
+#[repr(C)]
+struct Driver {
+    command: u32,
+    name: [u8; 32],
+    /// Versions, bus, and counts of other things.
+    rest: [u8; 160],
 }
 
 /// An interface of the network namespace in which it was found, wherever it is asked from.
@@ -70,6 +82,20 @@ impl Interface {
         // SAFETY: SIOCGIFMTU fills in this member, and any bytes are an int.
         let mtu = unsafe { request.ifr_ifru.ifru_mtu };
         u32::try_from(mtu).ok()
+    }
+
+    /// The name of its driver, if that tells.
+    pub(super) fn driver(&self) -> Option<String> {
+        let mut driver = Driver {
+            command: GET_DRIVER,
+            name: [0; 32],
+            rest: [0; 160],
+        };
+        let mut request = self.request()?;
+        request.ifr_ifru.ifru_data = (&raw mut driver).cast();
+        self.send(libc::SIOCETHTOOL, request)?;
+        let name = driver.name.split(|byte| *byte == 0).next()?;
+        String::from_utf8(name.to_vec()).ok()
     }
 
     /// Its receive queues that have a transmit queue too; 1 if the driver doesn't tell.

@@ -23,14 +23,16 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-pub(crate) use receive::Receiver;
+pub(crate) use receive::{Merged, Receiver};
 pub(crate) use transmit::{Sent, Transmitter};
 
 use self::interface::Interface;
 use self::program::Program;
+use super::counters::Counter;
 use super::vhost::choose_receiver;
 use super::{PortBase, QueueCounters};
 use crate::info::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo};
+use crate::offload::Offloads;
 use crate::switch::XdpMode;
 
 /// Longest L3 MTU: what common NICs carry in several buffers.
@@ -49,6 +51,8 @@ pub(crate) struct AfXdpQueue {
     transmitter: Mutex<Transmitter>,
     pub(crate) rx: QueueCounters,
     pub(crate) tx: QueueCounters,
+    /// Received frames that travel on as part of the one before.
+    pub(crate) merged: Counter,
 }
 
 /// Queues of an interface.
@@ -62,6 +66,8 @@ pub(crate) struct AfXdpPort {
     interface: Interface,
     mode: XdpMode,
     has_several_chunks: bool,
+    /// What frames from the interface may ask for.
+    sends: Offloads,
     umem_bytes: u64,
     is_huge: bool,
     /// The MTU that frames to the interface are held to.
@@ -81,9 +87,19 @@ impl AfXdpPort {
         }
     }
 
+    /// What frames from the interface may ask for.
+    pub(crate) fn sends(&self) -> Offloads {
+        self.sends
+    }
+
     /// The MTU that frames to the interface are held to.
     pub(crate) fn mtu(&self) -> u16 {
         self.mtu
+    }
+
+    /// Received frames that travelled on as part of the one before.
+    pub(crate) fn merged(&self) -> u64 {
+        self.queues.iter().map(|queue| queue.merged.get()).sum()
     }
 
     pub(crate) fn queue(&self, pair: u16) -> &AfXdpQueue {
@@ -207,6 +223,7 @@ impl AfXdpQueue {
             transmitter: Mutex::new(transmitter),
             rx: QueueCounters::default(),
             tx: QueueCounters::default(),
+            merged: Counter::default(),
         }
     }
 }

@@ -9,10 +9,11 @@ use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSi
 
 use super::interface::Interface;
 use super::program::{self, Hook, Program};
-use super::receive::Receiver;
+use super::receive::{Receiver, Receiving};
 use super::transmit::{Transmitter, set_option};
 use super::umem::{Layout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
+use crate::offload::Offloads;
 use crate::port::{PortBase, max_l2_bytes};
 use crate::switch::{AfXdpConfig, MAX_QUEUE_PAIRS, SwitchError, XdpMode};
 
@@ -74,6 +75,7 @@ impl AfXdpPort {
             ifname: ifname.clone(),
             mode,
             has_several_chunks: plan.layout.several_chunks,
+            sends: plan.sends(mode),
             umem_bytes: opened.umem_bytes,
             is_huge: opened.is_huge,
             mtu: mtu.unwrap_or(u16::try_from(plan.interface_mtu).unwrap_or(u16::MAX)),
@@ -181,6 +183,17 @@ impl Plan<'_> {
         })
     }
 
+    /// What frames from the interface may ask for: to have their checksum completed, if its driver
+    /// hands on frames that another part of the kernel, or of the host, sent. Offloads of virtio_net
+    /// are off while it runs a program itself.
+    fn sends(&self, mode: XdpMode) -> Offloads {
+        match self.interface.driver().as_deref() {
+            Some("veth" | "tun") => Offloads::CSUM,
+            Some("virtio_net") if mode == XdpMode::Skb => Offloads::CSUM,
+            _ => Offloads::NONE,
+        }
+    }
+
     fn open_queue(
         &self,
         index: u16,
@@ -251,7 +264,11 @@ impl Plan<'_> {
                 fill,
                 chunks,
                 &memory.to_receive,
-                config.busy_poll.is_some(),
+                Receiving {
+                    busy_poll: config.busy_poll.is_some(),
+                    open_checksums: self.sends(mode) != Offloads::NONE,
+                    gro: config.gro,
+                },
             ),
             Transmitter::new(ring, completions, umem, memory.to_transmit, is_zero_copy),
             fd,

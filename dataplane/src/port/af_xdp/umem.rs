@@ -18,7 +18,7 @@ use xsk_rs::umem::Umem;
 use xsk_rs::umem::frame::FrameDesc;
 
 use crate::memory::Segment;
-use crate::net_header::{HEADER_BYTES, HEADER_LEN};
+use crate::net_header::HEADER_BYTES;
 
 /// Bytes that the kernel keeps free in front of a frame (XDP_PACKET_HEADROOM).
 const HEADROOM_BYTES: u32 = 256;
@@ -133,20 +133,15 @@ impl Chunks {
         })
     }
 
-    /// The same with a virtio-net header in front that promises nothing, if there is room for it.
+    /// So many bytes in front of a frame, if there is room for them.
     #[inline]
-    pub(super) fn with_header(&self, desc: &FrameDesc) -> Option<Segment> {
+    pub(super) fn front(&self, desc: &FrameDesc, bytes: usize) -> Option<Segment> {
         let frame = self.received(desc)?;
-        if desc.addr() & (self.chunk_bytes - 1) < HEADER_LEN {
-            return None;
-        }
-        let ptr = frame.ptr.wrapping_sub(HEADER_LEN);
-        // SAFETY: these bytes are in front of the frame in its chunk, which is ours since the
-        // kernel gave it.
-        unsafe { ptr.cast::<[u8; HEADER_LEN]>().write([0; HEADER_LEN]) };
-        Some(Segment {
-            ptr,
-            len: frame.len + HEADER_BYTES,
+        let fits = desc.addr() & (self.chunk_bytes - 1) >= bytes;
+        fits.then(|| Segment {
+            ptr: frame.ptr.wrapping_sub(bytes),
+            #[expect(clippy::cast_possible_truncation, reason = "less than a chunk")]
+            len: bytes as u32,
         })
     }
 
@@ -189,6 +184,7 @@ const _: () = assert!(HEADROOM_BYTES >= HEADER_BYTES && MAX_BURST <= 64);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net_header::HEADER_LEN;
 
     #[test]
     fn a_frame_gets_the_smallest_chunk_that_holds_it() {
@@ -203,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_in_front_of_a_frame_becomes_a_header_that_promises_nothing() {
+    fn what_is_in_front_of_a_frame_is_its_chunks() {
         // Needs CAP_NET_RAW, as all AF_XDP does.
         let memory = SharedMemory::new(Layout::for_frames(1518), 128).unwrap();
         let chunks = memory.chunks;
@@ -211,21 +207,18 @@ mod tests {
             (memory.to_receive.len(), memory.to_transmit.len()),
             (64, 64)
         );
-        for desc in &memory.to_receive {
-            let frame = chunks.received(desc).unwrap();
-            let front = frame.ptr.wrapping_sub(2 * HEADER_LEN);
-            // SAFETY: these bytes are in the chunk's headroom, and nobody else has the chunk.
-            unsafe { front.write_bytes(0xee, 2 * HEADER_LEN) };
-            let with_header = chunks.with_header(desc).unwrap();
-            assert_eq!(with_header.len, HEADER_BYTES);
-            assert_eq!(with_header.ptr, frame.ptr.wrapping_sub(HEADER_LEN));
-            // SAFETY: as above.
-            let bytes = unsafe { front.cast::<[[u8; HEADER_LEN]; 2]>().read() };
-            assert_eq!(bytes, [[0xee; HEADER_LEN], [0; HEADER_LEN]]);
-        }
+        let desc = &memory.to_receive[1];
+        let in_chunk = desc.addr() % 2048;
+        assert!(in_chunk >= HEADER_LEN, "{in_chunk}");
+        let frame = chunks.received(desc).unwrap();
+        let front = chunks.front(desc, HEADER_LEN).unwrap();
+        assert_eq!(front.len, HEADER_BYTES);
+        assert_eq!(front.ptr, frame.ptr.wrapping_sub(HEADER_LEN));
+        assert!(chunks.front(desc, in_chunk).is_some());
         assert!(
-            chunks.with_header(&FrameDesc::default()).is_none(),
-            "no room"
+            chunks.front(desc, in_chunk + 1).is_none(),
+            "another chunk's"
         );
+        assert!(chunks.front(&FrameDesc::default(), 1).is_none(), "no room");
     }
 }

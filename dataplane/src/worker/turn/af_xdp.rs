@@ -2,7 +2,7 @@
 
 use super::{Polled, Worker};
 use crate::offload::Offloads;
-use crate::port::{AfXdpPort, Port};
+use crate::port::{AfXdpPort, Merged, Port};
 
 impl Worker {
     pub(super) fn poll_af_xdp(
@@ -18,14 +18,22 @@ impl Worker {
             return Polled::Waiting(0);
         };
         self.burst.clear();
-        receiver.gather(limit, &mut self.burst);
+        let now = self.now().tick;
+        let forwarder = &self.forwarder;
+        let takes = |frame: &[u8]| forwarder.takes(port, frame, now);
+        receiver.gather(limit, &mut self.burst, takes);
         let count = self.burst.len();
         if count == 0 {
             return Polled::Empty;
         }
-        // The headers are the receiver's own: they ask for nothing.
-        let taken = self.forward_gathered(port, pair, Offloads::NONE, &queue.rx);
-        receiver.give_back(taken);
+        // The headers are the receiver's own.
+        let taken = self.forward_gathered(port, pair, Offloads::ALL, &queue.rx);
+        let merged = receiver.give_back(taken);
+        if merged != Merged::default() {
+            queue.rx.frames.add_owned(merged.frames);
+            queue.rx.bytes.add_owned(merged.bytes);
+            queue.merged.add_owned(merged.frames);
+        }
         Polled::of(taken, count)
     }
 }

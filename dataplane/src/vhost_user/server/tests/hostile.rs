@@ -237,10 +237,30 @@ fn a_connecting_port_that_is_removed_connects_no_more() {
     assert!(device.queue_pairs() == 1);
 }
 
-/// Run by the test below in a process of its own: the limit holds for the whole process.
 #[test]
-#[ignore = "lowers the process's limit of fds; run by the test that follows it"]
-fn child_without_spare_fds() {
+fn without_spare_fds_the_listener_rests_and_recovers() {
+    const CHILD: &str = "RINGWAY_TEST_WITHOUT_SPARE_FDS";
+    if std::env::var_os(CHILD).is_some() {
+        return rest_without_spare_fds();
+    }
+    // In a process of its own: the limit holds for all of it.
+    let (_, module) = module_path!().split_once("::").unwrap();
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .arg("--exact")
+        .arg(format!(
+            "{module}::without_spare_fds_the_listener_rests_and_recovers"
+        ))
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}"
+    );
+}
+
+fn rest_without_spare_fds() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let bed = Bed::new();
     let _port = bed.listen(0);
@@ -284,18 +304,4 @@ fn child_without_spare_fds() {
     setrlimit(Resource::Nofile, limit).unwrap();
     late.0.set_read_timeout(Some(PATIENCE)).unwrap();
     assert_eq!(u64::from_ne_bytes(late.reply(1)), OFFERED_FEATURES);
-}
-
-#[test]
-fn without_spare_fds_the_listener_rests_and_recovers() {
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "--ignored"])
-        .arg("vhost_user::server::tests::hostile::child_without_spare_fds")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success() && text.contains("1 passed"),
-        "{text}"
-    );
 }
