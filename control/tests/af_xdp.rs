@@ -17,7 +17,10 @@ use ringway_control::api::{
 };
 use ringway_control::rpc::Client;
 use ringway_dataplane::driver::{Guest, GuestConfig};
-use rustix::thread::{UnshareFlags, gettid, unshare_unsafe};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::thread::{
+    CapabilitySet, UnshareFlags, gettid, remove_capability_from_bounding_set, unshare_unsafe,
+};
 
 /// How long anything may take that should happen at once.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -112,11 +115,14 @@ impl Place {
     /// Starts the daemon with a guest's port and one of xdp0, and waits for READY=1.
     fn start(&self, mode: &str) -> Daemon {
         let vm = self.path("vm.sock");
-        let text = format!(
+        self.start_with(&format!(
             "[ports.vm]\nkind = \"vhost-user\"\nlisten = \"{}\"\n\
              [ports.nic]\nkind = \"af-xdp\"\nifname = \"xdp0\"\nmode = \"{mode}\"\n",
             vm.display()
-        );
+        ))
+    }
+
+    fn start_with(&self, text: &str) -> Daemon {
         std::fs::write(self.path("ringway.toml"), text).unwrap();
         let notify = self.path("notify.sock");
         let _ = std::fs::remove_file(&notify);
@@ -169,6 +175,17 @@ fn kernel_receives(socket: &UdpSocket) -> bool {
     socket.recv(&mut [0; 200]).is_ok()
 }
 
+/// A guest that sends as well as it can to everybody.
+fn send_without_end(mut guest: Guest, stop: &AtomicBool) {
+    // Behind a header of zeros.
+    let mut frame = [0xff; 72];
+    frame[..12].fill(0);
+    frame[18..24].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
+    while !stop.load(Ordering::Relaxed) {
+        guest.send_burst(0, &[frame; 32]).unwrap();
+    }
+}
+
 #[test]
 fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_within_a_second() {
     for (mode, shown) in [("copy", "prog/xdp"), ("skb", "prog/xdp")] {
@@ -181,24 +198,30 @@ fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_with
         for _ in 0..3 {
             let start = Instant::now();
             let mut daemon = place.start(mode);
-            let frames = || place.show().port.counters.rx_frames;
-            let before = frames();
-            eventually("the switch receives", || frames() > before + 1000);
+            let counters = || place.show().port.counters;
+            let before = counters().rx_frames;
+            eventually("the switch receives", || {
+                counters().rx_frames > before + 1000
+            });
             let took = start.elapsed();
             assert!(took < RESTART, "{took:?} from start to frames");
-            // A guest that sends as well as it can.
-            let config = GuestConfig::default();
-            let mut guest = Guest::connect(&place.path("vm.sock"), config).unwrap();
-            let mut frame = [0xff; 60];
-            frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
-            for _ in 0..10_000 {
-                guest.send_frame(&frame).unwrap();
-            }
-            assert!(ip("-d link show dev xdp0").contains(shown));
-            while kernel_receives(&socket) {}
-            assert!(!kernel_receives(&socket), "a frame went to the kernel");
-            daemon.0.kill().unwrap();
-            daemon.0.wait().unwrap();
+            let guest = Guest::connect(&place.path("vm.sock"), GuestConfig::default());
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| send_without_end(guest.unwrap(), &stop));
+                let before = counters();
+                eventually("frames flow both ways", || {
+                    let now = counters();
+                    now.rx_frames > before.rx_frames + 1000
+                        && now.tx_frames > before.tx_frames + 10_000
+                });
+                assert!(ip("-d link show dev xdp0").contains(shown));
+                while kernel_receives(&socket) {}
+                assert!(!kernel_receives(&socket), "a frame went to the kernel");
+                daemon.0.kill().unwrap();
+                daemon.0.wait().unwrap();
+                stop.store(true, Ordering::Relaxed);
+            });
             assert!(!ip("-d link show dev xdp0").contains(shown));
             eventually("the kernel receives", || kernel_receives(&socket));
         }
@@ -281,6 +304,9 @@ fn what_is_refused_is_one_line_with_a_hint() {
         assert!(lines[0].contains(reason), "{arguments}: {text}");
         assert!(lines[1].starts_with("  hint: "), "{text}");
     }
+    // Nothing is left of them, nor disturbed.
+    let text = String::from_utf8(place.ringway("-j port list").stdout).unwrap();
+    assert!(!text.contains("\"x\""), "{text}");
     for wrong in [
         "--mode fast",
         "--umem-frames 100",
@@ -292,4 +318,30 @@ fn what_is_refused_is_one_line_with_a_hint() {
         let text = String::from_utf8(output.stderr).unwrap();
         assert!(text.contains("hint: "), "{text}");
     }
+}
+
+#[test]
+fn too_little_memory_that_may_be_locked_is_one_line_with_a_hint() {
+    fresh_namespace();
+    let place = Place::new();
+    let _load = Load::start();
+    // Of this thread, and of the processes that it starts.
+    remove_capability_from_bounding_set(CapabilitySet::IPC_LOCK).unwrap();
+    let limit = Some(64 << 10);
+    let low = Rlimit {
+        current: limit,
+        maximum: limit,
+    };
+    setrlimit(Resource::Memlock, low).unwrap();
+    let _daemon = place.start_with("");
+    let output = place.ringway("port add nic af-xdp --ifname xdp0");
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    let expected = "ringway: error: can't use xdp0 through AF_XDP: not enough memory may be locked for its \
+                    frames\n  hint: raise `ulimit -l` (LimitMEMLOCK= of the unit) or take fewer with \
+                    --umem-frames\n";
+    assert_eq!(text, expected);
+    assert!(!ip("-d link show dev xdp0").contains("prog/xdp"));
+    let text = String::from_utf8(place.ringway("-j port list").stdout).unwrap();
+    assert!(!text.contains("\"nic\""), "{text}");
 }

@@ -4,58 +4,21 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
+use common::endpoint::CSUM;
+use common::host::{Raw, ip};
 use common::packet::{GSO_TCPV4, Packet, complete, judge, pattern};
-use common::veth::{Raw, fresh_namespace, ip, veth};
-use common::{Lab, eventually, frame, mac, name, receive};
+use common::{af_xdp, eventually, frame, lab_with_nic, mac, name, nic_info, receive};
 use etherparse::PacketBuilder;
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::features::{TSO, USO, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM};
+use ringway_dataplane::driver::features::TSO;
 use ringway_dataplane::driver::{FrameSource, Guest, GuestConfig, NET_HEADER_BYTES};
-use ringway_dataplane::{
-    AfXdpConfig, AfXdpInfo, PortConfig, PortKind, PortState, QueuePairs, SwitchError, UmemFrames,
-    XdpMode,
-};
-
-/// Checksums may be left open both ways.
-const CSUM: u64 = VIRTIO_NET_F_CSUM | VIRTIO_NET_F_GUEST_CSUM;
+use ringway_dataplane::{AfXdpConfig, PortState, QueuePairs, UmemFrames, XdpMode};
 
 /// Both modes that veth has.
 const MODES: [XdpMode; 2] = [XdpMode::Copy, XdpMode::Skb];
-
-fn af_xdp(change: impl FnOnce(&mut AfXdpConfig)) -> PortConfig {
-    let mut config = AfXdpConfig {
-        ifname: "xdp0".into(),
-        queue_pairs: None,
-        mode: XdpMode::Auto,
-        umem_frames: UmemFrames::DEFAULT,
-        busy_poll: None,
-        gro: true,
-    };
-    change(&mut config);
-    PortConfig {
-        kind: PortKind::AfXdp(config),
-        mtu: None,
-        fdb_limit: None,
-        pins: BTreeMap::new(),
-    }
-}
-
-/// A lab whose port `nic` is one end of a veth pair; a raw socket has the other.
-fn lab_with_nic(queues: u16, mtu: u32, change: impl FnOnce(&mut AfXdpConfig)) -> (Lab, Raw) {
-    fresh_namespace();
-    veth(queues, mtu);
-    let lab = Lab::start();
-    lab.switch.add_port(name("nic"), af_xdp(change)).unwrap();
-    (lab, Raw::open("far0"))
-}
-
-fn info(lab: &Lab) -> AfXdpInfo {
-    lab.switch.port(&name("nic")).unwrap().af_xdp.unwrap()
-}
 
 /// Has the switch learn that station 1 is a guest's.
 fn introduce(guest: &mut Guest, far: &Raw) {
@@ -70,7 +33,7 @@ fn frames_of_every_length_pass_both_ways_unchanged() {
         let (lab, far) = lab_with_nic(1, 1500, |nic| nic.mode = mode);
         let mut guest = lab.guest("vm", GuestConfig::default());
         introduce(&mut guest, &far);
-        assert_eq!(info(&lab).mode, mode);
+        assert_eq!(nic_info(&lab).mode, mode);
         for bytes in 60..=1514 {
             let sent = frame(1, 2, bytes, bytes as u64);
             far.send(&sent);
@@ -95,7 +58,7 @@ fn jumbo_frames_pass_in_several_buffers() {
         let (lab, far) = lab_with_nic(1, 9000, |nic| nic.mode = mode);
         let mut guest = lab.guest("vm", GuestConfig::default());
         introduce(&mut guest, &far);
-        assert!(info(&lab).multi_buffer);
+        assert!(nic_info(&lab).multi_buffer);
         for bytes in (60..=9000)
             .step_by(149)
             .chain([3839, 3840, 3841, 7680, 7681, 9014])
@@ -227,11 +190,11 @@ fn a_guest_that_takes_nothing_fills_the_rings_and_all_flows_when_it_does() {
         far.send(&frame(1, 2, 60, seed));
     }
     let lost = || {
-        let queue = info(&lab).queues[0];
+        let queue = nic_info(&lab).queues[0];
         queue.rx_ring_full + queue.rx_fill_empty + queue.rx_dropped
     };
     eventually("the kernel has nowhere to put frames", || lost() > 0);
-    let waiting = info(&lab).queues[0];
+    let waiting = nic_info(&lab).queues[0];
     assert!(
         waiting.rx_level > 0 && waiting.rx_level <= 64,
         "{waiting:?}"
@@ -245,7 +208,7 @@ fn a_guest_that_takes_nothing_fills_the_rings_and_all_flows_when_it_does() {
     }
     assert!((64..COUNT).contains(&arrived), "{arrived} frames");
     eventually("every chunk is in the fill ring again", || {
-        let queue = info(&lab).queues[0];
+        let queue = nic_info(&lab).queues[0];
         (queue.fill_level, queue.rx_level) == (64, 0)
     });
     for seed in 0..COUNT {
@@ -298,7 +261,7 @@ fn chunks_to_send_from_are_used_again_and_again() {
             );
         }
         eventually("every chunk is back", || {
-            let queue = info(&lab).queues[0];
+            let queue = nic_info(&lab).queues[0];
             (queue.tx_level, queue.tx_pending) == (0, 0)
         });
         lab.assert_conserved(&["nic", "vm"], 0);
@@ -336,40 +299,6 @@ fn busy_polling_is_taken_and_frames_pass() {
         let sent = frame(1, 2, 60, seed);
         far.send(&sent);
         assert_eq!(receive(&mut guest).frame, sent);
-    }
-}
-
-// The wire has no header to leave anything undone in.
-#[test]
-fn what_a_guest_left_to_the_device_is_done_before_the_wire() {
-    const GSO_SIZE: u16 = 1400;
-    for mode in MODES {
-        let (lab, far) = lab_with_nic(1, 1500, |config| config.mode = mode);
-        let config = GuestConfig {
-            features: TSO | USO,
-            ..GuestConfig::default()
-        };
-        let mut guest = lab.guest("vm", config);
-        introduce(&mut guest, &far);
-        for (is_ipv4, is_udp) in [(true, false), (false, false), (true, true), (false, true)] {
-            let far = Raw::for_type("far0", if is_ipv4 { 0x0800 } else { 0x86dd });
-            for (bytes, gso_size) in [(1001, 0), (20_001, GSO_SIZE), (65_000, GSO_SIZE)] {
-                let packet = Packet::new(is_ipv4, is_udp, pattern(bytes));
-                let message = [packet.header(gso_size), packet.open()].concat();
-                guest.send(&message).unwrap();
-                let mut payload = Vec::new();
-                while payload.len() < bytes {
-                    let arrived = far.receive();
-                    // The interface's own host says a word too.
-                    if arrived[6..12] == mac(1) {
-                        assert!(arrived.len() <= 1514, "{} bytes", arrived.len());
-                        payload.extend(judge(&arrived).unwrap().payload);
-                    }
-                }
-                assert!(payload == packet.payload, "{mode:?}: the payload changed");
-            }
-        }
-        assert_eq!(lab.counters("nic").tx_cut, 8);
     }
 }
 
@@ -528,14 +457,14 @@ fn the_interface_is_the_kernels_again_when_the_port_goes() {
     eventually("the switch takes frames", || {
         lab.counters("nic").rx_frames == 1
     });
-    let program = info(&lab).program_id;
+    let program = nic_info(&lab).program_id;
     for _ in 0..20 {
         lab.switch.remove_port(&name("nic")).unwrap();
         let sent = frame(1, 2, 60, 2);
         far.send(&sent);
         assert_eq!(host.receive(), sent);
         lab.switch.add_port(name("nic"), af_xdp(|_| {})).unwrap();
-        assert_ne!(info(&lab).program_id, program);
+        assert_ne!(nic_info(&lab).program_id, program);
     }
     far.send(&frame(1, 2, 60, 3));
     eventually("the switch takes frames", || {
@@ -580,170 +509,4 @@ fn an_interface_that_goes_down_or_away_takes_its_port_down_and_nothing_else() {
         seed += 1;
     }
     lab.switch.remove_port(&name("nic")).unwrap();
-}
-
-/// Why a port is refused, and the hint.
-fn refusal(lab: &Lab, config: PortConfig) -> (String, String) {
-    let before = lab.switch.ports().len();
-    let error = lab.switch.add_port(name("refused"), config).unwrap_err();
-    assert!(matches!(error, SwitchError::AfXdp { .. }), "{error}");
-    assert_eq!(lab.switch.ports().len(), before, "nothing is half-created");
-    let (text, hint) = (error.to_string(), error.hint());
-    assert!(!text.contains('\n') && !hint.contains('\n') && !hint.is_empty());
-    (text, hint)
-}
-
-#[test]
-fn interfaces_that_can_not_do_it_are_refused_with_reason_and_remedy() {
-    fresh_namespace();
-    veth(2, 1500);
-    ip("link add off0 type veth peer name off1");
-    // Its driver knows nothing of XDP.
-    ip("link set lo mtu 1500 up");
-    ip("link add jumbo0 mtu 9001 type veth peer name jumbo1");
-    ip("link set jumbo0 up");
-    let lab = Lab::start();
-    let on = |ifname: &str, mode| {
-        af_xdp(|nic| {
-            nic.ifname = ifname.into();
-            nic.mode = mode;
-        })
-    };
-    let cases = [
-        (on("none0", XdpMode::Auto), "no such interface", "ip link"),
-        (on("off0", XdpMode::Auto), "is down", "ip link set off0 up"),
-        (
-            on("lo", XdpMode::Copy),
-            "can't run XDP programs",
-            "--mode skb",
-        ),
-        (on("xdp0", XdpMode::ZeroCopy), "no zero-copy", "--mode copy"),
-        (on("jumbo0", XdpMode::Auto), "MTU of 9001", "mtu 9000"),
-        (
-            af_xdp(|nic| nic.queue_pairs = QueuePairs::new(3)),
-            "3 queues are asked for, and it has 2",
-            "ethtool -L",
-        ),
-    ];
-    for (config, reason, remedy) in cases {
-        let (text, hint) = refusal(&lab, config.clone());
-        assert!(text.contains(reason), "{config:?}: {text}");
-        assert!(hint.contains(remedy), "{config:?}: {hint}");
-    }
-    let mut config = on("xdp0", XdpMode::Auto);
-    config.mtu = Some(9001);
-    assert!(refusal(&lab, config).0.contains("MTU of 9001"));
-    // A driver without XDP serves all the same when the mode is left open.
-    lab.switch
-        .add_port(name("lo"), on("lo", XdpMode::Auto))
-        .unwrap();
-    let detail = lab.switch.port(&name("lo")).unwrap();
-    assert_eq!(detail.af_xdp.unwrap().mode, XdpMode::Skb);
-}
-
-#[test]
-fn an_interface_with_a_program_is_refused_with_its_id() {
-    let (lab, far) = lab_with_nic(1, 1500, |_| {});
-    let id = info(&lab).program_id;
-    for mode in MODES {
-        let (text, hint) = refusal(&lab, af_xdp(|nic| nic.mode = mode));
-        assert!(
-            text.contains(&format!("has an XDP program already, with id {id}")),
-            "{text}"
-        );
-        assert!(
-            hint.contains(&format!("bpftool prog show id {id}")),
-            "{hint}"
-        );
-    }
-    far.send(&frame(1, 2, 60, 1));
-    eventually("the first port works on", || {
-        lab.counters("nic").rx_frames == 1
-    });
-}
-
-#[test]
-fn too_little_memory_that_may_be_locked_is_told() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
-    fresh_namespace();
-    veth(1, 1500);
-    let lab = Lab::start();
-    let limit = getrlimit(Resource::Memlock);
-    let low = Rlimit {
-        current: Some(64 << 10),
-        ..limit
-    };
-    setrlimit(Resource::Memlock, low).unwrap();
-    // Of this thread only; with it the limit would not count.
-    let all = capabilities(None).unwrap();
-    let mut fewer = all;
-    fewer.effective.remove(CapabilitySet::IPC_LOCK);
-    set_capabilities(None, fewer).unwrap();
-    let (text, hint) = refusal(&lab, af_xdp(|_| {}));
-    assert!(text.contains("not enough memory may be locked"), "{text}");
-    assert!(
-        hint.contains("ulimit -l") && hint.contains("--umem-frames"),
-        "{hint}"
-    );
-    set_capabilities(None, all).unwrap();
-    lab.switch.add_port(name("nic"), af_xdp(|_| {})).unwrap();
-    setrlimit(Resource::Memlock, limit).unwrap();
-}
-
-#[test]
-fn what_needs_privileges_is_told() {
-    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
-    fresh_namespace();
-    veth(1, 1500);
-    let lab = Lab::start();
-    let all = capabilities(None).unwrap();
-    for missing in [
-        CapabilitySet::NET_RAW,
-        CapabilitySet::NET_ADMIN,
-        CapabilitySet::BPF,
-    ] {
-        let mut fewer = all;
-        fewer.effective.remove(missing | CapabilitySet::SYS_ADMIN);
-        set_capabilities(None, fewer).unwrap();
-        let (text, hint) = refusal(&lab, af_xdp(|_| {}));
-        assert!(text.contains("not permitted"), "{missing:?}: {text}");
-        assert!(
-            hint.contains("CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF"),
-            "{hint}"
-        );
-        set_capabilities(None, all).unwrap();
-    }
-    // What the hint names is enough.
-    let mut named = all;
-    named.effective = CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW | CapabilitySet::BPF;
-    set_capabilities(None, named).unwrap();
-    let config = af_xdp(|nic| nic.umem_frames = UmemFrames::new(128).unwrap());
-    lab.switch.add_port(name("nic"), config).unwrap();
-    set_capabilities(None, all).unwrap();
-}
-
-#[test]
-fn a_queue_that_another_socket_has_is_refused() {
-    let (lab, _) = lab_with_nic(1, 1500, |_| {});
-    // A bare socket without a program, on the interface's other end.
-    let _other = bare_socket("far0");
-    let (text, hint) = refusal(&lab, af_xdp(|nic| nic.ifname = "far0".into()));
-    assert!(
-        text.contains("queue 0 is bound to another AF_XDP socket"),
-        "{text}"
-    );
-    assert!(hint.contains("ss --xdp"), "{hint}");
-}
-
-/// An AF_XDP socket on queue 0 that nothing is redirected to.
-fn bare_socket(ifname: &str) -> impl Sized {
-    use xsk_rs::config::{LibxdpFlags, SocketConfig, UmemConfig};
-    let config = SocketConfig::builder()
-        .libxdp_flags(LibxdpFlags::XSK_LIBXDP_FLAGS_INHIBIT_PROG_LOAD)
-        .build();
-    let count = 64.try_into().unwrap();
-    let (umem, _) = xsk_rs::Umem::new(UmemConfig::default(), count, false).unwrap();
-    // SAFETY: the UMEM is used for one socket only.
-    unsafe { xsk_rs::Socket::new(config, &umem, &ifname.parse().unwrap(), 0) }.unwrap()
 }

@@ -1,13 +1,20 @@
-//! Forwarding in steady state allocates and frees nothing, whatever becomes of the frames.
+//! Forwarding in steady state allocates and frees nothing, whatever becomes of the frames. NIC ports
+//! need root and iproute2.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod common;
 #[path = "../benches/wire/mod.rs"]
 mod wire;
+mod wires;
 
 use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::cell::Cell;
 
+use common::endpoint::{ALL, CSUM};
+use common::{eventually, frame, mac};
 use ringway_dataplane::driver::{Calls, Layout};
 use wire::{BROADCAST, BURST, Shape, Wire, station};
+use wires::{STATION, for_segments, wire_with_nic};
 
 const FRAMES: u64 = BURST as u64;
 
@@ -61,13 +68,16 @@ fn assert_steady(shape: Shape, prepare: impl Fn(&mut Wire), step: impl Fn(&mut W
             ..shape
         });
         prepare(&mut wire);
-        (0..WARM_UP).for_each(|_| step(&mut wire));
-        let counted = allocations(|| (0..STEPS).for_each(|_| step(&mut wire)));
-        assert_eq!(
-            counted, 0,
-            "{layout:?}, in order: {in_order}, {STEPS} steps"
-        );
+        let what = format!("{layout:?}, in order: {in_order}");
+        assert_none(&what, || step(&mut wire));
     }
+}
+
+/// Asserts that `step` allocates nothing once it was done for a while.
+fn assert_none(what: &str, mut step: impl FnMut()) {
+    (0..WARM_UP).for_each(|_| step());
+    let counted = allocations(|| (0..STEPS).for_each(|_| step()));
+    assert_eq!(counted, 0, "{what}, {STEPS} steps");
 }
 
 fn plain(frame_bytes: u32) -> Shape {
@@ -186,5 +196,52 @@ fn calls_allocate_nothing() {
                 assert_eq!(wire.burst(), FRAMES);
             },
         );
+    }
+}
+
+#[test]
+fn segments_and_checksums_allocate_nothing() {
+    for (segments, takes, buffers) in [
+        (4, 0, 4),
+        (4, CSUM, 4),
+        // Whole, in two buffers.
+        (4, ALL, 2),
+        (1, 0, 1),
+        (1, ALL, 1),
+    ] {
+        let (shape, message) = for_segments(segments, station(1), takes);
+        assert_steady(
+            shape,
+            |wire| wire.guests[0].write(&message),
+            |wire| assert_eq!(wire.burst(), buffers * FRAMES),
+        );
+    }
+}
+
+#[test]
+fn frames_to_and_from_a_nic_allocate_nothing() {
+    for segments in [1, 4] {
+        let (shape, message) = for_segments(segments, mac(STATION), 0);
+        let (mut wire, far) = wire_with_nic(shape);
+        wire.guests[0].write(&message);
+        assert_none("to the NIC", || {
+            wire.guests[0].tx.push(BURST);
+            let mut sent = 0;
+            eventually("they are sent", || {
+                wire.switch.turn();
+                sent += wire.guests[0].tx.reclaim().unwrap();
+                sent == BURST
+            });
+        });
+        let sent = frame(2, STATION, 1000, 1);
+        assert_none("from the NIC", || {
+            (0..BURST).for_each(|_| far.send(&sent));
+            let mut received = 0;
+            eventually("they arrive", || {
+                wire.switch.turn();
+                received += wire.receive();
+                received == FRAMES
+            });
+        });
     }
 }

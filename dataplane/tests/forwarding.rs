@@ -4,9 +4,8 @@
 mod common;
 
 use common::{LAYOUTS, Lab, eventually, frame, receive};
-use etherparse::PacketBuilder;
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::{Guest, GuestConfig, Layout, features::TSO};
+use ringway_dataplane::driver::{Guest, GuestConfig, Layout};
 
 #[test]
 fn two_guests_exchange_frames_whole() {
@@ -40,132 +39,6 @@ fn runts_are_dropped_and_counted() {
     a.send_frame(&good).unwrap();
     assert_eq!(receive(&mut b).frame, good);
     lab.eventually_dropped("a", |c| c.rx_drops[DropReason::Runt], 1);
-}
-
-/// A guest that negotiated all offloads, and can take frames of 64 KiB in merged buffers.
-fn with_offloads() -> GuestConfig {
-    GuestConfig {
-        features: TSO,
-        ..GuestConfig::default()
-    }
-}
-
-/// A virtio-net header (virtio 1.3, 5.1.6).
-fn header(flags: u8, gso_type: u8, hdr_len: u16, gso_size: u16, csum: (u16, u16)) -> Vec<u8> {
-    let mut header = vec![flags, gso_type];
-    for field in [hdr_len, gso_size, csum.0, csum.1, 0] {
-        header.extend(field.to_le_bytes());
-    }
-    header
-}
-
-const NEEDS_CSUM: u8 = 1;
-const GSO_TCPV4: u8 = 1;
-
-/// A TCP segment over IPv4 with `payload` bytes, from station 1 to station 2.
-fn tcp_segment(payload: usize) -> Vec<u8> {
-    let bytes: Vec<u8> = (0..=250).cycle().take(payload).collect();
-    let builder = PacketBuilder::ethernet2([0x52, 0x54, 0, 0, 0, 1], [0x52, 0x54, 0, 0, 0, 2])
-        .ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64)
-        .tcp(1000, 2000, 1, 64);
-    let mut frame = Vec::new();
-    builder.write(&mut frame, &bytes).unwrap();
-    frame
-}
-
-#[test]
-fn a_tso_frame_of_64_kib_passes_whole() {
-    let frame = tcp_segment(65_535 - 40);
-    let mut message = header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (34, 16));
-    message.extend(&frame);
-    for (from, to) in LAYOUTS.map(|[from, to]| (from, to)) {
-        // One buffer, a chain of 33, and a table of as many.
-        for (buffer_size, indirect) in [(65_600, true), (2048, false), (2048, true)] {
-            let lab = Lab::start();
-            let mut a = lab.guest(
-                "a",
-                GuestConfig {
-                    layout: from,
-                    buffer_size,
-                    indirect,
-                    ..with_offloads()
-                },
-            );
-            let mut b = lab.guest(
-                "b",
-                GuestConfig {
-                    layout: to,
-                    ..with_offloads()
-                },
-            );
-            // More than a lap of both rings.
-            for _ in 0..20 {
-                a.send(&message).unwrap();
-                let received = receive(&mut b);
-                assert_eq!(received.frame, frame);
-                assert_eq!(
-                    received.num_buffers(),
-                    33,
-                    "65,561 bytes in buffers of 2,048"
-                );
-                assert_eq!(received.header[..10], message[..10]);
-            }
-        }
-    }
-}
-
-#[test]
-fn an_offload_that_the_source_did_not_negotiate_is_dropped_and_counted() {
-    let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", with_offloads());
-    let mut message = header(NEEDS_CSUM, 0, 0, 0, (34, 16));
-    message.extend(tcp_segment(100));
-    a.send(&message).unwrap();
-    let marker = frame(2, 1, 64, 1);
-    a.send_frame(&marker).unwrap();
-    assert_eq!(receive(&mut b).frame, marker);
-    lab.eventually_dropped("a", |c| c.rx_drops[DropReason::OffloadNotNegotiated], 1);
-}
-
-// CVE-2024-11614, CVE-2026-100236: fields of the header are checked against the frame.
-#[test]
-fn headers_that_contradict_their_frame_are_dropped() {
-    let lab = Lab::start();
-    let mut a = lab.guest(
-        "a",
-        GuestConfig {
-            buffer_size: 4096,
-            ..with_offloads()
-        },
-    );
-    let mut b = lab.guest("b", with_offloads());
-    let segment = tcp_segment(3000);
-    let frame_bytes = u16::try_from(segment.len()).unwrap();
-    let bad = [
-        header(NEEDS_CSUM, 0, 0, 0, (frame_bytes, 0)),
-        header(NEEDS_CSUM, 0, 0, 0, (65_535, 65_535)),
-        header(NEEDS_CSUM, 0, 0, 0, (34, frame_bytes - 34 - 1)),
-        header(NEEDS_CSUM, 0, 0, 0, (13, 16)),
-        header(NEEDS_CSUM, GSO_TCPV4, 54, 0, (34, 16)),
-        header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (35, 16)),
-        header(NEEDS_CSUM, GSO_TCPV4, 54, 1448, (34, 6)),
-        header(NEEDS_CSUM, 4, 54, 1448, (34, 16)),
-        header(0, GSO_TCPV4, 54, 1448, (34, 16)),
-    ];
-    for header in &bad {
-        let mut message = header.clone();
-        message.extend(&segment);
-        a.send(&message).unwrap();
-    }
-    // A header length that lies is replaced by the frame's own.
-    let mut lie = header(NEEDS_CSUM, GSO_TCPV4, 65_535, 1448, (34, 16));
-    lie.extend(&segment);
-    a.send(&lie).unwrap();
-    let received = receive(&mut b);
-    assert_eq!(received.frame, segment);
-    assert_eq!(received.header[2..4], 54_u16.to_le_bytes());
-    lab.eventually_dropped("a", |c| c.rx_drops[DropReason::BadHeader], bad.len() as u64);
 }
 
 #[test]

@@ -6,46 +6,18 @@ mod common;
 use std::net::UdpSocket;
 use std::process::Command;
 
-use common::{DEADLINE, Lab, eventually, frame, name, receive};
+use common::host::{ip, mac_of, quiet_namespace};
+use common::{DEADLINE, Lab, eventually, frame, name, receive, tap};
 use etherparse::{PacketBuilder, PacketHeaders, TransportHeader};
 use ringway_bridge::DropReason;
 use ringway_dataplane::driver::{Guest, GuestConfig, features::TSO};
-use ringway_dataplane::{PortConfig, PortKind, PortState, QueuePairs, SwitchConfig, SwitchError};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use ringway_dataplane::{PortKind, PortState, SwitchConfig, SwitchError};
 
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
-
-/// Moves this thread, and so the switch's to come, into a fresh namespace.
-fn fresh_namespace() {
-    // SAFETY: only the network namespace changes; nothing else in the process depends on it.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
-    // Else the kernel sends frames of its own; without IPv6 there is no such file.
-    let _ = std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
-    let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
-}
-
-fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split(' ')).status();
-    assert!(status.unwrap().success(), "ip {arguments}");
-}
 
 fn exists(ifname: &str) -> bool {
     let output = Command::new("ip").args(["link", "show", ifname]).output();
     output.unwrap().status.success()
-}
-
-fn tap(ifname: &str, queues: u16, persist: bool) -> PortConfig {
-    PortConfig {
-        kind: PortKind::Tap {
-            ifname: ifname.to_owned(),
-            queue_pairs: QueuePairs::new(queues).unwrap(),
-            persist,
-            offload: true,
-        },
-        mtu: None,
-        fdb_limit: None,
-        pins: std::collections::BTreeMap::new(),
-    }
 }
 
 /// A lab with a tap `rw0` at 10.0.0.1 whose neighbour 10.0.0.2 is the guest.
@@ -55,28 +27,17 @@ fn lab_with_host(queues: u16) -> Lab {
 
 /// The same at a switch of which more is said.
 fn lab_with_host_and(queues: u16, change: impl FnOnce(&mut SwitchConfig)) -> Lab {
-    fresh_namespace();
+    quiet_namespace();
     let lab = Lab::with_config(change);
-    let config = tap("rw0", queues, false);
+    let config = tap("rw0", queues, true);
     lab.switch.add_port(name("host"), config).unwrap();
     ip("addr add 10.0.0.1/24 dev rw0");
     ip("neigh add 10.0.0.2 lladdr 52:54:00:00:00:01 dev rw0");
     lab
 }
 
-fn host_mac() -> [u8; 6] {
-    // The namespace's own sysfs is not mounted: ask iproute2.
-    let output = Command::new("ip")
-        .args(["-br", "link", "show", "rw0"])
-        .output()
-        .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    let mac: ringway_bridge::MacAddr = text.split_whitespace().nth(2).unwrap().parse().unwrap();
-    mac.0
-}
-
 fn datagram(payload: &[u8]) -> Vec<u8> {
-    let builder = PacketBuilder::ethernet2(GUEST, host_mac())
+    let builder = PacketBuilder::ethernet2(GUEST, mac_of("rw0"))
         .ipv4([10, 0, 0, 2], [10, 0, 0, 1], 64)
         .udp(7000, 7001);
     let mut frame = Vec::new();
@@ -212,12 +173,14 @@ fn a_checksum_that_the_host_left_open_is_completed_for_a_guest_without_offloads(
 
 #[test]
 fn interfaces_go_with_their_port_unless_they_are_to_stay() {
-    fresh_namespace();
+    quiet_namespace();
     let lab = Lab::start();
     for (ifname, queues, persist) in [("rw0", 1, false), ("rw1", 4, false), ("rw2", 1, true)] {
-        lab.switch
-            .add_port(name("p"), tap(ifname, queues, persist))
-            .unwrap();
+        let mut config = tap(ifname, queues, true);
+        if let PortKind::Tap { persist: stays, .. } = &mut config.kind {
+            *stays = persist;
+        }
+        lab.switch.add_port(name("p"), config).unwrap();
         let detail = lab.switch.port(&name("p")).unwrap();
         assert_eq!(detail.info.state, PortState::Up);
         assert_eq!(detail.queues.len(), usize::from(queues));
@@ -230,7 +193,7 @@ fn interfaces_go_with_their_port_unless_they_are_to_stay() {
     ip("tuntap add rw4 mode tap");
     for (ifname, queues) in [("rw2", 1), ("rw3", 2), ("rw3", 1), ("rw4", 1)] {
         lab.switch
-            .add_port(name("p"), tap(ifname, queues, false))
+            .add_port(name("p"), tap(ifname, queues, true))
             .unwrap();
         lab.switch.remove_port(&name("p")).unwrap();
         assert!(exists(ifname), "{ifname} was there before");
@@ -239,7 +202,7 @@ fn interfaces_go_with_their_port_unless_they_are_to_stay() {
 
 #[test]
 fn interfaces_that_can_not_be_taps_are_refused_with_a_reason() {
-    fresh_namespace();
+    quiet_namespace();
     let lab = Lab::start();
     ip("tuntap add rw4 mode tap");
     ip("tuntap add rw5 mode tun");
@@ -254,7 +217,7 @@ fn interfaces_that_can_not_be_taps_are_refused_with_a_reason() {
     for (ifname, queues, part) in cases {
         let error = lab
             .switch
-            .add_port(name("p"), tap(ifname, queues, false))
+            .add_port(name("p"), tap(ifname, queues, true))
             .unwrap_err();
         assert!(
             matches!(error, SwitchError::Tap { .. }),
@@ -264,12 +227,10 @@ fn interfaces_that_can_not_be_taps_are_refused_with_a_reason() {
         assert!(!error.hint().is_empty());
         assert!(lab.switch.ports().is_empty(), "nothing is half-created");
     }
-    lab.switch
-        .add_port(name("p"), tap("rw6", 1, false))
-        .unwrap();
+    lab.switch.add_port(name("p"), tap("rw6", 1, true)).unwrap();
     let busy = lab
         .switch
-        .add_port(name("q"), tap("rw6", 1, false))
+        .add_port(name("q"), tap("rw6", 1, true))
         .unwrap_err();
     assert!(busy.to_string().contains("another process"), "{busy}");
 }

@@ -50,6 +50,8 @@ pub(crate) struct Shape {
     pub(crate) chained: bool,
     pub(crate) in_order: bool,
     pub(crate) event_idx: bool,
+    /// Offload features of the first guest, and of the others.
+    pub(crate) offloads: [u64; 2],
 }
 
 impl Shape {
@@ -64,10 +66,12 @@ impl Shape {
             chained: false,
             in_order: true,
             event_idx: false,
+            offloads: [0; 2],
         }
     }
 
-    fn features(self) -> u64 {
+    /// Of guest `index`.
+    fn features(self, index: u8) -> u64 {
         let packed = self.layout == Layout::Packed;
         [
             (packed, VIRTIO_F_RING_PACKED),
@@ -77,7 +81,7 @@ impl Shape {
         .iter()
         .filter(|(wanted, _)| *wanted)
         .fold(
-            VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF | self.offloads[usize::from(index.min(1))],
             |all, (_, bit)| all | bit,
         )
     }
@@ -109,7 +113,7 @@ impl Wire {
             let path = folder.path().join(index.to_string());
             let name = format!("guest{index}").parse().unwrap();
             switch.add_port(name, &path).unwrap();
-            let guest = Guest::connect(&path, shape);
+            let guest = Guest::start(&path, shape, index);
             guest.address(station((index + 1) % shape.guests), station(index));
             guest
         };
@@ -145,6 +149,10 @@ impl Wire {
 
 impl Guest {
     pub(crate) fn connect(path: &Path, shape: Shape) -> Self {
+        Self::start(path, shape, 0)
+    }
+
+    fn start(path: &Path, shape: Shape, index: u8) -> Self {
         let mut frontend = Frontend::connect(path).unwrap();
         let offered = frontend
             .negotiate_protocol(WANTED_PROTOCOL_FEATURES)
@@ -163,7 +171,7 @@ impl Guest {
         let [rx_kick, tx_kick, call] = &events;
         let start = |place, kick| RingStart { place, kick, call };
         let start = DeviceStart {
-            features: shape.features(),
+            features: shape.features(index),
             mtu: None,
             memory: &memory,
             rings: vec![start(rx.place(), rx_kick), start(tx.place(), tx_kick)],
@@ -214,6 +222,14 @@ impl Guest {
         }
         self.rx.push(self.rx.free());
         total
+    }
+
+    /// All frames that it sends from now on are this one, with its header; no longer than those of
+    /// its shape.
+    pub(crate) fn write(&self, message: &[u8]) {
+        for slot in 0..usize::from(RING_SIZE) {
+            self.frames.write(slot * STRIDE as usize, message);
+        }
     }
 
     /// Addresses all frames that it sends from now on.

@@ -21,6 +21,7 @@
 mod checksum;
 mod gso;
 mod parcel;
+mod pieces;
 mod pseudo_header;
 #[cfg(test)]
 mod tests;
@@ -29,7 +30,8 @@ mod train;
 use crate::net_header::vhost_features;
 
 pub use checksum::{copy_and_checksum, internet_checksum};
-pub(crate) use parcel::{Parcel, Parcels, Pieces, Tally, Workbench};
+pub(crate) use parcel::{Parcel, Parcels, Tally, Workbench};
+pub(crate) use pieces::Pieces;
 pub(crate) use pseudo_header::find_open_checksum;
 pub(crate) use train::{Train, is_checksum_right};
 

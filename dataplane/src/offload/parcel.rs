@@ -4,12 +4,12 @@ use ringway_bridge::{DropReason, Headers};
 
 use super::checksum::Sum;
 use super::gso::Cutter;
+use super::pieces::{Pieces, Run};
 use super::{Action, MAX_PARCELS, Offloads};
 use crate::burst::{Burst, MAX_SNAPSHOT_BYTES};
 use crate::copy::copy;
 use crate::memory::Segment;
 use crate::net_header::{self, Fields, HEADER_BYTES, HEADER_LEN};
-use crate::ring::prefetch_more;
 
 const HEAD_LEN: usize = MAX_SNAPSHOT_BYTES as usize;
 
@@ -223,8 +223,7 @@ impl<'a> Parcels<'a> {
         };
         Some(Parcel {
             head,
-            body,
-            body_bytes,
+            body: body.run(body_bytes),
             open: self.open,
             field: [0; 2],
         })
@@ -236,10 +235,8 @@ impl<'a> Parcels<'a> {
 pub(crate) struct Parcel<'h, 'a> {
     /// The virtio-net header and the frame's first bytes, private.
     head: &'h mut [u8],
-    /// What follows: of these pieces of the source the first
-    body: Pieces<'a>,
-    /// bytes.
-    body_bytes: u32,
+    /// What follows, in pieces of the source.
+    body: Run<'a>,
     open: Option<Open>,
     /// A checksum that is completed behind the head.
     field: [u8; 2],
@@ -249,7 +246,7 @@ impl Parcel<'_, '_> {
     /// Header and frame.
     #[inline]
     pub(crate) fn total_bytes(&self) -> u32 {
-        u32::try_from(self.head.len()).unwrap_or(u32::MAX) + self.body_bytes
+        u32::try_from(self.head.len()).unwrap_or(u32::MAX) + self.body.bytes()
     }
 
     /// L2 bytes without FCS.
@@ -286,19 +283,13 @@ impl Parcel<'_, '_> {
             }
         }
         let Some(open) = self.open else {
-            copy_body(self.body, self.body_bytes, &mut target);
-            return;
+            return self.body.copy_to(&mut target);
         };
-        let sum = copy_and_sum(
-            self.body,
-            self.body_bytes,
-            &mut target,
-            open.sum_of(frame),
-            {
-                let before = u32::try_from(frame.len()).unwrap_or(u32::MAX);
-                open.start.saturating_sub(before)
-            },
-        );
+        let before = u32::try_from(frame.len()).unwrap_or(u32::MAX);
+        let plain = open.start.saturating_sub(before);
+        let sum = self
+            .body
+            .copy_and_sum(&mut target, open.sum_of(frame), plain);
         let header_bytes = HEADER_BYTES - gap;
         let mut field = Pieces::new(Segment::EMPTY, to);
         field.advance(header_bytes + open.at);
@@ -321,13 +312,7 @@ impl Parcel<'_, '_> {
         let mut sum = open.sum_of(&self.head[HEADER_LEN..]);
         let frame_bytes = u32::try_from(self.head.len() - HEADER_LEN).unwrap_or(u32::MAX);
         let mut plain = open.start.saturating_sub(frame_bytes);
-        let (mut body, mut left) = (self.body, self.body_bytes);
-        while left > 0 {
-            let part = body.take(left);
-            if part.len == 0 {
-                break;
-            }
-            left -= part.len;
+        for part in self.body {
             let before = plain.min(part.len);
             plain -= before;
             // SAFETY: the piece is valid while the source queue's lock is held, as it is.
@@ -372,15 +357,7 @@ impl Parcel<'_, '_> {
             ptr: self.head.as_mut_ptr(),
             len: u32::try_from(self.head.len()).unwrap_or(u32::MAX),
         });
-        let (mut body, mut left) = (self.body, self.body_bytes);
-        while left > 0 {
-            let part = body.take(left);
-            if part.len == 0 {
-                break;
-            }
-            left -= part.len;
-            piece(part);
-        }
+        self.body.for_each(piece);
     }
 }
 
@@ -390,133 +367,5 @@ impl Open {
         let mut sum = Sum::default();
         sum.add(frame.get(self.start as usize..).unwrap_or_default());
         sum
-    }
-}
-
-fn copy_body(mut body: Pieces<'_>, mut left: u32, target: &mut Pieces<'_>) {
-    while left > 0 {
-        let mut from = body.take(left);
-        if from.len == 0 {
-            return;
-        }
-        left -= from.len;
-        while from.len > 0 {
-            let is_fresh = target.current.len == 0;
-            let to = target.take(from.len);
-            if to.len == 0 {
-                return;
-            }
-            if let (true, Some(after)) = (is_fresh, target.upcoming()) {
-                prefetch_more(after.ptr, after.len.min(left + from.len));
-            }
-            // SAFETY: both pieces are valid for as many bytes and lie in different mappings, or one
-            // is private.
-            unsafe { copy(to.ptr, from.ptr, to.len as usize) };
-            from = from.skip(to.len);
-        }
-    }
-}
-
-/// Copies, and adds all but the first `plain` bytes to the sum.
-fn copy_and_sum(
-    mut body: Pieces<'_>,
-    mut left: u32,
-    target: &mut Pieces<'_>,
-    mut sum: Sum,
-    mut plain: u32,
-) -> Sum {
-    while left > 0 {
-        let mut from = body.take(left);
-        if from.len == 0 {
-            break;
-        }
-        left -= from.len;
-        while from.len > 0 {
-            let to = target.take(from.len);
-            if to.len == 0 {
-                return sum;
-            }
-            let before = plain.min(to.len);
-            plain -= before;
-            // SAFETY: both pieces are valid for no less, and lie in different mappings, or one is
-            // private.
-            unsafe { copy(to.ptr, from.ptr, before as usize) };
-            let part = Segment {
-                len: to.len - before,
-                ..from.skip(before)
-            };
-            // SAFETY: likewise, for what is left of `to.len`.
-            unsafe { sum.add_copied(to.ptr.wrapping_add(before as usize), part) };
-            from = from.skip(to.len);
-        }
-    }
-    sum
-}
-
-/// A place in a list of pieces, from which bytes are taken in order.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Pieces<'a> {
-    current: Segment,
-    next: Segment,
-    more: &'a [Segment],
-}
-
-impl<'a> Pieces<'a> {
-    /// One piece, then more.
-    pub(crate) fn new(first: Segment, more: &'a [Segment]) -> Self {
-        Self {
-            current: Segment::EMPTY,
-            next: first,
-            more,
-        }
-    }
-
-    /// The same with a piece in front.
-    pub(crate) fn behind(self, front: Segment) -> Self {
-        debug_assert!(self.current.len == 0, "nothing was taken yet");
-        Self {
-            current: front,
-            ..self
-        }
-    }
-
-    /// The next bytes, `most` of them or fewer; none only if there are no more.
-    #[inline]
-    pub(crate) fn take(&mut self, most: u32) -> Segment {
-        while self.current.len == 0 {
-            self.current = std::mem::replace(&mut self.next, Segment::EMPTY);
-            if self.current.len == 0 {
-                let Some((first, more)) = self.more.split_first() else {
-                    return Segment::EMPTY;
-                };
-                (self.current, self.more) = (*first, more);
-            }
-        }
-        let part = Segment {
-            len: self.current.len.min(most),
-            ..self.current
-        };
-        self.current = self.current.skip(part.len);
-        part
-    }
-
-    /// The piece behind the one that is being taken.
-    #[inline]
-    fn upcoming(&self) -> Option<Segment> {
-        match self.next {
-            Segment { len: 0, .. } => self.more.first().copied(),
-            next => Some(next),
-        }
-    }
-
-    /// Passes over so many bytes.
-    pub(crate) fn advance(&mut self, mut bytes: u32) {
-        while bytes > 0 {
-            let part = self.take(bytes);
-            if part.len == 0 {
-                return;
-            }
-            bytes -= part.len;
-        }
     }
 }

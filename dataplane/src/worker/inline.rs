@@ -9,11 +9,11 @@ use ringway_bridge::{Bridge, BridgeConfig, PortId};
 
 use super::turn::Worker;
 use super::{Command, Token, WorkerHandle};
-use crate::port::{Binding, Port, PortBase, VhostPort};
-use crate::switch::{IdleConfig, PortName, SwitchError};
+use crate::port::{AfXdpPort, Binding, Port, PortBase, VhostPort};
+use crate::switch::{AfXdpConfig, IdleConfig, PortName, SwitchError};
 use crate::vhost_user::{Endpoint, SessionThread};
 
-/// A switch of vhost-user ports whose worker runs in the caller's thread, one turn at a time, and
+/// A switch of vhost-user and AF_XDP ports whose worker runs in the caller's thread, one turn at a time, and
 /// never sleeps: for benches, instruction counts and tests that want no scheduler in between.
 /// Sessions have their thread as ever; it is idle once the rings are started.
 pub struct InlineSwitch {
@@ -23,6 +23,7 @@ pub struct InlineSwitch {
     // Ends, and stops all rings, before the worker's tables go.
     sessions: SessionThread<VhostPort>,
     guests: Vec<Arc<VhostPort>>,
+    ports: u16,
 }
 
 impl std::fmt::Debug for InlineSwitch {
@@ -62,6 +63,7 @@ impl InlineSwitch {
             commands,
             sessions,
             guests: Vec::new(),
+            ports: 0,
         })
     }
 
@@ -71,28 +73,18 @@ impl InlineSwitch {
     /// # Errors
     /// The path can't be used, or there are [`ringway_bridge::MAX_PORTS`] ports.
     pub fn add_port(&mut self, name: PortName, socket: &Path) -> Result<(), SwitchError> {
-        let id = u16::try_from(self.guests.len()).ok().and_then(PortId::new);
-        let id = id.ok_or(SwitchError::TooManyPorts)?;
+        let id = self.next_id()?;
         let endpoint = Endpoint::listen(socket)?;
         let guest = Arc::new(VhostPort::new(PortBase::new(name, id), 1, None));
-        let tokens = || (0..guest.pairs()).map(|pair| Token::new(id, pair, 0));
-        for token in tokens() {
-            let worker = Arc::clone(&self.handle);
-            let bound = guest.bind(token.pair(), Binding { worker, token });
+        for pair in 0..guest.pairs() {
+            let (worker, token) = (Arc::clone(&self.handle), Token::new(id, pair, 0));
+            let bound = guest.bind(pair, Binding { worker, token });
             bound.map_err(|source| SwitchError::System {
                 what: "kick".into(),
                 source,
             })?;
         }
-        let sources = tokens().collect();
-        let (done, _) = channel::bounded(1);
-        let port = Arc::new(Port::VhostUser(Arc::clone(&guest)));
-        self.handle.send(Command::AddPort {
-            port,
-            sources,
-            done,
-        });
-        self.turn();
+        self.add_to_worker(Port::VhostUser(Arc::clone(&guest)));
         self.guests.push(Arc::clone(&guest));
         self.sessions
             .add(id, endpoint, guest)
@@ -100,6 +92,38 @@ impl InlineSwitch {
                 what: "session".into(),
                 source,
             })
+    }
+
+    /// Adds a port of an interface's queues.
+    ///
+    /// # Errors
+    /// The interface can't be used that way, or there are [`ringway_bridge::MAX_PORTS`] ports.
+    pub fn add_af_xdp_port(
+        &mut self,
+        name: PortName,
+        config: &AfXdpConfig,
+    ) -> Result<(), SwitchError> {
+        let base = PortBase::new(name, self.next_id()?);
+        let port = AfXdpPort::open(base, config, None)?;
+        self.add_to_worker(Port::AfXdp(Box::new(port)));
+        Ok(())
+    }
+
+    fn next_id(&self) -> Result<PortId, SwitchError> {
+        PortId::new(self.ports).ok_or(SwitchError::TooManyPorts)
+    }
+
+    fn add_to_worker(&mut self, port: Port) {
+        let id = port.base().id;
+        let pairs = 0..port.queue_pairs();
+        let (done, _) = channel::bounded(1);
+        self.handle.send(Command::AddPort {
+            port: Arc::new(port),
+            sources: pairs.map(|pair| Token::new(id, pair, 0)).collect(),
+            done,
+        });
+        self.turn();
+        self.ports += 1;
     }
 
     /// Polls each active queue once.

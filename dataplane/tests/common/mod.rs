@@ -5,10 +5,11 @@
     reason = "helpers of tests, not all used by each"
 )]
 
+pub(crate) mod endpoint;
+pub(crate) mod host;
 pub(crate) mod hostile;
 pub(crate) mod observe;
 pub(crate) mod packet;
-pub(crate) mod veth;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use ringway_dataplane::driver::{Guest, GuestConfig, Layout, Received};
 use ringway_dataplane::{
-    BalanceConfig, IdleConfig, PortConfig, PortCounters, PortKind, PortName, QueuePairs,
-    SocketSpec, Switch, SwitchConfig,
+    AfXdpConfig, AfXdpInfo, BalanceConfig, IdleConfig, PortConfig, PortCounters, PortKind,
+    PortName, QueuePairs, SocketSpec, Switch, SwitchConfig, UmemFrames, XdpMode,
 };
 use tempfile::TempDir;
 
@@ -79,15 +80,10 @@ impl Lab {
         change: impl FnOnce(&mut PortConfig),
     ) -> PathBuf {
         let path = self.socket(port);
-        let mut config = PortConfig {
-            kind: PortKind::VhostUser {
-                socket: SocketSpec::Listen(path.clone()),
-                queue_pairs: QueuePairs::new(8).unwrap(),
-            },
-            mtu: None,
-            fdb_limit: None,
-            pins: BTreeMap::new(),
-        };
+        let mut config = port_of(PortKind::VhostUser {
+            socket: SocketSpec::Listen(path.clone()),
+            queue_pairs: QueuePairs::new(8).unwrap(),
+        });
         change(&mut config);
         self.switch.add_port(name(port), config).unwrap();
         path
@@ -146,6 +142,60 @@ impl Drop for Lab {
 
 pub(crate) fn name(port: &str) -> PortName {
     port.parse().unwrap()
+}
+
+/// A port of this kind of which nothing else is said.
+pub(crate) fn port_of(kind: PortKind) -> PortConfig {
+    PortConfig {
+        kind,
+        mtu: None,
+        fdb_limit: None,
+        pins: BTreeMap::new(),
+    }
+}
+
+pub(crate) fn tap(ifname: &str, queues: u16, offload: bool) -> PortConfig {
+    port_of(PortKind::Tap {
+        ifname: ifname.to_owned(),
+        queue_pairs: QueuePairs::new(queues).unwrap(),
+        persist: false,
+        offload,
+    })
+}
+
+/// All queues of `xdp0`, unless changed.
+pub(crate) fn nic_config(change: impl FnOnce(&mut AfXdpConfig)) -> AfXdpConfig {
+    let mut config = AfXdpConfig {
+        ifname: "xdp0".into(),
+        queue_pairs: None,
+        mode: XdpMode::Auto,
+        umem_frames: UmemFrames::DEFAULT,
+        busy_poll: None,
+        gro: true,
+    };
+    change(&mut config);
+    config
+}
+
+pub(crate) fn af_xdp(change: impl FnOnce(&mut AfXdpConfig)) -> PortConfig {
+    port_of(PortKind::AfXdp(nic_config(change)))
+}
+
+/// A lab whose port `nic` is one end of a veth pair in a fresh namespace; a raw socket has the other.
+pub(crate) fn lab_with_nic(
+    queues: u16,
+    mtu: u32,
+    change: impl FnOnce(&mut AfXdpConfig),
+) -> (Lab, host::Raw) {
+    host::fresh_namespace();
+    host::veth(queues, mtu);
+    let lab = Lab::start();
+    lab.switch.add_port(name("nic"), af_xdp(change)).unwrap();
+    (lab, host::Raw::open("far0"))
+}
+
+pub(crate) fn nic_info(lab: &Lab) -> AfXdpInfo {
+    lab.switch.port(&name("nic")).unwrap().af_xdp.unwrap()
 }
 
 /// Waits until `condition` holds.

@@ -284,6 +284,20 @@ pub(crate) fn judge(frame: &[u8]) -> Result<Judged, String> {
     Ok(judged)
 }
 
+/// Where the headers of a frame of TCP or UDP are.
+pub(crate) fn place_of(frame: &[u8]) -> Place {
+    let parsed = PacketHeaders::from_ethernet_slice(frame).unwrap();
+    let headers = parsed.payload.slice().as_ptr().addr() - frame.as_ptr().addr();
+    let transport = parsed.transport.unwrap();
+    let l4 = headers - transport.header_len();
+    Place {
+        l3: l4 - parsed.net.unwrap().header_len(),
+        l4,
+        headers,
+        csum_offset: if transport.tcp().is_some() { 16 } else { 6 },
+    }
+}
+
 /// Bytes that no shift or swap leaves as they are.
 pub(crate) fn pattern(bytes: usize) -> Vec<u8> {
     (0..=250).cycle().take(bytes).collect()

@@ -58,7 +58,7 @@ pub(super) fn deliver_to_af_xdp(
     if transmitter.submit() == Sent::Later && !unsent.contains(&(port.base.id, pair)) {
         unsent.push((port.base.id, pair));
     }
-    let frames = u64::from(outcome.sent.count_ones());
+    let frames = u64::from(outcome.sent.count_ones()) + bench.tally.extra_delivered();
     queue.tx.frames.add_owned(frames);
     queue.tx.bytes.add_owned(outcome.sent_bytes);
     outcome
