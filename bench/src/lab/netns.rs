@@ -16,7 +16,7 @@ const PREFIX: &str = "ringway-lab-";
 /// Where iproute2 keeps its names.
 const NAMES: &str = "/run/netns";
 
-/// Bound on each `ip` command.
+/// Bound on each `ip` command and the like.
 const IP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A named namespace, removed when dropped.
@@ -67,6 +67,12 @@ impl NetNs {
     pub(crate) fn ip(&self, arguments: &[&str]) -> Result<String> {
         let output = run_ok(ip()?.args(["-n", &self.name]).args(arguments), IP_TIMEOUT)?;
         Ok(output.stdout)
+    }
+
+    /// `PROGRAM ARGUMENTS…` inside, to its end.
+    pub(crate) fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let mut command = self.inside(find(program)?)?;
+        Ok(run_ok(command.args(arguments), IP_TIMEOUT)?.stdout)
     }
 
     /// A program inside. The pid stays the program's: `ip netns exec` execs.

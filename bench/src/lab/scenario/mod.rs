@@ -16,7 +16,8 @@ use super::measure::{Effort, Test, measure};
 use super::options::Plan;
 use super::progress::Progress;
 use super::report::Machine;
-use super::topology::{Base, Shape, Switch, Topology};
+use super::shape::Shape;
+use super::topology::{Base, Switch, Topology};
 
 /// What to prove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -226,7 +227,7 @@ const MATRIX_TESTS: [Test; 6] = [
 fn matrix(stage: &Stage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     for shape in stage.plan.shapes() {
-        let label = format!("{}q/{}", shape.queue_pairs, shape.mtu_bytes);
+        let label = shape.tag();
         stage.progress.say(&format!("matrix: {label}"));
         let mut topology = stage.guests(shape)?;
         let mut words = Vec::new();
@@ -240,7 +241,7 @@ fn matrix(stage: &Stage<'_>) -> Result<Findings> {
             match outcome {
                 Ok(figure) => {
                     findings.require(figure.passed(), || format!("{label}: {} is 0", test.name()));
-                    let key = format!("q{}_mtu{}_{test:?}", shape.queue_pairs, shape.mtu_bytes);
+                    let key = format!("{label}-{test:?}");
                     findings.figures.insert(key, serde_json::to_value(&figure)?);
                     words.push(format!("{:.2}", figure.headline()));
                 }
