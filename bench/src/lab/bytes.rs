@@ -46,7 +46,7 @@ pub(crate) fn transfer(topology: &mut Topology, way: Way) -> Result<Figure> {
     Ok(Figure::Bytes {
         bits_per_second: 8.0 * received.bytes as f64 / took.as_secs_f64(),
         bytes: received.bytes,
-        sha256: received.sha256,
+        sha512: received.sha512,
     })
 }
 
@@ -163,16 +163,16 @@ fn patiently<T>(outcome: io::Result<T>, deadline: Instant) -> Result<Option<T>> 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Digest {
     bytes: u64,
-    sha256: String,
+    sha512: String,
 }
 
 impl Digest {
     fn of(bytes: &[u8]) -> Result<Digest> {
-        let mut child = Command::new(find("sha256sum")?)
+        let mut child = Command::new(find("sha512sum")?)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
-        let mut stdin = child.stdin.take().context("sha256sum has no input")?;
+        let mut stdin = child.stdin.take().context("sha512sum has no input")?;
         stdin.write_all(bytes)?;
         drop(stdin);
         let output = child.wait_with_output()?;
@@ -180,14 +180,14 @@ impl Digest {
         Digest::parse(&format!("{} {said}", bytes.len()))
     }
 
-    /// Reads `NUMBER HASH -`, as `bytes digest` and sha256sum print it.
+    /// Reads `NUMBER HASH -`, as `bytes digest` and sha512sum print it.
     fn parse(text: &str) -> Result<Digest> {
         let mut words = text.split_whitespace();
-        let (bytes, sha256) = (words.next(), words.next());
-        match (bytes.and_then(|bytes| bytes.parse().ok()), sha256) {
-            (Some(bytes), Some(sha256)) if sha256.len() == 64 => Ok(Digest {
+        let (bytes, sha512) = (words.next(), words.next());
+        match (bytes.and_then(|bytes| bytes.parse().ok()), sha512) {
+            (Some(bytes), Some(sha512)) if sha512.len() == 128 => Ok(Digest {
                 bytes,
-                sha256: sha256.to_owned(),
+                sha512: sha512.to_owned(),
             }),
             _ => bail!("`{}` is no number and hash", text.trim()),
         }
@@ -204,9 +204,9 @@ fn compare(sent: &Digest, received: &Digest) -> Result<()> {
         sent == received,
         "what arrived is not what was sent: {} bytes with hash {} became {} with {}",
         sent.bytes,
-        sent.sha256,
+        sent.sha512,
         received.bytes,
-        received.sha256
+        received.sha512
     );
     Ok(())
 }
@@ -217,8 +217,9 @@ mod tests {
 
     #[test]
     fn both_ends_tell_the_same_of_the_same_bytes() {
-        let hash = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        let here = Digest::of(b"abc").expect("sha256sum runs");
+        let hash = "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a\
+                    2192992a274fc1a836ba3c23a3feebbd454d4423643ce80e2a9ac94fa54ca49f";
+        let here = Digest::of(b"abc").expect("sha512sum runs");
         let there = Digest::parse(&format!("3 {hash}  -\n")).expect("as a guest prints it");
         assert_eq!(here, there);
         for text in ["", "3", "3 abc", "x "] {
@@ -230,7 +231,7 @@ mod tests {
     fn other_bytes_and_too_few_are_failures() {
         let digest = |bytes, hash: &str| Digest {
             bytes,
-            sha256: hash.to_owned(),
+            sha512: hash.to_owned(),
         };
         let all = (MIB as u64) << 20;
         assert!(compare(&digest(all, "x"), &digest(all, "x")).is_ok());

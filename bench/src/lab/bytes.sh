@@ -40,6 +40,7 @@ wait)
     until_true 3000 test -f complete || { echo "the connection did not end"; exit 1; }
     ;;
 digest)
-    echo "$(wc -c <"$2") $(sha256sum <"$2")"
+    # Not wc, which takes ten times as long; of the hashes SHA-512 is among the fastest here.
+    echo "$(stat -c %s "$2") $(sha512sum <"$2")"
     ;;
 esac

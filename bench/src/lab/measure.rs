@@ -138,7 +138,7 @@ pub(crate) enum Figure {
     Bytes {
         bits_per_second: f64,
         bytes: u64,
-        sha256: String,
+        sha512: String,
     },
 }
 

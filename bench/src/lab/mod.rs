@@ -8,6 +8,7 @@
 
 mod accel;
 mod bytes;
+mod capture;
 mod console;
 mod cpio;
 mod daemon;

@@ -115,6 +115,16 @@ impl Offloads {
             .map(|property| format!(",{property}=off"))
             .collect()
     }
+
+    /// Whether a guest leaves checksums open, and takes frames that do.
+    pub(crate) fn checksums(self) -> bool {
+        self != Offloads::None
+    }
+
+    /// Whether a guest sends and takes TCP frames longer than the MTU.
+    pub(crate) fn segments(self) -> bool {
+        self == Offloads::All
+    }
 }
 
 /// Offloads of guest a and of guest b: `csum`, or `all/none` if they differ.

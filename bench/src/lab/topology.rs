@@ -7,7 +7,7 @@
 //!                             on ringwayd a tap, or a veth pair with AF_XDP on its other end
 //! ```
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -187,6 +187,11 @@ impl Topology {
         daemon.ringway(&[&words[..], &sizes].concat())?;
         self.daemon = Some(daemon);
         self.configure_host(HOST_INTERFACE)
+    }
+
+    /// Logs and sockets of this topology.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// A path for the socket of a vhost-user port.

@@ -1,5 +1,6 @@
 //! Acceptance runs: each ends with a line PASS or FAIL and its figures.
 
+mod af_xdp;
 mod churn;
 mod quiet;
 mod recovery;
@@ -37,6 +38,10 @@ pub(crate) enum Scenario {
     Rss,
     /// Every shape: ping and TCP guest-guest and guest-host, both ways
     Matrix,
+    /// The host behind AF_XDP, guests with all, some and no offloads, MTU 1500 and 9000, two queue
+    /// pairs: ping, TCP, UDP, hashed bytes, and every frame that reaches the host has right
+    /// checksums and length
+    AfXdp,
     /// All of the above
     All,
 }
@@ -210,6 +215,7 @@ fn run(scenario: Scenario, stage: &Stage<'_>) -> Result<Findings> {
         Scenario::GuestKill => recovery::guest_kill(stage),
         Scenario::Reboot => recovery::reboot(stage),
         Scenario::Matrix => matrix(stage),
+        Scenario::AfXdp => af_xdp::af_xdp(stage),
         Scenario::All => bail!("`all` is expanded before"),
     }
 }
@@ -296,7 +302,7 @@ mod tests {
     #[test]
     fn all_means_each_once() {
         let all = Scenario::expand(&[Scenario::All, Scenario::Idle]);
-        assert_eq!(all.len(), 7);
+        assert_eq!(all.len(), 8);
         assert!(!all.contains(&Scenario::All));
         assert_eq!(
             Scenario::expand(&[Scenario::Rss, Scenario::Rss]),
