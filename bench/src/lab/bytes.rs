@@ -202,7 +202,7 @@ fn compare(sent: &Digest, received: &Digest) -> Result<()> {
     );
     ensure!(
         sent == received,
-        "what arrived is not what was sent: {} bytes with hash {} became {} with {}",
+        "what arrived is not what was sent: {} bytes with hash {:.16} became {} with {:.16}",
         sent.bytes,
         sent.sha512,
         received.bytes,
