@@ -30,7 +30,7 @@ pub(crate) struct LabArgs {
           value_parser = clap::value_parser!(u16).range(576..=9216))]
     mtu: Vec<u16>,
 
-    /// The host's port on ringwayd
+    /// The host's port on ringwayd (on a Linux bridge the host is at the bridge itself)
     #[arg(long, value_enum, default_value_t = Host::Tap)]
     host: Host,
 
