@@ -6,7 +6,7 @@
 # Safe to run again; it returns at once when nothing is missing.
 set -eu
 
-tools="gcc libc6-dev make pkg-config zlib1g-dev libelf-dev clang m4 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-system-x86 iperf3 busybox-static iproute2 xz-utils kmod util-linux valgrind"
+tools="gcc libc6-dev make pkg-config zlib1g-dev libelf-dev clang m4 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-system-x86 iperf3 busybox-static iproute2 tcpdump xz-utils kmod util-linux valgrind"
 lock_seconds=120
 cache=${XDG_CACHE_HOME:-${HOME:?}/.cache}/ringway
 kernels=$cache/kernel
@@ -137,7 +137,7 @@ if [ -z "$missing" ] && have_kernel; then
     exit 0
 fi
 command -v apt-get >/dev/null 2>&1 && command -v dpkg-deb >/dev/null 2>&1 ||
-    die "no apt here: install QEMU 9.2 or later, iperf3, a static busybox, iproute2, xz, kmod and valgrind, and unpack a Debian cloud kernel into $kernels/current"
+    die "no apt here: install QEMU 9.2 or later, iperf3, a static busybox, iproute2, tcpdump, xz, kmod and valgrind, and unpack a Debian cloud kernel into $kernels/current"
 [ "$(id -u)" = 0 ] || die "needs root to install ${missing:-a guest kernel}: run it with sudo -E"
 
 if [ -n "$missing" ]; then

@@ -1,4 +1,4 @@
-//! End to end: two QEMU guests and the host's tap through the real daemon.
+//! End to end: two QEMU guests and the host through the real daemon.
 //!
 //! Needs root, QEMU and what else `bench/install-packages.sh` installs, and the daemon and its
 //! tool built by the same command (`cargo nextest run --workspace`). Whatever is missing fails the
@@ -66,6 +66,35 @@ fn guests_and_host_talk_through_ringwayd() {
         }
     }
     assert_eq!(leftovers(), Vec::<String>::new(), "namespaces are removed");
+}
+
+/// A guest with every offload, one with none, the host behind AF_XDP: all bytes arrive as they were
+/// sent, and each frame that the host receives is right.
+#[test]
+fn bytes_past_af_xdp_and_offloads_are_unchanged() {
+    let (ringwayd, ringway) = (sibling("ringwayd"), sibling("ringway"));
+    let output = lab(&[
+        "--scenario",
+        "af-xdp",
+        "--mtu",
+        "1500",
+        "--offloads",
+        "all/none",
+        "--json",
+        "--ringwayd",
+        &ringwayd.to_string_lossy(),
+        "--ringway",
+        &ringway.to_string_lossy(),
+    ]);
+    let scenario = &report(&output)["scenarios"][0];
+    assert_eq!(scenario["passed"], true, "{scenario}");
+    let figures = &scenario["figures"]["q2-mtu1500-af-xdp-all+none"];
+    for test in ["BytesAB", "BytesAHost", "BytesHostA"] {
+        assert_eq!(figures[test]["bytes"], 100 << 20, "{test}: {figures}");
+    }
+    let captured = &figures["TcpAHost_captured"];
+    assert_eq!(captured["longest_bytes"], 1514, "{captured}");
+    assert!(figures["b_tx_cut"].as_u64() > Some(0), "{figures}");
 }
 
 /// The reference works by itself: what fails above and passes here is ringwayd's.

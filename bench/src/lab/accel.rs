@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::guest::{Guest, GuestSpec, Nic};
 use super::image::{Image, write_whole};
+use super::shape::Offloads;
 
 /// How long a guest on KVM may take to its shell; where KVM works it takes one to two seconds.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(12);
@@ -104,6 +105,7 @@ fn probe(image: &Image, folder: &Path) -> Result<Verdict> {
         index: 0,
         queue_pairs: 1,
         mtu: 1500,
+        offloads: Offloads::All,
         nic: Nic::None,
         accel: Accel::Kvm,
     };

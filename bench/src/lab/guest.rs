@@ -14,6 +14,7 @@ use super::console::{Answer, Console};
 use super::image::Image;
 use super::netns::NetNs;
 use super::process::{Kept, find, tied};
+use super::shape::Offloads;
 
 /// The QEMU program.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
@@ -58,6 +59,7 @@ pub(crate) struct GuestSpec {
     pub(crate) queue_pairs: u16,
     /// L3 MTU.
     pub(crate) mtu: u16,
+    pub(crate) offloads: Offloads,
     pub(crate) nic: Nic,
     pub(crate) accel: Accel,
 }
@@ -237,11 +239,12 @@ fn arguments(command: &mut Command, spec: &GuestSpec, image: &Image, sockets: &S
     if let Some(netdev) = netdev {
         command.arg("-netdev").arg(netdev);
         command.arg("-device").arg(format!(
-            "virtio-net-pci,netdev=net,mac={},mq={},vectors={},host_mtu={},romfile=",
+            "virtio-net-pci,netdev=net,mac={},mq={},vectors={},host_mtu={},romfile={}",
             mac(spec.index),
             if pairs > 1 { "on" } else { "off" },
             2 * pairs + 2,
-            spec.mtu
+            spec.mtu,
+            spec.offloads.qemu_properties()
         ));
         line += &format!(" rw.ip={}/24 rw.mtu={}", address(spec.index), spec.mtu);
     }

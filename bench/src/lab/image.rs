@@ -15,6 +15,7 @@ use super::{INSTALL_HINT, hinted};
 
 const INIT: &str = include_str!("init.sh");
 const NETUP: &str = include_str!("netup.sh");
+const BYTES: &str = include_str!("bytes.sh");
 
 /// The driver whose modules (with all that they depend on) the guest loads.
 const NIC_DRIVER: &str = "virtio_net";
@@ -48,7 +49,7 @@ pub(crate) fn prepare(cache: &Path) -> Result<Image> {
     let programs = Programs::find()?;
 
     let mut hasher = DefaultHasher::new();
-    (INIT, NETUP, &kernel_version).hash(&mut hasher);
+    (INIT, NETUP, BYTES, &kernel_version).hash(&mut hasher);
     for path in modules.iter().chain([&programs.busybox, &programs.iperf3]) {
         let metadata = path.metadata()?;
         (path, metadata.len(), metadata.modified()?).hash(&mut hasher);
@@ -204,6 +205,7 @@ fn build(modules: &[PathBuf], programs: &Programs) -> Result<Vec<u8>> {
     archive.character_device("dev/console", 5, 1);
     archive.file("init", INIT.as_bytes());
     archive.file("bin/netup", NETUP.as_bytes());
+    archive.file("bin/bytes", BYTES.as_bytes());
     archive.file("bin/busybox", &read(&programs.busybox)?);
     archive.file("usr/bin/iperf3", &read(&programs.iperf3)?);
     for library in &programs.libraries {

@@ -1,4 +1,4 @@
-//! One measurement each: ping or an iperf3 run between two of the three hosts.
+//! One measurement each: ping, an iperf3 run or hashed bytes between two of the three hosts.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::bytes::{self, Way};
 use super::guest::{HOST_ADDRESS, address};
 use super::process::{Kept, find};
 use super::topology::Topology;
@@ -21,6 +22,9 @@ pub(crate) const SLACK: Duration = Duration::from_secs(15);
 
 /// How long an iperf3 server may take until it listens.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Headers of a datagram, which the MTU counts.
+const IP_AND_UDP_BYTES: u16 = 28;
 
 /// Pings per measurement, a tenth of a second apart.
 const PINGS: u32 = 15;
@@ -36,6 +40,11 @@ pub(crate) enum Test {
     TcpAHost,
     TcpHostA,
     UdpAB,
+    UdpAHost,
+    UdpHostA,
+    BytesAB,
+    BytesAHost,
+    BytesHostA,
 }
 
 /// Groups of tests, as the operator names them.
@@ -49,6 +58,11 @@ pub(crate) enum TestGroup {
     TcpGuests,
     /// iperf3 UDP, 64-byte datagrams, guest to guest
     Udp,
+    /// iperf3 UDP, datagrams as long as the MTU, guest and host, both ways
+    UdpHost,
+    /// 100 MiB of random bytes over TCP, guest to guest and guest to host both ways; fails if their
+    /// hash is another where they arrive
+    Bytes,
 }
 
 impl TestGroup {
@@ -58,6 +72,8 @@ impl TestGroup {
             TestGroup::Tcp => &[Test::TcpAB, Test::TcpBA, Test::TcpAHost, Test::TcpHostA],
             TestGroup::TcpGuests => &[Test::TcpAB],
             TestGroup::Udp => &[Test::UdpAB],
+            TestGroup::UdpHost => &[Test::UdpAHost, Test::UdpHostA],
+            TestGroup::Bytes => &[Test::BytesAB, Test::BytesAHost, Test::BytesHostA],
         }
     }
 }
@@ -72,6 +88,11 @@ impl Test {
             Test::TcpAHost => "TCP guest -> host",
             Test::TcpHostA => "TCP host -> guest",
             Test::UdpAB => "UDP 64 B guest a -> b",
+            Test::UdpAHost => "UDP guest -> host",
+            Test::UdpHostA => "UDP host -> guest",
+            Test::BytesAB => "bytes guest a -> b",
+            Test::BytesAHost => "bytes guest -> host",
+            Test::BytesHostA => "bytes host -> guest",
         }
     }
 
@@ -79,7 +100,7 @@ impl Test {
     pub(crate) fn unit(self) -> &'static str {
         match self {
             Test::PingAB | Test::PingAHost => "ms",
-            Test::UdpAB => "kpps",
+            Test::UdpAB | Test::UdpAHost | Test::UdpHostA => "kpps",
             _ => "Gbit/s",
         }
     }
@@ -90,7 +111,7 @@ impl Test {
 pub(crate) struct Effort {
     /// Length of an iperf3 run.
     pub(crate) seconds: u32,
-    /// Offered rate of the UDP test, Mbit/s of payload.
+    /// Offered rate of the UDP tests, Mbit/s of payload.
     pub(crate) udp_mbit_per_s: u32,
 }
 
@@ -113,6 +134,12 @@ pub(crate) enum Figure {
         lost_percent: f64,
         received_bits_per_second: f64,
     },
+    /// The hash is the same at both ends.
+    Bytes {
+        bits_per_second: f64,
+        bytes: u64,
+        sha512: String,
+    },
 }
 
 impl Figure {
@@ -121,6 +148,9 @@ impl Figure {
         match self {
             Figure::Ping { median_rtt_ms, .. } => *median_rtt_ms,
             Figure::Tcp {
+                bits_per_second, ..
+            }
+            | Figure::Bytes {
                 bits_per_second, ..
             } => bits_per_second / 1e9,
             Figure::Udp { received_pps, .. } => received_pps / 1e3,
@@ -140,6 +170,7 @@ impl Figure {
             }
             Figure::Tcp { retransmits, .. } => format!("{retransmits} retransmits"),
             Figure::Udp { lost_percent, .. } => format!("{lost_percent:.1} % lost"),
+            Figure::Bytes { bytes, .. } => format!("{} MiB, same hash", bytes >> 20),
         }
     }
 
@@ -161,7 +192,12 @@ pub(crate) fn measure(topology: &mut Topology, test: Test, effort: Effort) -> Re
         Test::TcpBA => tcp(topology, Peer::Guest, true, effort),
         Test::TcpAHost => tcp(topology, Peer::Host, false, effort),
         Test::TcpHostA => tcp(topology, Peer::Host, true, effort),
-        Test::UdpAB => udp(topology, effort),
+        Test::UdpAB => udp_small(topology, effort),
+        Test::UdpAHost => udp_long(topology, false, effort),
+        Test::UdpHostA => udp_long(topology, true, effort),
+        Test::BytesAB => bytes::transfer(topology, Way::GuestToGuest),
+        Test::BytesAHost => bytes::transfer(topology, Way::GuestToHost),
+        Test::BytesHostA => bytes::transfer(topology, Way::HostToGuest),
     };
     let switch = topology.switch.name();
     outcome.with_context(|| format!("{} on {switch}", test.name()))
@@ -191,7 +227,7 @@ pub(crate) fn ping(topology: &mut Topology, to: &str, count: u32, interval: f64)
 pub(crate) enum Peer {
     /// Guest b.
     Guest,
-    /// The host behind its tap.
+    /// The host.
     Host,
 }
 
@@ -214,10 +250,24 @@ fn tcp(topology: &mut Topology, peer: Peer, reverse: bool, effort: Effort) -> Re
     parse_tcp(&text)
 }
 
-fn udp(topology: &mut Topology, effort: Effort) -> Result<Figure> {
+/// Between the guests, 64 bytes a datagram.
+fn udp_small(topology: &mut Topology, effort: Effort) -> Result<Figure> {
     let options = format!("-u -l 64 -b {}M -i 0", effort.udp_mbit_per_s);
     let text = iperf3(topology, Peer::Guest, &options, effort.seconds)?;
-    parse_udp(&text)
+    parse_udp(&text, 64)
+}
+
+/// With the host, a datagram as long as the MTU allows, a stream for each queue pair.
+fn udp_long(topology: &mut Topology, reverse: bool, effort: Effort) -> Result<Figure> {
+    let payload_bytes = topology.shape.mtu_bytes - IP_AND_UDP_BYTES;
+    let streams = u32::from(topology.shape.queue_pairs);
+    let kbit_per_s = effort.udp_mbit_per_s * 1000 / streams;
+    let mut options = format!("-u -l {payload_bytes} -b {kbit_per_s}K -P {streams} -i 0");
+    if reverse {
+        options.push_str(" -R");
+    }
+    let text = iperf3(topology, Peer::Host, &options, effort.seconds)?;
+    parse_udp(&text, payload_bytes)
 }
 
 /// Runs iperf3 on guest a against a fresh server on `peer`; gives its JSON.
@@ -322,7 +372,7 @@ fn parse_tcp(text: &str) -> Result<Figure> {
     })
 }
 
-fn parse_udp(text: &str) -> Result<Figure> {
+fn parse_udp(text: &str, payload_bytes: u16) -> Result<Figure> {
     let report = parse_report(text)?;
     // iperf3 3.13 and later tell what was received apart from what was sent.
     let sum = report
@@ -344,7 +394,7 @@ fn parse_udp(text: &str) -> Result<Figure> {
         } else {
             100.0
         },
-        received_bits_per_second: received * 64.0 * 8.0,
+        received_bits_per_second: received * f64::from(payload_bytes) * 8.0,
     })
 }
 
@@ -380,7 +430,7 @@ mod tests {
     fn udp_report_counts_what_arrived() {
         let text = r#"{"end":{"sum":{"seconds":2.0,"packets":1000,"lost_packets":100,
                        "lost_percent":10.0}}}"#;
-        let figure = parse_udp(text).expect("a whole report");
+        let figure = parse_udp(text, 64).expect("a whole report");
         let Figure::Udp {
             received_pps,
             lost_percent,

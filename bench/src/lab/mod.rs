@@ -1,4 +1,5 @@
-//! `ringway-bench lab`: two QEMU guests and the host on ringwayd, measured by ping and iperf3.
+//! `ringway-bench lab`: two QEMU guests and the host on ringwayd, measured by ping, iperf3 and
+//! hashed transfers.
 //!
 //! The way of a run: [`image`] makes what the guests boot, [`accel`] decides between KVM and TCG,
 //! [`topology`] builds a switch with its guests in a [`netns`], [`measure`] runs one test on it,
@@ -6,6 +7,8 @@
 //! ended by a `Drop`, also after Ctrl-C ([`crate::interrupt`]).
 
 mod accel;
+mod bytes;
+mod capture;
 mod console;
 mod cpio;
 mod daemon;
@@ -18,6 +21,7 @@ mod process;
 mod progress;
 mod report;
 mod scenario;
+mod shape;
 mod topology;
 
 use std::path::Path;
@@ -37,7 +41,8 @@ use measure::measure;
 use options::Plan;
 use progress::Progress;
 use report::{Machine, Report, Sample};
-use topology::{Base, Shape, Switch, Topology};
+use shape::Shape;
+use topology::{Base, Switch, Topology};
 
 /// What to do about anything that a package brings.
 const INSTALL_HINT: &str = "run bench/install-packages.sh as root";
@@ -159,12 +164,7 @@ fn measure_shape(
 }
 
 fn label(switch: Switch, shape: Shape) -> String {
-    format!(
-        "{}, {} queue pair(s), MTU {}",
-        switch.name(),
-        shape.queue_pairs,
-        shape.mtu_bytes
-    )
+    format!("{}, {shape}", switch.name())
 }
 
 /// The middle of the values; the mean of the two middle ones if their number is even, 0 for none.

@@ -16,7 +16,7 @@ const PREFIX: &str = "ringway-lab-";
 /// Where iproute2 keeps its names.
 const NAMES: &str = "/run/netns";
 
-/// Bound on each `ip` command.
+/// Bound on each `ip` command and the like.
 const IP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A named namespace, removed when dropped.

@@ -9,7 +9,8 @@ use super::accel::AccelChoice;
 use super::daemon::Programs;
 use super::measure::{Effort, Test, TestGroup};
 use super::scenario::Scenario;
-use super::topology::{Shape, Switch};
+use super::shape::{Host, Offloads, OffloadsOfGuests, Shape};
+use super::topology::Switch;
 
 /// Queue pairs beyond the vCPUs of any guest here make no sense.
 const MAX_QUEUE_PAIRS: i64 = 16;
@@ -28,6 +29,15 @@ pub(crate) struct LabArgs {
     #[arg(long, value_delimiter = ',', value_name = "BYTES,…",
           value_parser = clap::value_parser!(u16).range(576..=9216))]
     mtu: Vec<u16>,
+
+    /// The host's port on ringwayd (on a Linux bridge the host is at the bridge itself)
+    #[arg(long, value_enum, default_value_t = Host::Tap)]
+    host: Host,
+
+    /// Offloads of the guests' NICs: all, csum (checksums only), none; as in `all/none` for guest a
+    /// and guest b [default: all; with --scenario af-xdp: all,csum,none]
+    #[arg(long, value_delimiter = ',', value_name = "SET,…")]
+    offloads: Vec<OffloadsOfGuests>,
 
     /// Length of each iperf3 run [default: 3; with --quick: 1]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=600))]
@@ -55,7 +65,7 @@ pub(crate) struct LabArgs {
     )]
     tests: Vec<TestGroup>,
 
-    /// Offered rate of the UDP test, Mbit/s of payload
+    /// Offered rate of the UDP tests, Mbit/s of payload
     #[arg(long, value_name = "MBIT", default_value_t = 10)]
     udp_rate: u32,
 
@@ -97,11 +107,20 @@ pub(crate) struct LabArgs {
     keep_logs: bool,
 }
 
+/// What shapes are made of. Of what the operator chose a list is empty where nothing was said.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Choices {
+    pub(crate) queues: Vec<u16>,
+    pub(crate) mtus: Vec<u16>,
+    pub(crate) offloads: Vec<OffloadsOfGuests>,
+}
+
 /// What to do, with every default filled in.
 #[derive(Debug)]
 pub(crate) struct Plan {
-    queues: Vec<u16>,
-    mtus: Vec<u16>,
+    given: Choices,
+    defaults: Choices,
+    host: Host,
     pub(crate) pairs: u32,
     pub(crate) switches: Vec<Switch>,
     pub(crate) tests: Vec<Test>,
@@ -115,12 +134,7 @@ pub(crate) struct Plan {
 
 impl LabArgs {
     pub(crate) fn plan(self) -> Result<Plan> {
-        let one_shape = self.quick || self.baseline;
-        let or = |given: Vec<u16>, one: u16, two: u16| match given {
-            given if !given.is_empty() => given,
-            _ if one_shape => vec![one],
-            _ => vec![one, two],
-        };
+        let up_to = if self.quick || self.baseline { 1 } else { 2 };
         let mut tests: Vec<Test> = self
             .tests
             .iter()
@@ -135,8 +149,17 @@ impl LabArgs {
             _ => vec![Switch::Ringway],
         };
         Ok(Plan {
-            queues: or(self.queues, 1, 2),
-            mtus: or(self.mtu, 1500, 9000),
+            given: Choices {
+                queues: self.queues,
+                mtus: self.mtu,
+                offloads: self.offloads,
+            },
+            defaults: Choices {
+                queues: [1, 2][..up_to].to_vec(),
+                mtus: [1500, 9000][..up_to].to_vec(),
+                offloads: vec![OffloadsOfGuests::same(Offloads::All)],
+            },
+            host: self.host,
             pairs: if self.baseline { self.pairs } else { 1 },
             switches,
             tests,
@@ -158,14 +181,24 @@ impl LabArgs {
 }
 
 impl Plan {
+    /// Every combination of what was chosen, on the host's port that was chosen.
     pub(crate) fn shapes(&self) -> Vec<Shape> {
+        self.shapes_or(&self.defaults, self.host)
+    }
+
+    /// As [`Plan::shapes`], with other defaults.
+    pub(crate) fn shapes_or(&self, defaults: &Choices, host: Host) -> Vec<Shape> {
         let mut shapes = Vec::new();
-        for &queue_pairs in &self.queues {
-            for &mtu_bytes in &self.mtus {
-                shapes.push(Shape {
-                    queue_pairs,
-                    mtu_bytes,
-                });
+        for &queue_pairs in or(&self.given.queues, &defaults.queues) {
+            for &mtu_bytes in or(&self.given.mtus, &defaults.mtus) {
+                for &offloads in or(&self.given.offloads, &defaults.offloads) {
+                    shapes.push(Shape {
+                        queue_pairs,
+                        mtu_bytes,
+                        host,
+                        offloads,
+                    });
+                }
             }
         }
         shapes
@@ -183,6 +216,10 @@ impl Plan {
         let tests = self.tests.len() as u64 * u64::from(self.pairs);
         1 + self.shapes().len() as u64 * self.switches.len() as u64 * (1 + tests)
     }
+}
+
+fn or<'a, T>(given: &'a [T], default: &'a [T]) -> &'a [T] {
+    if given.is_empty() { default } else { given }
 }
 
 fn beside(name: &str) -> Result<PathBuf> {
@@ -232,7 +269,9 @@ mod tests {
             plan.shapes(),
             [Shape {
                 queue_pairs: 2,
-                mtu_bytes: 1500
+                mtu_bytes: 1500,
+                host: Host::Tap,
+                offloads: OffloadsOfGuests::same(Offloads::All),
             }]
         );
         assert_eq!(plan.switches, [Switch::Ringway, Switch::LinuxBridge]);
@@ -241,6 +280,27 @@ mod tests {
             (3, 4),
             "a test named twice runs once"
         );
+    }
+
+    #[test]
+    fn host_and_offloads_are_part_of_each_shape() {
+        let words = ["--quick", "--host", "af-xdp", "--offloads", "csum,all/none"];
+        let shapes = plan(&words).shapes();
+        assert!(shapes.iter().all(|shape| shape.host == Host::AfXdp));
+        let offloads = shapes.iter().map(|shape| shape.offloads.to_string());
+        assert_eq!(offloads.collect::<Vec<_>>(), ["csum", "all/none"]);
+    }
+
+    #[test]
+    fn defaults_of_a_scenario_yield_to_what_was_given() {
+        let defaults = Choices {
+            queues: vec![2],
+            mtus: vec![1500, 9000],
+            offloads: vec![OffloadsOfGuests::same(Offloads::None)],
+        };
+        let shapes = plan(&["--mtu", "576"]).shapes_or(&defaults, Host::AfXdp);
+        assert_eq!(shapes.len(), 1);
+        assert_eq!((shapes[0].queue_pairs, shapes[0].mtu_bytes), (2, 576));
     }
 
     #[test]
@@ -255,6 +315,8 @@ mod tests {
             ["lab", "--queues", "0"],
             ["lab", "--mtu", "90000"],
             ["lab", "--tests", "x"],
+            ["lab", "--offloads", "tso"],
+            ["lab", "--host", "veth"],
         ] {
             assert!(Cli::try_parse_from(words).is_err(), "{words:?}");
         }

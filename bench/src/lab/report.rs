@@ -11,7 +11,8 @@ use super::accel::Accel;
 use super::guest::QEMU;
 use super::image::Image;
 use super::measure::{Figure, Test};
-use super::topology::{Shape, Switch};
+use super::shape::Shape;
+use super::topology::Switch;
 use super::{first_line, median};
 
 /// Where the figures are from.
@@ -124,12 +125,8 @@ impl Sample {
             }
             (None, None) => String::new(),
         };
-        let Shape {
-            queue_pairs,
-            mtu_bytes,
-        } = self.shape;
         let (test, switch) = (self.test.name(), self.switch.name());
-        format!("{test}, {switch}, {queue_pairs} queue pair(s), MTU {mtu_bytes}: {what}")
+        format!("{test}, {switch}, {}: {what}", self.shape)
     }
 }
 
@@ -209,7 +206,9 @@ impl Report {
     }
 
     fn titles(&self) -> Vec<String> {
-        let mut titles = vec!["queues".to_owned(), "MTU".to_owned(), "test".to_owned()];
+        let mut titles = ["queues", "MTU", "host", "offloads", "test"]
+            .map(str::to_owned)
+            .to_vec();
         let switches = self.switches();
         titles.extend(switches.iter().map(|switch| switch.name().to_owned()));
         titles.push(if switches.len() > 1 {
@@ -224,6 +223,8 @@ impl Report {
         let mut row = vec![
             shape.queue_pairs.to_string(),
             shape.mtu_bytes.to_string(),
+            shape.host.name().into(),
+            shape.offloads.to_string(),
             test.name().into(),
         ];
         let switches = self.switches();
@@ -373,11 +374,14 @@ fn git_revision() -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::shape::{Host, Offloads, OffloadsOfGuests};
     use super::*;
 
     const SHAPE: Shape = Shape {
         queue_pairs: 1,
         mtu_bytes: 1500,
+        host: Host::Tap,
+        offloads: OffloadsOfGuests::same(Offloads::All),
     };
 
     fn sample(switch: Switch, pair: u32, gbit: f64) -> Sample {
@@ -416,6 +420,8 @@ mod tests {
         let json = serde_json::to_value(sample(Switch::LinuxBridge, 0, 1.0)).expect("json");
         assert_eq!(json["switch"], "linux_bridge");
         assert_eq!(json["mtu_bytes"], 1500);
+        assert_eq!(json["host"], "tap");
+        assert_eq!(json["offloads"], "all");
         assert_eq!(json["test"], "tcp_a_b");
         assert_eq!(json["bits_per_second"], 1e9);
     }

@@ -3,10 +3,11 @@
 //! ```text
 //!   guest a (10.77.0.1) --+-- switch --+-- guest b (10.77.0.2)
 //!                         |            |
-//!                         +-- host (10.77.0.254), in a namespace of its own
+//!                         +-- host (10.77.0.254), in a namespace of its own:
+//!                             on ringwayd a tap, or a veth pair with AF_XDP on its other end
 //! ```
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -16,9 +17,16 @@ use super::daemon::{Daemon, Programs};
 use super::guest::{self, Guest, GuestSpec, HOST_ADDRESS, HOST_MAC, Nic};
 use super::image::Image;
 use super::netns::NetNs;
+use super::shape::{Host, Shape};
 
-/// The interface of the host on ringwayd.
-const TAP: &str = "rw0";
+/// The interface of the host on ringwayd, on whatever kind of port.
+pub(crate) const HOST_INTERFACE: &str = "rw0";
+
+/// The host's port of ringwayd.
+pub(crate) const HOST_PORT: &str = "host";
+
+/// The end of a veth pair whose queues ringwayd has; the host's interface is the other.
+const NIC: &str = "nic0";
 
 /// The bridge of the baseline, which is also the host's interface there.
 const BRIDGE: &str = "br0";
@@ -27,7 +35,7 @@ const BRIDGE: &str = "br0";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Switch {
-    /// ringwayd: vhost-user ports and a tap.
+    /// ringwayd: vhost-user ports and the host's.
     Ringway,
     /// QEMU's tap back-end and a Linux bridge, without the kernel's vhost.
     LinuxBridge,
@@ -40,13 +48,6 @@ impl Switch {
             Switch::LinuxBridge => "linux bridge",
         }
     }
-}
-
-/// Queue pairs and MTU of every port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Shape {
-    pub(crate) queue_pairs: u16,
-    pub(crate) mtu_bytes: u16,
 }
 
 /// What all sets of guests share.
@@ -78,10 +79,7 @@ impl Topology {
             Switch::Ringway => "ringway",
             Switch::LinuxBridge => "bridge",
         };
-        let folder = base.folder.join(format!(
-            "{tag}-q{}-mtu{}",
-            shape.queue_pairs, shape.mtu_bytes
-        ));
+        let folder = base.folder.join(format!("{tag}-{}", shape.tag()));
         std::fs::create_dir_all(&folder)?;
         let mut topology = Topology {
             switch,
@@ -93,7 +91,12 @@ impl Topology {
             folder,
         };
         match switch {
-            Switch::Ringway => topology.start_daemon()?,
+            Switch::Ringway => {
+                if shape.host == Host::AfXdp {
+                    topology.make_veth()?;
+                }
+                topology.start_daemon()?;
+            }
             Switch::LinuxBridge => topology.make_bridge()?,
         }
         Ok(topology)
@@ -125,6 +128,7 @@ impl Topology {
             index,
             queue_pairs: self.shape.queue_pairs,
             mtu: self.shape.mtu_bytes,
+            offloads: self.shape.offloads.0[index],
             nic,
             accel: self.base.accel,
         };
@@ -164,11 +168,10 @@ impl Topology {
     /// Starts the daemon and adds the three ports.
     pub(crate) fn start_daemon(&mut self) -> Result<()> {
         let daemon = Daemon::start(&self.base.programs, &self.namespace, &self.folder)?;
-        let Shape {
-            queue_pairs,
-            mtu_bytes,
-        } = self.shape;
-        let (queues, mtu) = (queue_pairs.to_string(), mtu_bytes.to_string());
+        let (queues, mtu) = (
+            self.shape.queue_pairs.to_string(),
+            self.shape.mtu_bytes.to_string(),
+        );
         let sizes = ["--queues", &queues, "--mtu", &mtu];
         for name in guest::NAMES {
             let socket = self.port_socket(name);
@@ -176,15 +179,42 @@ impl Topology {
             let words = ["port", "add", name, "vhost-user", "--listen", &*socket];
             daemon.ringway(&[&words[..], &sizes].concat())?;
         }
-        let words = ["port", "add", "host", "tap", "--ifname", TAP];
+        let (kind, interface) = match self.shape.host {
+            Host::Tap => ("tap", HOST_INTERFACE),
+            Host::AfXdp => ("af-xdp", NIC),
+        };
+        let words = ["port", "add", HOST_PORT, kind, "--ifname", interface];
         daemon.ringway(&[&words[..], &sizes].concat())?;
         self.daemon = Some(daemon);
-        self.configure_host(TAP)
+        self.configure_host(HOST_INTERFACE)
+    }
+
+    /// Logs and sockets of this topology.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// A path for the socket of a vhost-user port.
     pub(crate) fn port_socket(&self, port: &str) -> PathBuf {
         self.folder.join(format!("{port}.sock"))
+    }
+
+    /// A veth pair with as many queues at each end as guests have.
+    fn make_veth(&self) -> Result<()> {
+        let (queues, mtu) = (
+            self.shape.queue_pairs.to_string(),
+            self.shape.mtu_bytes.to_string(),
+        );
+        let sizes = ["mtu", &mtu, "numrxqueues", &queues, "numtxqueues", &queues];
+        let near = [&["link", "add", NIC][..], &sizes].concat();
+        let far = [
+            &["type", "veth", "peer", "name", HOST_INTERFACE][..],
+            &sizes,
+        ]
+        .concat();
+        self.namespace.ip(&[near, far].concat())?;
+        self.namespace.ip(&["link", "set", NIC, "up"])?;
+        Ok(())
     }
 
     fn make_bridge(&self) -> Result<()> {

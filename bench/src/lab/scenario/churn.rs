@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use super::super::interrupt;
 use super::super::measure::{Peer, SLACK, client_command, parse_report, start_server};
-use super::super::topology::{Shape, Topology};
+use super::super::shape::Shape;
+use super::super::topology::Topology;
 use super::{Findings, Stage};
 
 /// Length of each of the two iperf3 runs, if not told to be longer.
@@ -22,7 +23,7 @@ const TAP: &str = "rwchurn";
 pub(super) fn churn(stage: &Stage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     for shape in stage.plan.shapes() {
-        let label = format!("{}q/{}", shape.queue_pairs, shape.mtu_bytes);
+        let label = shape.tag();
         stage.progress.say(&format!("churn: {label}"));
         one_shape(stage, shape, &label, &mut findings).with_context(|| label.clone())?;
     }
@@ -41,7 +42,7 @@ fn one_shape(stage: &Stage<'_>, shape: Shape, label: &str, findings: &mut Findin
     })?;
     let share = stirred.gbit_per_s / calm.gbit_per_s;
     findings.note(
-        &format!("q{}_mtu{}", shape.queue_pairs, shape.mtu_bytes),
+        label,
         serde_json::json!({
             "cycles": cycles,
             "undisturbed_gbit_per_s": calm.gbit_per_s,

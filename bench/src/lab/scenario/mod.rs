@@ -1,5 +1,6 @@
 //! Acceptance runs: each ends with a line PASS or FAIL and its figures.
 
+mod af_xdp;
 mod churn;
 mod quiet;
 mod recovery;
@@ -16,7 +17,8 @@ use super::measure::{Effort, Test, measure};
 use super::options::Plan;
 use super::progress::Progress;
 use super::report::Machine;
-use super::topology::{Base, Shape, Switch, Topology};
+use super::shape::Shape;
+use super::topology::{Base, Switch, Topology};
 
 /// What to prove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -36,6 +38,10 @@ pub(crate) enum Scenario {
     Rss,
     /// Every shape: ping and TCP guest-guest and guest-host, both ways
     Matrix,
+    /// The host behind AF_XDP, guests with all, some and no offloads, MTU 1500 and 9000, two queue
+    /// pairs: ping, TCP, UDP, hashed bytes, and every frame that reaches the host has right
+    /// checksums and length
+    AfXdp,
     /// All of the above
     All,
 }
@@ -209,6 +215,7 @@ fn run(scenario: Scenario, stage: &Stage<'_>) -> Result<Findings> {
         Scenario::GuestKill => recovery::guest_kill(stage),
         Scenario::Reboot => recovery::reboot(stage),
         Scenario::Matrix => matrix(stage),
+        Scenario::AfXdp => af_xdp::af_xdp(stage),
         Scenario::All => bail!("`all` is expanded before"),
     }
 }
@@ -226,7 +233,7 @@ const MATRIX_TESTS: [Test; 6] = [
 fn matrix(stage: &Stage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     for shape in stage.plan.shapes() {
-        let label = format!("{}q/{}", shape.queue_pairs, shape.mtu_bytes);
+        let label = shape.tag();
         stage.progress.say(&format!("matrix: {label}"));
         let mut topology = stage.guests(shape)?;
         let mut words = Vec::new();
@@ -240,7 +247,7 @@ fn matrix(stage: &Stage<'_>) -> Result<Findings> {
             match outcome {
                 Ok(figure) => {
                     findings.require(figure.passed(), || format!("{label}: {} is 0", test.name()));
-                    let key = format!("q{}_mtu{}_{test:?}", shape.queue_pairs, shape.mtu_bytes);
+                    let key = format!("{label}-{test:?}");
                     findings.figures.insert(key, serde_json::to_value(&figure)?);
                     words.push(format!("{:.2}", figure.headline()));
                 }
@@ -295,7 +302,7 @@ mod tests {
     #[test]
     fn all_means_each_once() {
         let all = Scenario::expand(&[Scenario::All, Scenario::Idle]);
-        assert_eq!(all.len(), 7);
+        assert_eq!(all.len(), 8);
         assert!(!all.contains(&Scenario::All));
         assert_eq!(
             Scenario::expand(&[Scenario::Rss, Scenario::Rss]),

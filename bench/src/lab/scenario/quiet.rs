@@ -82,7 +82,7 @@ pub(super) fn idle(stage: &Stage<'_>) -> Result<Findings> {
         "first_frame_median_ms",
         middle,
         format!(
-            "tap to tap, first frame after 0.25 s idle {middle:.3} ms median of {PROBES} \
+            "host to tap, first frame after 0.25 s idle {middle:.3} ms median of {PROBES} \
              (max {slowest:.2})"
         ),
     );
@@ -92,7 +92,7 @@ pub(super) fn idle(stage: &Stage<'_>) -> Result<Findings> {
     Ok(findings)
 }
 
-/// Milliseconds from a send on the host's tap to the arrival at a second tap. Guests have no part
+/// Milliseconds from a send on the host's interface to the arrival at a second tap. Guests have no part
 /// in it, so that this is the time of ringwayd and of the host's own stack.
 fn first_frames(topology: &Topology) -> Result<Vec<f64>> {
     let daemon = topology.daemon()?;
@@ -133,7 +133,7 @@ fn send_probes(topology: &Topology, far: &NetNs) -> Result<Vec<f64>> {
         sender.send(&number.to_be_bytes())?;
         receiver
             .recv(&mut [0; 16])
-            .context("a frame from tap to tap was lost")?;
+            .context("a frame from the host to a tap was lost")?;
         let elapsed = sent.elapsed();
         // The first one waited for ARP.
         if number > 0 {
@@ -143,7 +143,7 @@ fn send_probes(topology: &Topology, far: &NetNs) -> Result<Vec<f64>> {
     Ok(times)
 }
 
-/// Memory of the daemon with two guests and a tap, after traffic.
+/// Memory of the daemon with two guests and the host, after traffic.
 pub(super) fn rss(stage: &Stage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     let mut topology = stage.guests(stage.shape()?)?;
