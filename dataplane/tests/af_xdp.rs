@@ -5,6 +5,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::packet::{Packet, judge, pattern};
@@ -477,6 +478,23 @@ fn interfaces_that_can_not_do_it_are_refused_with_reason_and_remedy() {
         .unwrap();
     let detail = lab.switch.port(&name("lo")).unwrap();
     assert_eq!(detail.af_xdp.unwrap().mode, XdpMode::Skb);
+}
+
+#[test]
+fn the_interface_receives_frames_for_all_addresses_as_long_as_the_port_is_there() {
+    let promiscuity = || {
+        let output = Command::new("ip")
+            .args(["-d", "link", "show", "xdp0"])
+            .output();
+        let text = String::from_utf8(output.unwrap().stdout).unwrap();
+        let mut words = text.split_whitespace();
+        words.find(|word| *word == "promiscuity");
+        words.next().unwrap().to_owned()
+    };
+    let (lab, _) = lab_with_nic(1, 1500, |_| {});
+    assert_eq!(promiscuity(), "1");
+    lab.switch.remove_port(&name("nic")).unwrap();
+    assert_eq!(promiscuity(), "0");
 }
 
 #[test]

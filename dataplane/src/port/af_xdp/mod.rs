@@ -19,7 +19,7 @@ mod receive;
 mod transmit;
 mod umem;
 
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
@@ -60,6 +60,8 @@ pub(crate) struct AfXdpPort {
     program: Program,
     queues: Box<[AfXdpQueue]>,
     interface: Interface,
+    /// Has the NIC receive frames for all addresses as long as it is open.
+    _receives_all: OwnedFd,
     mode: XdpMode,
     has_several_chunks: bool,
     umem_bytes: u64,
