@@ -47,6 +47,14 @@ pub(crate) enum Nic {
     VhostUser { socket: PathBuf },
     /// A tap interface that exists, without the kernel's vhost.
     Tap { interface: String },
+    /// The same with a device of this kind, by QEMU's name and properties. The guest gives it no
+    /// address.
+    Device {
+        interface: String,
+        /// Queues of the tap.
+        queues: u16,
+        device: String,
+    },
 }
 
 /// What to boot.
@@ -229,9 +237,19 @@ fn arguments(command: &mut Command, spec: &GuestSpec, image: &Image, sockets: &S
             ));
             Some(format!("vhost-user,id=net,chardev=backend,queues={pairs}"))
         }
-        Nic::Tap { interface } => Some(format!(
-            "tap,id=net,ifname={interface},script=no,downscript=no,vhost=off,queues={pairs}"
-        )),
+        Nic::Tap { interface } => Some(tap(interface, pairs)),
+        Nic::Device {
+            interface,
+            queues,
+            device,
+        } => {
+            command.arg("-netdev").arg(tap(interface, *queues));
+            let mac = mac(spec.index);
+            command
+                .arg("-device")
+                .arg(format!("{device},netdev=net,mac={mac},romfile="));
+            None
+        }
     };
     let mut line = "console=ttyS0 quiet panic=0 mitigations=off ipv6.disable=1".to_owned();
     if let Some(netdev) = netdev {
@@ -251,6 +269,10 @@ fn arguments(command: &mut Command, spec: &GuestSpec, image: &Image, sockets: &S
         .arg("-initrd")
         .arg(&image.initramfs);
     command.arg("-append").arg(line);
+}
+
+fn tap(interface: &str, queues: u16) -> String {
+    format!("tap,id=net,ifname={interface},script=no,downscript=no,vhost=off,queues={queues}")
 }
 
 fn mac(index: usize) -> String {

@@ -3,6 +3,7 @@
 mod churn;
 mod quiet;
 mod recovery;
+mod zero_copy;
 
 use std::time::{Duration, Instant};
 
@@ -38,22 +39,21 @@ pub(crate) enum Scenario {
     Matrix,
     /// All of the above
     All,
+    /// ringwayd in a guest, its NIC (virtio_net, igb) in zero-copy: modes, traffic, kill -9. Not
+    /// part of all: `bench/install-packages.sh zero-copy` gets the kernel that has it
+    ZeroCopy,
 }
 
 impl Scenario {
     /// `all` spelled out, nothing twice.
     pub(crate) fn expand(chosen: &[Scenario]) -> Vec<Scenario> {
-        let every: Vec<_> = Scenario::value_variants()
+        let all = chosen.contains(&Scenario::All);
+        let by_all = |one: Scenario| all && one != Scenario::ZeroCopy;
+        Scenario::value_variants()
             .iter()
             .copied()
             .filter(|one| *one != Scenario::All)
-            .collect();
-        if chosen.contains(&Scenario::All) {
-            return every;
-        }
-        every
-            .into_iter()
-            .filter(|one| chosen.contains(one))
+            .filter(|one| by_all(*one) || chosen.contains(one))
             .collect()
     }
 
@@ -209,6 +209,7 @@ fn run(scenario: Scenario, stage: &Stage<'_>) -> Result<Findings> {
         Scenario::GuestKill => recovery::guest_kill(stage),
         Scenario::Reboot => recovery::reboot(stage),
         Scenario::Matrix => matrix(stage),
+        Scenario::ZeroCopy => zero_copy::zero_copy(stage),
         Scenario::All => bail!("`all` is expanded before"),
     }
 }
@@ -296,7 +297,9 @@ mod tests {
     fn all_means_each_once() {
         let all = Scenario::expand(&[Scenario::All, Scenario::Idle]);
         assert_eq!(all.len(), 7);
-        assert!(!all.contains(&Scenario::All));
+        assert!(!all.contains(&Scenario::All) && !all.contains(&Scenario::ZeroCopy));
+        let more = Scenario::expand(&[Scenario::ZeroCopy, Scenario::All]);
+        assert_eq!(more.len(), 8);
         assert_eq!(
             Scenario::expand(&[Scenario::Rss, Scenario::Rss]),
             [Scenario::Rss]
