@@ -18,6 +18,7 @@ use super::options::Plan;
 use super::progress::Progress;
 use super::report::Machine;
 use super::topology::{Base, Shape, Switch, Topology};
+use crate::hint::hint_of;
 
 /// What to prove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -169,8 +170,9 @@ pub(crate) fn run_all(
             Ok(findings) => findings,
             Err(error) => {
                 interrupt::check()?;
+                let hint = hint_of(&error).map_or_else(String::new, |hint| format!(" ({hint})"));
                 Findings {
-                    failures: vec![format!("{error:#}")],
+                    failures: vec![format!("{error:#}{hint}")],
                     ..Findings::default()
                 }
             }
