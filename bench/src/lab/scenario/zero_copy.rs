@@ -165,6 +165,9 @@ impl Setup {
         let mut figures = Map::new();
         self.start_daemon()?;
         let mut words = vec![self.mode("zero-copy", &mut figures)?];
+        self.guest
+            .run("ip link set eth0 down; sleep 1; ip link set eth0 up", SLACK)?;
+        self.wait_for_ping().context("after the link was down")?;
         let mut slowest = Duration::ZERO;
         for pause in [true, false] {
             self.kill_under_load(pause)?;
