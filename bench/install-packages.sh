@@ -4,12 +4,16 @@
 # iperf3, busybox, valgrind and a few tools; and a cloud kernel that is unpacked into the cache and
 # never installed.
 # Safe to run again; it returns at once when nothing is missing.
+#
+# `install-packages.sh zero-copy` unpacks one more kernel (175 MB to download, 200 MB in the cache) for
+# `ringway-bench lab --scenario zero-copy`: one whose virtio_net and igb have AF_XDP's zero-copy.
 set -eu
 
 tools="gcc libc6-dev make pkg-config zlib1g-dev libelf-dev clang m4 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-system-x86 iperf3 busybox-static iproute2 tcpdump xz-utils kmod util-linux valgrind"
 lock_seconds=120
 cache=${XDG_CACHE_HOME:-${HOME:?}/.cache}/ringway
 kernels=$cache/kernel
+zero_copy_suite=trixie-backports
 codename=$(. /etc/os-release 2>/dev/null && echo "${VERSION_CODENAME:-}")
 
 die() {
@@ -128,9 +132,67 @@ unpack_kernel() {
     ln -sfn "$package" "$kernels/current"
 }
 
+# As apt, and apt-cache, but of the suite alone, with lists in $work: this machine's stay as they are.
+suite_apt() {
+    program=$1
+    shift
+    "$program" -q -o "Dir::Etc::SourceList=/dev/null" -o "Dir::Etc::SourceParts=$work/sources" \
+        -o "Dir::State=$work/state" -o "Dir::State::Status=$work/status" \
+        -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=root "$@"
+}
+
+# Kernel, modules and what else makes one version: newer releases have them in packages of their own.
+unpack_zero_copy_kernel() {
+    mkdir -p "$kernels"
+    work=$(mktemp -d "$kernels/.unpack.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    trap 'exit 130' INT TERM
+    mkdir -p "$work/sources" "$work/state/lists/partial" "$work/cache/archives/partial" "$work/debs"
+    : >"$work/status"
+    entry=$(own_entry_with_suite "$zero_copy_suite")
+    if [ -n "$entry" ]; then
+        printf '%s\n' "$entry" >"$work/sources/suite.sources"
+    else
+        entry=$(own_line_with_suite "$zero_copy_suite")
+        [ -n "$entry" ] || die "no source entry for $codename to copy; unpack a kernel of Linux 6.14 or later with igb into $kernels/zero-copy"
+        printf '%s\n' "$entry" >"$work/sources/suite.list"
+    fi
+    say "reading the package lists of $zero_copy_suite (this machine's stay as they are)"
+    suite_apt apt-get update >&2 || die "reading $zero_copy_suite failed; check this machine's apt sources and network"
+    package=$(suite_apt apt-cache depends --important linux-image-amd64 |
+        sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1)
+    [ -n "$package" ] || die "$zero_copy_suite has no linux-image-amd64"
+    parts=$(suite_apt apt-cache depends --important "$package" |
+        sed -n 's/.*Depends: \(linux-\(binary\|modules\)-[0-9][^ ]*\)$/\1/p')
+    say "downloading $package (unpacked into the cache, not installed)"
+    # shellcheck disable=SC2086  # a list of names
+    (cd "$work/debs" && suite_apt apt-get download "$package" $parts >&2) ||
+        die "downloading $package failed; check the network and run this again"
+    for deb in "$work"/debs/*.deb; do
+        dpkg-deb -x "$deb" "$work/root"
+    done
+    rm -rf "${kernels:?}/$package"
+    mv "$work/root" "$kernels/$package"
+    ln -sfn "$package" "$kernels/zero-copy"
+}
+
+have_zero_copy_kernel() {
+    ls "$kernels"/zero-copy/boot/vmlinuz-* "$kernels"/zero-copy/usr/lib/modules/*/vmlinuz 2>/dev/null | grep -q .
+}
+
 have_kernel() {
     ls "$kernels"/current/boot/vmlinuz-* >/dev/null 2>&1
 }
+
+case ${1:-} in
+"") ;;
+zero-copy)
+    have_zero_copy_kernel || unpack_zero_copy_kernel
+    say "all there"
+    exit 0
+    ;;
+*) die "no such set of packages: $1; there is zero-copy, and all else without a name" ;;
+esac
 
 missing=$(missing_tools)
 if [ -z "$missing" ] && have_kernel; then

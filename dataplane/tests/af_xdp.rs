@@ -5,6 +5,7 @@
 mod common;
 
 use std::net::UdpSocket;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::endpoint::CSUM;
@@ -509,4 +510,21 @@ fn an_interface_that_goes_down_or_away_takes_its_port_down_and_nothing_else() {
         seed += 1;
     }
     lab.switch.remove_port(&name("nic")).unwrap();
+}
+
+#[test]
+fn the_interface_receives_frames_for_all_addresses_as_long_as_the_port_is_there() {
+    let promiscuity = || {
+        let output = Command::new("ip")
+            .args(["-d", "link", "show", "xdp0"])
+            .output();
+        let text = String::from_utf8(output.unwrap().stdout).unwrap();
+        let mut words = text.split_whitespace();
+        words.find(|word| *word == "promiscuity");
+        words.next().unwrap().to_owned()
+    };
+    let (lab, _) = lab_with_nic(1, 1500, |_| {});
+    assert_eq!(promiscuity(), "1");
+    lab.switch.remove_port(&name("nic")).unwrap();
+    assert_eq!(promiscuity(), "0");
 }

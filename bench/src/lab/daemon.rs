@@ -163,7 +163,7 @@ impl Daemon {
 }
 
 /// The first field of this name, at any depth: the command nests what belongs together.
-fn find_field<'a>(json: &'a Value, field: &str) -> Option<&'a Value> {
+pub(crate) fn find_field<'a>(json: &'a Value, field: &str) -> Option<&'a Value> {
     match json {
         Value::Object(map) => map
             .get(field)

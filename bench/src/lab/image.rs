@@ -1,5 +1,6 @@
 //! The guest image: a distribution's kernel as it is, and an initramfs of busybox, the NIC's
-//! driver and iperf3, made once and kept in the cache.
+//! driver and iperf3, made once and kept in the cache; or with another kernel, more drivers and
+//! programs, for one run.
 
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -12,6 +13,9 @@ use anyhow::{Context, Result, bail};
 use super::cpio::Archive;
 use super::process::{find, run_ok};
 use super::{INSTALL_HINT, hinted};
+
+/// What to do if there is no kernel with zero-copy.
+const ZERO_COPY_HINT: &str = "run `bench/install-packages.sh zero-copy` as root";
 
 const INIT: &str = include_str!("init.sh");
 const NETUP: &str = include_str!("netup.sh");
@@ -43,31 +47,43 @@ pub(crate) fn cache_folder() -> Result<PathBuf> {
 
 /// Makes the image, or takes the cached one if its inputs are the same.
 pub(crate) fn prepare(cache: &Path) -> Result<Image> {
-    let root = cache.join("kernel/current");
-    let (kernel, kernel_version) = find_kernel(&root.join("boot"))?;
-    let modules = module_files(&root, &kernel_version)?;
-    let programs = Programs::find()?;
+    let kernel = Kernel::find(&cache.join("kernel/current"), INSTALL_HINT)?;
+    let modules = kernel.modules(&[NIC_DRIVER])?;
+    let programs = Programs::find(&[find("iperf3")?])?;
 
     let mut hasher = DefaultHasher::new();
-    (INIT, NETUP, BYTES, &kernel_version).hash(&mut hasher);
-    for path in modules.iter().chain([&programs.busybox, &programs.iperf3]) {
+    (INIT, NETUP, BYTES, &kernel.version).hash(&mut hasher);
+    for path in modules.iter().chain([&programs.busybox]) {
         let metadata = path.metadata()?;
         (path, metadata.len(), metadata.modified()?).hash(&mut hasher);
     }
-    for library in &programs.libraries {
-        let metadata = library.metadata()?;
-        (library, metadata.len(), metadata.modified()?).hash(&mut hasher);
+    for path in programs.others.iter().chain(&programs.libraries) {
+        let metadata = path.metadata()?;
+        (path, metadata.len(), metadata.modified()?).hash(&mut hasher);
     }
     let initramfs = cache.join(format!("initramfs-{:016x}.cpio", hasher.finish()));
     if !initramfs.is_file() {
         let bytes = build(&modules, &programs)?;
         write_whole(cache, &initramfs, &bytes)?;
     }
-    Ok(Image {
-        kernel,
-        initramfs,
-        kernel_version,
-    })
+    Ok(kernel.image(initramfs))
+}
+
+/// Makes an image with the kernel that has zero-copy, these drivers, and iperf3 and these programs
+/// of the host in /usr/bin. It is written to `folder`.
+pub(crate) fn prepare_zero_copy(
+    cache: &Path,
+    drivers: &[&str],
+    programs: &[PathBuf],
+    folder: &Path,
+) -> Result<Image> {
+    let kernel = Kernel::find(&cache.join("kernel/zero-copy"), ZERO_COPY_HINT)?;
+    let modules = kernel.modules(drivers)?;
+    let programs = Programs::find(&[&[find("iperf3")?], programs].concat())?;
+    let initramfs = folder.join("initramfs.cpio");
+    let bytes = build(&modules, &programs)?;
+    write_whole(folder, &initramfs, &bytes)?;
+    Ok(kernel.image(initramfs))
 }
 
 /// Writes a file so that no reader ever sees a part of it.
@@ -80,37 +96,66 @@ pub(crate) fn write_whole(folder: &Path, path: &Path, bytes: &[u8]) -> Result<()
     Ok(())
 }
 
-fn find_kernel(boot: &Path) -> Result<(PathBuf, String)> {
-    let missing = || hinted("no guest kernel is unpacked in the cache", INSTALL_HINT);
-    for entry in std::fs::read_dir(boot).map_err(|_| missing())? {
-        let path = entry?.path();
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        if let Some(version) = name.strip_prefix("vmlinuz-") {
-            return Ok((path, version.to_owned()));
-        }
-    }
-    Err(missing())
+/// A kernel package's files.
+struct Kernel {
+    file: PathBuf,
+    version: String,
+    /// The folder of its modules.
+    modules: PathBuf,
 }
 
-/// The driver's modules, each after those that it needs. A module that is built in has no file.
-fn module_files(root: &Path, kernel_version: &str) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    let tree = [root.join("lib/modules"), root.join("usr/lib/modules")]
-        .map(|folder| folder.join(kernel_version).join("kernel"))
-        .into_iter()
-        .find(|folder| folder.is_dir())
-        .ok_or_else(|| hinted("the unpacked guest kernel has no modules", INSTALL_HINT))?;
-    collect_files(&tree, &mut files)?;
-    let mut ordered = Vec::new();
-    add_module(NIC_DRIVER, &files, &mut ordered)?;
-    if ordered.is_empty() {
-        bail!("the guest kernel {kernel_version} has no module {NIC_DRIVER}");
+impl Kernel {
+    /// What is unpacked in `root`. Newer packages have the kernel beside its modules.
+    fn find(root: &Path, hint: &'static str) -> Result<Self> {
+        for tree in ["lib/modules", "usr/lib/modules"] {
+            for entry in std::fs::read_dir(root.join(tree)).into_iter().flatten() {
+                let folder = entry?.path();
+                let name = folder.file_name().unwrap_or_default();
+                let version = name.to_string_lossy().into_owned();
+                let files = [
+                    root.join(format!("boot/vmlinuz-{version}")),
+                    folder.join("vmlinuz"),
+                ];
+                let file = files.into_iter().find(|file| file.is_file());
+                let modules = folder.join("kernel");
+                if let (Some(file), true) = (file, modules.is_dir()) {
+                    return Ok(Self {
+                        file,
+                        version,
+                        modules,
+                    });
+                }
+            }
+        }
+        let missing = format!("no guest kernel is unpacked in {}", root.display());
+        Err(hinted(missing, hint))
     }
-    Ok(ordered)
+
+    /// The drivers' modules, each after those that it needs. What is built in has no file.
+    fn modules(&self, drivers: &[&str]) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        collect_files(&self.modules, &mut files)?;
+        let mut ordered = Vec::new();
+        for driver in drivers {
+            add_module(driver, &files, &mut ordered)?;
+        }
+        if ordered.is_empty() {
+            bail!(
+                "the guest kernel {} has no module {}",
+                self.version,
+                drivers.join(", ")
+            );
+        }
+        Ok(ordered)
+    }
+
+    fn image(self, initramfs: PathBuf) -> Image {
+        Image {
+            kernel: self.file,
+            initramfs,
+            kernel_version: self.version,
+        }
+    }
 }
 
 fn add_module(name: &str, files: &[PathBuf], ordered: &mut Vec<PathBuf>) -> Result<()> {
@@ -161,21 +206,24 @@ fn collect_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
 
 struct Programs {
     busybox: PathBuf,
-    iperf3: PathBuf,
-    /// Shared libraries and the loader of iperf3.
-    libraries: Vec<PathBuf>,
+    others: Vec<PathBuf>,
+    /// Shared libraries and the loader of the others.
+    libraries: BTreeSet<PathBuf>,
 }
 
 impl Programs {
-    fn find() -> Result<Programs> {
-        let (busybox, iperf3) = (find("busybox")?, find("iperf3")?);
+    fn find(others: &[PathBuf]) -> Result<Programs> {
+        let busybox = find("busybox")?;
         if !libraries_of(&busybox)?.is_empty() {
             return Err(hinted("busybox is not static", INSTALL_HINT));
         }
-        let libraries = libraries_of(&iperf3)?;
+        let mut libraries = BTreeSet::new();
+        for program in others {
+            libraries.extend(libraries_of(program)?);
+        }
         Ok(Programs {
             busybox,
-            iperf3,
+            others: others.to_vec(),
             libraries,
         })
     }
@@ -207,7 +255,10 @@ fn build(modules: &[PathBuf], programs: &Programs) -> Result<Vec<u8>> {
     archive.file("bin/netup", NETUP.as_bytes());
     archive.file("bin/bytes", BYTES.as_bytes());
     archive.file("bin/busybox", &read(&programs.busybox)?);
-    archive.file("usr/bin/iperf3", &read(&programs.iperf3)?);
+    for program in &programs.others {
+        let name = program.file_name().unwrap_or_default().to_string_lossy();
+        archive.file(&format!("usr/bin/{name}"), &stripped(program)?);
+    }
     for library in &programs.libraries {
         let inside = library.strip_prefix("/").unwrap_or(library);
         // The loader's path is written in the program; the rest are found by LD_LIBRARY_PATH.
@@ -250,6 +301,17 @@ fn add_folder(archive: &mut Archive, done: &mut BTreeSet<PathBuf>, folder: &Path
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("reading {}", path.display()))
+}
+
+/// A program without its debug information, which is most of what cargo builds.
+fn stripped(program: &Path) -> Result<Vec<u8>> {
+    let file = tempfile::NamedTempFile::new()?;
+    let mut strip = Command::new(find("strip")?);
+    run_ok(
+        strip.arg("-o").arg(file.path()).arg(program),
+        HELPER_TIMEOUT,
+    )?;
+    read(file.path())
 }
 
 /// A module, uncompressed: busybox's insmod can't.

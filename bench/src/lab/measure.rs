@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::bytes::{self, Way};
 use super::guest::{HOST_ADDRESS, address};
+use super::netns::NetNs;
 use super::process::{Kept, find};
 use super::topology::Topology;
 use super::{interrupt, median};
@@ -306,9 +307,14 @@ pub(crate) fn start_server(topology: &mut Topology, peer: Peer) -> Result<Option
         topology.guest(1)?.run(&command, LISTEN_TIMEOUT + SLACK)?;
         return Ok(None);
     }
-    let mut command = topology.namespace.inside_tied(find("iperf3")?)?;
+    start_host_server(&topology.namespace).map(Some)
+}
+
+/// Starts an iperf3 server for one run at the host's address and waits until it listens.
+pub(crate) fn start_host_server(namespace: &NetNs) -> Result<Kept> {
+    let mut command = namespace.inside_tied(find("iperf3")?)?;
     command
-        .args(["-s", "-1", "-B", &address])
+        .args(["-s", "-1", "-B", HOST_ADDRESS])
         .stdout(Stdio::null());
     let mut server = Kept::spawn(&mut command, std::path::Path::new("/dev/null"))?;
     let sockets = format!("/proc/{}/net/tcp", server.pid());
@@ -319,7 +325,7 @@ pub(crate) fn start_server(topology: &mut Topology, peer: Peer) -> Result<Option
         }
         interrupt::sleep(Duration::from_millis(10))?;
     }
-    Ok(Some(server))
+    Ok(server)
 }
 
 /// Whether a table of /proc/net/tcp has a listener (state 0A) on the port.
@@ -357,7 +363,7 @@ pub(crate) fn parse_report(text: &str) -> Result<Value> {
     Ok(report)
 }
 
-fn parse_tcp(text: &str) -> Result<Figure> {
+pub(crate) fn parse_tcp(text: &str) -> Result<Figure> {
     let report = parse_report(text)?;
     let number = |path: &str| report.pointer(path).and_then(Value::as_f64);
     let bits_per_second = number("/end/sum_received/bits_per_second")

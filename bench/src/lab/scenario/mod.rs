@@ -4,6 +4,7 @@ mod af_xdp;
 mod churn;
 mod quiet;
 mod recovery;
+mod zero_copy;
 
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use super::progress::Progress;
 use super::report::Machine;
 use super::shape::Shape;
 use super::topology::{Base, Switch, Topology};
+use crate::hint::hint_of;
 
 /// What to prove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -44,22 +46,21 @@ pub(crate) enum Scenario {
     AfXdp,
     /// All of the above
     All,
+    /// ringwayd in a guest, its NIC (virtio_net, igb) in zero-copy: modes, traffic, kill -9. Not
+    /// part of all: `bench/install-packages.sh zero-copy` gets the kernel that has it
+    ZeroCopy,
 }
 
 impl Scenario {
     /// `all` spelled out, nothing twice.
     pub(crate) fn expand(chosen: &[Scenario]) -> Vec<Scenario> {
-        let every: Vec<_> = Scenario::value_variants()
+        let all = chosen.contains(&Scenario::All);
+        let by_all = |one: Scenario| all && one != Scenario::ZeroCopy;
+        Scenario::value_variants()
             .iter()
             .copied()
             .filter(|one| *one != Scenario::All)
-            .collect();
-        if chosen.contains(&Scenario::All) {
-            return every;
-        }
-        every
-            .into_iter()
-            .filter(|one| chosen.contains(one))
+            .filter(|one| by_all(*one) || chosen.contains(one))
             .collect()
     }
 
@@ -175,8 +176,9 @@ pub(crate) fn run_all(
             Ok(findings) => findings,
             Err(error) => {
                 interrupt::check()?;
+                let hint = hint_of(&error).map_or_else(String::new, |hint| format!(" ({hint})"));
                 Findings {
-                    failures: vec![format!("{error:#}")],
+                    failures: vec![format!("{error:#}{hint}")],
                     ..Findings::default()
                 }
             }
@@ -216,6 +218,7 @@ fn run(scenario: Scenario, stage: &Stage<'_>) -> Result<Findings> {
         Scenario::Reboot => recovery::reboot(stage),
         Scenario::Matrix => matrix(stage),
         Scenario::AfXdp => af_xdp::af_xdp(stage),
+        Scenario::ZeroCopy => zero_copy::zero_copy(stage),
         Scenario::All => bail!("`all` is expanded before"),
     }
 }
@@ -303,7 +306,9 @@ mod tests {
     fn all_means_each_once() {
         let all = Scenario::expand(&[Scenario::All, Scenario::Idle]);
         assert_eq!(all.len(), 8);
-        assert!(!all.contains(&Scenario::All));
+        assert!(!all.contains(&Scenario::All) && !all.contains(&Scenario::ZeroCopy));
+        let more = Scenario::expand(&[Scenario::ZeroCopy, Scenario::All]);
+        assert_eq!(more.len(), 9);
         assert_eq!(
             Scenario::expand(&[Scenario::Rss, Scenario::Rss]),
             [Scenario::Rss]

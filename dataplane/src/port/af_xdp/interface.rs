@@ -12,6 +12,9 @@ const GET_DRIVER: u32 = 0x03;
 /// `ETHTOOL_GCHANNELS` (linux/ethtool.h).
 const GET_CHANNELS: u32 = 0x3c;
 
+/// `PACKET_MR_PROMISC` (linux/if_packet.h).
+const PROMISCUOUS: libc::c_ushort = 1;
+
 /// `struct ethtool_channels` (linux/ethtool.h).
 #[derive(Default)]
 #[repr(C)]
@@ -33,7 +36,7 @@ struct Driver {
     command: u32,
     name: [u8; 32],
     /// Versions, bus, and counts of other things.
-    rest: [u8; 160],
+    rest: [u32; 40],
 }
 
 /// An interface of the network namespace in which it was found, wherever it is asked from.
@@ -84,35 +87,53 @@ impl Interface {
         u32::try_from(mtu).ok()
     }
 
-    /// The name of its driver, if that tells.
-    pub(super) fn driver(&self) -> Option<String> {
-        let mut driver = Driver {
-            command: GET_DRIVER,
-            name: [0; 32],
-            rest: [0; 160],
-        };
-        let mut request = self.request()?;
-        request.ifr_ifru.ifru_data = (&raw mut driver).cast();
-        self.send(libc::SIOCETHTOOL, request)?;
-        let name = driver.name.split(|byte| *byte == 0).next()?;
-        String::from_utf8(name.to_vec()).ok()
-    }
-
     /// Its receive queues that have a transmit queue too; 1 if the driver doesn't tell.
     pub(super) fn queues(&self) -> u16 {
         let mut channels = Channels {
             command: GET_CHANNELS,
             ..Channels::default()
         };
-        let told = self.request().and_then(|mut request| {
-            request.ifr_ifru.ifru_data = (&raw mut channels).cast();
-            self.send(libc::SIOCETHTOOL, request)
-        });
-        let count = match told {
-            Some(_) => channels.combined + channels.rx.min(channels.tx),
+        let count = match self.ethtool(&mut channels) {
+            Some(()) => channels.combined + channels.rx.min(channels.tx),
             None => 1,
         };
         u16::try_from(count.max(1)).unwrap_or(u16::MAX)
+    }
+
+    /// The name of its driver, as `ethtool -i` tells it.
+    pub(super) fn driver(&self) -> Option<String> {
+        let mut driver = Driver {
+            command: GET_DRIVER,
+            name: [0; 32],
+            rest: [0; 40],
+        };
+        self.ethtool(&mut driver)?;
+        let name = driver.name.split(|byte| *byte == 0).next()?;
+        Some(String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// Has it receive frames for whatever address, as a port of a switch must: a NIC takes but those
+    /// for its own otherwise. It does so until the socket that this gives is closed.
+    ///
+    /// # Errors
+    /// No permission (`EPERM`), or no packet sockets in this kernel or sandbox (`EAFNOSUPPORT`).
+    pub(super) fn receive_all(&self) -> io::Result<OwnedFd> {
+        // Without a protocol it gets no frames itself.
+        let socket = socket_with(
+            AddressFamily::PACKET,
+            SocketType::RAW,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        let request = libc::packet_mreq {
+            mr_ifindex: i32::try_from(self.index).map_err(io::Error::other)?,
+            mr_type: PROMISCUOUS,
+            mr_alen: 0,
+            mr_address: [0; 8],
+        };
+        let (level, name) = (libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP);
+        set_option(&socket, level, name, &request)?;
+        Ok(socket)
     }
 
     fn has_flags(&self, flags: libc::c_int) -> bool {
@@ -121,6 +142,13 @@ impl Interface {
             let set = unsafe { request.ifr_ifru.ifru_flags };
             libc::c_int::from(set) & flags == flags
         })
+    }
+
+    /// Has a command of ethtool filled in: `T` is its structure.
+    fn ethtool<T>(&self, command: &mut T) -> Option<()> {
+        let mut request = self.request()?;
+        request.ifr_ifru.ifru_data = std::ptr::from_mut(command).cast();
+        self.send(libc::SIOCETHTOOL, request).map(drop)
     }
 
     fn ask(&self, what: libc::c_ulong) -> Option<libc::ifreq> {
@@ -146,5 +174,36 @@ impl Interface {
         // as long as the command in it says.
         let answer = unsafe { libc::ioctl(fd, what, &raw mut request) };
         (answer == 0).then_some(request)
+    }
+}
+
+/// Sets a socket option. `T` is what the kernel expects there.
+pub(super) fn set_option<T>(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &T,
+) -> io::Result<()> {
+    let bytes = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    let value = std::ptr::from_ref(value).cast();
+    // SAFETY: the value is valid for its length, and the kernel only reads it.
+    let set = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value, bytes) };
+    if set < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+const _: () = assert!(size_of::<Driver>() == 196);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loopback_has_no_driver_and_one_queue() {
+        let loopback = Interface::find("lo").unwrap().unwrap();
+        assert_eq!((loopback.driver(), loopback.queues()), (None, 1));
+        assert!(Interface::find("none0").unwrap().is_none());
     }
 }

@@ -20,7 +20,7 @@ mod receive;
 mod transmit;
 mod umem;
 
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
@@ -65,6 +65,8 @@ pub(crate) struct AfXdpPort {
     program: Program,
     queues: Box<[AfXdpQueue]>,
     interface: Interface,
+    /// Has the NIC receive frames for all addresses as long as it is open.
+    _receives_all: OwnedFd,
     mode: XdpMode,
     has_several_chunks: bool,
     /// What frames from the interface may ask for.

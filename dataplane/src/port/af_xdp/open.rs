@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use xsk_rs::Socket;
 use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSize, SocketConfig};
 
-use super::interface::Interface;
+use super::interface::{Interface, set_option};
 use super::program::{self, Program};
 use super::receive::{Receiver, Receiving};
-use super::transmit::{Transmitter, set_option};
+use super::transmit::Transmitter;
 use super::umem::{Layout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
 use crate::bpf::Hook;
@@ -30,6 +30,14 @@ const LEAST_RING: u32 = 2;
 
 /// Frames that the kernel takes from the NIC in one busy poll: its own default elsewhere.
 const BUSY_POLL_BUDGET: u32 = 64;
+
+/// Its driver turns the device's offloads off for XDP, which takes a feature of the device.
+const VIRTIO_XDP_HINT: &str = "give the device ctrl_guest_offloads=on (QEMU's default), or turn \
+     guest_csum, guest_tso4 and all like them off";
+
+/// Without the first its driver refuses with `EINVAL`, without one of the others with `ENOENT`.
+const VIRTIO_ZERO_COPY_HINT: &str = "give the device disable-legacy=on,iommu_platform=on, and leave \
+     queue_reset and mrg_rxbuf on (QEMU's default); or use --mode copy";
 
 /// Why the interface can't be opened in one mode.
 enum Refusal {
@@ -74,6 +82,9 @@ impl AfXdpPort {
         }
         let plan = plan(config, &interface, mtu)?;
         let (mode, opened) = plan.open_first()?;
+        let receives_all = interface
+            .receive_all()
+            .map_err(|error| config.not_promiscuous(&error))?;
         Ok(Self {
             base,
             ifname: ifname.clone(),
@@ -86,6 +97,7 @@ impl AfXdpPort {
             program: opened.program,
             queues: opened.queues,
             interface,
+            _receives_all: receives_all,
         })
     }
 }
@@ -150,10 +162,19 @@ impl Plan<'_> {
                 refused = Some(self.too_long());
                 continue;
             }
+            if *mode == XdpMode::ZeroCopy && support.zero_copy == Some(false) {
+                refused = Some(self.no_zero_copy());
+                continue;
+            }
             match self.open(*mode) {
                 Ok(opened) => return Ok((*mode, opened)),
                 Err(Refusal::Final(error)) => return Err(error),
-                Err(Refusal::Mode(error)) => refused = Some(error),
+                Err(Refusal::Mode(error)) => {
+                    if config.mode == XdpMode::Auto {
+                        tracing::info!(?mode, %error, "the next mode is tried");
+                    }
+                    refused = Some(error);
+                }
             }
         }
         Err(refused.unwrap_or_else(|| config.refuse("no mode is left", "see `ip -d link`")))
@@ -168,12 +189,16 @@ impl Plan<'_> {
             .map_err(|error| self.cannot_attach(&error))?;
         let (mut umem_bytes, mut is_huge) = (0, true);
         let mut queues = Vec::new();
+        let layout = match mode {
+            XdpMode::ZeroCopy => self.layout.for_zero_copy(),
+            XdpMode::Auto | XdpMode::Copy | XdpMode::Skb => self.layout,
+        };
         for index in 0..self.queues {
-            let memory = SharedMemory::new(self.layout, self.config.umem_frames.get())
+            let memory = SharedMemory::new(layout, self.config.umem_frames.get())
                 .map_err(|error| Refusal::Final(self.no_memory(&error)))?;
             umem_bytes += memory.total_bytes;
             is_huge &= memory.is_huge;
-            let queue = self.open_queue(index, mode, memory)?;
+            let queue = self.open_queue(index, mode, layout, memory)?;
             program
                 .redirect(index, queue.fd())
                 .map_err(|error| Refusal::Final(self.config.system("XSKMAP", &error)))?;
@@ -202,6 +227,7 @@ impl Plan<'_> {
         &self,
         index: u16,
         mode: XdpMode,
+        layout: Layout,
         memory: SharedMemory,
     ) -> Result<AfXdpQueue, Refusal> {
         let config = self.config;
@@ -212,7 +238,7 @@ impl Plan<'_> {
         } else {
             BindFlags::XDP_COPY
         };
-        if self.layout.several_chunks {
+        if layout.several_chunks {
             flags |= BindFlags::XDP_USE_SG;
         }
         let size = config.umem_frames.get() / 2;
@@ -252,18 +278,18 @@ impl Plan<'_> {
         if let Some(time) = config.busy_poll {
             let us = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
             let options = [
-                (libc::SO_PREFER_BUSY_POLL, 1),
+                (libc::SO_PREFER_BUSY_POLL, 1_u32),
                 (libc::SO_BUSY_POLL, us),
                 (libc::SO_BUSY_POLL_BUDGET, BUSY_POLL_BUDGET),
             ];
             for (name, value) in options {
-                set_option(received.fd(), libc::SOL_SOCKET, name, value)
+                set_option(received.fd(), libc::SOL_SOCKET, name, &value)
                     .map_err(|error| Refusal::Final(config.system("busy polling", &error)))?;
             }
         }
         let fd = received.fd().as_raw_fd();
         let chunks = memory.chunks;
-        let umem = (memory.umem, chunks, self.layout.room_bytes());
+        let umem = (memory.umem, chunks, layout.room_bytes());
         Ok(AfXdpQueue::new(
             Receiver::new(
                 received,
@@ -293,6 +319,11 @@ impl Plan<'_> {
                 let id = support.and_then(|support| support.program).unwrap_or(0);
                 Refusal::Final(self.has_program(id))
             }
+            // Through skbs its frames would come merged, and with open checksums.
+            Some(libc::EOPNOTSUPP) if self.is_virtio() => Refusal::Final(config.refuse(
+                "its driver can't run XDP programs while its device merges or checks frames",
+                VIRTIO_XDP_HINT,
+            )),
             Some(libc::EOPNOTSUPP) => Refusal::Mode(config.refuse(
                 "its driver can't run XDP programs",
                 "use --mode skb, which needs nothing of the driver and is slower",
@@ -321,15 +352,24 @@ impl Plan<'_> {
             )),
             Some(libc::EPERM | libc::EACCES) => Refusal::Final(config.not_permitted()),
             Some(libc::EOPNOTSUPP) if self.layout.several_chunks => Refusal::Mode(self.too_long()),
-            Some(libc::EOPNOTSUPP) if mode == XdpMode::ZeroCopy => Refusal::Mode(config.refuse(
-                "its driver has no zero-copy",
-                "use --mode copy, or auto for the best there is",
-            )),
+            Some(libc::EOPNOTSUPP) if mode == XdpMode::ZeroCopy => {
+                Refusal::Mode(self.no_zero_copy())
+            }
+            Some(libc::EINVAL | libc::ENOENT) if mode == XdpMode::ZeroCopy && self.is_virtio() => {
+                Refusal::Mode(config.refuse(
+                    format!("its device is not fit for zero-copy: {error}"),
+                    VIRTIO_ZERO_COPY_HINT,
+                ))
+            }
             _ => Refusal::Mode(config.refuse(
                 format!("queue {index} can't be bound: {error}"),
                 format!("see `ethtool -l {ifname}` and the kernel's log, or use --mode skb"),
             )),
         }
+    }
+
+    fn is_virtio(&self) -> bool {
+        self.interface.driver().as_deref() == Some("virtio_net")
     }
 
     fn no_memory(&self, error: &io::Error) -> SwitchError {
@@ -359,6 +399,13 @@ impl Plan<'_> {
             format!(
                 "`bpftool prog show id {id}` tells whose; end that, or `ip link set {ifname} xdp off`"
             ),
+        )
+    }
+
+    fn no_zero_copy(&self) -> SwitchError {
+        self.config.refuse(
+            "its driver has no zero-copy",
+            "use --mode copy, or auto for the best there is",
         )
     }
 
@@ -396,6 +443,17 @@ impl AfXdpConfig {
             "not permitted",
             "run ringwayd as root or with CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF",
         )
+    }
+
+    fn not_promiscuous(&self, error: &io::Error) -> SwitchError {
+        match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => self.not_permitted(),
+            Some(libc::EAFNOSUPPORT) => self.refuse(
+                "it can't be made to receive frames for all addresses",
+                "allow the address family AF_PACKET (RestrictAddressFamilies= of the unit)",
+            ),
+            _ => self.system("promiscuous mode", error),
+        }
     }
 
     fn system(&self, what: &str, error: &io::Error) -> SwitchError {

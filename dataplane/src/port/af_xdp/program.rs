@@ -36,6 +36,8 @@ pub(super) struct Support {
     /// Whether the driver takes received frames in several buffers to programs; `None` if the
     /// kernel doesn't know.
     pub(super) several_buffers: Option<bool>,
+    /// Whether the driver has zero-copy; `None` if the kernel doesn't know.
+    pub(super) zero_copy: Option<bool>,
 }
 
 /// A program that is attached to an interface, until it is dropped.
@@ -114,11 +116,16 @@ pub(super) fn query(interface: u32) -> io::Result<Support> {
         answer.skb_prog_id,
     ];
     let features = answer.feature_flags;
+    let has = |feature: u32| (features != 0).then_some(features & u64::from(feature) != 0);
     Ok(Support {
         program: ids.into_iter().find(|id| *id != 0),
-        several_buffers: (features != 0).then_some(features & u64::from(RX_SG) != 0),
+        several_buffers: has(RX_SG),
+        zero_copy: has(ZERO_COPY),
     })
 }
+
+/// `NETDEV_XDP_ACT_XSK_ZEROCOPY` (linux/netdev.h).
+const ZERO_COPY: u32 = 8;
 
 /// `NETDEV_XDP_ACT_RX_SG` (linux/netdev.h).
 const RX_SG: u32 = 32;

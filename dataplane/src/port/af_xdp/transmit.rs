@@ -4,10 +4,11 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use xsk_rs::socket::{Fd, TxQueue};
+use xsk_rs::socket::TxQueue;
 use xsk_rs::umem::frame::FrameDesc;
 use xsk_rs::umem::{CompQueue, Umem};
 
+use super::interface::set_option;
 use super::umem::Chunks;
 use crate::burst::{Burst, PLAIN_BYTES};
 use crate::copy::copy;
@@ -78,7 +79,7 @@ impl Transmitter {
     ) -> Self {
         let size = u32::try_from(free.len()).unwrap_or(u32::MAX);
         // One call is to send a burst, whatever its descriptors. Older kernels don't know it.
-        let _ = set_option(ring.fd(), libc::SOL_XDP, MAX_TX_SKB_BUDGET, size);
+        let _ = set_option(ring.fd(), libc::SOL_XDP, MAX_TX_SKB_BUDGET, &size);
         Self {
             ring,
             completions,
@@ -269,22 +270,4 @@ for_this_cpu! {
         mask: u64,
         max_bytes: u32,
     ) -> (u64, u64) = Transmitter::put_plain_frames;
-}
-
-/// Sets a socket option that is an int.
-pub(super) fn set_option(
-    socket: &Fd,
-    level: libc::c_int,
-    name: libc::c_int,
-    value: u32,
-) -> io::Result<()> {
-    let fd = socket.as_raw_fd();
-    #[expect(clippy::cast_possible_truncation, reason = "it is 4")]
-    let bytes = size_of_val(&value) as libc::socklen_t;
-    // SAFETY: the value is valid for its length.
-    let set = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), bytes) };
-    if set < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }

@@ -45,6 +45,16 @@ impl Layout {
         }
     }
 
+    /// The same with chunks that a NIC receives into itself. Intel's of one gigabit count the room in
+    /// kilobytes, so of a small chunk they would use 1,024 bytes, and begin another with the rest.
+    pub(super) fn for_zero_copy(self) -> Self {
+        let [_, large] = CHUNK_BYTES;
+        Self {
+            chunk_bytes: large,
+            ..self
+        }
+    }
+
     /// Bytes of a frame that one chunk holds.
     pub(super) fn room_bytes(self) -> u32 {
         self.chunk_bytes - HEADROOM_BYTES
@@ -196,6 +206,16 @@ mod tests {
         assert!(!layout(3840).several_chunks);
         assert!(layout(3841).several_chunks);
         assert_eq!(layout(9018).room_bytes(), 3840);
+    }
+
+    #[test]
+    fn a_nic_that_counts_room_in_kilobytes_gets_whole_frames_into_a_chunk() {
+        for l2_bytes in [60, 1518, 1792, 3072] {
+            let layout = Layout::for_frames(l2_bytes).for_zero_copy();
+            assert!(layout.room_bytes() / 1024 * 1024 >= l2_bytes, "{l2_bytes}");
+            assert!(!layout.several_chunks);
+        }
+        assert!(Layout::for_frames(9018).for_zero_copy().several_chunks);
     }
 
     #[test]
