@@ -6,7 +6,7 @@
 
 use ringway_bridge::{Headers, L4Protocol};
 
-use super::checksum::Sum;
+use super::fields::{checksum_offset, dword, packet_bytes, put, put_packet_bytes, word};
 
 /// TCP flags that only the last segment keeps.
 const FIN: u8 = 0x01;
@@ -45,18 +45,13 @@ impl Cutter {
         segment_bytes: u16,
     ) -> Option<Self> {
         let (l3, l4) = (headers.l3_offset, headers.l4_offset);
-        let packet_bytes = if headers.is_ipv4 {
-            u32::from(word(frame, l3 + 2))
-        } else {
-            u32::from(word(frame, l3 + 4)) + 40
-        };
         let before = |offset: usize| u32::try_from(offset).ok();
-        if frame_bytes.checked_sub(before(l3)?) != Some(packet_bytes) {
+        if frame_bytes.checked_sub(before(l3)?) != Some(packet_bytes(frame, headers)) {
             return None;
         }
         let is_tcp = headers.l4_protocol == L4Protocol::Tcp;
         // What the source put there is a sum over addresses, protocol and the whole length.
-        let seed = word(frame, checksum_at(headers.l4_protocol, l4));
+        let seed = word(frame, l4 + checksum_offset(headers.l4_protocol));
         let l4_bytes = u16::try_from(frame_bytes - before(l4)?).ok()?;
         Some(Self {
             l3,
@@ -91,7 +86,7 @@ impl Cutter {
 
     /// Where the checksum's sum begins, and where the checksum is.
     pub(super) fn checksum(&self) -> (usize, usize) {
-        (self.l4, checksum_at(self.protocol, self.l4))
+        (self.l4, self.l4 + checksum_offset(self.protocol))
     }
 
     /// Writes the next segment's headers over `frame`, the last segment's or the template, and
@@ -106,17 +101,10 @@ impl Cutter {
         )]
         let length_from = |offset: usize| (self.payload - offset) as u16 + bytes as u16;
         if self.is_ipv4 {
-            put(frame, self.l3 + 2, length_from(self.l3));
             let identification = self.identification.wrapping_add(self.made);
             put(frame, self.l3 + 4, identification);
-            let header_bytes = usize::from(frame[self.l3] & 0xf) * 4;
-            put(frame, self.l3 + 10, 0);
-            let mut sum = Sum::default();
-            sum.add(&frame[self.l3..self.l3 + header_bytes]);
-            frame[self.l3 + 10..self.l3 + 12].copy_from_slice(&sum.finish_plain());
-        } else {
-            put(frame, self.l3 + 4, length_from(self.l3 + 40));
         }
+        put_packet_bytes(frame, self.l3, self.is_ipv4, length_from(self.l3).into());
         let l4_bytes = length_from(self.l4);
         match self.protocol {
             L4Protocol::Tcp => {
@@ -134,17 +122,10 @@ impl Cutter {
             L4Protocol::Udp => put(frame, self.l4 + 4, l4_bytes),
         }
         let seed = add(self.pseudo_sum, l4_bytes);
-        put(frame, checksum_at(self.protocol, self.l4), seed);
+        put(frame, self.l4 + checksum_offset(self.protocol), seed);
         self.left -= bytes;
         self.made += 1;
         bytes
-    }
-}
-
-fn checksum_at(protocol: L4Protocol, l4: usize) -> usize {
-    match protocol {
-        L4Protocol::Tcp => l4 + 16,
-        L4Protocol::Udp => l4 + 6,
     }
 }
 
@@ -152,16 +133,4 @@ fn checksum_at(protocol: L4Protocol, l4: usize) -> usize {
 fn add(a: u16, b: u16) -> u16 {
     let (sum, carry) = a.overflowing_add(b);
     sum + u16::from(carry)
-}
-
-fn word(frame: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes([frame[at], frame[at + 1]])
-}
-
-fn dword(frame: &[u8], at: usize) -> u32 {
-    u32::from(word(frame, at)) << 16 | u32::from(word(frame, at + 2))
-}
-
-fn put(frame: &mut [u8], at: usize, value: u16) {
-    frame[at..at + 2].copy_from_slice(&value.to_be_bytes());
 }

@@ -19,6 +19,7 @@
 //! else.
 
 mod checksum;
+mod fields;
 mod gso;
 mod parcel;
 mod pieces;

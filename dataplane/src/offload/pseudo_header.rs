@@ -8,6 +8,8 @@
 
 use ringway_bridge::{Headers, L4Protocol};
 
+use super::fields::{checksum_offset, packet_bytes, word};
+
 /// Where the sum of an open checksum begins, and how far behind that the field is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OpenChecksum {
@@ -15,58 +17,44 @@ pub(crate) struct OpenChecksum {
     pub(crate) offset: u16,
 }
 
-/// The open checksum of a frame of `l2_bytes` in all that begins with `frame`, if it has one.
+/// The open checksum of a frame of `l2_bytes` in all that begins with `frame`, where these headers
+/// were found, if it has one.
 pub(crate) fn find_open_checksum(
     frame: &[u8],
     headers: &Headers,
     l2_bytes: u32,
 ) -> Option<OpenChecksum> {
-    let offset = match headers.l4_protocol {
-        L4Protocol::Tcp => 16,
-        L4Protocol::Udp => 6,
-    };
+    let start = u16::try_from(headers.l4_offset).ok()?;
+    let offset = checksum_offset(headers.l4_protocol);
     // Padding would be summed too.
-    if packet_bytes(frame, headers)? + u32::try_from(headers.l3_offset).ok()? != l2_bytes {
+    if packet_bytes(frame, headers) + u32::try_from(headers.l3_offset).ok()? != l2_bytes {
         return None;
     }
-    let field = word(frame, headers.l4_offset + usize::from(offset))?;
-    let start = u16::try_from(headers.l4_offset).ok()?;
-    let l4_bytes = l2_bytes - u32::from(start);
-    (field == pseudo_sum(frame, headers, l4_bytes)?).then_some(OpenChecksum { start, offset })
-}
-
-/// Bytes of the IP packet, by its header.
-pub(crate) fn packet_bytes(frame: &[u8], headers: &Headers) -> Option<u32> {
-    let l3 = headers.l3_offset;
-    Some(if headers.is_ipv4 {
-        u32::from(word(frame, l3 + 2)?)
-    } else {
-        u32::from(word(frame, l3 + 4)?) + 40
+    let field = word(frame, headers.l4_offset + offset);
+    let is_open = field == pseudo_sum(frame, headers, l2_bytes - u32::from(start));
+    is_open.then_some(OpenChecksum {
+        start,
+        offset: u16::try_from(offset).ok()?,
     })
 }
 
 /// The sum of the pseudo header, of a packet with `l4_bytes` from its TCP or UDP header on.
-pub(crate) fn pseudo_sum(frame: &[u8], headers: &Headers, l4_bytes: u32) -> Option<u16> {
-    let l3 = frame.get(headers.l3_offset..)?;
+pub(crate) fn pseudo_sum(frame: &[u8], headers: &Headers, l4_bytes: u32) -> u16 {
+    let l3 = headers.l3_offset;
     let addresses = if headers.is_ipv4 {
-        l3.get(12..20)?
+        l3 + 12..l3 + 20
     } else {
-        l3.get(8..40)?
+        l3 + 8..l3 + 40
     };
     let protocol = match headers.l4_protocol {
         L4Protocol::Tcp => 6,
         L4Protocol::Udp => 17,
     };
-    let (words, _) = addresses.as_chunks();
-    let words = words
-        .iter()
-        .map(|word| u32::from(u16::from_be_bytes(*word)));
-    let sum = protocol + (l4_bytes & 0xffff) + words.sum::<u32>();
+    let words: u32 = addresses
+        .step_by(2)
+        .map(|at| u32::from(word(frame, at)))
+        .sum();
+    let sum = protocol + (l4_bytes & 0xffff) + words;
     let sum = (sum >> 16) + (sum & 0xffff);
-    u16::try_from((sum >> 16) + (sum & 0xffff)).ok()
-}
-
-fn word(bytes: &[u8], at: usize) -> Option<u16> {
-    let pair = bytes.get(at..)?.first_chunk()?;
-    Some(u16::from_be_bytes(*pair))
+    u16::try_from((sum >> 16) + (sum & 0xffff)).unwrap_or(u16::MAX)
 }

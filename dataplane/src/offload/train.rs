@@ -13,7 +13,8 @@ use ringway_bridge::{Headers, L4Protocol};
 
 use super::Offloads;
 use super::checksum::Sum;
-use super::pseudo_header::{packet_bytes, pseudo_sum};
+use super::fields::{dword, ipv4_sum, packet_bytes, put, put_packet_bytes, word};
+use super::pseudo_header::pseudo_sum;
 use crate::net_header::{self, HEADER_LEN};
 
 const PSH: u8 = 0x08;
@@ -115,7 +116,8 @@ impl<'a> Train<'a> {
             && (ours[l4 + FLAGS] ^ theirs[l4 + FLAGS]) & !PSH == 0
             && same(l4 + 14, l4 + CHECKSUM)
             && same(l4 + 18, end)
-            && sequence(theirs, l4) == sequence(ours, l4).wrapping_add(self.payload_bytes)
+            && dword(theirs, l4 + SEQUENCE)
+                == dword(ours, l4 + SEQUENCE).wrapping_add(self.payload_bytes)
             && (!is_ipv4 || self.identification_fits(theirs))
             && has_sound_ip_header(theirs, &self.headers, l2_bytes)
     }
@@ -153,18 +155,10 @@ impl<'a> Train<'a> {
         frame.copy_from_slice(&self.frame[..end]);
         let fitting = |bytes: u32| u16::try_from(bytes).unwrap_or(u16::MAX);
         let packet_bytes = self.packet_bytes();
-        if is_ipv4 {
-            put(frame, l3 + 2, fitting(packet_bytes));
-            put(frame, l3 + 10, 0);
-            let mut sum = Sum::default();
-            sum.add(&frame[l3..l4]);
-            frame[l3 + 10..l3 + 12].copy_from_slice(&sum.finish_plain());
-        } else {
-            put(frame, l3 + 4, fitting(packet_bytes - 40));
-        }
+        put_packet_bytes(frame, l3, is_ipv4, packet_bytes);
         frame[l4 + FLAGS] |= self.push;
         let l4_bytes = packet_bytes - fitting_u32(l4 - l3);
-        let sum = pseudo_sum(frame, &self.headers, l4_bytes).unwrap_or(0);
+        let sum = pseudo_sum(frame, &self.headers, l4_bytes);
         put(frame, l4 + CHECKSUM, sum);
         let offset = |bytes: usize| u16::try_from(bytes).unwrap_or(u16::MAX);
         net_header::ask_for_tcp_segmentation(
@@ -199,11 +193,8 @@ pub(crate) fn is_checksum_right<'a>(
     parts: impl Iterator<Item = &'a [u8]>,
 ) -> bool {
     let l4_bytes = l2_bytes - fitting_u32(headers.l4_offset);
-    let Some(pseudo) = pseudo_sum(frame, headers, l4_bytes) else {
-        return false;
-    };
     let mut sum = Sum::default();
-    sum.add(&pseudo.to_be_bytes());
+    sum.add(&pseudo_sum(frame, headers, l4_bytes).to_be_bytes());
     let mut skip = headers.l4_offset;
     for part in parts {
         sum.add(part.get(skip..).unwrap_or_default());
@@ -214,29 +205,11 @@ pub(crate) fn is_checksum_right<'a>(
 
 /// Whether the IP header tells the frame's length, and IPv4's is as its checksum has it.
 fn has_sound_ip_header(frame: &[u8], headers: &Headers, l2_bytes: u32) -> bool {
-    let (l3, l4) = (headers.l3_offset, headers.l4_offset);
-    let is_whole = packet_bytes(frame, headers) == Some(l2_bytes - fitting_u32(l3));
-    if !headers.is_ipv4 {
-        return is_whole;
-    }
-    let mut sum = Sum::default();
-    sum.add(&frame[l3..l4]);
-    is_whole && sum.finish_plain() == [0; 2]
+    let l3 = headers.l3_offset;
+    let is_whole = packet_bytes(frame, headers) == l2_bytes - fitting_u32(l3);
+    is_whole && (!headers.is_ipv4 || ipv4_sum(frame, l3) == [0; 2])
 }
 
 fn fitting_u32(bytes: usize) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
-}
-
-fn sequence(frame: &[u8], l4: usize) -> u32 {
-    let at = l4 + SEQUENCE;
-    u32::from(word(frame, at)) << 16 | u32::from(word(frame, at + 2))
-}
-
-fn word(frame: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes([frame[at], frame[at + 1]])
-}
-
-fn put(frame: &mut [u8], at: usize, value: u16) {
-    frame[at..at + 2].copy_from_slice(&value.to_be_bytes());
 }
