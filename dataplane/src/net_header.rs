@@ -27,9 +27,13 @@ const GSO_TCPV6: u8 = 4;
 const GSO_UDP_L4: u8 = 5;
 const GSO_ECN: u8 = 0x80;
 
-/// Offset of the checksum in a TCP header, and in a UDP header.
-const TCP_CHECKSUM: u16 = 16;
-const UDP_CHECKSUM: u16 = 6;
+/// Offset of the checksum in a TCP header, or in a UDP header.
+pub(crate) const fn checksum_offset(protocol: L4Protocol) -> u16 {
+    match protocol {
+        L4Protocol::Tcp => 16,
+        L4Protocol::Udp => 6,
+    }
+}
 
 /// Feature bits of the network device (virtio 1.3, 5.1.3).
 pub(crate) mod vhost_features {
@@ -146,9 +150,9 @@ fn check_offloads(
         // UFO and types to come: no feature of ours allows them.
         _ => return Err(DropReason::OffloadNotNegotiated),
     };
-    let (protocol, checksum) = match gso_type & !GSO_ECN {
-        GSO_UDP_L4 => (L4Protocol::Udp, UDP_CHECKSUM),
-        _ => (L4Protocol::Tcp, TCP_CHECKSUM),
+    let protocol = match gso_type & !GSO_ECN {
+        GSO_UDP_L4 => L4Protocol::Udp,
+        _ => L4Protocol::Tcp,
     };
     needs = needs.with(kind);
     let has_ecn = gso_type & GSO_ECN != 0;
@@ -162,7 +166,7 @@ fn check_offloads(
     let consistent = headers.is_ipv4 == is_ipv4
         && headers.l4_protocol == protocol
         && headers.l4_offset == usize::from(csum_start)
-        && csum_offset == checksum
+        && csum_offset == checksum_offset(protocol)
         && (protocol == L4Protocol::Tcp || !has_ecn)
         && u32::from(headers_bytes) <= frame_bytes
         && gso_size > 0;
@@ -246,7 +250,7 @@ pub(crate) fn ask_for_tcp_segmentation(
     csum_start: u16,
 ) {
     let gso_type = if is_ipv4 { GSO_TCPV4 } else { GSO_TCPV6 };
-    let csum = [csum_start, TCP_CHECKSUM];
+    let csum = [csum_start, checksum_offset(L4Protocol::Tcp)];
     let clean = clean(FLAG_NEEDS_CSUM, gso_type, lengths.0, lengths.1, csum);
     header[..HEADER_LEN].copy_from_slice(&clean);
 }

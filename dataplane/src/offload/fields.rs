@@ -3,6 +3,18 @@
 use ringway_bridge::{Headers, L4Protocol};
 
 use super::checksum::Sum;
+use crate::net_header::checksum_offset;
+
+/// Offsets in a TCP header, and its flags (RFC 9293, 3.1; RFC 3168, 6.1).
+pub(super) mod tcp {
+    pub(crate) const SEQUENCE: usize = 4;
+    pub(crate) const FLAGS: usize = 13;
+    pub(crate) const FIN: u8 = 0x01;
+    pub(crate) const PSH: u8 = 0x08;
+    pub(crate) const ACK: u8 = 0x10;
+    pub(crate) const ECE: u8 = 0x40;
+    pub(crate) const CWR: u8 = 0x80;
+}
 
 pub(super) fn word(frame: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([frame[at], frame[at + 1]])
@@ -16,12 +28,9 @@ pub(super) fn put(frame: &mut [u8], at: usize, value: u16) {
     frame[at..at + 2].copy_from_slice(&value.to_be_bytes());
 }
 
-/// Where a TCP or UDP header has its checksum.
-pub(super) fn checksum_offset(protocol: L4Protocol) -> usize {
-    match protocol {
-        L4Protocol::Tcp => 16,
-        L4Protocol::Udp => 6,
-    }
+/// Where the checksum is of a TCP or UDP header at `l4`.
+pub(super) fn checksum_at(protocol: L4Protocol, l4: usize) -> usize {
+    l4 + usize::from(checksum_offset(protocol))
 }
 
 /// Bytes of the IP packet, as its header has them.

@@ -6,13 +6,12 @@
 
 use ringway_bridge::{Headers, L4Protocol};
 
-use super::fields::{checksum_offset, dword, packet_bytes, put, put_packet_bytes, word};
+use super::fields::{checksum_at, dword, packet_bytes, put, put_packet_bytes, tcp, word};
 
 /// TCP flags that only the last segment keeps.
-const FIN: u8 = 0x01;
-const PSH: u8 = 0x08;
+const OF_THE_LAST: u8 = tcp::FIN | tcp::PSH;
 /// What only the first keeps (virtio 1.3, 5.1.6.2.1; RFC 3168, 6.1.2: it answers one signal once).
-const CWR: u8 = 0x80;
+const OF_THE_FIRST: u8 = tcp::CWR;
 
 /// Cuts one frame.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +50,7 @@ impl Cutter {
         }
         let is_tcp = headers.l4_protocol == L4Protocol::Tcp;
         // What the source put there is a sum over addresses, protocol and the whole length.
-        let seed = word(frame, l4 + checksum_offset(headers.l4_protocol));
+        let seed = word(frame, checksum_at(headers.l4_protocol, l4));
         let l4_bytes = u16::try_from(frame_bytes - before(l4)?).ok()?;
         Some(Self {
             l3,
@@ -64,8 +63,12 @@ impl Cutter {
             made: 0,
             pseudo_sum: add(seed, !l4_bytes),
             identification: word(frame, l3 + 4),
-            sequence: if is_tcp { dword(frame, l4 + 4) } else { 0 },
-            flags: if is_tcp { frame[l4 + 13] } else { 0 },
+            sequence: if is_tcp {
+                dword(frame, l4 + tcp::SEQUENCE)
+            } else {
+                0
+            },
+            flags: if is_tcp { frame[l4 + tcp::FLAGS] } else { 0 },
         })
     }
 
@@ -86,7 +89,7 @@ impl Cutter {
 
     /// Where the checksum's sum begins, and where the checksum is.
     pub(super) fn checksum(&self) -> (usize, usize) {
-        (self.l4, self.l4 + checksum_offset(self.protocol))
+        (self.l4, checksum_at(self.protocol, self.l4))
     }
 
     /// Writes the next segment's headers over `frame`, the last segment's or the template, and
@@ -108,21 +111,22 @@ impl Cutter {
         let l4_bytes = length_from(self.l4);
         match self.protocol {
             L4Protocol::Tcp => {
-                frame[self.l4 + 4..self.l4 + 8].copy_from_slice(&self.sequence.to_be_bytes());
+                let at = self.l4 + tcp::SEQUENCE;
+                frame[at..at + 4].copy_from_slice(&self.sequence.to_be_bytes());
                 let mut hidden = 0;
                 if !is_last {
-                    hidden |= FIN | PSH;
+                    hidden |= OF_THE_LAST;
                 }
                 if self.made > 0 {
-                    hidden |= CWR;
+                    hidden |= OF_THE_FIRST;
                 }
-                frame[self.l4 + 13] = self.flags & !hidden;
+                frame[self.l4 + tcp::FLAGS] = self.flags & !hidden;
                 self.sequence = self.sequence.wrapping_add(bytes);
             }
             L4Protocol::Udp => put(frame, self.l4 + 4, l4_bytes),
         }
         let seed = add(self.pseudo_sum, l4_bytes);
-        put(frame, self.l4 + checksum_offset(self.protocol), seed);
+        put(frame, checksum_at(self.protocol, self.l4), seed);
         self.left -= bytes;
         self.made += 1;
         bytes

@@ -8,7 +8,8 @@
 
 use ringway_bridge::{Headers, L4Protocol};
 
-use super::fields::{checksum_offset, packet_bytes, word};
+use super::fields::{packet_bytes, word};
+use crate::net_header::checksum_offset;
 
 /// Where the sum of an open checksum begins, and how far behind that the field is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,12 +31,9 @@ pub(crate) fn find_open_checksum(
     if packet_bytes(frame, headers) + u32::try_from(headers.l3_offset).ok()? != l2_bytes {
         return None;
     }
-    let field = word(frame, headers.l4_offset + offset);
+    let field = word(frame, headers.l4_offset + usize::from(offset));
     let is_open = field == pseudo_sum(frame, headers, l2_bytes - u32::from(start));
-    is_open.then_some(OpenChecksum {
-        start,
-        offset: u16::try_from(offset).ok()?,
-    })
+    is_open.then_some(OpenChecksum { start, offset })
 }
 
 /// The sum of the pseudo header, of a packet with `l4_bytes` from its TCP or UDP header on.

@@ -13,18 +13,10 @@ use ringway_bridge::{Headers, L4Protocol};
 
 use super::Offloads;
 use super::checksum::Sum;
-use super::fields::{dword, ipv4_sum, packet_bytes, put, put_packet_bytes, word};
+use super::fields::tcp::{ACK, ECE, FLAGS, PSH, SEQUENCE};
+use super::fields::{checksum_at, dword, ipv4_sum, packet_bytes, put, put_packet_bytes, word};
 use super::pseudo_header::pseudo_sum;
 use crate::net_header::{self, HEADER_LEN};
-
-const PSH: u8 = 0x08;
-const ACK: u8 = 0x10;
-const ECE: u8 = 0x40;
-
-/// Offsets in a TCP header.
-const SEQUENCE: usize = 4;
-const FLAGS: usize = 13;
-const CHECKSUM: usize = 16;
 
 /// Longest IP packet.
 const MAX_PACKET_BYTES: u32 = 65_535;
@@ -51,8 +43,7 @@ impl<'a> Train<'a> {
         if headers.l4_protocol != L4Protocol::Tcp {
             return None;
         }
-        let headers_bytes = u32::try_from(headers.payload_offset).ok()?;
-        let payload_bytes = l2_bytes.checked_sub(headers_bytes)?;
+        let payload_bytes = payload_bytes(headers, l2_bytes)?;
         let flags = frame[headers.l4_offset + FLAGS];
         let is_data = payload_bytes > 0 && flags & !(PSH | ECE) == ACK;
         // No options and extension headers: what they say need not hold for the whole.
@@ -88,10 +79,7 @@ impl<'a> Train<'a> {
             is_ipv4,
             ..
         } = self.headers;
-        let Some(payload_bytes) = u32::try_from(end)
-            .ok()
-            .and_then(|end| l2_bytes.checked_sub(end))
-        else {
+        let Some(payload_bytes) = payload_bytes(&self.headers, l2_bytes) else {
             return false;
         };
         if self.is_over || payload_bytes == 0 || payload_bytes > self.segment_bytes {
@@ -104,6 +92,7 @@ impl<'a> Train<'a> {
             return false;
         };
         let ours = &self.frame[..end];
+        let checksum = checksum_at(L4Protocol::Tcp, l4);
         let same = |from: usize, to: usize| ours[from..to] == theirs[from..to];
         // Neither lengths, IPv4's identification and checksum, nor what TCP counts and sums.
         let same_packet = if is_ipv4 {
@@ -112,10 +101,10 @@ impl<'a> Train<'a> {
             same(0, l3 + 4) && same(l3 + 6, l4 + SEQUENCE)
         };
         same_packet
-            && same(l4 + 8, l4 + FLAGS)
+            && same(l4 + SEQUENCE + 4, l4 + FLAGS)
             && (ours[l4 + FLAGS] ^ theirs[l4 + FLAGS]) & !PSH == 0
-            && same(l4 + 14, l4 + CHECKSUM)
-            && same(l4 + 18, end)
+            && same(l4 + FLAGS + 1, checksum)
+            && same(checksum + 2, end)
             && dword(theirs, l4 + SEQUENCE)
                 == dword(ours, l4 + SEQUENCE).wrapping_add(self.payload_bytes)
             && (!is_ipv4 || self.identification_fits(theirs))
@@ -124,8 +113,7 @@ impl<'a> Train<'a> {
 
     /// Adds the frame that it [takes](Self::takes).
     pub(crate) fn add(&mut self, frame: &[u8], l2_bytes: u32) {
-        let headers_bytes = u32::try_from(self.headers.payload_offset).unwrap_or(0);
-        let payload_bytes = l2_bytes - headers_bytes;
+        let payload_bytes = payload_bytes(&self.headers, l2_bytes).unwrap_or(0);
         self.payload_bytes += payload_bytes;
         self.segments += 1;
         self.push = frame[self.headers.l4_offset + FLAGS] & PSH;
@@ -159,7 +147,7 @@ impl<'a> Train<'a> {
         frame[l4 + FLAGS] |= self.push;
         let l4_bytes = packet_bytes - fitting_u32(l4 - l3);
         let sum = pseudo_sum(frame, &self.headers, l4_bytes);
-        put(frame, l4 + CHECKSUM, sum);
+        put(frame, checksum_at(L4Protocol::Tcp, l4), sum);
         let offset = |bytes: usize| u16::try_from(bytes).unwrap_or(u16::MAX);
         net_header::ask_for_tcp_segmentation(
             header,
@@ -208,6 +196,11 @@ fn has_sound_ip_header(frame: &[u8], headers: &Headers, l2_bytes: u32) -> bool {
     let l3 = headers.l3_offset;
     let is_whole = packet_bytes(frame, headers) == l2_bytes - fitting_u32(l3);
     is_whole && (!headers.is_ipv4 || ipv4_sum(frame, l3) == [0; 2])
+}
+
+/// Bytes behind the headers, if all of these are there.
+fn payload_bytes(headers: &Headers, l2_bytes: u32) -> Option<u32> {
+    l2_bytes.checked_sub(fitting_u32(headers.payload_offset))
 }
 
 fn fitting_u32(bytes: usize) -> u32 {

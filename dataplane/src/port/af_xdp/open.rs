@@ -55,6 +55,8 @@ struct Plan<'a> {
     layout: Layout,
     /// The interface's own.
     interface_mtu: u32,
+    /// The name of its driver, if that tells.
+    driver: Option<String>,
 }
 
 impl AfXdpPort {
@@ -139,6 +141,7 @@ fn plan<'a>(
         queues,
         layout: Layout::for_frames(max_l2_bytes(u16::try_from(greatest).ok())),
         interface_mtu,
+        driver: interface.driver(),
     })
 }
 
@@ -216,7 +219,7 @@ impl Plan<'_> {
     /// hands on frames that another part of the kernel, or of the host, sent. Offloads of virtio_net
     /// are off while it runs a program itself.
     fn sends(&self, mode: XdpMode) -> Offloads {
-        match self.interface.driver().as_deref() {
+        match self.driver.as_deref() {
             Some("veth" | "tun") => Offloads::CSUM,
             Some("virtio_net") if mode == XdpMode::Skb => Offloads::CSUM,
             _ => Offloads::NONE,
@@ -369,7 +372,7 @@ impl Plan<'_> {
     }
 
     fn is_virtio(&self) -> bool {
-        self.interface.driver().as_deref() == Some("virtio_net")
+        self.driver.as_deref() == Some("virtio_net")
     }
 
     fn no_memory(&self, error: &io::Error) -> SwitchError {
