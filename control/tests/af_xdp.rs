@@ -1,16 +1,17 @@
 //! `ringwayd` with an AF_XDP port, in a network namespace of its own. Needs root and iproute2.
 #![expect(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
 
+mod common;
+
 use std::net::UdpSocket;
-use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
-use std::process::{Child, Command, Output};
+use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use common::{Place, Running};
 use ringway_control::api::{
     ModeName, PortAdd, PortAddParams, PortDel, PortDelParams, PortShow, PortShowParams,
     PortShowResult,
@@ -95,79 +96,38 @@ impl Drop for Load {
     }
 }
 
-struct Place {
-    directory: tempfile::TempDir,
+/// A daemon with these ports.
+fn start_with(place: &Place, text: &str) -> Running {
+    let config = place.config(text);
+    place.start(&["--config", config.to_str().unwrap()])
 }
 
-struct Daemon(Child);
-
-impl Place {
-    fn new() -> Self {
-        Self {
-            directory: tempfile::tempdir().unwrap(),
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    /// Starts the daemon with a guest's port and one of xdp0, and waits for READY=1.
-    fn start(&self, mode: &str) -> Daemon {
-        let vm = self.path("vm.sock");
-        self.start_with(&format!(
-            "[ports.vm]\nkind = \"vhost-user\"\nlisten = \"{}\"\n\
-             [ports.nic]\nkind = \"af-xdp\"\nifname = \"xdp0\"\nmode = \"{mode}\"\n",
-            vm.display()
-        ))
-    }
-
-    fn start_with(&self, text: &str) -> Daemon {
-        std::fs::write(self.path("ringway.toml"), text).unwrap();
-        let notify = self.path("notify.sock");
-        let _ = std::fs::remove_file(&notify);
-        let socket = UnixDatagram::bind(&notify).unwrap();
-        socket.set_read_timeout(Some(DEADLINE)).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_ringwayd"))
-            .env("NOTIFY_SOCKET", &notify)
-            .arg("--control")
-            .arg(self.path("control.sock"))
-            .arg("--config")
-            .arg(self.path("ringway.toml"))
-            .spawn();
-        let daemon = Daemon(child.unwrap());
-        let mut buffer = [0; 100];
-        let n = socket.recv(&mut buffer).expect("READY=1");
-        assert_eq!(&buffer[..n], b"READY=1\n");
-        daemon
-    }
-
-    fn client(&self) -> Client {
-        Client::connect(&self.path("control.sock"), DEADLINE).unwrap()
-    }
-
-    fn show(&self) -> PortShowResult {
-        let name = "nic".into();
-        self.client()
-            .call::<PortShow>(&PortShowParams { name })
-            .unwrap()
-    }
-
-    fn ringway(&self, arguments: &str) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_ringway"))
-            .arg("--socket")
-            .arg(self.path("control.sock"))
-            .args(arguments.split(' '))
-            .output()
-            .unwrap()
-    }
+/// A daemon with a guest's port and one of xdp0.
+fn start_with_nic(place: &Place, mode: &str) -> Running {
+    let vm = place.path("vm.sock");
+    let text = format!(
+        "[ports.vm]\nkind = \"vhost-user\"\nlisten = \"{}\"\n\
+         [ports.nic]\nkind = \"af-xdp\"\nifname = \"xdp0\"\nmode = \"{mode}\"\n",
+        vm.display()
+    );
+    start_with(place, &text)
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+fn show_nic(place: &Place) -> PortShowResult {
+    let name = "nic".into();
+    Client::connect(&place.path("control.sock"), DEADLINE)
+        .unwrap()
+        .call::<PortShow>(&PortShowParams { name })
+        .unwrap()
+}
+
+fn ringway(place: &Place, arguments: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ringway"))
+        .arg("--socket")
+        .arg(place.path("control.sock"))
+        .args(arguments.split(' '))
+        .output()
+        .unwrap()
 }
 
 /// Whether datagrams reach a socket of this namespace's kernel.
@@ -197,8 +157,8 @@ fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_with
         eventually("the kernel receives", || kernel_receives(&socket));
         for _ in 0..3 {
             let start = Instant::now();
-            let mut daemon = place.start(mode);
-            let counters = || place.show().port.counters;
+            let mut daemon = start_with_nic(&place, mode);
+            let counters = || show_nic(&place).port.counters;
             let before = counters().rx_frames;
             eventually("the switch receives", || {
                 counters().rx_frames > before + 1000
@@ -218,8 +178,8 @@ fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_with
                 assert!(ip("-d link show dev xdp0").contains(shown));
                 while kernel_receives(&socket) {}
                 assert!(!kernel_receives(&socket), "a frame went to the kernel");
-                daemon.0.kill().unwrap();
-                daemon.0.wait().unwrap();
+                daemon.child.kill().unwrap();
+                daemon.child.wait().unwrap();
                 stop.store(true, Ordering::Relaxed);
             });
             assert!(!ip("-d link show dev xdp0").contains(shown));
@@ -233,8 +193,8 @@ fn a_port_of_the_file_is_shown_deleted_and_added_again_as_it_was() {
     fresh_namespace();
     let place = Place::new();
     let _load = Load::start();
-    let _daemon = place.start("auto");
-    let show = place.show();
+    let daemon = start_with_nic(&place, "auto");
+    let show = show_nic(&place);
     let xdp = show.af_xdp.unwrap();
     assert_eq!(xdp.mode, ModeName::Copy);
     assert_eq!((xdp.multi_buffer, xdp.queues.len()), (false, 1));
@@ -242,7 +202,7 @@ fn a_port_of_the_file_is_shown_deleted_and_added_again_as_it_was() {
     assert_eq!(show.mtu, Some(1500));
     let id = xdp.program_id;
     assert!(ip("-d link show dev xdp0").contains(&format!("prog/xdp id {id} ")));
-    let output = place.ringway("port show nic");
+    let output = ringway(&place, "port show nic");
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("\n  mode            copy (auto)\n"), "{text}");
     assert!(
@@ -251,7 +211,7 @@ fn a_port_of_the_file_is_shown_deleted_and_added_again_as_it_was() {
     );
     assert!(text.contains("  TX PENDING  "), "{text}");
 
-    let mut client = place.client();
+    let mut client = daemon.client();
     let (name, if_exists) = ("nic".to_owned(), false);
     let settings = show.port.config;
     client
@@ -272,8 +232,8 @@ fn what_is_refused_is_one_line_with_a_hint() {
     let _load = Load::start();
     ip("link set lo mtu 1500 up");
     ip("link add off0 type veth peer name off1");
-    let _daemon = place.start("auto");
-    let id = place.show().af_xdp.unwrap().program_id;
+    let _daemon = start_with_nic(&place, "auto");
+    let id = show_nic(&place).af_xdp.unwrap().program_id;
     let has_program = format!("xdp0 through AF_XDP: it has an XDP program already, with id {id}");
     let cases = [
         (
@@ -296,7 +256,7 @@ fn what_is_refused_is_one_line_with_a_hint() {
         ("--ifname xdp0", &has_program),
     ];
     for (arguments, reason) in cases {
-        let output = place.ringway(&format!("port add x af-xdp {arguments}"));
+        let output = ringway(&place, &format!("port add x af-xdp {arguments}"));
         assert_eq!(output.status.code(), Some(1), "{arguments}");
         let text = String::from_utf8(output.stderr).unwrap();
         let lines: Vec<_> = text.lines().collect();
@@ -305,7 +265,7 @@ fn what_is_refused_is_one_line_with_a_hint() {
         assert!(lines[1].starts_with("  hint: "), "{text}");
     }
     // Nothing is left of them, nor disturbed.
-    let text = String::from_utf8(place.ringway("-j port list").stdout).unwrap();
+    let text = String::from_utf8(ringway(&place, "-j port list").stdout).unwrap();
     assert!(!text.contains("\"x\""), "{text}");
     for wrong in [
         "--mode fast",
@@ -313,7 +273,7 @@ fn what_is_refused_is_one_line_with_a_hint() {
         "--busy-poll-us 1001",
         "--queues 0",
     ] {
-        let output = place.ringway(&format!("port add x af-xdp --ifname lo {wrong}"));
+        let output = ringway(&place, &format!("port add x af-xdp --ifname lo {wrong}"));
         assert_eq!(output.status.code(), Some(2), "{wrong}");
         let text = String::from_utf8(output.stderr).unwrap();
         assert!(text.contains("hint: "), "{text}");
@@ -333,8 +293,8 @@ fn too_little_memory_that_may_be_locked_is_one_line_with_a_hint() {
         maximum: limit,
     };
     setrlimit(Resource::Memlock, low).unwrap();
-    let _daemon = place.start_with("");
-    let output = place.ringway("port add nic af-xdp --ifname xdp0");
+    let _daemon = start_with(&place, "");
+    let output = ringway(&place, "port add nic af-xdp --ifname xdp0");
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stderr).unwrap();
     let expected = "ringway: error: can't use xdp0 through AF_XDP: not enough memory may be locked for its \
@@ -342,6 +302,6 @@ fn too_little_memory_that_may_be_locked_is_one_line_with_a_hint() {
                     --umem-frames\n";
     assert_eq!(text, expected);
     assert!(!ip("-d link show dev xdp0").contains("prog/xdp"));
-    let text = String::from_utf8(place.ringway("-j port list").stdout).unwrap();
+    let text = String::from_utf8(ringway(&place, "-j port list").stdout).unwrap();
     assert!(!text.contains("\"nic\""), "{text}");
 }

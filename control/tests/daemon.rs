@@ -1,111 +1,21 @@
 //! The binary `ringwayd`: what it checks, what it refuses, and a run with real ports.
 #![expect(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
 
-use std::io::{BufRead, BufReader, ErrorKind};
-use std::os::unix::net::{UnixDatagram, UnixListener};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+mod common;
 
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::Place;
 use ringway_control::api::{
     DaemonInfo, FdbAdd, FdbAddParams, FdbFlush, FdbFlushParams, FdbList, FdbListParams,
     FdbListResult, KindName, MeasureSample, NoParams, PortAdd, PortAddParams, PortDel,
     PortDelParams, PortList, PortSettings, PortShow, PortShowParams, WorkerList, WorkerPin,
     WorkerPinParams, WorkerShow, WorkerShowParams, WorkerUnpin, WorkerUnpinParams,
 };
-use ringway_control::rpc::{CallError, Client};
-use rustix::process::{Pid, Signal, kill_process};
-
-struct Place {
-    directory: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self {
-            directory: tempfile::tempdir().unwrap(),
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn config(&self, text: &str) -> PathBuf {
-        let path = self.path("ringway.toml");
-        std::fs::write(&path, text).unwrap();
-        path
-    }
-
-    fn ringwayd(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ringwayd"));
-        command.env_remove("RUST_LOG").env_remove("NOTIFY_SOCKET");
-        command
-            .arg("--control")
-            .arg(self.path("control.sock"))
-            .args(args);
-        command
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        self.ringwayd(args).output().unwrap()
-    }
-
-    /// Starts the daemon and waits for READY=1.
-    fn start(&self, args: &[&str]) -> Running {
-        let notify = UnixDatagram::bind(self.path("notify.sock")).unwrap();
-        let mut command = self.ringwayd(args);
-        command.env("NOTIFY_SOCKET", self.path("notify.sock"));
-        let child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let running = Running {
-            child,
-            notify,
-            control: self.path("control.sock"),
-        };
-        assert_eq!(running.notification(), "READY=1\n");
-        running
-    }
-}
-
-struct Running {
-    child: Child,
-    notify: UnixDatagram,
-    control: PathBuf,
-}
-
-impl Running {
-    fn notification(&self) -> String {
-        let timeout = std::time::Duration::from_secs(20);
-        self.notify.set_read_timeout(Some(timeout)).unwrap();
-        let mut buffer = [0; 100];
-        let n = loop {
-            match self.notify.recv(&mut buffer) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                result => break result.unwrap(),
-            }
-        };
-        String::from_utf8(buffer[..n].to_vec()).unwrap()
-    }
-
-    fn client(&self) -> Client {
-        Client::connect(&self.control, std::time::Duration::from_secs(10)).unwrap()
-    }
-
-    fn stop(mut self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
-        assert_eq!(self.notification(), "STOPPING=1\n");
-        let stderr = self.child.stderr.take().unwrap();
-        let log: Vec<_> = BufReader::new(stderr).lines().map(Result::unwrap).collect();
-        assert_eq!(self.child.wait().unwrap().code(), Some(0), "{log:?}");
-        assert!(!self.control.exists());
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use ringway_control::rpc::CallError;
+use rustix::process::Signal;
 
 fn error(output: &Output) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
@@ -368,7 +278,6 @@ fn a_daemon_killed_with_9_can_be_started_again_at_once() {
     running.child.kill().unwrap();
     running.child.wait().unwrap();
     assert!(place.path("control.sock").exists() && vm1.exists());
-    std::fs::remove_file(place.path("notify.sock")).unwrap();
     let running = place.start(&args);
     assert_eq!(
         running

@@ -1,0 +1,104 @@
+//! A directory with a daemon in it.
+#![allow(dead_code, reason = "no test uses all of it")]
+
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+
+use ringway_control::rpc::Client;
+use rustix::process::{Pid, Signal, kill_process};
+
+pub(crate) struct Place {
+    directory: tempfile::TempDir,
+}
+
+impl Place {
+    pub(crate) fn new() -> Self {
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub(crate) fn config(&self, text: &str) -> PathBuf {
+        let path = self.path("ringway.toml");
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    pub(crate) fn ringwayd(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ringwayd"));
+        command.env_remove("RUST_LOG").env_remove("NOTIFY_SOCKET");
+        command
+            .arg("--control")
+            .arg(self.path("control.sock"))
+            .args(args);
+        command
+    }
+
+    pub(crate) fn run(&self, args: &[&str]) -> Output {
+        self.ringwayd(args).output().unwrap()
+    }
+
+    /// Starts the daemon and waits for READY=1.
+    pub(crate) fn start(&self, args: &[&str]) -> Running {
+        // A daemon that ran here before had one too.
+        let _ = std::fs::remove_file(self.path("notify.sock"));
+        let notify = UnixDatagram::bind(self.path("notify.sock")).unwrap();
+        let mut command = self.ringwayd(args);
+        command.env("NOTIFY_SOCKET", self.path("notify.sock"));
+        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let running = Running {
+            child,
+            notify,
+            control: self.path("control.sock"),
+        };
+        assert_eq!(running.notification(), "READY=1\n");
+        running
+    }
+}
+
+pub(crate) struct Running {
+    pub(crate) child: Child,
+    notify: UnixDatagram,
+    control: PathBuf,
+}
+
+impl Running {
+    pub(crate) fn notification(&self) -> String {
+        let timeout = std::time::Duration::from_secs(20);
+        self.notify.set_read_timeout(Some(timeout)).unwrap();
+        let mut buffer = [0; 100];
+        let n = loop {
+            match self.notify.recv(&mut buffer) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                result => break result.unwrap(),
+            }
+        };
+        String::from_utf8(buffer[..n].to_vec()).unwrap()
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        Client::connect(&self.control, std::time::Duration::from_secs(10)).unwrap()
+    }
+
+    pub(crate) fn stop(mut self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        assert_eq!(self.notification(), "STOPPING=1\n");
+        let stderr = self.child.stderr.take().unwrap();
+        let log: Vec<_> = BufReader::new(stderr).lines().map(Result::unwrap).collect();
+        assert_eq!(self.child.wait().unwrap().code(), Some(0), "{log:?}");
+        assert!(!self.control.exists());
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
