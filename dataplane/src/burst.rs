@@ -18,9 +18,10 @@ use ringway_bridge::{DropReason, FrameHead, MAX_BURST, Run};
 use crate::copy::copy;
 use crate::isa::for_this_cpu;
 use crate::memory::Segment;
-use crate::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES};
-use crate::offload::{Offloads, Pieces};
+use crate::offload::Pieces;
 use crate::ring::{Entry, Single};
+use crate::wire::Offloads;
+use crate::wire::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES};
 
 /// Bytes of a snapshot: the header and the frame's first 116 bytes; two cache lines.
 pub(crate) const SNAPSHOT_BYTES: u32 = 128;

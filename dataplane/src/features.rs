@@ -1,6 +1,6 @@
 //! Names of feature bits, for people.
 
-use crate::offload::Offloads;
+use crate::wire::Offloads;
 
 /// virtio feature bits by their names in virtio 1.3, 5.1.3 and 6; bit 30 is vhost-user's own.
 const VIRTIO: &[(u32, &str)] = &[

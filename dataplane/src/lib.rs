@@ -9,7 +9,6 @@ mod housekeeping;
 mod info;
 mod isa;
 mod memory;
-mod net_header;
 mod offload;
 mod placement;
 mod port;
@@ -17,6 +16,7 @@ mod ring;
 mod switch;
 mod topology;
 mod vhost_user;
+mod wire;
 mod worker;
 
 pub use info::{
@@ -24,11 +24,11 @@ pub use info::{
     PortDetail, PortInfo, PortState, QueueInfo, WorkerDetail, WorkerInfo,
 };
 pub use isa::isa_level;
-#[doc(hidden)]
-pub use offload::{copy_and_checksum, internet_checksum};
 pub use switch::{
     AfXdpConfig, BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind,
     PortName, PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError, UmemFrames,
     XdpMode,
 };
+#[doc(hidden)]
+pub use wire::checksum::{copy_and_checksum, internet_checksum};
 pub use worker::InlineSwitch;

@@ -6,7 +6,7 @@
 
 use ringway_bridge::{Headers, L4Protocol};
 
-use super::fields::{checksum_at, dword, packet_bytes, put, put_packet_bytes, tcp, word};
+use crate::wire::fields::{checksum_at, dword, packet_bytes, put, put_packet_bytes, tcp, word};
 
 /// TCP flags that only the last segment keeps.
 const OF_THE_LAST: u8 = tcp::FIN | tcp::PSH;

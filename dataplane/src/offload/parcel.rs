@@ -2,14 +2,15 @@
 
 use ringway_bridge::{DropReason, Headers};
 
-use super::checksum::Sum;
 use super::gso::Cutter;
 use super::pieces::{Pieces, Run};
-use super::{Action, MAX_PARCELS, Offloads};
+use super::{Action, MAX_PARCELS};
 use crate::burst::{Burst, MAX_SNAPSHOT_BYTES};
 use crate::copy::copy;
 use crate::memory::Segment;
-use crate::net_header::{self, Fields, HEADER_BYTES, HEADER_LEN};
+use crate::wire::Offloads;
+use crate::wire::checksum::Sum;
+use crate::wire::net_header::{self, Fields, HEADER_BYTES, HEADER_LEN};
 
 const HEAD_LEN: usize = MAX_SNAPSHOT_BYTES as usize;
 

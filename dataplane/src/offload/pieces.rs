@@ -1,9 +1,9 @@
 //! Lists of pieces of memory, and walks along them.
 
-use super::checksum::Sum;
 use crate::copy::copy;
 use crate::memory::Segment;
 use crate::ring::prefetch_more;
+use crate::wire::checksum::Sum;
 
 /// A place in a list of pieces, from which bytes are taken in order.
 #[derive(Clone, Copy, Debug)]

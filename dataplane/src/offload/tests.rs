@@ -4,13 +4,12 @@ use proptest::prelude::*;
 use ringway_bridge::{DropReason, Headers};
 
 use self::packet::{GSO_ECN, Packet, complete, judge, pattern, plain_sum};
-use super::{
-    Action, MAX_PARCELS, Offloads, Parcels, Train, Workbench, find_open_checksum, is_checksum_right,
-};
+use super::{Action, MAX_PARCELS, Parcels, Train, Workbench, is_checksum_right};
 use crate::burst::Burst;
 use crate::memory::Segment;
-use crate::net_header::{HEADER_BYTES, HEADER_LEN};
 use crate::ring::Entry;
+use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
+use crate::wire::{Offloads, find_open_checksum};
 
 #[path = "../../tests/common/packet.rs"]
 mod packet;

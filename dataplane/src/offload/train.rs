@@ -11,12 +11,14 @@
 
 use ringway_bridge::{Headers, L4Protocol};
 
-use super::Offloads;
-use super::checksum::Sum;
-use super::fields::tcp::{ACK, ECE, FLAGS, PSH, SEQUENCE};
-use super::fields::{checksum_at, dword, ipv4_sum, packet_bytes, put, put_packet_bytes, word};
-use super::pseudo_header::pseudo_sum;
-use crate::net_header::{self, HEADER_LEN};
+use crate::wire::Offloads;
+use crate::wire::checksum::Sum;
+use crate::wire::fields::tcp::{ACK, ECE, FLAGS, PSH, SEQUENCE};
+use crate::wire::fields::{
+    checksum_at, dword, ipv4_sum, packet_bytes, put, put_packet_bytes, word,
+};
+use crate::wire::net_header::{self, HEADER_LEN};
+use crate::wire::pseudo_sum;
 
 /// Longest IP packet.
 const MAX_PACKET_BYTES: u32 = 65_535;

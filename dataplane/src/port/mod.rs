@@ -3,7 +3,6 @@
 mod af_xdp;
 mod call;
 mod counters;
-mod rarp;
 mod tap;
 mod vhost;
 
@@ -19,8 +18,8 @@ pub(crate) use tap::{TapPort, TapReader};
 pub(crate) use vhost::{Binding, VhostPort, VhostQueue};
 
 use crate::info::{PortCounters, PortState, QueueInfo};
-use crate::offload::Offloads;
 use crate::switch::PortName;
+use crate::wire::Offloads;
 
 /// A port as workers see it. Dispatched once per burst.
 #[derive(Debug)]

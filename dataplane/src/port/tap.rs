@@ -16,10 +16,11 @@ use super::{PortBase, QueueCounters};
 use crate::burst::{Burst, MAX_CHAIN};
 use crate::info::{PortState, QueueInfo};
 use crate::memory::Segment;
-use crate::net_header::{HEADER_BYTES, MAX_FRAME_BYTES};
-use crate::offload::{Offloads, Parcel};
+use crate::offload::Parcel;
 use crate::ring::Entry;
 use crate::switch::SwitchError;
+use crate::wire::Offloads;
+use crate::wire::net_header::{HEADER_BYTES, MAX_FRAME_BYTES};
 
 /// Bytes of a read buffer: the longest frame and its header.
 const BUFFER_BYTES: usize = (HEADER_BYTES + MAX_FRAME_BYTES) as usize;

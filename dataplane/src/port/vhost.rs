@@ -17,9 +17,9 @@ use super::call::{Blocked, signal};
 use super::{PortBase, QueueCounters};
 use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
-use crate::offload::Offloads;
 use crate::ring::{Ring, RingFault};
 use crate::vhost_user::RingAddresses;
+use crate::wire::Offloads;
 use crate::worker::{Token, WorkerHandle};
 
 /// Why a ring stops whose memory is no longer the guest's (SIGBUS).

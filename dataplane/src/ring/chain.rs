@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::burst::MAX_CHAIN;
 use crate::memory::{GuestMemory, RegionHint, Segment};
-use crate::net_header::vhost_features;
 use crate::ring::RingFault;
+use crate::wire::net_header::vhost_features;
 
 pub(super) const DESC_BYTES: usize = 16;
 pub(super) const F_NEXT: u16 = 1;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use crate::burst::Burst;
 use crate::memory::{GuestMemory, Segment};
-use crate::net_header::{HEADER_BYTES, vhost_features};
+use crate::wire::net_header::{HEADER_BYTES, vhost_features};
 
 pub(crate) use chain::{Direction, prefetch_more};
 pub(crate) use packed::PackedRing;

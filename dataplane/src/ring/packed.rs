@@ -18,7 +18,7 @@ use super::chain::{Chains, DESC_BYTES, F_INDIRECT, F_NEXT, F_WRITE, event_passed
 use super::{Areas, DeviceRing, Direction, Entry, RingFault, Single};
 use crate::burst::MAX_CHAIN;
 use crate::memory::{GuestMemory, Segment};
-use crate::net_header::vhost_features;
+use crate::wire::net_header::vhost_features;
 
 /// VIRTQ_DESC_F_AVAIL.
 const F_AVAIL: u16 = 1 << 7;

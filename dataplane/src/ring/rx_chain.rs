@@ -8,8 +8,8 @@ use super::{DeviceRing, Direction, Entry, RingFault, Single};
 use crate::burst::{Burst, MAX_CHAIN, PLAIN_BYTES};
 use crate::copy::copy;
 use crate::memory::Segment;
-use crate::net_header::HEADER_BYTES;
 use crate::offload::Parcel;
+use crate::wire::net_header::HEADER_BYTES;
 
 /// Most chains that one frame is spread over: 64 KiB in buffers of 64 bytes. A guest with smaller
 /// ones can't receive such frames.

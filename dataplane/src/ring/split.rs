@@ -16,7 +16,7 @@ use super::chain::{Chains, F_INDIRECT, F_NEXT, Table, event_passed, prefetch};
 use super::{Areas, DeviceRing, Direction, Entry, RingFault, Single};
 use crate::burst::MAX_CHAIN;
 use crate::memory::{GuestMemory, Segment};
-use crate::net_header::vhost_features;
+use crate::wire::net_header::vhost_features;
 
 /// avail.flags: the driver wants no calls (2.7.7).
 const AVAIL_NO_INTERRUPT: u16 = 1;

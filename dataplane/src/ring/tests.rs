@@ -15,8 +15,9 @@ use super::gather::gather;
 use super::*;
 use crate::burst::Burst;
 use crate::memory::{GuestMemory, Region, RegionSpec};
-use crate::net_header::vhost_features;
-use crate::offload::{Offloads, Workbench};
+use crate::offload::Workbench;
+use crate::wire::Offloads;
+use crate::wire::net_header::vhost_features;
 
 const BASE: u64 = 1 << 32;
 const BYTES: u64 = 1 << 20;

@@ -14,9 +14,10 @@ use super::pairs::PairTable;
 use super::parcels::{deliver_any, write_parcels};
 use crate::burst::Burst;
 use crate::isa::for_this_cpu;
-use crate::offload::{Offloads, Workbench};
+use crate::offload::Workbench;
 use crate::port::{Port, QueueCounters, TapPort, VhostPort, VhostQueue, max_l2_bytes};
 use crate::ring::{Deliver, Ring, RingFault, RxScratch};
+use crate::wire::Offloads;
 
 /// How often a receive queue that another thread holds is tried: about one of its bursts.
 const LOCK_TRIES: u32 = 400;

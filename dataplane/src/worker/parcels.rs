@@ -8,10 +8,11 @@ use ringway_bridge::DropReason;
 
 use super::forward::{Limits, Tools};
 use crate::burst::Burst;
-use crate::net_header::HEADER_BYTES;
-use crate::offload::{Offloads, Parcel, Parcels, Tally, Workbench};
+use crate::offload::{Parcel, Parcels, Tally, Workbench};
 use crate::port::{TapPort, Transmitter};
 use crate::ring::{Deliver, RingFault};
+use crate::wire::Offloads;
+use crate::wire::net_header::HEADER_BYTES;
 
 /// How a frame fared.
 pub(super) struct Delivery {

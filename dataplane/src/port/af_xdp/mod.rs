@@ -33,8 +33,8 @@ use super::counters::Counter;
 use super::vhost::choose_receiver;
 use super::{PortBase, QueueCounters};
 use crate::info::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo};
-use crate::offload::Offloads;
 use crate::switch::XdpMode;
+use crate::wire::Offloads;
 
 /// Longest L3 MTU: what common NICs carry in several buffers.
 pub(crate) const MAX_MTU: u32 = 9000;

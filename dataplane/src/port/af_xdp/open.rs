@@ -14,9 +14,9 @@ use super::transmit::Transmitter;
 use super::umem::{Layout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
 use crate::bpf::Hook;
-use crate::offload::Offloads;
 use crate::port::{PortBase, max_l2_bytes};
 use crate::switch::{AfXdpConfig, MAX_QUEUE_PAIRS, SwitchError, XdpMode};
+use crate::wire::Offloads;
 
 /// How long a queue that is bound is tried again: after the end of the process that had it, the
 /// kernel lets go of it within some 10 ms.

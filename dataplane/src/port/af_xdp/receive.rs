@@ -11,9 +11,10 @@ use xsk_rs::umem::frame::FrameDesc;
 use super::umem::Chunks;
 use crate::burst::Burst;
 use crate::memory::Segment;
-use crate::net_header::{self, HEADER_BYTES, HEADER_LEN};
-use crate::offload::{Offloads, Train, find_open_checksum, is_checksum_right};
+use crate::offload::{Train, is_checksum_right};
 use crate::ring::Entry;
+use crate::wire::net_header::{self, HEADER_BYTES, HEADER_LEN};
+use crate::wire::{Offloads, find_open_checksum};
 
 /// Descriptors taken from the ring and not given back yet: a burst of frames in four chunks each,
 /// twice what [`super::MAX_MTU`] needs.

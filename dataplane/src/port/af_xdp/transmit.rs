@@ -14,8 +14,8 @@ use crate::burst::{Burst, PLAIN_BYTES};
 use crate::copy::copy;
 use crate::isa::for_this_cpu;
 use crate::memory::Segment;
-use crate::net_header::{HEADER_BYTES, HEADER_LEN};
 use crate::offload::Parcel;
+use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
 
 /// Completions taken at a time.
 const BATCH: usize = 64;

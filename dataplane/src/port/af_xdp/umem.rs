@@ -18,7 +18,7 @@ use xsk_rs::umem::Umem;
 use xsk_rs::umem::frame::FrameDesc;
 
 use crate::memory::Segment;
-use crate::net_header::HEADER_BYTES;
+use crate::wire::net_header::HEADER_BYTES;
 
 /// Bytes that the kernel keeps free in front of a frame (XDP_PACKET_HEADROOM).
 const HEADROOM_BYTES: u32 = 256;
@@ -194,7 +194,7 @@ const _: () = assert!(HEADROOM_BYTES >= HEADER_BYTES && MAX_BURST <= 64);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net_header::HEADER_LEN;
+    use crate::wire::net_header::HEADER_LEN;
 
     #[test]
     fn a_frame_gets_the_smallest_chunk_that_holds_it() {

@@ -9,10 +9,10 @@ use tracing::info;
 
 use super::{CALL_BLOCKS, StartedRing, VhostPort};
 use crate::memory::GuestMemory;
-use crate::offload::Offloads;
-use crate::port::rarp::rarp;
 use crate::ring::{Areas, Layout, Ring};
 use crate::vhost_user::{Device, RingAddresses, RingError, RingStart};
+use crate::wire::Offloads;
+use crate::wire::rarp::rarp;
 
 impl Device for VhostPort {
     fn queue_pairs(&self) -> u16 {

@@ -15,9 +15,9 @@ use crate::driver::features::{
 };
 use crate::driver::{DriverMemory, PackedArea, PackedDesc};
 use crate::memory::{Region, RegionHint, RegionSpec};
-use crate::offload::Offloads;
 use crate::ring::complete_gathered;
 use crate::ring::gather::gather;
+use crate::wire::Offloads;
 
 const FEATURES: u64 = VIRTIO_F_VERSION_1
     | VIRTIO_F_RING_PACKED

@@ -1,8 +1,8 @@
 //! A turn of a queue of an AF_XDP port.
 
 use super::{Polled, Worker};
-use crate::offload::Offloads;
 use crate::port::{AfXdpPort, Merged, Port};
+use crate::wire::Offloads;
 
 impl Worker {
     pub(super) fn poll_af_xdp(

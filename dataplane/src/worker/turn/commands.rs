@@ -9,10 +9,10 @@ use tracing::debug;
 
 use super::{Source, Worker};
 use crate::memory::{Segment, breaks};
-use crate::net_header::{HEADER_BYTES, HEADER_LEN};
-use crate::offload::Offloads;
 use crate::port::Port;
 use crate::ring::Entry;
+use crate::wire::Offloads;
+use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
 use crate::worker::{Command, Token};
 
 impl Worker {

@@ -4,9 +4,9 @@ use ringway_bridge::DropReason;
 use tracing::warn;
 
 use super::{Polled, Worker};
-use crate::net_header::HEADER_BYTES;
-use crate::offload::Offloads;
 use crate::port::{Port, QueueCounters, TapPort, TapReader, VhostPort};
+use crate::wire::Offloads;
+use crate::wire::net_header::HEADER_BYTES;
 use crate::worker::allowance::Allowance;
 
 impl Worker {

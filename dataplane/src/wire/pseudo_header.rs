@@ -9,7 +9,7 @@
 use ringway_bridge::{Headers, L4Protocol};
 
 use super::fields::{packet_bytes, word};
-use crate::net_header::checksum_offset;
+use crate::wire::net_header::checksum_offset;
 
 /// Where the sum of an open checksum begins, and how far behind that the field is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 
 use ringway_bridge::{DropReason, Headers, L4Protocol};
 
-use crate::offload::Offloads;
+use crate::wire::Offloads;
 
 /// Bytes of `struct virtio_net_hdr` with `num_buffers`, the only form used inside ringway.
 pub(crate) const HEADER_BYTES: u32 = 12;

@@ -4,7 +4,7 @@ use ringway_bridge::MacAddr;
 
 /// The broadcast that tells switches where a guest is now: a reverse ARP request (RFC 903) for
 /// `mac`, padded to the least length of an Ethernet frame without FCS.
-pub(super) fn rarp(mac: MacAddr) -> Box<[u8]> {
+pub(crate) fn rarp(mac: MacAddr) -> Box<[u8]> {
     const ETHERTYPE_RARP: [u8; 2] = [0x80, 0x35];
     const REQUEST_REVERSE: u8 = 3;
     let mut frame = Vec::with_capacity(60);

@@ -3,10 +3,10 @@
 use ringway_bridge::{Headers, L4Protocol};
 
 use super::checksum::Sum;
-use crate::net_header::checksum_offset;
+use crate::wire::net_header::checksum_offset;
 
 /// Offsets in a TCP header, and its flags (RFC 9293, 3.1; RFC 3168, 6.1).
-pub(super) mod tcp {
+pub(crate) mod tcp {
     pub(crate) const SEQUENCE: usize = 4;
     pub(crate) const FLAGS: usize = 13;
     pub(crate) const FIN: u8 = 0x01;
@@ -16,25 +16,25 @@ pub(super) mod tcp {
     pub(crate) const CWR: u8 = 0x80;
 }
 
-pub(super) fn word(frame: &[u8], at: usize) -> u16 {
+pub(crate) fn word(frame: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([frame[at], frame[at + 1]])
 }
 
-pub(super) fn dword(frame: &[u8], at: usize) -> u32 {
+pub(crate) fn dword(frame: &[u8], at: usize) -> u32 {
     u32::from(word(frame, at)) << 16 | u32::from(word(frame, at + 2))
 }
 
-pub(super) fn put(frame: &mut [u8], at: usize, value: u16) {
+pub(crate) fn put(frame: &mut [u8], at: usize, value: u16) {
     frame[at..at + 2].copy_from_slice(&value.to_be_bytes());
 }
 
 /// Where the checksum is of a TCP or UDP header at `l4`.
-pub(super) fn checksum_at(protocol: L4Protocol, l4: usize) -> usize {
+pub(crate) fn checksum_at(protocol: L4Protocol, l4: usize) -> usize {
     l4 + usize::from(checksum_offset(protocol))
 }
 
 /// Bytes of the IP packet, as its header has them.
-pub(super) fn packet_bytes(frame: &[u8], headers: &Headers) -> u32 {
+pub(crate) fn packet_bytes(frame: &[u8], headers: &Headers) -> u32 {
     let l3 = headers.l3_offset;
     if headers.is_ipv4 {
         u32::from(word(frame, l3 + 2))
@@ -44,7 +44,7 @@ pub(super) fn packet_bytes(frame: &[u8], headers: &Headers) -> u32 {
 }
 
 /// Writes the length of an IP packet into its header at `l3`, and IPv4's checksum.
-pub(super) fn put_packet_bytes(frame: &mut [u8], l3: usize, is_ipv4: bool, bytes: u32) {
+pub(crate) fn put_packet_bytes(frame: &mut [u8], l3: usize, is_ipv4: bool, bytes: u32) {
     let fitting = |bytes: u32| u16::try_from(bytes).unwrap_or(u16::MAX);
     if !is_ipv4 {
         return put(frame, l3 + 4, fitting(bytes - 40));
@@ -56,7 +56,7 @@ pub(super) fn put_packet_bytes(frame: &mut [u8], l3: usize, is_ipv4: bool, bytes
 }
 
 /// The checksum of the IPv4 header at `l3`: zeros if the one that it has is right.
-pub(super) fn ipv4_sum(frame: &[u8], l3: usize) -> [u8; 2] {
+pub(crate) fn ipv4_sum(frame: &[u8], l3: usize) -> [u8; 2] {
     let header_bytes = usize::from(frame[l3] & 0xf) * 4;
     let mut sum = Sum::default();
     sum.add(&frame[l3..l3 + header_bytes]);
