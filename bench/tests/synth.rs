@@ -11,7 +11,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use ringway_dataplane::driver::{Frontend, encode, features};
+use ringway_guest::{Frontend, encode, features};
 use serde_json::Value;
 use tempfile::TempDir;
 use vhost::vhost_user::message::FrontendReq;

@@ -17,7 +17,7 @@ use ringway_control::api::{
     PortShowResult,
 };
 use ringway_control::rpc::Client;
-use ringway_dataplane::driver::{Guest, GuestConfig};
+use ringway_guest::{Guest, GuestConfig};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{
     CapabilitySet, UnshareFlags, gettid, remove_capability_from_bounding_set, unshare_unsafe,

@@ -9,7 +9,7 @@ use ringway_control::api::{
     KindName, NoParams, PortAdd, PortAddParams, PortList, PortSettings, PortState, WorkerList,
 };
 use ringway_control::rpc::Client;
-use ringway_dataplane::driver::{Guest, GuestConfig};
+use ringway_guest::{Guest, GuestConfig};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Ports in the test.

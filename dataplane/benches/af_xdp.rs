@@ -16,11 +16,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use core_affinity::CoreId;
-use ringway_dataplane::driver::{FrameSource, Guest, GuestConfig};
 use ringway_dataplane::{
     AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, QueuePairs, SocketSpec,
     Switch, SwitchConfig, UmemFrames, XdpMode,
 };
+use ringway_guest::{FrameSource, Guest, GuestConfig};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use xsk_rs::config::{BindFlags, SocketConfig, UmemConfig, XdpFlags};
 use xsk_rs::{FillQueue, RxQueue, Socket, Umem};

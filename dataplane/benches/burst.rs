@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
-use ringway_dataplane::driver::Layout;
+use ringway_guest::Layout;
 use wire::{BROADCAST, BURST, Shape, Wire, station};
 
 const LAYOUTS: [(&str, Layout); 2] = [("split", Layout::Split), ("packed", Layout::Packed)];

@@ -3,8 +3,8 @@
 
 mod wire;
 
-use ringway_dataplane::driver::Layout;
 use ringway_dataplane::isa_level;
+use ringway_guest::Layout;
 use wire::{BURST, Shape, Wire};
 
 fn main() {

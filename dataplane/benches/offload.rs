@@ -12,9 +12,9 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use packet::{Packet, pattern};
-use ringway_dataplane::driver::features::{TSO, VIRTIO_NET_F_GUEST_CSUM};
-use ringway_dataplane::driver::{Guest, GuestConfig};
 use ringway_dataplane::{InlineSwitch, copy_and_checksum, internet_checksum};
+use ringway_guest::features::{TSO, VIRTIO_NET_F_GUEST_CSUM};
+use ringway_guest::{Guest, GuestConfig};
 use tempfile::TempDir;
 
 fn checksum(c: &mut Criterion) {

@@ -12,11 +12,11 @@ mod wire;
 use std::time::{Duration, Instant};
 
 use ringway_bridge::MacAddr;
-use ringway_dataplane::driver::{Guest as SmallGuest, GuestConfig, Layout};
 use ringway_dataplane::{
     BalanceConfig, IdleConfig, InlineSwitch, PortConfig, PortKind, PortName, QueuePairs,
     SocketSpec, Switch, SwitchConfig,
 };
+use ringway_guest::{Guest as SmallGuest, GuestConfig, Layout};
 use tempfile::TempDir;
 use wire::{BURST, Guest, RING_SIZE, Shape};
 

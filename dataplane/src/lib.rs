@@ -1,9 +1,7 @@
 //! Guest memory, virtqueues, vhost-user sessions, ports and poll-mode workers.
 
-mod bpf;
 mod burst;
 mod copy;
-pub mod driver;
 mod features;
 mod housekeeping;
 mod info;

@@ -14,9 +14,9 @@ use common::packet::{GSO_TCPV4, Packet, complete, judge, pattern};
 use common::{af_xdp, eventually, frame, lab_with_nic, mac, name, nic_info, receive};
 use etherparse::PacketBuilder;
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::features::TSO;
-use ringway_dataplane::driver::{FrameSource, Guest, GuestConfig, NET_HEADER_BYTES};
 use ringway_dataplane::{AfXdpConfig, PortState, QueuePairs, UmemFrames, XdpMode};
+use ringway_guest::features::TSO;
+use ringway_guest::{FrameSource, Guest, GuestConfig, NET_HEADER_BYTES};
 
 /// Both modes that veth has.
 const MODES: [XdpMode; 2] = [XdpMode::Copy, XdpMode::Skb];

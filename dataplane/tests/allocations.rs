@@ -12,7 +12,7 @@ use std::cell::Cell;
 
 use common::endpoint::{ALL, CSUM};
 use common::{eventually, frame, mac};
-use ringway_dataplane::driver::{Calls, Layout};
+use ringway_guest::{Calls, Layout};
 use wire::{BROADCAST, BURST, Shape, Wire, station};
 use wires::{STATION, for_segments, wire_with_nic};
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{DEADLINE, Lab, name};
 use ringway_dataplane::BalanceConfig;
-use ringway_dataplane::driver::Layout;
+use ringway_guest::Layout;
 use wire::{Guest, Shape, station};
 
 #[test]

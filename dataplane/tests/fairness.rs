@@ -5,7 +5,7 @@ mod common;
 
 use common::frame;
 use ringway_dataplane::InlineSwitch;
-use ringway_dataplane::driver::{Guest, GuestConfig};
+use ringway_guest::{Guest, GuestConfig};
 use tempfile::TempDir;
 
 /// Frames that a worker takes from a queue in a turn.

@@ -5,7 +5,7 @@ mod common;
 
 use common::{LAYOUTS, Lab, eventually, frame, receive};
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::{Guest, GuestConfig, Layout};
+use ringway_guest::{Guest, GuestConfig, Layout};
 
 #[test]
 fn two_guests_exchange_frames_whole() {

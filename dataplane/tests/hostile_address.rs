@@ -10,10 +10,10 @@ use common::hostile::{
 };
 use common::{eventually, frame, receive};
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::features::{
+use ringway_guest::features::{
     VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use ringway_dataplane::driver::{DESC_F_INDIRECT, DESC_F_NEXT, GuestConfig, SplitDesc};
+use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, GuestConfig, SplitDesc};
 
 /// Ranges that are not wholly guest memory, of which some begin or end in it.
 fn ranges_outside() -> Vec<(u64, u32)> {

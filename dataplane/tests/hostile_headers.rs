@@ -8,10 +8,10 @@ use common::hostile::{BAD, PEER, RawConfig, Stage, plain};
 use common::{DEADLINE, eventually, frame, mac, receive};
 use etherparse::PacketBuilder;
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::features::{
+use ringway_guest::features::{
     TSO, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use ringway_dataplane::driver::{GuestConfig, NET_HEADER_BYTES};
+use ringway_guest::{GuestConfig, NET_HEADER_BYTES};
 
 const NEEDS_CSUM: u8 = 1;
 const DATA_VALID: u8 = 2;

@@ -15,7 +15,7 @@ use common::hostile::{BAD, MAIN, MAIN_END, PEER, RX, RawConfig, Stage, StopOnDro
 use common::observe::Footprint;
 use common::{DEADLINE, eventually, frame, name, receive};
 use ringway_dataplane::PortState;
-use ringway_dataplane::driver::{EventFd, Guest, GuestConfig, RegionView};
+use ringway_guest::{EventFd, Guest, GuestConfig, RegionView};
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
 use vhost::vhost_user::message::FrontendReq;
 

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use common::hostile::{BAD, Innocents, PEER, RX, TX, plain};
 use common::{DEADLINE, Lab, eventually, frame, name, receive};
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::{
+use ringway_guest::{
     DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, Guest, GuestConfig,
     Layout, PackedArea, PackedDesc, Ring,
 };
@@ -337,7 +337,7 @@ fn a_base_beyond_the_packed_ring_is_refused() {
         let memory = std::sync::Arc::clone(bad.memory());
         let mut place = bad.transmit_queue(0).ring().place();
         place.base = base;
-        let kick = ringway_dataplane::driver::EventFd::new().unwrap();
+        let kick = ringway_guest::EventFd::new().unwrap();
         let started = bad
             .frontend()
             .start_ring(TX, &memory, place, Some(&kick), None);

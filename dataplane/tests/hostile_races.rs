@@ -17,10 +17,8 @@ use common::observe::Footprint;
 use common::{eventually, frame};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use ringway_dataplane::driver::features::{TSO, VIRTIO_NET_F_MRG_RXBUF};
-use ringway_dataplane::driver::{
-    DESC_F_INDIRECT, DESC_F_NEXT, GuestConfig, SplitArea, SplitDesc, Window,
-};
+use ringway_guest::features::{TSO, VIRTIO_NET_F_MRG_RXBUF};
+use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, GuestConfig, SplitArea, SplitDesc, Window};
 
 /// How long the guest flips bits.
 const RACE: Duration = Duration::from_secs(2);

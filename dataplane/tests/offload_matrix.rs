@@ -9,7 +9,7 @@ use common::endpoint::{Endpoint, Kind, Message, Open, Setting, messages};
 use common::host::quiet_namespace;
 use common::{Lab, eventually};
 use ringway_dataplane::XdpMode;
-use ringway_dataplane::driver::Layout;
+use ringway_guest::Layout;
 
 /// Two endpoints of each kind, that know each other.
 fn endpoints(lab: &Lab, setting: Setting) -> Vec<Endpoint> {

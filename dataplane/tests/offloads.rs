@@ -14,8 +14,8 @@ use common::host::{Raw, ip, quiet_namespace};
 use common::packet::{GSO_TCPV4, NEEDS_CSUM, Packet, judge, pattern};
 use common::{DEADLINE, LAYOUTS, Lab, eventually, frame, name, receive, tap};
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::features::TSO;
-use ringway_dataplane::driver::{Guest, GuestConfig, Layout, NET_HEADER_BYTES};
+use ringway_guest::features::TSO;
+use ringway_guest::{Guest, GuestConfig, Layout, NET_HEADER_BYTES};
 
 /// A TCP packet that becomes 45 segments.
 fn forty_five() -> (Packet, Vec<u8>) {

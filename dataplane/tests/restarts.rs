@@ -5,7 +5,7 @@ mod common;
 
 use common::{LAYOUTS, Lab, eventually, frame, receive};
 use ringway_dataplane::PortState;
-use ringway_dataplane::driver::{EventFd, Guest, GuestConfig, Layout, RingPlace};
+use ringway_guest::{EventFd, Guest, GuestConfig, Layout, RingPlace};
 
 #[test]
 fn rings_that_are_stopped_go_on_where_they_were() {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::endpoint::CSUM;
 use common::{DEADLINE, frame, mac};
-use ringway_dataplane::driver::{Calls, Layout};
+use ringway_guest::{Calls, Layout};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch, apply_filter,

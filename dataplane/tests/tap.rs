@@ -10,8 +10,8 @@ use common::host::{ip, mac_of, quiet_namespace};
 use common::{DEADLINE, Lab, eventually, frame, name, receive, tap};
 use etherparse::{PacketBuilder, PacketHeaders, TransportHeader};
 use ringway_bridge::DropReason;
-use ringway_dataplane::driver::{Guest, GuestConfig, features::TSO};
 use ringway_dataplane::{PortKind, PortState, SwitchConfig, SwitchError};
+use ringway_guest::{Guest, GuestConfig, features::TSO};
 
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 

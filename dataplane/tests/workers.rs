@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{DEADLINE, LAYOUTS, Lab, eventually, frame, mac, name, receive};
-use ringway_dataplane::driver::{Guest, GuestConfig, Layout};
 use ringway_dataplane::{BalanceConfig, PortState, SwitchError};
+use ringway_guest::{Guest, GuestConfig, Layout};
 
 /// A switch with two workers whose queues stay where they are put.
 fn two_workers() -> Lab {

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use ringway_dataplane::driver::{DeviceFault, DriverMemoryError, FrontendError, RingSetupError};
+use ringway_guest::{DeviceFault, DriverMemoryError, FrontendError, RingSetupError};
 
 use crate::interrupt::Interrupted;
 

@@ -1,7 +1,7 @@
 //! The frames that the load sends: Ethernet, IPv4 and UDP (or TCP for segmentation offload), with
 //! room for a sequence number and a time stamp in the smallest.
 
-use ringway_dataplane::driver::NET_HEADER_BYTES;
+use ringway_guest::NET_HEADER_BYTES;
 
 /// Smallest frame: Ethernet's minimum without the FCS, rounded to the 64 that peers quote.
 pub(crate) const MIN_FRAME: u32 = 60;

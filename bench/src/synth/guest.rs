@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ringway_dataplane::driver::features::{
+use ringway_guest::features::{
     self, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use ringway_dataplane::driver::{
+use ringway_guest::{
     DeviceStart, Direction, DriverMemory, EventFd, Frontend, Lane, LaneShape, Layout, RingOptions,
     RingStart, Segment, UsedSlot, WANTED_PROTOCOL_FEATURES, Window,
 };
@@ -446,8 +446,8 @@ impl LoadGuest {
         let mut pairs = Vec::new();
         for _ in 0..shape.queues {
             let mut pair = LoadPair::new(&memory, shape, options, frames, flows)?;
-            pair.tx.set_calls(ringway_dataplane::driver::Calls::Never);
-            pair.rx.set_calls(ringway_dataplane::driver::Calls::Never);
+            pair.tx.set_calls(ringway_guest::Calls::Never);
+            pair.rx.set_calls(ringway_guest::Calls::Never);
             // Nobody listens yet; a back-end looks at each ring once when it starts.
             pair.rx.push(u16::MAX);
             pairs.push(pair);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use ringway_dataplane::driver::{DriverMemory, Window};
+use ringway_guest::{DriverMemory, Window};
 
 use super::guest::receive_buffer_bytes;
 use super::load::LoadConfig;

@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use ringway_dataplane::driver::{FrameSource, NET_HEADER_BYTES};
+use ringway_guest::{FrameSource, NET_HEADER_BYTES};
 
 use super::error::LoadError;
 use super::frame::Template;

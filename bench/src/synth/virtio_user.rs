@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use ringway_dataplane::driver::Layout;
+use ringway_guest::Layout;
 use tempfile::TempDir;
 
 use super::frame::MAX_PLAIN;

@@ -9,11 +9,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ringway_dataplane::InlineSwitch;
-use ringway_dataplane::driver::features::{
+use ringway_guest::features::{
     VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_RING_F_EVENT_IDX,
 };
-use ringway_dataplane::driver::{
+use ringway_guest::{
     Calls, DeviceStart, Direction, DriverMemory, EventFd, Frontend, Lane, LaneShape, Layout,
     RingOptions, RingStart, Segment, UsedSlot, WANTED_PROTOCOL_FEATURES, Window,
 };

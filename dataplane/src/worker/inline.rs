@@ -141,7 +141,7 @@ impl InlineSwitch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::{Guest, GuestConfig};
+    use ringway_guest::{Guest, GuestConfig};
 
     #[test]
     fn a_ring_in_other_hands_is_counted_and_its_frames_wait() {

@@ -7,11 +7,11 @@
 //! ```
 
 use ringway_dataplane::XdpMode;
-use ringway_dataplane::driver::features::{
+use ringway_guest::features::{
     TSO, USO, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_HOST_ECN,
 };
-use ringway_dataplane::driver::{Guest, GuestConfig, Layout};
+use ringway_guest::{Guest, GuestConfig, Layout};
 
 use super::host::{Raw, veth_named};
 use super::packet::{GSO_ECN, NEEDS_CSUM, Packet, complete, judge, pattern};

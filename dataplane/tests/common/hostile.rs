@@ -9,12 +9,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ringway_bridge::{DropReason, MacAddr};
-use ringway_dataplane::driver::features::{VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC};
-use ringway_dataplane::driver::{
+use ringway_dataplane::{PortDetail, SwitchConfig};
+use ringway_guest::features::{VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC};
+use ringway_guest::{
     DESC_F_NEXT, DESC_F_WRITE, DriverMemory, EventFd, Frontend, FrontendError, Guest, GuestConfig,
     RegionLayout, RegionView, RingPlace, SplitArea, SplitDesc, WANTED_PROTOCOL_FEATURES,
 };
-use ringway_dataplane::{PortDetail, SwitchConfig};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::observe::{alone, capture_log, logged};
@@ -214,7 +214,7 @@ impl RawGuest {
         let frontend = &mut self.frontend;
         frontend.set_reply_timeout(DEADLINE).unwrap();
         let offered = frontend.negotiate_protocol(WANTED_PROTOCOL_FEATURES)?;
-        let protocol = ringway_dataplane::driver::features::VHOST_USER_F_PROTOCOL_FEATURES;
+        let protocol = ringway_guest::features::VHOST_USER_F_PROTOCOL_FEATURES;
         assert_eq!(self.config.features & !offered, 0, "features are offered");
         frontend.set_features(self.config.features | protocol)?;
         self.share_memory()?;

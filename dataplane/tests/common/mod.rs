@@ -16,11 +16,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ringway_dataplane::driver::{Guest, GuestConfig, Layout, Received};
 use ringway_dataplane::{
     AfXdpConfig, AfXdpInfo, BalanceConfig, IdleConfig, PortConfig, PortCounters, PortKind,
     PortName, QueuePairs, SocketSpec, Switch, SwitchConfig, UmemFrames, XdpMode,
 };
+use ringway_guest::{Guest, GuestConfig, Layout, Received};
 use tempfile::TempDir;
 
 /// How long anything may take that should happen at once.

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
 
 use ringway_dataplane::XdpMode;
-use ringway_dataplane::driver::Layout;
+use ringway_guest::Layout;
 
 use crate::common::endpoint::ALL;
 use crate::common::host::{Raw, quiet_namespace, veth};

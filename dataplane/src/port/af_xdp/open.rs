@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use ringway_xdp::Hook;
 use xsk_rs::Socket;
 use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSize, SocketConfig};
 
@@ -13,7 +14,6 @@ use super::receive::{Receiver, Receiving};
 use super::transmit::Transmitter;
 use super::umem::{Layout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
-use crate::bpf::Hook;
 use crate::port::{PortBase, max_l2_bytes};
 use crate::switch::{AfXdpConfig, MAX_QUEUE_PAIRS, SwitchError, XdpMode};
 use crate::wire::Offloads;

@@ -16,8 +16,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_sys as bpf;
-
-use crate::bpf::{
+use ringway_xdp::{
     CALL, EXIT, Hook, Instruction, LOAD_WIDE, LOAD_WORD, SET, as_int, check, link, load, own,
     silence,
 };

@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-
-use super::*;
-use crate::burst::Burst;
-use crate::driver::features::{
+use ringway_guest::features::{
     VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use crate::driver::{DriverMemory, PackedArea, PackedDesc};
+use ringway_guest::{DriverMemory, PackedArea, PackedDesc};
+
+use super::*;
+use crate::burst::Burst;
 use crate::memory::{Region, RegionHint, RegionSpec};
 use crate::ring::complete_gathered;
 use crate::ring::gather::gather;

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use libbpf_sys as bpf;
 
-use crate::bpf::{CALL, EXIT, Hook, Instruction, SET, as_int, check, link, load};
+use ringway_xdp::{CALL, EXIT, Hook, Instruction, SET, as_int, check, link, load};
 
 /// The name by which `bpftool prog` shows the program.
 const NAME: &std::ffi::CStr = c"ringway_far_end";

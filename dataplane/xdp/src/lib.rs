@@ -10,7 +10,7 @@ use libbpf_sys as bpf;
 
 /// Which hook of an interface a program is attached to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Hook {
+pub enum Hook {
     /// The driver's, before an skb is made.
     Driver,
     /// The kernel's own for any driver, after it.
@@ -20,7 +20,7 @@ pub(crate) enum Hook {
 /// `struct bpf_insn` (linux/bpf.h).
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(crate) struct Instruction {
+pub struct Instruction {
     code: u8,
     /// Source in the upper half on a little-endian machine, destination in the lower.
     registers: u8,
@@ -29,18 +29,19 @@ pub(crate) struct Instruction {
 }
 
 /// `to = *(u32 *)(from + offset)`.
-pub(crate) const LOAD_WORD: u32 = bpf::BPF_LDX | bpf::BPF_MEM | bpf::BPF_W;
+pub const LOAD_WORD: u32 = bpf::BPF_LDX | bpf::BPF_MEM | bpf::BPF_W;
 /// `to =` 64 bits, in two places.
-pub(crate) const LOAD_WIDE: u32 = bpf::BPF_LD | bpf::BPF_IMM | bpf::BPF_DW;
+pub const LOAD_WIDE: u32 = bpf::BPF_LD | bpf::BPF_IMM | bpf::BPF_DW;
 /// `to = immediate`.
-pub(crate) const SET: u32 = bpf::BPF_ALU64 | bpf::BPF_MOV | bpf::BPF_K;
+pub const SET: u32 = bpf::BPF_ALU64 | bpf::BPF_MOV | bpf::BPF_K;
 /// `r0 = function(r1, …)`.
-pub(crate) const CALL: u32 = bpf::BPF_JMP | bpf::BPF_CALL;
+pub const CALL: u32 = bpf::BPF_JMP | bpf::BPF_CALL;
 /// `return r0`.
-pub(crate) const EXIT: u32 = bpf::BPF_JMP | bpf::BPF_EXIT;
+pub const EXIT: u32 = bpf::BPF_JMP | bpf::BPF_EXIT;
 
 impl Instruction {
-    pub(crate) const fn new(code: u32, (to, from): (u8, u8), offset: i16, immediate: i32) -> Self {
+    /// An instruction on these registers.
+    pub const fn new(code: u32, (to, from): (u8, u8), offset: i16, immediate: i32) -> Self {
         let registers = if cfg!(target_endian = "little") {
             from << 4 | to
         } else {
@@ -60,7 +61,7 @@ impl Instruction {
 ///
 /// # Errors
 /// No permission (`EPERM`); a program that the kernel doesn't accept (`EINVAL`, `EACCES`).
-pub(crate) fn load(name: &CStr, code: &[Instruction]) -> io::Result<OwnedFd> {
+pub fn load(name: &CStr, code: &[Instruction]) -> io::Result<OwnedFd> {
     silence();
     let mut options = bpf::bpf_prog_load_opts {
         sz: size_of::<bpf::bpf_prog_load_opts>() as bpf::size_t,
@@ -88,7 +89,7 @@ pub(crate) fn load(name: &CStr, code: &[Instruction]) -> io::Result<OwnedFd> {
 /// # Errors
 /// There is a program already (`EBUSY`, `EEXIST`); the driver can't run one, or not with this MTU
 /// (`EOPNOTSUPP`, `EINVAL`, `ERANGE`).
-pub(crate) fn link(program: &OwnedFd, interface: u32, hook: Hook) -> io::Result<OwnedFd> {
+pub fn link(program: &OwnedFd, interface: u32, hook: Hook) -> io::Result<OwnedFd> {
     let options = bpf::bpf_link_create_opts {
         sz: size_of::<bpf::bpf_link_create_opts>() as bpf::size_t,
         flags: match hook {
@@ -103,7 +104,7 @@ pub(crate) fn link(program: &OwnedFd, interface: u32, hook: Hook) -> io::Result<
 }
 
 /// Keeps libbpf from writing to stderr: errors are told by whoever meets them.
-pub(crate) fn silence() {
+pub fn silence() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         // SAFETY: no function is a valid choice.
@@ -115,7 +116,7 @@ pub(crate) fn silence() {
 ///
 /// # Errors
 /// One that no interface has.
-pub(crate) fn as_int(interface: u32) -> io::Result<i32> {
+pub fn as_int(interface: u32) -> io::Result<i32> {
     i32::try_from(interface).map_err(io::Error::other)
 }
 
@@ -123,7 +124,7 @@ pub(crate) fn as_int(interface: u32) -> io::Result<i32> {
 ///
 /// # Errors
 /// That error.
-pub(crate) fn own(result: i32) -> io::Result<OwnedFd> {
+pub fn own(result: i32) -> io::Result<OwnedFd> {
     let fd = check(result)?;
     // SAFETY: libbpf returned a new fd, which is nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -133,7 +134,7 @@ pub(crate) fn own(result: i32) -> io::Result<OwnedFd> {
 ///
 /// # Errors
 /// That error.
-pub(crate) fn check(result: i32) -> io::Result<i32> {
+pub fn check(result: i32) -> io::Result<i32> {
     if result < 0 {
         Err(io::Error::from_raw_os_error(-result))
     } else {

@@ -1,8 +1,8 @@
 //! The driver's side of virtio-net: a vhost-user front-end with memory and rings of its own.
 //!
-//! It stands in for QEMU and a guest in tests, benches, fuzzers and the load generator, and
-//! drives any back-end. It shares no code with the device's side, so that a misreading of the
-//! specification shows as a failing test instead of agreeing with itself.
+//! It stands in for QEMU and a guest in tests, benches and the load generator, and drives any
+//! back-end. It shares nothing with the device's side, not even the numbers of feature bits: a
+//! misreading of the specification then shows as a failing test instead of agreeing with itself.
 //!
 //! ```text
 //! Guest ── Ring (SplitRing | PackedRing)     chains of any shape, rules kept
@@ -11,7 +11,8 @@
 //!   │                └─ Window ─ DriverMemory (memfd regions)
 //!   └── Frontend ── socket ── back-end
 //! ```
-//! A [`FrameSource`] stands at the other end of a NIC instead.
+//! A [`FrameSource`] stands at the other end of a NIC instead; its XDP program is loaded by the same
+//! few calls (`ringway-xdp`) as a NIC port's.
 
 mod event;
 pub mod features;

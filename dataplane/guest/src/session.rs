@@ -83,9 +83,7 @@ mod tests {
     use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
     use super::*;
-    use crate::driver::{
-        Layout, RegionLayout, Reply, Ring, RingOptions, WANTED_PROTOCOL_FEATURES, encode,
-    };
+    use crate::{Layout, RegionLayout, Reply, Ring, RingOptions, WANTED_PROTOCOL_FEATURES, encode};
 
     const REPLY: u32 = 5;
     const NEED_REPLY: u32 = 8;

@@ -1,4 +1,5 @@
-//! Feature bits (virtio 1.3, 5.1.3 and 6; vhost-user).
+//! Feature bits (virtio 1.3, 5.1.3 and 6; vhost-user), written down once more than the back-end has
+//! them, from the specification: a wrong number on either side makes tests fail.
 
 /// Device completes checksums of frames from the driver.
 pub const VIRTIO_NET_F_CSUM: u64 = 1;
