@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 /// Most ports that a bridge has: bounds the per-worker destination scratch (8 bytes a port) and
 /// leaves the forwarding database 16 bits for a port.
@@ -51,6 +52,17 @@ pub struct Tick(pub u32);
 impl Tick {
     /// Ticks in one second.
     pub const PER_SECOND: u32 = 10;
+
+    /// The tick that `elapsed` after the bridge was made falls into.
+    pub fn after(elapsed: Duration) -> Self {
+        Self(Self::count(elapsed))
+    }
+
+    /// How many whole ticks `duration` has.
+    pub fn count(duration: Duration) -> u32 {
+        let ticks = duration.as_millis() * u128::from(Self::PER_SECOND) / 1000;
+        u32::try_from(ticks).unwrap_or(u32::MAX)
+    }
 
     /// Ticks from `earlier` to `self`.
     pub const fn since(self, earlier: Self) -> u32 {

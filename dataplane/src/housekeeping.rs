@@ -7,10 +7,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{self, RecvTimeoutError, Sender};
-use ringway_bridge::Bridge;
+use ringway_bridge::{Bridge, Tick};
 
 use crate::port::rescue;
-use crate::switch::now_tick;
 
 /// How often the database is swept. Expired entries are not used even before: the sweep only makes
 /// room and keeps the ports' counts true.
@@ -37,7 +36,7 @@ impl Housekeeping {
                 rescue();
                 if swept.elapsed() >= SWEEP_INTERVAL {
                     swept = Instant::now();
-                    bridge.fdb().age(now_tick(epoch));
+                    bridge.fdb().age(Tick::after(epoch.elapsed()));
                 }
             }
         };

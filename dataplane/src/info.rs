@@ -5,9 +5,8 @@
 
 use std::time::Duration;
 
+use ringway_api::{PortConfig, PortName, XdpMode};
 use ringway_bridge::{DropCounts, MacAddr, PortId};
-
-use crate::switch::{PortConfig, PortName, XdpMode};
 
 /// Whether frames can pass through a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

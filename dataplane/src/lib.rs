@@ -22,11 +22,12 @@ pub use info::{
     PortDetail, PortInfo, PortState, QueueInfo, WorkerDetail, WorkerInfo,
 };
 pub use isa::isa_level;
-pub use switch::{
+pub use ringway_api::{
     AfXdpConfig, BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind,
-    PortName, PortNameError, QueuePairs, SocketSpec, Switch, SwitchConfig, SwitchError, UmemFrames,
+    PortName, PortNameError, QueuePairs, SocketSpec, SwitchConfig, SwitchError, UmemFrames,
     XdpMode,
 };
+pub use switch::Switch;
 #[doc(hidden)]
 pub use wire::checksum::{copy_and_checksum, internet_checksum};
 pub use worker::InlineSwitch;

@@ -1,4 +1,4 @@
-//! Which worker polls which queue pair, and how to get from one such arrangement to another.
+//! Which worker polls which queue pair, and how to get from one such topology to another.
 
 use std::collections::BTreeMap;
 

@@ -9,6 +9,7 @@ mod vhost;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use ringway_api::PortName;
 use ringway_bridge::PortId;
 
 pub(crate) use af_xdp::{AfXdpPort, Merged, Sent, Transmitter};
@@ -18,7 +19,6 @@ pub(crate) use tap::{TapPort, TapReader};
 pub(crate) use vhost::{Binding, VhostPort, VhostQueue};
 
 use crate::info::{PortCounters, PortState, QueueInfo};
-use crate::switch::PortName;
 use crate::wire::Offloads;
 
 /// A port as workers see it. Dispatched once per burst.

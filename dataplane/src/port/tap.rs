@@ -8,6 +8,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use ringway_api::SwitchError;
 use ringway_bridge::{DropReason, MAX_BURST};
 use rustix::io::Errno;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
@@ -18,7 +19,6 @@ use crate::info::{PortState, QueueInfo};
 use crate::memory::Segment;
 use crate::offload::Parcel;
 use crate::ring::Entry;
-use crate::switch::SwitchError;
 use crate::wire::Offloads;
 use crate::wire::net_header::{HEADER_BYTES, MAX_FRAME_BYTES};
 

@@ -10,11 +10,11 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam::channel::{self, RecvTimeoutError, Sender};
+use ringway_api::{BalanceConfig, PortName};
 use tracing::{info, warn};
 
-use super::arrangement::{Arrangement, State};
 use super::load::QueueCount;
-use super::{BalanceConfig, PortName};
+use super::port_table::{PortTable, State};
 use crate::placement::{QueueId, QueueLoad, rebalance};
 
 /// A queue that was moved stays for so many intervals: traffic that comes and goes moves it at most
@@ -31,7 +31,7 @@ pub(super) struct Balancer {
 
 impl Balancer {
     pub(super) fn start(
-        arrangement: Arc<Arrangement>,
+        table: Arc<PortTable>,
         config: BalanceConfig,
         epoch: Instant,
     ) -> io::Result<Self> {
@@ -39,10 +39,10 @@ impl Balancer {
         let run = move || {
             let mut held = BTreeMap::new();
             while stopped.recv_timeout(config.interval) == Err(RecvTimeoutError::Timeout) {
-                let mut state = arrangement.lock();
-                measure(&arrangement, &mut state, epoch);
+                let mut state = table.lock();
+                measure(&table, &mut state, epoch);
                 if config.is_on {
-                    move_queues(&arrangement, &mut state, &mut held);
+                    move_queues(&table, &mut state, &mut held);
                 }
             }
         };
@@ -68,8 +68,8 @@ impl Drop for Balancer {
 }
 
 /// Ends an interval of the loads.
-fn measure(arrangement: &Arrangement, state: &mut State, epoch: Instant) {
-    let busy = arrangement.workers.iter().map(|worker| worker.busy());
+fn measure(table: &PortTable, state: &mut State, epoch: Instant) {
+    let busy = table.workers.iter().map(|worker| worker.busy());
     let State {
         ports,
         topology,
@@ -96,19 +96,19 @@ fn measure(arrangement: &Arrangement, state: &mut State, epoch: Instant) {
 
 /// Moves what is worth it; `held` are the queues that were moved lately, with the intervals for
 /// which they stay.
-fn move_queues(arrangement: &Arrangement, state: &mut State, held: &mut BTreeMap<QueueId, u32>) {
+fn move_queues(table: &PortTable, state: &mut State, held: &mut BTreeMap<QueueId, u32>) {
     held.retain(|_, left| {
         *left -= 1;
         *left > 0
     });
-    for step in rebalance(&queue_loads(state, held), arrangement.worker_count()) {
+    for step in rebalance(&queue_loads(state, held), table.worker_count()) {
         let QueueId { port, pair } = step.queue;
         let name = state
             .entry_of(port)
             .map(|entry| entry.port.base().name.clone());
         let name = name.as_ref().map_or("?", PortName::as_str);
         let desired = state.topology.with_pair_at(port, pair, step.to);
-        match arrangement.change_topology(state, &desired) {
+        match table.change_topology(state, &desired) {
             Ok(()) => {
                 info!(port = %name, queue = pair, from = step.from, to = step.to, "queue moved");
             }
@@ -144,10 +144,9 @@ fn queue_loads(state: &State, held: &BTreeMap<QueueId, u32>) -> Vec<QueueLoad> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::switch::Switch;
     use crate::switch::load::QueueRate;
-    use crate::switch::{
-        IdleConfig, PortConfig, PortKind, QueuePairs, SocketSpec, Switch, SwitchConfig,
-    };
+    use ringway_api::{IdleConfig, PortConfig, PortKind, QueuePairs, SocketSpec, SwitchConfig};
     use std::time::Duration;
 
     fn name(port: u16) -> PortName {
@@ -186,7 +185,7 @@ mod tests {
 
     /// A step after an interval in which the queues had these loads; who polls what afterwards.
     fn step(switch: &Switch, loads: [u32; 4], held: &mut BTreeMap<QueueId, u32>) -> [u16; 4] {
-        let mut state = switch.arrangement.lock();
+        let mut state = switch.table.lock();
         let port = |number: u16| state.ports[&name(number)].port.base().id;
         let rates = (0..).zip(loads).map(|(number, load)| {
             let queue = QueueId {
@@ -200,7 +199,7 @@ mod tests {
             (queue, rate)
         });
         state.load.queues = rates.collect();
-        move_queues(&switch.arrangement, &mut state, held);
+        move_queues(&switch.table, &mut state, held);
         drop(state);
         [0, 1, 2, 3].map(|port| switch.port(&name(port)).unwrap().queues[0].worker)
     }

@@ -1,25 +1,18 @@
 //! The handle by which the control plane runs the dataplane.
 
-mod arrangement;
 mod balance;
-mod config;
-mod error;
 mod load;
+mod port_table;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use ringway_api::{PortConfig, PortKind, PortName, SocketSpec, SwitchConfig, SwitchError};
 use ringway_bridge::{Bridge, BridgeConfig, DropCounts, MacAddr, PortId, Tick};
 
-pub use config::{
-    AfXdpConfig, BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind,
-    PortName, PortNameError, QueuePairs, SocketSpec, SwitchConfig, UmemFrames, XdpMode,
-};
-pub use error::SwitchError;
-
-use self::arrangement::{Arrangement, State, check_pair};
 use self::balance::Balancer;
+use self::port_table::{PortTable, State, check_pair};
 use crate::features;
 use crate::housekeeping::Housekeeping;
 use crate::info::{
@@ -44,7 +37,7 @@ pub struct Switch {
     )]
     balancer: Balancer,
     sessions: SessionThread<VhostPort>,
-    arrangement: Arc<Arrangement>,
+    table: Arc<PortTable>,
     bridge: Arc<Bridge>,
     epoch: Instant,
     #[expect(
@@ -57,7 +50,7 @@ pub struct Switch {
 impl std::fmt::Debug for Switch {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         out.debug_struct("Switch")
-            .field("arrangement", &self.arrangement)
+            .field("table", &self.table)
             .finish_non_exhaustive()
     }
 }
@@ -72,7 +65,7 @@ impl Switch {
         let epoch = Instant::now();
         let bridge = Arc::new(Bridge::new(BridgeConfig {
             fdb_capacity: config.fdb_capacity,
-            ageing_ticks: ticks(config.fdb_ageing),
+            ageing_ticks: Tick::count(config.fdb_ageing),
             seed: seed(),
         }));
         let start = |(index, cpu): (u16, &usize)| {
@@ -86,12 +79,12 @@ impl Switch {
             let what = what.to_owned();
             |source| SwitchError::System { what, source }
         };
-        let arrangement = Arc::new(Arrangement::new(workers));
+        let table = Arc::new(PortTable::new(workers));
         Ok(Self {
             sessions: SessionThread::start().map_err(system("vhost-user session thread"))?,
-            balancer: Balancer::start(Arc::clone(&arrangement), config.balance, epoch)
+            balancer: Balancer::start(Arc::clone(&table), config.balance, epoch)
                 .map_err(system("balancing thread"))?,
-            arrangement,
+            table,
             epoch,
             housekeeping: Housekeeping::start(Arc::clone(&bridge), epoch)
                 .map_err(system("housekeeping thread"))?,
@@ -104,14 +97,14 @@ impl Switch {
     /// # Errors
     /// A name that is taken, a socket path or interface that can't be used.
     pub fn add_port(&self, name: PortName, config: PortConfig) -> Result<PortInfo, SwitchError> {
-        let mut state = self.arrangement.lock();
+        let mut state = self.table.lock();
         if state.ports.contains_key(&name) {
             return Err(SwitchError::PortExists { name });
         }
         let id = state.topology.free_id().ok_or(SwitchError::TooManyPorts)?;
         for (pair, worker) in &config.pins {
             check_pair(&name, *pair, config.queue_pairs().get())?;
-            self.arrangement.check_worker(*worker)?;
+            self.table.check_worker(*worker)?;
         }
         let base = PortBase::new(name.clone(), id);
         // What can be refused comes first; nothing of it outlives an error.
@@ -120,16 +113,16 @@ impl Switch {
             check_pair(&name, *pair, port.queue_pairs())?;
         }
         let port = Arc::new(port);
-        let (pairs, workers) = (port.queue_pairs(), self.arrangement.worker_count());
+        let (pairs, workers) = (port.queue_pairs(), self.table.worker_count());
         let desired = state.topology.with_port(id, pairs, workers, &config.pins);
         self.bridge.fdb().set_limit(id, config.fdb_limit);
         state.insert(name.clone(), config, Arc::clone(&port));
-        let added = self.arrangement.change_topology(&mut state, &desired);
+        let added = self.table.change_topology(&mut state, &desired);
         let started = added.and_then(|()| match (&*port, endpoint) {
             (Port::VhostUser(guest), Some(endpoint)) => {
                 self.sessions.add(id, endpoint, Arc::clone(guest))
             }
-            (Port::Tap(_) | Port::AfXdp(_), _) => self.arrangement.watch(&state, &port),
+            (Port::Tap(_) | Port::AfXdp(_), _) => self.table.watch(&state, &port),
             (Port::VhostUser(_), None) => Ok(()),
         });
         if let Err(source) = started {
@@ -147,7 +140,7 @@ impl Switch {
     /// # Errors
     /// There is no such port.
     pub fn remove_port(&self, name: &PortName) -> Result<(), SwitchError> {
-        let mut state = self.arrangement.lock();
+        let mut state = self.table.lock();
         state.find(name)?;
         self.take_out(&mut state, name);
         Ok(())
@@ -155,7 +148,7 @@ impl Switch {
 
     /// All ports, by name.
     pub fn ports(&self) -> Vec<PortInfo> {
-        let state = self.arrangement.lock();
+        let state = self.table.lock();
         state
             .ports
             .keys()
@@ -168,7 +161,7 @@ impl Switch {
     /// # Errors
     /// There is no such port.
     pub fn port(&self, name: &PortName) -> Result<PortDetail, SwitchError> {
-        let state = self.arrangement.lock();
+        let state = self.table.lock();
         let info = self.port_info(&state, name)?;
         let port = &state.find(name)?.port;
         let placement = state.topology.placement(port.base().id);
@@ -231,9 +224,9 @@ impl Switch {
 
     /// The forwarding database, by address.
     pub fn fdb(&self) -> Vec<FdbEntryInfo> {
-        let state = self.arrangement.lock();
+        let state = self.table.lock();
         let names = state.names();
-        let now = now_tick(self.epoch);
+        let now = Tick::after(self.epoch.elapsed());
         let mut entries = Vec::new();
         self.bridge
             .fdb()
@@ -257,7 +250,7 @@ impl Switch {
     /// # Errors
     /// No such port, a group address, or the database is full.
     pub fn fdb_add(&self, mac: MacAddr, port: &PortName) -> Result<(), SwitchError> {
-        let state = self.arrangement.lock();
+        let state = self.table.lock();
         let id = state.find(port)?.port.base().id;
         let added = self.bridge.fdb().add_static(mac, id);
         added.map_err(|error| SwitchError::FdbRefused {
@@ -284,15 +277,15 @@ impl Switch {
     /// # Errors
     /// There is no such port.
     pub fn fdb_flush(&self, port: Option<&PortName>) -> Result<usize, SwitchError> {
-        let state = self.arrangement.lock();
+        let state = self.table.lock();
         let id = port.map(|name| state.find(name).map(|entry| entry.port.base().id));
         Ok(self.bridge.fdb().flush(id.transpose()?))
     }
 
     /// All workers, by index.
     pub fn workers(&self) -> Vec<WorkerInfo> {
-        let state = self.arrangement.lock();
-        let workers = self.arrangement.workers.iter();
+        let state = self.table.lock();
+        let workers = self.table.workers.iter();
         workers
             .map(|worker| self.worker_info(&state, worker))
             .collect()
@@ -303,8 +296,8 @@ impl Switch {
     /// # Errors
     /// There is no such worker.
     pub fn worker(&self, index: u16) -> Result<WorkerDetail, SwitchError> {
-        self.arrangement.check_worker(index)?;
-        let state = self.arrangement.lock();
+        self.table.check_worker(index)?;
+        let state = self.table.lock();
         let queue = |(id, pair, _)| {
             let entry = state.entry_of(id)?;
             let (rx_frames, rx_bytes) = entry.port.received(pair);
@@ -327,7 +320,7 @@ impl Switch {
         let mut queues: Vec<_> = polled.filter_map(queue).collect();
         queues.sort_by(|a, b| (&a.port, a.pair).cmp(&(&b.port, b.pair)));
         Ok(WorkerDetail {
-            info: self.worker_info(&state, &self.arrangement.workers[usize::from(index)]),
+            info: self.worker_info(&state, &self.table.workers[usize::from(index)]),
             interval: state.load.interval,
             queues,
         })
@@ -347,7 +340,7 @@ impl Switch {
     /// # Errors
     /// There is no such port, queue pair or worker.
     pub fn pin_queue(&self, port: &PortName, pair: u16, worker: u16) -> Result<(), SwitchError> {
-        self.arrangement.set_pin(port, pair, Some(worker))?;
+        self.table.set_pin(port, pair, Some(worker))?;
         Ok(())
     }
 
@@ -357,16 +350,16 @@ impl Switch {
     /// # Errors
     /// There is no such port or queue pair.
     pub fn unpin_queue(&self, port: &PortName, pair: u16) -> Result<bool, SwitchError> {
-        self.arrangement.set_pin(port, pair, None)
+        self.table.set_pin(port, pair, None)
     }
 
     /// Counters of all pairs of ports that exchanged frames since both were added.
     pub fn pairs(&self) -> Vec<PairCounters> {
-        let state = self.arrangement.lock();
+        let state = self.table.lock();
         let names = state.names();
         let mut sums: BTreeMap<(PortId, PortId), PairCounters> = BTreeMap::new();
         for pair in self
-            .arrangement
+            .table
             .workers
             .iter()
             .flat_map(|worker| worker.handle.pairs.snapshot())
@@ -406,9 +399,9 @@ impl Switch {
         let id = port.base().id;
         match &*port {
             Port::VhostUser(_) => self.sessions.remove(id),
-            Port::Tap(_) | Port::AfXdp(_) => self.arrangement.unwatch(state, &port),
+            Port::Tap(_) | Port::AfXdp(_) => self.table.unwatch(state, &port),
         }
-        self.arrangement.remove_from_workers(state, id);
+        self.table.remove_from_workers(state, id);
         self.bridge.fdb().purge_port(id);
         self.bridge.fdb().set_limit(id, None);
         state.ports.remove(name);
@@ -431,7 +424,7 @@ impl Switch {
 
 impl Drop for Switch {
     fn drop(&mut self) {
-        let mut state = self.arrangement.lock();
+        let mut state = self.table.lock();
         let names: Vec<_> = state.ports.keys().cloned().collect();
         for name in names {
             self.take_out(&mut state, &name);
@@ -519,16 +512,6 @@ fn check_cpus(cpus: &[usize]) -> Result<(), SwitchError> {
         }
     }
     Ok(())
-}
-
-/// Time since `epoch` in ticks.
-pub(crate) fn now_tick(epoch: Instant) -> Tick {
-    Tick(ticks(epoch.elapsed()))
-}
-
-fn ticks(duration: Duration) -> u32 {
-    let ticks = duration.as_millis() * u128::from(Tick::PER_SECOND) / 1000;
-    u32::try_from(ticks).unwrap_or(u32::MAX)
 }
 
 /// A secret for the hash of the forwarding database: std's own per-process random keys.

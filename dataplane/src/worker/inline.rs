@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{self, Receiver};
+use ringway_api::{AfXdpConfig, IdleConfig, PortName, SwitchError};
 use ringway_bridge::{Bridge, BridgeConfig, PortId};
 
 use super::turn::Worker;
 use super::{Command, Token, WorkerHandle};
 use crate::port::{AfXdpPort, Binding, Port, PortBase, VhostPort};
-use crate::switch::{AfXdpConfig, IdleConfig, PortName, SwitchError};
 use crate::vhost_user::{Endpoint, SessionThread};
 
 /// A switch of vhost-user and AF_XDP ports whose worker runs in the caller's thread, one turn at a time, and

@@ -25,6 +25,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{self, Receiver, Sender};
+use ringway_api::{IdleConfig, SwitchError};
 use ringway_bridge::{Bridge, PortId};
 use rustix::event::epoll;
 use rustix::event::{EventfdFlags, eventfd};
@@ -36,7 +37,6 @@ pub(crate) use turn::Source;
 
 use crate::info::WorkerInfo;
 use crate::port::{Counter, Port};
-use crate::switch::{IdleConfig, SwitchError};
 
 /// Commands that wait for a worker: topology changes are few, and their sender waits anyway.
 const COMMAND_QUEUE: usize = 256;

@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam::channel::Receiver;
+use ringway_api::IdleConfig;
 use ringway_bridge::{Bridge, MAX_BURST, Tick};
 use rustix::event::epoll;
 use rustix::time::Timespec;
@@ -22,7 +23,6 @@ use super::{Command, DOORBELL, Token, WorkerHandle};
 use crate::burst::Burst;
 use crate::memory::breaks;
 use crate::port::{Port, TapReader};
-use crate::switch::IdleConfig;
 
 /// How long to sleep while frames wait for a destination without free buffers.
 const DOZE: Timespec = Timespec {

@@ -27,13 +27,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 pub(crate) use receive::{Merged, Receiver};
 pub(crate) use transmit::{Sent, Transmitter};
 
+use ringway_api::XdpMode;
+
 use self::interface::Interface;
 use self::program::Program;
 use super::counters::Counter;
 use super::vhost::choose_receiver;
 use super::{PortBase, QueueCounters};
 use crate::info::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo};
-use crate::switch::XdpMode;
 use crate::wire::Offloads;
 
 /// Longest L3 MTU: what common NICs carry in several buffers.

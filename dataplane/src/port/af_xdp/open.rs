@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use ringway_api::{AfXdpConfig, MAX_QUEUE_PAIRS, SwitchError, XdpMode};
 use ringway_xdp::Hook;
 use xsk_rs::Socket;
 use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSize, SocketConfig};
@@ -15,7 +16,6 @@ use super::transmit::Transmitter;
 use super::umem::{Layout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
 use crate::port::{PortBase, max_l2_bytes};
-use crate::switch::{AfXdpConfig, MAX_QUEUE_PAIRS, SwitchError, XdpMode};
 use crate::wire::Offloads;
 
 /// How long a queue that is bound is tried again: after the end of the process that had it, the
@@ -71,22 +71,23 @@ impl AfXdpPort {
         mtu: Option<u16>,
     ) -> Result<Self, SwitchError> {
         let ifname = &config.ifname;
-        let found = Interface::find(ifname).map_err(|error| config.system("socket", &error))?;
+        let found = Interface::find(ifname).map_err(|error| system(config, "socket", &error))?;
         let Some(interface) = found else {
-            return Err(config.refuse(
+            return Err(refuse(
+                config,
                 "there is no such interface",
                 "see `ip link`; the interface is to exist already",
             ));
         };
         if !interface.is_up() {
             let hint = format!("`ip link set {ifname} up` sets it up");
-            return Err(config.refuse("it is down", hint));
+            return Err(refuse(config, "it is down", hint));
         }
         let plan = plan(config, &interface, mtu)?;
         let (mode, opened) = plan.open_first()?;
         let receives_all = interface
             .receive_all()
-            .map_err(|error| config.not_promiscuous(&error))?;
+            .map_err(|error| not_promiscuous(config, &error))?;
         Ok(Self {
             base,
             ifname: ifname.clone(),
@@ -123,7 +124,7 @@ fn plan<'a>(
         Some(wanted) if wanted > there => {
             let reason = format!("{wanted} queues are asked for, and it has {there}");
             let hint = format!("ask for fewer, or `ethtool -L {ifname} combined {wanted}` first");
-            return Err(config.refuse(reason, hint));
+            return Err(refuse(config, reason, hint));
         }
         Some(wanted) => wanted,
         None => there.min(MAX_QUEUE_PAIRS),
@@ -133,7 +134,7 @@ fn plan<'a>(
     if greatest > MAX_MTU {
         let reason = format!("its MTU of {greatest} is above the {MAX_MTU} that AF_XDP carries");
         let hint = format!("`ip link set {ifname} mtu {MAX_MTU}`, and leave out a greater --mtu");
-        return Err(config.refuse(reason, hint));
+        return Err(refuse(config, reason, hint));
     }
     Ok(Plan {
         config,
@@ -150,7 +151,7 @@ impl Plan<'_> {
     fn open_first(&self) -> Result<(XdpMode, Opened), SwitchError> {
         let config = self.config;
         let support = program::query(self.interface.index())
-            .map_err(|error| config.system("netlink", &error))?;
+            .map_err(|error| system(config, "netlink", &error))?;
         if let Some(id) = support.program {
             return Err(self.has_program(id));
         }
@@ -180,7 +181,7 @@ impl Plan<'_> {
                 }
             }
         }
-        Err(refused.unwrap_or_else(|| config.refuse("no mode is left", "see `ip -d link`")))
+        Err(refused.unwrap_or_else(|| refuse(config, "no mode is left", "see `ip -d link`")))
     }
 
     fn open(&self, mode: XdpMode) -> Result<Opened, Refusal> {
@@ -204,7 +205,7 @@ impl Plan<'_> {
             let queue = self.open_queue(index, mode, layout, memory)?;
             program
                 .redirect(index, queue.fd())
-                .map_err(|error| Refusal::Final(self.config.system("XSKMAP", &error)))?;
+                .map_err(|error| Refusal::Final(system(self.config, "XSKMAP", &error)))?;
             queues.push(queue);
         }
         Ok(Opened {
@@ -246,7 +247,11 @@ impl Plan<'_> {
         }
         let size = config.umem_frames.get() / 2;
         let name: InterfaceName = config.ifname.parse().map_err(|_| {
-            Refusal::Final(config.refuse("no interface can have this name", "see `ip link`"))
+            Refusal::Final(refuse(
+                config,
+                "no interface can have this name",
+                "see `ip link`",
+            ))
         })?;
         let bind = |rx_size, tx_size| {
             let config = socket_config((rx_size, tx_size), flags)?;
@@ -272,7 +277,7 @@ impl Plan<'_> {
         };
         let Some((fill, completions)) = rings else {
             let error = io::Error::other("no fill ring");
-            return Err(Refusal::Final(config.system("socket", &error)));
+            return Err(Refusal::Final(system(config, "socket", &error)));
         };
         if !is_zero_copy {
             (ring, ..) =
@@ -287,7 +292,7 @@ impl Plan<'_> {
             ];
             for (name, value) in options {
                 set_option(received.fd(), libc::SOL_SOCKET, name, &value)
-                    .map_err(|error| Refusal::Final(config.system("busy polling", &error)))?;
+                    .map_err(|error| Refusal::Final(system(config, "busy polling", &error)))?;
             }
         }
         let fd = received.fd().as_raw_fd();
@@ -315,7 +320,7 @@ impl Plan<'_> {
         let config = self.config;
         let ifname = &config.ifname;
         match error.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => Refusal::Final(config.not_permitted()),
+            Some(libc::EPERM | libc::EACCES) => Refusal::Final(not_permitted(config)),
             Some(libc::EBUSY | libc::EEXIST) => {
                 // Somebody was faster.
                 let support = program::query(self.interface.index()).ok();
@@ -323,18 +328,21 @@ impl Plan<'_> {
                 Refusal::Final(self.has_program(id))
             }
             // Through skbs its frames would come merged, and with open checksums.
-            Some(libc::EOPNOTSUPP) if self.is_virtio() => Refusal::Final(config.refuse(
+            Some(libc::EOPNOTSUPP) if self.is_virtio() => Refusal::Final(refuse(
+                config,
                 "its driver can't run XDP programs while its device merges or checks frames",
                 VIRTIO_XDP_HINT,
             )),
-            Some(libc::EOPNOTSUPP) => Refusal::Mode(config.refuse(
+            Some(libc::EOPNOTSUPP) => Refusal::Mode(refuse(
+                config,
                 "its driver can't run XDP programs",
                 "use --mode skb, which needs nothing of the driver and is slower",
             )),
             Some(libc::ERANGE | libc::EINVAL) if self.interface_mtu > 1500 => {
                 Refusal::Mode(self.too_long())
             }
-            _ => Refusal::Mode(config.refuse(
+            _ => Refusal::Mode(refuse(
+                config,
                 format!("its driver refused the XDP program: {error}"),
                 format!("see `ethtool -i {ifname}` and the kernel's log, or use --mode skb"),
             )),
@@ -345,26 +353,30 @@ impl Plan<'_> {
         let config = self.config;
         let ifname = &config.ifname;
         match error.raw_os_error() {
-            Some(libc::EBUSY) => Refusal::Final(config.refuse(
+            Some(libc::EBUSY) => Refusal::Final(refuse(
+                config,
                 format!("queue {index} is bound to another AF_XDP socket"),
                 "end the program that has it; `ss --xdp -p` shows it",
             )),
-            Some(libc::ENETDOWN) => Refusal::Final(config.refuse(
+            Some(libc::ENETDOWN) => Refusal::Final(refuse(
+                config,
                 "it is down",
                 format!("`ip link set {ifname} up` sets it up"),
             )),
-            Some(libc::EPERM | libc::EACCES) => Refusal::Final(config.not_permitted()),
+            Some(libc::EPERM | libc::EACCES) => Refusal::Final(not_permitted(config)),
             Some(libc::EOPNOTSUPP) if self.layout.several_chunks => Refusal::Mode(self.too_long()),
             Some(libc::EOPNOTSUPP) if mode == XdpMode::ZeroCopy => {
                 Refusal::Mode(self.no_zero_copy())
             }
             Some(libc::EINVAL | libc::ENOENT) if mode == XdpMode::ZeroCopy && self.is_virtio() => {
-                Refusal::Mode(config.refuse(
+                Refusal::Mode(refuse(
+                    config,
                     format!("its device is not fit for zero-copy: {error}"),
                     VIRTIO_ZERO_COPY_HINT,
                 ))
             }
-            _ => Refusal::Mode(config.refuse(
+            _ => Refusal::Mode(refuse(
+                config,
                 format!("queue {index} can't be bound: {error}"),
                 format!("see `ethtool -l {ifname}` and the kernel's log, or use --mode skb"),
             )),
@@ -378,26 +390,30 @@ impl Plan<'_> {
     fn no_memory(&self, error: &io::Error) -> SwitchError {
         let config = self.config;
         match error.raw_os_error() {
-            Some(libc::ENOBUFS) => config.refuse(
+            Some(libc::ENOBUFS) => refuse(
+                config,
                 "not enough memory may be locked for its frames",
                 "raise `ulimit -l` (LimitMEMLOCK= of the unit) or take fewer with --umem-frames",
             ),
-            Some(libc::ENOMEM) => config.refuse(
+            Some(libc::ENOMEM) => refuse(
+                config,
                 "there is not enough memory for its frames",
                 "take fewer with --umem-frames",
             ),
-            Some(libc::EPERM | libc::EACCES) => config.not_permitted(),
-            Some(libc::EAFNOSUPPORT) => config.refuse(
+            Some(libc::EPERM | libc::EACCES) => not_permitted(config),
+            Some(libc::EAFNOSUPPORT) => refuse(
+                config,
                 "this kernel or sandbox has no AF_XDP",
                 "use a kernel with CONFIG_XDP_SOCKETS and allow the address family AF_XDP",
             ),
-            _ => config.system("UMEM", error),
+            _ => system(config, "UMEM", error),
         }
     }
 
     fn has_program(&self, id: u32) -> SwitchError {
         let ifname = &self.config.ifname;
-        self.config.refuse(
+        refuse(
+            self.config,
             format!("it has an XDP program already, with id {id}"),
             format!(
                 "`bpftool prog show id {id}` tells whose; end that, or `ip link set {ifname} xdp off`"
@@ -406,7 +422,8 @@ impl Plan<'_> {
     }
 
     fn no_zero_copy(&self) -> SwitchError {
-        self.config.refuse(
+        refuse(
+            self.config,
             "its driver has no zero-copy",
             "use --mode copy, or auto for the best there is",
         )
@@ -415,7 +432,8 @@ impl Plan<'_> {
     fn too_long(&self) -> SwitchError {
         let mtu = self.interface_mtu;
         let ifname = &self.config.ifname;
-        self.config.refuse(
+        refuse(
+            self.config,
             format!("its MTU of {mtu} is above what its driver carries in this mode"),
             format!("`ip link set {ifname} mtu 1500`, or use --mode skb"),
         )
@@ -432,37 +450,38 @@ fn socket_config((rx_size, tx_size): (u32, u32), flags: BindFlags) -> io::Result
         .build())
 }
 
-impl AfXdpConfig {
-    fn refuse(&self, reason: impl Into<String>, hint: impl Into<String>) -> SwitchError {
-        SwitchError::AfXdp {
-            ifname: self.ifname.clone(),
-            reason: reason.into(),
-            hint: hint.into(),
-        }
+fn refuse(config: &AfXdpConfig, reason: impl Into<String>, hint: impl Into<String>) -> SwitchError {
+    SwitchError::AfXdp {
+        ifname: config.ifname.clone(),
+        reason: reason.into(),
+        hint: hint.into(),
     }
+}
 
-    fn not_permitted(&self) -> SwitchError {
-        self.refuse(
-            "not permitted",
-            "run ringwayd as root or with CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF",
-        )
-    }
+fn not_permitted(config: &AfXdpConfig) -> SwitchError {
+    refuse(
+        config,
+        "not permitted",
+        "run ringwayd as root or with CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF",
+    )
+}
 
-    fn not_promiscuous(&self, error: &io::Error) -> SwitchError {
-        match error.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => self.not_permitted(),
-            Some(libc::EAFNOSUPPORT) => self.refuse(
-                "it can't be made to receive frames for all addresses",
-                "allow the address family AF_PACKET (RestrictAddressFamilies= of the unit)",
-            ),
-            _ => self.system("promiscuous mode", error),
-        }
+fn not_promiscuous(config: &AfXdpConfig, error: &io::Error) -> SwitchError {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => not_permitted(config),
+        Some(libc::EAFNOSUPPORT) => refuse(
+            config,
+            "it can't be made to receive frames for all addresses",
+            "allow the address family AF_PACKET (RestrictAddressFamilies= of the unit)",
+        ),
+        _ => system(config, "promiscuous mode", error),
     }
+}
 
-    fn system(&self, what: &str, error: &io::Error) -> SwitchError {
-        self.refuse(
-            format!("{what}: {error}"),
-            "see the daemon's and the kernel's log",
-        )
-    }
+fn system(config: &AfXdpConfig, what: &str, error: &io::Error) -> SwitchError {
+    refuse(
+        config,
+        format!("{what}: {error}"),
+        "see the daemon's and the kernel's log",
+    )
 }

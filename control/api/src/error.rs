@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use ringway_bridge::MacAddr;
 
-use super::PortName;
+use super::config::PortName;
 
 /// Why the switch refused.
 #[derive(Debug, thiserror::Error)]

@@ -6,11 +6,11 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam::channel;
+use ringway_api::{PortConfig, PortName, SwitchError};
 use ringway_bridge::PortId;
 use tracing::warn;
 
 use super::load::Load;
-use super::{PortConfig, PortName, SwitchError};
 use crate::port::{Binding, Port};
 use crate::topology::{Action, Topology, diff};
 use crate::worker::{Command, Source, Token, WorkerThread};
@@ -36,7 +36,7 @@ pub(super) struct Entry {
 
 /// The state, and the workers that carry it out.
 #[derive(Debug)]
-pub(super) struct Arrangement {
+pub(super) struct PortTable {
     state: Mutex<State>,
     pub(super) workers: Vec<WorkerThread>,
 }
@@ -91,7 +91,7 @@ pub(super) fn check_pair(port: &PortName, pair: u16, pairs: u16) -> Result<(), S
     }
 }
 
-impl Arrangement {
+impl PortTable {
     /// Without ports.
     pub(super) fn new(workers: Vec<WorkerThread>) -> Self {
         Self {

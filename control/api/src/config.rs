@@ -60,7 +60,7 @@ pub struct QueuePairs(NonZeroU16);
 
 impl QueuePairs {
     /// [`MAX_QUEUE_PAIRS`].
-    const MAX: Self = Self(NonZeroU16::new(MAX_QUEUE_PAIRS).unwrap());
+    pub const MAX: Self = Self(NonZeroU16::new(MAX_QUEUE_PAIRS).unwrap());
 
     /// `count` pairs, or `None` if that is zero or more than [`MAX_QUEUE_PAIRS`].
     pub fn new(count: u16) -> Option<Self> {
