@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{self, RecvTimeoutError, Sender};
+use crossbeam_channel::{self as channel, RecvTimeoutError, Sender};
 use ringway_bridge::{Bridge, Tick};
 
 use crate::port::rescue;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use crossbeam::channel::{self, RecvTimeoutError, Sender};
+use crossbeam_channel::{self as channel, RecvTimeoutError, Sender};
 use ringway_api::{BalanceConfig, PortName};
 use tracing::{info, warn};
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crossbeam::channel;
+use crossbeam_channel as channel;
 use ringway_api::{PortConfig, PortName, SwitchError};
 use ringway_bridge::PortId;
 use tracing::warn;

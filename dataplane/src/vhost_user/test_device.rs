@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, unbounded};
 use ringway_bridge::MacAddr;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::MemfdFlags;

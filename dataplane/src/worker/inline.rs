@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{self, Receiver};
+use crossbeam_channel::{self as channel, Receiver};
 use ringway_api::{AfXdpConfig, IdleConfig, PortName, SwitchError};
 use ringway_bridge::{Bridge, BridgeConfig, PortId};
 

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{self, Receiver, Sender};
+use crossbeam_channel::{self as channel, Receiver, Sender};
 use ringway_api::{IdleConfig, SwitchError};
 use ringway_bridge::{Bridge, PortId};
 use rustix::event::epoll;

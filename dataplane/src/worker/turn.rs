@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crossbeam::channel::Receiver;
+use crossbeam_channel::Receiver;
 use ringway_api::IdleConfig;
 use ringway_bridge::{Bridge, MAX_BURST, Tick};
 use rustix::event::epoll;

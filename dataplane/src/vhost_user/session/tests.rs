@@ -1,4 +1,4 @@
-use crossbeam::channel::Receiver;
+use crossbeam_channel::Receiver;
 use ringway_bridge::MacAddr;
 
 use super::*;

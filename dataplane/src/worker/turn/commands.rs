@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crossbeam::channel::Receiver;
+use crossbeam_channel::Receiver;
 use ringway_bridge::PortId;
 use tracing::debug;
 
