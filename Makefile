@@ -1,8 +1,9 @@
-# `make demo` and `make test` install what is missing (Debian packages, as root) and do the rest.
+# `make demo` and `make test` say what is missing (Debian packages; programs of crates.io), install it and do
+# the rest. With RINGWAY_INSTALL=no they say it, with the command, and stop.
 
 CARGO ?= cargo
 
-.PHONY: all demo test lint guard guard-update benches check-aarch64 packages nextest schema clean
+.PHONY: all demo test lint guard guard-update benches check-aarch64 packages schema clean
 
 all:
 	$(CARGO) build --release --locked
@@ -12,16 +13,21 @@ demo: packages all
 	target/release/ringway-bench lab --queues 1 --mtu 1500 --seconds 3
 
 # Everything that CI runs.
-test: packages nextest lint check-aarch64 guard benches
+test: packages cargo-nextest lint check-aarch64 guard benches
 	$(CARGO) build --locked --workspace --bins
 	$(CARGO) test --locked --workspace --doc --quiet
 	$(CARGO) nextest run --locked --workspace
 
-lint:
+# Formatting, lints, documentation, licences and sources of dependencies (deny.toml), dependencies that
+# nothing uses, and the build without AF_XDP. The layers of the dataplane are a test: tests/layers.rs there.
+lint: cargo-deny cargo-machete
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items --quiet
+	$(CARGO) deny --locked --log-level warn check --hide-inclusion-graph bans licenses sources
+	$(CARGO) machete
 
-# Needs no cross compiler: nothing but tests and benches builds C.
+# A check without linking, but libxdp and libbpf are C: it takes a compiler that crosses (`make packages`).
 check-aarch64: packages
 	@rustup target add aarch64-unknown-linux-gnu
 	C_INCLUDE_PATH=/usr/aarch64-linux-gnu/include $(CARGO) check --locked --workspace --target aarch64-unknown-linux-gnu
@@ -42,8 +48,10 @@ benches:
 packages:
 	@sh bench/install-packages.sh
 
-nextest:
-	@$(CARGO) nextest --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-nextest
+# Programs of crates.io that cargo runs: a few minutes each to build, once.
+.PHONY: cargo-nextest cargo-deny cargo-machete
+cargo-nextest cargo-deny cargo-machete:
+	@sh bench/install-cargo-tool.sh $@
 
 # The control API's schema, after a change of its types.
 schema:

@@ -2,8 +2,10 @@
 # Installs what building, tests and `ringway-bench lab` need on Debian 12 or later: by name a linker,
 # what libxdp is built with (make to m4, and for the check of aarch64 a compiler that crosses), QEMU,
 # iperf3, busybox, valgrind and a few tools; and a cloud kernel that is unpacked into the cache and
-# never installed.
+# never installed. It says what it is going to install, and from where, before it does.
 # Safe to run again; it returns at once when nothing is missing.
+#
+# With RINGWAY_INSTALL=no it says what is missing, with the command that installs it, and fails.
 #
 # `install-packages.sh zero-copy` unpacks one more kernel (175 MB to download, 200 MB in the cache) for
 # `ringway-bench lab --scenario zero-copy`: one whose virtio_net and igb have AF_XDP's zero-copy.
@@ -33,7 +35,7 @@ missing_tools() {
     for name in $tools; do
         # busybox-static and busybox exclude each other; only the static one can be an initramfs.
         installed "$name" || printf '%s ' "$name"
-    done
+    done | sed 's/ $//'
 }
 
 apt() {
@@ -70,6 +72,15 @@ own_line_with_suite() {
         sed -n "s/^\(deb[ \t].*[ \t]\)$codename\([ \t].*\)\$/\1$1\2/p" | head -n 1
 }
 
+# The suite that packages are taken from, if it is not the release's own. Debian 12's own QEMU is too old
+# for reconnect-ms and conflicts with the qemu-utils of backports.
+choose_suite() {
+    suite=
+    if [ "$codename" = bookworm ]; then
+        suite=$codename-backports
+    fi
+}
+
 known_suite() {
     apt-cache policy | grep -q "[ ,=]$1[/,]"
 }
@@ -88,15 +99,35 @@ add_suite() {
     say "added the suite $1 in $list.list"
 }
 
-# Debian 12's own QEMU is too old for reconnect-ms and conflicts with the qemu-utils of backports.
+# Says what is missing and where it will come from.
+tell_plan() {
+    if [ -n "$missing" ]; then
+        say "missing, to be installed: $missing"
+    fi
+    if ! have_kernel; then
+        say "missing, to be unpacked into $kernels and not installed: a guest kernel (linux-image-cloud-amd64)"
+    fi
+    if [ -n "$suite" ] && ! known_suite "$suite"; then
+        say "apt gets the suite $suite, in /etc/apt/sources.list.d"
+    fi
+}
+
+# What apt would download for these packages and what they depend on, as it writes it: 65.7 MB.
+download_size() {
+    LC_ALL=C apt-get -q --assume-no ${suite:+-t "$suite"} install --no-install-recommends "$@" 2>/dev/null |
+        sed -n 's/^Need to get \(.*\) of archives\.$/\1/p'
+}
+
+# The size of one package's file, in MB.
+package_size() {
+    apt-cache show "$1" 2>/dev/null |
+        awk '/^Size:/ { printf "%d MB", $2 / 1e6; exit }'
+}
+
 refresh_lists() {
     [ -z "${refreshed:-}" ] || return 0
-    suite=
-    if [ "$codename" = bookworm ]; then
-        suite=$codename-backports
-        if ! known_suite "$suite"; then
-            add_suite "$suite"
-        fi
+    if [ -n "$suite" ] && ! known_suite "$suite"; then
+        add_suite "$suite"
     fi
     say "reading package lists"
     apt update >&2 || die "apt-get update failed; check this machine's apt sources and network"
@@ -122,7 +153,7 @@ unpack_kernel() {
     trap 'rm -rf "$work"' EXIT
     trap 'exit 130' INT TERM
     chmod 755 "$work"
-    say "downloading $package (unpacked into the cache, not installed)"
+    say "downloading $package, $(package_size "$package")"
     (cd "$work" && apt ${suite:+-t "$suite"} -o APT::Sandbox::User=root download "$package" >&2) ||
         die "downloading $package failed; check the network and run this again"
     dpkg-deb -x "$work"/*.deb "$work/root"
@@ -187,7 +218,11 @@ have_kernel() {
 case ${1:-} in
 "") ;;
 zero-copy)
-    have_zero_copy_kernel || unpack_zero_copy_kernel
+    if ! have_zero_copy_kernel; then
+        [ "${RINGWAY_INSTALL:-yes}" != no ] ||
+            die "a kernel with zero-copy is missing in $kernels (RINGWAY_INSTALL=no); \`sh bench/install-packages.sh zero-copy\` unpacks it there"
+        unpack_zero_copy_kernel
+    fi
     say "all there"
     exit 0
     ;;
@@ -198,13 +233,21 @@ missing=$(missing_tools)
 if [ -z "$missing" ] && have_kernel; then
     exit 0
 fi
+choose_suite
+install="sudo -E sh bench/install-packages.sh"
 command -v apt-get >/dev/null 2>&1 && command -v dpkg-deb >/dev/null 2>&1 ||
     die "no apt here: install QEMU 9.2 or later, iperf3, a static busybox, iproute2, tcpdump, xz, kmod and valgrind, and unpack a Debian cloud kernel into $kernels/current"
-[ "$(id -u)" = 0 ] || die "needs root to install ${missing:-a guest kernel}: run it with sudo -E"
+if [ "${RINGWAY_INSTALL:-yes}" = no ]; then
+    tell_plan
+    die "nothing was installed (RINGWAY_INSTALL=no); \`$install\` installs it"
+fi
+[ "$(id -u)" = 0 ] || die "missing: ${missing:-a guest kernel}; installing takes root: \`$install\`"
 
+tell_plan
 if [ -n "$missing" ]; then
     refresh_lists
-    say "installing $missing"
+    # shellcheck disable=SC2086  # a list of names
+    say "installing $missing, $(download_size $missing) to download with what they depend on"
     # shellcheck disable=SC2086  # a list of names
     apt ${suite:+-t "$suite"} install --no-install-recommends $missing >&2 ||
         die "installing $missing failed; see apt's message above"

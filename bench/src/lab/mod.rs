@@ -2,7 +2,7 @@
 //! hashed transfers.
 //!
 //! The way of a run: [`image`] makes what the guests boot, [`accel`] decides between KVM and TCG,
-//! [`topology`] builds a switch with its guests in a [`netns`], [`measure`] runs one test on it,
+//! [`topology`] builds a switch with its guests in a [`netns`], [`mod@measure`] runs one test on it,
 //! [`report`] prints them all. [`scenario`] holds the acceptance runs. Whatever is started is
 //! ended by a `Drop`, also after Ctrl-C ([`crate::interrupt`]).
 
