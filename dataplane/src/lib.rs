@@ -1,6 +1,7 @@
 //! Guest memory, virtqueues, vhost-user sessions, ports and poll-mode workers.
 
 mod burst;
+mod burst_lock;
 mod copy;
 mod features;
 mod housekeeping;

@@ -1,20 +1,19 @@
 //! A vhost-user port: its rings, and how sessions and workers share them.
 //!
-//! Each ring has a mutex. A worker takes it by `try_lock` once per burst; the session thread takes
-//! it to start, stop, move or enable the ring, announcing itself first so that a busy worker stands
-//! back. What the session replaces is therefore out of use when its call returns: the lock's
-//! hand-over is the quiescent point after which memory is unmapped and fds are closed.
+//! Each ring has a [`BurstLock`]. A worker tries it once per burst; the session thread waits for it
+//! to start, stop, move or enable the ring, so what it replaces is out of use when its call returns.
 
 mod device;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tracing::warn;
 
 use super::call::{Blocked, signal};
 use super::{PortBase, QueueCounters};
+use crate::burst_lock::BurstLock;
 use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
 use crate::ring::{Ring, RingFault};
@@ -69,9 +68,7 @@ pub(crate) struct QueueState {
 /// One virtqueue.
 #[derive(Debug, Default)]
 pub(crate) struct VhostQueue {
-    /// Session threads that wait for the lock; workers stand back while there are any.
-    waiting: AtomicU32,
-    state: Mutex<QueueState>,
+    state: BurstLock<QueueState>,
     is_started: AtomicBool,
     is_enabled: AtomicBool,
     size: AtomicU16,
@@ -85,24 +82,12 @@ impl VhostQueue {
     /// The queue for one burst, or `None` if somebody else has it or waits for it.
     #[inline]
     pub(crate) fn try_lock(&self) -> Option<QueueGuard<'_>> {
-        if self.waiting.load(Ordering::Relaxed) != 0 {
-            return None;
-        }
-        match self.state.try_lock() {
-            Ok(guard) => Some(guard),
-            // A panic in a worker ends the process; should one be caught, the ring's state is
-            // still whole at each step.
-            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+        self.state.try_lock()
     }
 
     /// The queue, once the worker that has it is done with its burst.
     fn lock(&self) -> QueueGuard<'_> {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let guard = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
-        guard
+        self.state.lock()
     }
 }
 

@@ -11,7 +11,7 @@
 //! In copy mode the transmit ring is that of a socket of its own, which shares the others (ADR 9).
 //! Each queue has a UMEM of its own, so that queues share nothing. Its receiving half is used by the
 //! worker that polls the queue, its transmitting half by all that send to it; each half has a
-//! mutex, taken by `try_lock` once per burst.
+//! [`BurstLock`], tried once per burst.
 
 mod interface;
 mod open;
@@ -21,8 +21,7 @@ mod transmit;
 mod umem;
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::MutexGuard;
 
 pub(crate) use receive::{Merged, Receiver};
 pub(crate) use transmit::{Sent, Transmitter};
@@ -34,6 +33,7 @@ use self::program::Program;
 use super::counters::Counter;
 use super::vhost::choose_receiver;
 use super::{PortBase, QueueCounters};
+use crate::burst_lock::BurstLock;
 use crate::info::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo};
 use crate::wire::Offloads;
 
@@ -47,10 +47,8 @@ pub(crate) struct AfXdpQueue {
     fd: RawFd,
     /// Entries of each of its four rings.
     ring_size: u32,
-    /// Others than workers that wait for a half: workers stand back meanwhile.
-    waiting: AtomicU32,
-    receiver: Mutex<Receiver>,
-    transmitter: Mutex<Transmitter>,
+    receiver: BurstLock<Receiver>,
+    transmitter: BurstLock<Transmitter>,
     pub(crate) rx: QueueCounters,
     pub(crate) tx: QueueCounters,
     /// Received frames that travel on as part of the one before.
@@ -163,21 +161,21 @@ impl AfXdpQueue {
     /// The receiving half for one burst, or `None` if somebody else has it.
     #[inline]
     pub(crate) fn try_receiver(&self) -> Option<MutexGuard<'_, Receiver>> {
-        self.try_lock(&self.receiver)
+        self.receiver.try_lock()
     }
 
     /// The transmitting half for one burst, or `None` if somebody else has it.
     #[inline]
     pub(crate) fn try_transmitter(&self) -> Option<MutexGuard<'_, Transmitter>> {
-        self.try_lock(&self.transmitter)
+        self.transmitter.try_lock()
     }
 
     fn info(&self) -> AfXdpQueueInfo {
-        let mut receiver = self.lock(&self.receiver);
+        let mut receiver = self.receiver.lock();
         let (fill_level, rx_level) = receiver.levels(self.ring_size);
         let received = receiver.statistics();
         drop(receiver);
-        let mut transmitter = self.lock(&self.transmitter);
+        let mut transmitter = self.transmitter.lock();
         let (tx_level, tx_pending) = transmitter.levels();
         let sent = transmitter.statistics();
         drop(transmitter);
@@ -200,34 +198,12 @@ impl AfXdpQueue {
 }
 
 impl AfXdpQueue {
-    #[inline]
-    fn try_lock<'a, T>(&self, half: &'a Mutex<T>) -> Option<MutexGuard<'a, T>> {
-        if self.waiting.load(Ordering::Relaxed) != 0 {
-            return None;
-        }
-        match half.try_lock() {
-            Ok(guard) => Some(guard),
-            // A panic in a worker ends the process.
-            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
-    }
-
-    /// A half, once the worker that has it is done with its burst.
-    fn lock<'a, T>(&self, half: &'a Mutex<T>) -> MutexGuard<'a, T> {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let guard = half.lock().unwrap_or_else(PoisonError::into_inner);
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
-        guard
-    }
-
     fn new(receiver: Receiver, transmitter: Transmitter, fd: RawFd, ring_size: u32) -> Self {
         Self {
             fd,
             ring_size,
-            waiting: AtomicU32::new(0),
-            receiver: Mutex::new(receiver),
-            transmitter: Mutex::new(transmitter),
+            receiver: BurstLock::new(receiver),
+            transmitter: BurstLock::new(transmitter),
             rx: QueueCounters::default(),
             tx: QueueCounters::default(),
             merged: Counter::default(),
