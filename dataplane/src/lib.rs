@@ -3,7 +3,6 @@
 mod burst;
 mod burst_lock;
 mod copy;
-mod features;
 mod housekeeping;
 mod info;
 mod isa;

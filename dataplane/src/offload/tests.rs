@@ -9,7 +9,7 @@ use crate::burst::Burst;
 use crate::memory::Segment;
 use crate::ring::Entry;
 use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
-use crate::wire::{Offloads, find_open_checksum};
+use crate::wire::{Features, Offloads, find_open_checksum};
 
 #[path = "../../tests/common/packet.rs"]
 mod packet;
@@ -325,13 +325,14 @@ fn each_pair_of_offloads_has_its_action() {
 
 #[test]
 fn nothing_is_offloaded_without_checksums() {
-    let features = !(1 << 0) & !(1 << 1);
+    let checksums = Features::VIRTIO_NET_F_CSUM | Features::VIRTIO_NET_F_GUEST_CSUM;
+    let features = Features::all() - checksums;
     assert_eq!(Offloads::from_guest(features), Offloads::NONE);
     assert_eq!(Offloads::to_guest(features), Offloads::NONE);
-    assert_eq!(Offloads::from_guest(!0), Offloads::ALL);
-    assert_eq!(Offloads::to_guest(!0), Offloads::ALL);
+    assert_eq!(Offloads::from_guest(Features::all()), Offloads::ALL);
+    assert_eq!(Offloads::to_guest(Features::all()), Offloads::ALL);
     assert_eq!(
-        Offloads::from_guest(1 | 1 << 56).names(),
+        Offloads::from_guest(Features::VIRTIO_NET_F_CSUM | Features::VIRTIO_NET_F_HOST_USO).names(),
         ["checksum", "uso4", "uso6"]
     );
 }

@@ -104,6 +104,14 @@ impl TapPort {
         self.offloads
     }
 
+    /// What the tap has, by the names of linux/if_tun.h.
+    pub(crate) fn feature_names(&self) -> Vec<&'static str> {
+        let set = NAMES.iter().filter(|(_, o)| o.within(self.offloads));
+        std::iter::once("IFF_VNET_HDR")
+            .chain(set.map(|(name, _)| *name))
+            .collect()
+    }
+
     pub(crate) fn pairs(&self) -> u16 {
         u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
     }
@@ -342,6 +350,16 @@ const TCP_FLAGS: libc::c_uint =
 /// Of linux/if_tun.h; the kernel takes both or none.
 const TUN_F_USO4: libc::c_uint = 0x20;
 const TUN_F_USO6: libc::c_uint = 0x40;
+
+/// Offloads by the names of linux/if_tun.h.
+const NAMES: [(&str, Offloads); 6] = [
+    ("TUN_F_CSUM", Offloads::CSUM),
+    ("TUN_F_TSO4", Offloads::TSO4),
+    ("TUN_F_TSO6", Offloads::TSO6),
+    ("TUN_F_TSO_ECN", Offloads::ECN),
+    ("TUN_F_USO4", Offloads::USO4),
+    ("TUN_F_USO6", Offloads::USO6),
+];
 
 /// Sets the first of `ladder` that the kernel takes, or none if it is empty.
 fn set_offloads(

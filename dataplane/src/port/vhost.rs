@@ -18,7 +18,7 @@ use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
 use crate::ring::{Ring, RingFault};
 use crate::vhost_user::RingAddresses;
-use crate::wire::Offloads;
+use crate::wire::{Features, Offloads, ProtocolFeatures};
 use crate::worker::{Token, WorkerHandle};
 
 /// Why a ring stops whose memory is no longer the guest's (SIGBUS).
@@ -211,10 +211,11 @@ impl VhostPort {
     }
 
     /// Virtio and protocol features in effect.
-    pub(crate) fn features(&self) -> (u64, u64) {
+    pub(crate) fn features(&self) -> (Features, ProtocolFeatures) {
+        let (virtio, protocol) = (&self.features, &self.protocol_features);
         (
-            self.features.load(Ordering::Relaxed),
-            self.protocol_features.load(Ordering::Relaxed),
+            Features::from_bits_retain(virtio.load(Ordering::Relaxed)),
+            ProtocolFeatures::from_bits_retain(protocol.load(Ordering::Relaxed)),
         )
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::burst::MAX_CHAIN;
 use crate::memory::{GuestMemory, RegionHint, Segment};
 use crate::ring::RingFault;
-use crate::wire::net_header::vhost_features;
+use crate::wire::Features;
 
 pub(super) const DESC_BYTES: usize = 16;
 pub(super) const F_NEXT: u16 = 1;
@@ -86,11 +86,10 @@ pub(super) struct Chains {
 }
 
 impl Chains {
-    pub(super) fn new(features: u64, memory: Arc<GuestMemory>) -> Self {
-        let has = |bit: u32| features & (1 << bit) != 0;
-        let mergeable = has(vhost_features::MRG_RXBUF);
+    pub(super) fn new(features: Features, memory: Arc<GuestMemory>) -> Self {
+        let mergeable = features.contains(Features::VIRTIO_NET_F_MRG_RXBUF);
         // 5.1.6.1: legacy drivers without mergeable buffers use the header without num_buffers.
-        let header_bytes = if mergeable || has(vhost_features::VERSION_1) {
+        let header_bytes = if mergeable || features.contains(Features::VIRTIO_F_VERSION_1) {
             12
         } else {
             10
@@ -98,7 +97,7 @@ impl Chains {
         Self {
             memory,
             hint: RegionHint::none(),
-            indirect: has(vhost_features::RING_INDIRECT_DESC),
+            indirect: features.contains(Features::VIRTIO_F_INDIRECT_DESC),
             header_bytes,
             mergeable,
         }

@@ -13,7 +13,8 @@ use std::sync::Arc;
 
 use crate::burst::Burst;
 use crate::memory::{GuestMemory, Segment};
-use crate::wire::net_header::{HEADER_BYTES, vhost_features};
+use crate::wire::Features;
+use crate::wire::net_header::HEADER_BYTES;
 
 pub(crate) use chain::{Direction, prefetch_more};
 pub(crate) use packed::PackedRing;
@@ -31,11 +32,11 @@ pub(crate) enum Layout {
 
 impl Layout {
     /// The layout that goes with these features.
-    pub(crate) fn of(features: u64) -> Self {
-        if features & (1 << vhost_features::RING_PACKED) == 0 {
-            Self::Split
-        } else {
+    pub(crate) fn of(features: Features) -> Self {
+        if features.contains(Features::VIRTIO_F_RING_PACKED) {
             Self::Packed
+        } else {
+            Self::Split
         }
     }
 
@@ -214,7 +215,7 @@ impl Ring {
         size: u16,
         at: Areas,
         base: u32,
-        features: u64,
+        features: Features,
         memory: Arc<GuestMemory>,
     ) -> Option<Self> {
         match Layout::of(features) {

@@ -18,7 +18,7 @@ use super::chain::{Chains, DESC_BYTES, F_INDIRECT, F_NEXT, F_WRITE, event_passed
 use super::{Areas, DeviceRing, Direction, Entry, RingFault, Single};
 use crate::burst::MAX_CHAIN;
 use crate::memory::{GuestMemory, Segment};
-use crate::wire::net_header::vhost_features;
+use crate::wire::Features;
 
 /// VIRTQ_DESC_F_AVAIL.
 const F_AVAIL: u16 = 1 << 7;
@@ -165,11 +165,10 @@ impl PackedRing {
         size: u16,
         at: Areas,
         base: u32,
-        features: u64,
+        features: Features,
         memory: Arc<GuestMemory>,
     ) -> Option<Self> {
         let (avail, used) = (base as u16, (base >> 16) as u16);
-        let has = |bit: u32| features & (1 << bit) != 0;
         Some(Self {
             desc: at.desc,
             driver_event: at.driver,
@@ -180,8 +179,8 @@ impl PackedRing {
             held: None,
             unpublished: 0,
             call_known: false,
-            event_idx: has(vhost_features::RING_EVENT_IDX),
-            in_order: has(vhost_features::IN_ORDER),
+            event_idx: features.contains(Features::VIRTIO_F_EVENT_IDX),
+            in_order: features.contains(Features::VIRTIO_F_IN_ORDER),
             chains: Chains::new(features, memory),
         })
     }

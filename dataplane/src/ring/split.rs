@@ -16,7 +16,7 @@ use super::chain::{Chains, F_INDIRECT, F_NEXT, Table, event_passed, prefetch};
 use super::{Areas, DeviceRing, Direction, Entry, RingFault, Single};
 use crate::burst::MAX_CHAIN;
 use crate::memory::{GuestMemory, Segment};
-use crate::wire::net_header::vhost_features;
+use crate::wire::Features;
 
 /// avail.flags: the driver wants no calls (2.7.7).
 const AVAIL_NO_INTERRUPT: u16 = 1;
@@ -79,7 +79,7 @@ impl SplitRing {
         size: u16,
         at: Areas,
         next_avail: u16,
-        features: u64,
+        features: Features,
         memory: Arc<GuestMemory>,
     ) -> Self {
         debug_assert!(size.is_power_of_two());
@@ -95,8 +95,8 @@ impl SplitRing {
             next_used: 0,
             published: 0,
             call_known: false,
-            event_idx: features & (1 << vhost_features::RING_EVENT_IDX) != 0,
-            in_order: features & (1 << vhost_features::IN_ORDER) != 0,
+            event_idx: features.contains(Features::VIRTIO_F_EVENT_IDX),
+            in_order: features.contains(Features::VIRTIO_F_IN_ORDER),
             chains: Chains::new(features, memory),
         };
         ring.published = ring.used_u16(2).load(Ordering::Relaxed);

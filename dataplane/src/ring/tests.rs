@@ -16,8 +16,7 @@ use super::*;
 use crate::burst::Burst;
 use crate::memory::{GuestMemory, Region, RegionSpec};
 use crate::offload::Workbench;
-use crate::wire::Offloads;
-use crate::wire::net_header::vhost_features;
+use crate::wire::{Features, Offloads};
 
 const BASE: u64 = 1 << 32;
 const BYTES: u64 = 1 << 20;
@@ -27,10 +26,10 @@ const USED: u64 = BASE + 0x2000;
 const TABLES: u64 = BASE + 0x4000;
 const BUFFERS: u64 = BASE + 0x10000;
 const SIZE: u16 = 64;
-const INDIRECT: u64 = 1 << vhost_features::RING_INDIRECT_DESC;
-const VERSION_1: u64 = 1 << vhost_features::VERSION_1;
-const MERGEABLE: u64 = 1 << vhost_features::MRG_RXBUF;
-const EVENT_IDX: u64 = 1 << vhost_features::RING_EVENT_IDX;
+const INDIRECT: Features = Features::VIRTIO_F_INDIRECT_DESC;
+const VERSION_1: Features = Features::VIRTIO_F_VERSION_1;
+const MERGEABLE: Features = Features::VIRTIO_NET_F_MRG_RXBUF;
+const EVENT_IDX: Features = Features::VIRTIO_F_EVENT_IDX;
 
 /// One guest's memory, twice mapped: as the data path has it, and for the crate.
 struct Machine {
@@ -63,7 +62,7 @@ impl Machine {
         self.ours.translate_user(addr, 1).unwrap()
     }
 
-    fn ring(&self, base: u16, features: u64) -> SplitRing {
+    fn ring(&self, base: u16, features: Features) -> SplitRing {
         let at = Areas {
             desc: self.host(DESC),
             driver: self.host(AVAIL),
@@ -303,8 +302,8 @@ proptest! {
     ) {
         let header: u32 = if legacy && !mergeable { 10 } else { 12 };
         let features = INDIRECT
-            | if legacy { 0 } else { VERSION_1 }
-            | if mergeable { MERGEABLE } else { 0 };
+            | if legacy { Features::empty() } else { VERSION_1 }
+            | if mergeable { MERGEABLE } else { Features::empty() };
         let [machine, reference] = [Machine::new(), Machine::new()];
         for machine in [&machine, &reference] {
             machine.write(BUFFERS, &vec![0xa5; 200_000]);
@@ -380,7 +379,7 @@ proptest! {
     ) {
         let machine = Machine::new();
         machine.write_u16(USED + 2, base);
-        let mut ring = machine.ring(base, VERSION_1 | if event_idx { EVENT_IDX } else { 0 });
+        let mut ring = machine.ring(base, VERSION_1 | if event_idx { EVENT_IDX } else { Features::empty() });
         let mut index = base;
         let mut is_first = true;
         for (count, distance, no_calls) in steps {
@@ -410,7 +409,7 @@ proptest! {
     ) {
         let machine = Machine::new();
         machine.write_u16(AVAIL + 2, base);
-        let mut ring = machine.ring(base, VERSION_1 | if event_idx { EVENT_IDX } else { 0 });
+        let mut ring = machine.ring(base, VERSION_1 | if event_idx { EVENT_IDX } else { Features::empty() });
         let mut index = base;
         for (count, arm) in steps {
             // What the driver decides when it makes `count` more available.
@@ -491,7 +490,7 @@ fn an_in_order_driver_gets_one_used_entry_for_a_burst() {
         [machine.read_u16(at), machine.read_u16(at + 2)]
     };
     let before = [untouched(0xffff), untouched(0)];
-    let mut ring = machine.ring(base, VERSION_1 | 1 << vhost_features::IN_ORDER);
+    let mut ring = machine.ring(base, VERSION_1 | Features::VIRTIO_F_IN_ORDER);
     let mut burst = Burst::new();
     gather(&mut ring, 32, &mut burst).unwrap();
     assert_eq!(complete_gathered(&mut ring, burst.frames()), 3 * 88);

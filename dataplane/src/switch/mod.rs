@@ -13,7 +13,6 @@ use ringway_bridge::{Bridge, BridgeConfig, DropCounts, MacAddr, PortId, Tick};
 
 use self::balance::Balancer;
 use self::port_table::{PortTable, State, check_pair};
-use crate::features;
 use crate::housekeeping::Housekeeping;
 use crate::info::{
     FdbEntryInfo, HeaderAction, PairCounters, PolledQueue, PortDetail, PortInfo, WorkerDetail,
@@ -176,8 +175,8 @@ impl Switch {
                 PortDetail {
                     info,
                     queues,
-                    features: features::virtio_names(features),
-                    protocol_features: features::protocol_names(protocol_features),
+                    features: features.names(),
+                    protocol_features: protocol_features.names(),
                     connections: guest.connections(),
                     mapped_bytes,
                     memory_regions,
@@ -192,7 +191,7 @@ impl Switch {
             Port::Tap(tap) => PortDetail {
                 info,
                 queues,
-                features: features::tap_names(tap.offloads()),
+                features: tap.feature_names(),
                 protocol_features: Vec::new(),
                 connections: 0,
                 mapped_bytes: 0,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ringway_bridge::MacAddr;
 
 use crate::memory::GuestMemory;
+use crate::wire::{Features, ProtocolFeatures};
 
 /// Addresses of a ring's three areas, in the front-end's address space (SET_VRING_ADDR).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ pub(crate) struct RingStart {
     /// Calls go here; `None` means that the driver polls.
     pub(crate) call: Option<OwnedFd>,
     /// Virtio features in effect (SET_FEATURES).
-    pub(crate) features: u64,
+    pub(crate) features: Features,
     /// Whether frames pass; a started but disabled transmit ring is drained and discarded.
     pub(crate) enabled: bool,
 }
@@ -85,7 +86,7 @@ pub(crate) trait Device: Send + Sync {
     fn disconnected(&self, reason: Option<String>);
 
     /// Virtio and protocol features in effect, for display.
-    fn set_features(&self, features: u64, protocol_features: u64);
+    fn set_features(&self, features: Features, protocol_features: ProtocolFeatures);
 
     /// Replaces the guest memory; started rings go on in the new one.
     ///

@@ -17,7 +17,7 @@ use super::device::Device;
 use super::endpoint::Endpoint;
 use super::log_limit::LogLimit;
 use super::server::Command;
-use super::session::{OFFERED_FEATURES, Session};
+use super::session::Session;
 use super::socket::{Connection, Message, Received};
 
 /// The eventfd's token in the epoll instance.
@@ -334,7 +334,7 @@ impl<D: Device> Reactor<D> {
         }
         let device = Arc::clone(&port.device);
         port.link = Some(Link {
-            session: Session::new(device, OFFERED_FEATURES, port.log.clone()),
+            session: Session::new(device, port.log.clone()),
             connection: Connection::new(socket),
             token,
             span,

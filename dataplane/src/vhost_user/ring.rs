@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::device::{RingAddresses, RingStart};
 use crate::memory::Region;
 use crate::ring::Layout;
+use crate::wire::Features;
 
 /// A ring's configuration and state. An fd that comes again replaces the one before, which is
 /// closed by that, so a ring never holds more than three.
@@ -37,7 +38,7 @@ impl Ring {
     }
 
     /// Where the ring starts: a front-end that does not tell means a fresh one.
-    pub(super) fn base(&self, features: u64) -> u32 {
+    pub(super) fn base(&self, features: Features) -> u32 {
         self.base.unwrap_or(Layout::of(features).first_base())
     }
 
@@ -57,7 +58,7 @@ impl Ring {
 
     /// Whether size and addresses are known and all three areas lie in `regions`. Alignment and
     /// the event fields at the areas' ends are the device's to check.
-    pub(super) fn lies_in(&self, regions: &[Arc<Region>], features: u64) -> bool {
+    pub(super) fn lies_in(&self, regions: &[Arc<Region>], features: Features) -> bool {
         let (Some(size), Some(at)) = (self.size, self.addresses) else {
             return false;
         };
@@ -86,7 +87,7 @@ impl Ring {
     /// What the device needs to start the ring, or `None` if something is missing still.
     pub(super) fn to_start(
         &self,
-        features: u64,
+        features: Features,
         enabled_anyway: bool,
     ) -> io::Result<Option<RingStart>> {
         let (Some(size), Some(addresses), Some(kick)) = (self.size, self.addresses, &self.kick)

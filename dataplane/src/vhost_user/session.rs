@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::FrontendReq;
 
 use super::device::{Device, RingError};
 use super::log_limit::LogLimit;
@@ -21,53 +21,7 @@ use super::message::{Reply, ReplyBody, Request, VringFd};
 use super::ring::Ring;
 use crate::memory::{GuestMemory, MemoryError, Region, RegionSpec};
 use crate::ring::Layout;
-
-/// Virtio features that this back-end offers, and the only place that says so.
-///
-/// QEMU masks away from the guest whatever is in its list of features for vhost-user-net back-ends
-/// and not in ours; of that list we lack what the data path can't do (UFO, RSS, an IOMMU,
-/// and NOTIFY_ON_EMPTY and GSO of drivers older than virtio 1.0). STATUS, CTRL_VQ and
-/// the CTRL_* that the front-end serves by itself are outside of the list of QEMU 10, but in that
-/// of older versions, which would mask them too.
-pub(crate) const OFFERED_FEATURES: u64 = feature_bits(&[
-    0,  // VIRTIO_NET_F_CSUM
-    1,  // VIRTIO_NET_F_GUEST_CSUM
-    3,  // VIRTIO_NET_F_MTU
-    7,  // VIRTIO_NET_F_GUEST_TSO4
-    8,  // VIRTIO_NET_F_GUEST_TSO6
-    9,  // VIRTIO_NET_F_GUEST_ECN
-    11, // VIRTIO_NET_F_HOST_TSO4
-    12, // VIRTIO_NET_F_HOST_TSO6
-    13, // VIRTIO_NET_F_HOST_ECN
-    15, // VIRTIO_NET_F_MRG_RXBUF
-    16, // VIRTIO_NET_F_STATUS
-    17, // VIRTIO_NET_F_CTRL_VQ
-    18, // VIRTIO_NET_F_CTRL_RX
-    19, // VIRTIO_NET_F_CTRL_VLAN
-    20, // VIRTIO_NET_F_CTRL_RX_EXTRA
-    21, // VIRTIO_NET_F_GUEST_ANNOUNCE
-    22, // VIRTIO_NET_F_MQ
-    23, // VIRTIO_NET_F_CTRL_MAC_ADDR
-    27, // VIRTIO_F_ANY_LAYOUT
-    28, // VIRTIO_F_RING_INDIRECT_DESC
-    29, // VIRTIO_F_RING_EVENT_IDX
-    30, // VHOST_USER_F_PROTOCOL_FEATURES
-    32, // VIRTIO_F_VERSION_1
-    34, // VIRTIO_F_RING_PACKED
-    35, // VIRTIO_F_IN_ORDER
-    54, // VIRTIO_NET_F_GUEST_USO4
-    55, // VIRTIO_NET_F_GUEST_USO6
-    56, // VIRTIO_NET_F_HOST_USO
-]);
-
-/// Protocol features that this back-end offers.
-pub(crate) const OFFERED_PROTOCOL_FEATURES: u64 = VhostUserProtocolFeatures::MQ.bits()
-    | VhostUserProtocolFeatures::RARP.bits()
-    | VhostUserProtocolFeatures::REPLY_ACK.bits()
-    | VhostUserProtocolFeatures::MTU.bits()
-    | VhostUserProtocolFeatures::RESET_DEVICE.bits()
-    | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS.bits()
-    | VhostUserProtocolFeatures::STATUS.bits();
+use crate::wire::{Features, ProtocolFeatures};
 
 /// Most memory regions: what the kernel's vhost and other back-ends have, and QEMU's DIMM slots
 /// (256) with room to spare.
@@ -79,16 +33,6 @@ const MIN_MTU: u16 = 68;
 /// Replies of REPLY_ACK.
 const ACK: u64 = 0;
 const NACK: u64 = 1;
-
-const fn feature_bits(bits: &[u32]) -> u64 {
-    let mut set = 0;
-    let mut at = 0;
-    while at < bits.len() {
-        set |= 1 << bits[at];
-        at += 1;
-    }
-    set
-}
 
 /// Why a session can't go on.
 #[derive(Debug, thiserror::Error)]
@@ -134,9 +78,8 @@ enum Answer {
 /// A front-end's session. Dropping it is [`Session::close`].
 pub(crate) struct Session<D: Device> {
     device: Arc<D>,
-    offered: u64,
-    features: u64,
-    protocol_features: u64,
+    features: Features,
+    protocol_features: ProtocolFeatures,
     /// The front-end has begun to negotiate.
     negotiated: bool,
     status: u8,
@@ -147,16 +90,14 @@ pub(crate) struct Session<D: Device> {
 }
 
 impl<D: Device> Session<D> {
-    /// A session of a front-end that has just connected; `offered` are the virtio features that it
-    /// may choose from, as a rule [`OFFERED_FEATURES`]; `log` bounds what it can have logged.
-    pub(crate) fn new(device: Arc<D>, offered: u64, log: LogLimit) -> Self {
+    /// A session of a front-end that has just connected; `log` bounds what it can have logged.
+    pub(crate) fn new(device: Arc<D>, log: LogLimit) -> Self {
         let rings = usize::from(device.queue_pairs()) * 2;
         device.connected();
         Self {
             device,
-            offered,
-            features: 0,
-            protocol_features: 0,
+            features: Features::empty(),
+            protocol_features: ProtocolFeatures::empty(),
             negotiated: false,
             status: 0,
             regions: Vec::new(),
@@ -232,7 +173,9 @@ impl<D: Device> Session<D> {
 
     fn apply(&mut self, request: Request) -> Result<Answer, SessionError> {
         match request {
-            Request::GetFeatures => return Ok(Answer::Reply(ReplyBody::U64(self.offered))),
+            Request::GetFeatures => {
+                return Ok(Answer::Reply(ReplyBody::U64(Features::all().bits())));
+            }
             Request::SetFeatures(features) => self.set_features(features)?,
             Request::SetOwner => self.negotiated = true,
             // Deprecated: "either ignore this message, or use it to disable all rings".
@@ -259,7 +202,9 @@ impl<D: Device> Session<D> {
                 self.rings[usize::from(index)].err = fd;
             }
             Request::GetProtocolFeatures => {
-                return Ok(Answer::Reply(ReplyBody::U64(OFFERED_PROTOCOL_FEATURES)));
+                return Ok(Answer::Reply(ReplyBody::U64(
+                    ProtocolFeatures::all().bits(),
+                )));
             }
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
             // In pairs, as all front-ends of network devices read it.
@@ -276,7 +221,7 @@ impl<D: Device> Session<D> {
             Request::ResetDevice => self.reset_device(),
             Request::GetMaxMemSlots => {
                 self.require(
-                    VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+                    ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
                     FrontendReq::GET_MAX_MEM_SLOTS,
                 )?;
                 return Ok(Answer::Reply(ReplyBody::U64(MAX_MEM_SLOTS as u64)));
@@ -284,14 +229,20 @@ impl<D: Device> Session<D> {
             Request::AddMemReg(spec, file) => self.add_mem_reg(spec, file)?,
             Request::RemMemReg(spec) => self.rem_mem_reg(spec)?,
             Request::SetStatus(status) => {
-                self.require(VhostUserProtocolFeatures::STATUS, FrontendReq::SET_STATUS)?;
+                self.require(
+                    ProtocolFeatures::VHOST_USER_PROTOCOL_F_STATUS,
+                    FrontendReq::SET_STATUS,
+                )?;
                 self.status = status;
                 if status == 0 {
                     self.stop_all();
                 }
             }
             Request::GetStatus => {
-                self.require(VhostUserProtocolFeatures::STATUS, FrontendReq::GET_STATUS)?;
+                self.require(
+                    ProtocolFeatures::VHOST_USER_PROTOCOL_F_STATUS,
+                    FrontendReq::GET_STATUS,
+                )?;
                 return Ok(Answer::Reply(ReplyBody::U64(self.status.into())));
             }
             Request::Unknown(id) => {
@@ -305,11 +256,11 @@ impl<D: Device> Session<D> {
     }
 
     fn set_features(&mut self, features: u64) -> Result<(), SessionError> {
-        let bits = features & !self.offered;
-        if bits != 0 {
+        let features = Features::from_bits(features).ok_or_else(|| {
+            let bits = features & !Features::all().bits();
             let kind = "features";
-            return Err(SessionError::FeaturesNotOffered { kind, bits });
-        }
+            SessionError::FeaturesNotOffered { kind, bits }
+        })?;
         self.negotiated = true;
         self.features = features;
         self.device.set_features(features, self.protocol_features);
@@ -317,11 +268,11 @@ impl<D: Device> Session<D> {
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<(), SessionError> {
-        let bits = features & !OFFERED_PROTOCOL_FEATURES;
-        if bits != 0 {
+        let features = ProtocolFeatures::from_bits(features).ok_or_else(|| {
+            let bits = features & !ProtocolFeatures::all().bits();
             let kind = "protocol features";
-            return Err(SessionError::FeaturesNotOffered { kind, bits });
-        }
+            SessionError::FeaturesNotOffered { kind, bits }
+        })?;
         self.negotiated = true;
         self.protocol_features = features;
         self.device.set_features(self.features, features);
@@ -404,7 +355,7 @@ impl<D: Device> Session<D> {
     fn reset_device(&mut self) {
         self.stop_all();
         self.status = 0;
-        self.features &= VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.features &= Features::VHOST_USER_F_PROTOCOL_FEATURES;
         for ring in &mut self.rings {
             ring.reset();
         }
@@ -422,7 +373,7 @@ impl<D: Device> Session<D> {
 
     fn add_mem_reg(&mut self, spec: RegionSpec, file: OwnedFd) -> Result<(), SessionError> {
         self.require(
-            VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
             FrontendReq::ADD_MEM_REG,
         )?;
         if self.regions.len() >= MAX_MEM_SLOTS {
@@ -436,7 +387,7 @@ impl<D: Device> Session<D> {
     /// A region "is identified by its guest address, user address and size".
     fn rem_mem_reg(&mut self, spec: RegionSpec) -> Result<(), SessionError> {
         self.require(
-            VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
             FrontendReq::REM_MEM_REG,
         )?;
         let identity = |spec: RegionSpec| (spec.guest_addr, spec.user_addr, spec.size);
@@ -538,23 +489,20 @@ impl<D: Device> Session<D> {
     /// "If VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly in
     /// the enabled state."
     fn rings_start_enabled(&self) -> bool {
-        self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0
+        !self
+            .features
+            .contains(Features::VHOST_USER_F_PROTOCOL_FEATURES)
     }
 
     fn wants_ack(&self, need_reply: bool) -> bool {
-        need_reply && self.has(VhostUserProtocolFeatures::REPLY_ACK)
+        need_reply
+            && self
+                .protocol_features
+                .contains(ProtocolFeatures::VHOST_USER_PROTOCOL_F_REPLY_ACK)
     }
 
-    fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
-        self.protocol_features & feature.bits() == feature.bits()
-    }
-
-    fn require(
-        &self,
-        feature: VhostUserProtocolFeatures,
-        request: FrontendReq,
-    ) -> Result<(), SessionError> {
-        if self.has(feature) {
+    fn require(&self, feature: ProtocolFeatures, request: FrontendReq) -> Result<(), SessionError> {
+        if self.protocol_features.contains(feature) {
             Ok(())
         } else {
             let request = request.into();

@@ -16,6 +16,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use super::device::{Device, RingError, RingStart};
 use super::message::HEADER_LEN;
 use crate::memory::{GuestMemory, RegionSpec};
+use crate::wire::{Features, ProtocolFeatures};
 
 /// Longest wait for something that must happen.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
@@ -118,8 +119,8 @@ impl Device for TestDevice {
         self.note(Call::Disconnected(reason));
     }
 
-    fn set_features(&self, features: u64, protocol_features: u64) {
-        self.note(Call::Features(features, protocol_features));
+    fn set_features(&self, features: Features, protocol_features: ProtocolFeatures) {
+        self.note(Call::Features(features.bits(), protocol_features.bits()));
     }
 
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), RingError> {
@@ -135,7 +136,7 @@ impl Device for TestDevice {
             index,
             size: start.size,
             base: start.base,
-            features: start.features,
+            features: start.features.bits(),
             enabled: start.enabled,
             kick: start.kick.is_some(),
             call: start.call.is_some(),

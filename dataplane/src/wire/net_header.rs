@@ -35,27 +35,6 @@ pub(crate) const fn checksum_offset(protocol: L4Protocol) -> u16 {
     }
 }
 
-/// Feature bits of the network device (virtio 1.3, 5.1.3).
-pub(crate) mod vhost_features {
-    pub(crate) const CSUM: u32 = 0;
-    pub(crate) const GUEST_CSUM: u32 = 1;
-    pub(crate) const GUEST_TSO4: u32 = 7;
-    pub(crate) const GUEST_TSO6: u32 = 8;
-    pub(crate) const GUEST_ECN: u32 = 9;
-    pub(crate) const HOST_TSO4: u32 = 11;
-    pub(crate) const HOST_TSO6: u32 = 12;
-    pub(crate) const HOST_ECN: u32 = 13;
-    pub(crate) const MRG_RXBUF: u32 = 15;
-    pub(crate) const RING_INDIRECT_DESC: u32 = 28;
-    pub(crate) const RING_EVENT_IDX: u32 = 29;
-    pub(crate) const VERSION_1: u32 = 32;
-    pub(crate) const RING_PACKED: u32 = 34;
-    pub(crate) const IN_ORDER: u32 = 35;
-    pub(crate) const GUEST_USO4: u32 = 54;
-    pub(crate) const GUEST_USO6: u32 = 55;
-    pub(crate) const HOST_USO: u32 = 56;
-}
-
 /// What was found in a frame's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Checked {

@@ -1,6 +1,6 @@
 //! Offloads: what is left to others of a frame's checksum and segmentation.
 
-use super::net_header::vhost_features;
+use super::Features;
 
 /// A set of offloads: what a frame needs, or what a side may send or take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,32 +26,40 @@ impl Offloads {
     const NAMES: [&'static str; 6] = ["checksum", "tso4", "tso6", "ecn", "uso4", "uso6"];
 
     /// What a guest with these negotiated features may ask of us when it transmits.
-    pub(crate) fn from_guest(features: u64) -> Self {
-        use vhost_features::{CSUM, HOST_ECN, HOST_TSO4, HOST_TSO6, HOST_USO};
-        Self::select(
-            features,
-            [CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN, HOST_USO, HOST_USO],
-        )
-    }
-
-    /// What a guest with these negotiated features takes when it receives.
-    pub(crate) fn to_guest(features: u64) -> Self {
-        use vhost_features::{
-            GUEST_CSUM, GUEST_ECN, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6,
-        };
+    pub(crate) fn from_guest(features: Features) -> Self {
         Self::select(
             features,
             [
-                GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN, GUEST_USO4, GUEST_USO6,
+                Features::VIRTIO_NET_F_CSUM,
+                Features::VIRTIO_NET_F_HOST_TSO4,
+                Features::VIRTIO_NET_F_HOST_TSO6,
+                Features::VIRTIO_NET_F_HOST_ECN,
+                Features::VIRTIO_NET_F_HOST_USO,
+                Features::VIRTIO_NET_F_HOST_USO,
             ],
         )
     }
 
-    /// The offloads whose feature bits are set; none without checksums, on which all others rest
+    /// What a guest with these negotiated features takes when it receives.
+    pub(crate) fn to_guest(features: Features) -> Self {
+        Self::select(
+            features,
+            [
+                Features::VIRTIO_NET_F_GUEST_CSUM,
+                Features::VIRTIO_NET_F_GUEST_TSO4,
+                Features::VIRTIO_NET_F_GUEST_TSO6,
+                Features::VIRTIO_NET_F_GUEST_ECN,
+                Features::VIRTIO_NET_F_GUEST_USO4,
+                Features::VIRTIO_NET_F_GUEST_USO6,
+            ],
+        )
+    }
+
+    /// The offloads whose features are negotiated; none without checksums, on which all others rest
     /// (virtio 1.3, 5.1.3.1).
-    fn select(features: u64, bits: [u32; 6]) -> Self {
-        let set = (0..).zip(bits).fold(0, |all, (at, bit)| {
-            all | u8::from(features & (1 << bit) != 0) << at
+    fn select(negotiated: Features, features: [Features; 6]) -> Self {
+        let set = (0..).zip(features).fold(0, |all, (at, feature)| {
+            all | u8::from(negotiated.contains(feature)) << at
         });
         let set = Self(set);
         if Self::CSUM.within(set) {

@@ -11,8 +11,8 @@ use super::{CALL_BLOCKS, StartedRing, VhostPort};
 use crate::memory::GuestMemory;
 use crate::ring::{Areas, Layout, Ring};
 use crate::vhost_user::{Device, RingAddresses, RingError, RingStart};
-use crate::wire::Offloads;
 use crate::wire::rarp::rarp;
+use crate::wire::{Features, Offloads, ProtocolFeatures};
 
 impl Device for VhostPort {
     fn queue_pairs(&self) -> u16 {
@@ -25,14 +25,14 @@ impl Device for VhostPort {
 
     fn disconnected(&self, reason: Option<String>) {
         self.frontend_mtu.store(0, Ordering::Relaxed);
-        self.set_features(0, 0);
+        self.set_features(Features::empty(), ProtocolFeatures::empty());
         self.set_last_error(reason);
     }
 
-    fn set_features(&self, features: u64, protocol_features: u64) {
-        self.features.store(features, Ordering::Relaxed);
+    fn set_features(&self, features: Features, protocol_features: ProtocolFeatures) {
+        self.features.store(features.bits(), Ordering::Relaxed);
         self.protocol_features
-            .store(protocol_features, Ordering::Relaxed);
+            .store(protocol_features.bits(), Ordering::Relaxed);
     }
 
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), RingError> {

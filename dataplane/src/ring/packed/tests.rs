@@ -107,7 +107,15 @@ impl Bench {
         let at = areas(&memory, &area);
         let base = area.place().base;
         // SAFETY: the areas are those of a ring of this size in this memory.
-        let ring = unsafe { PackedRing::new(size, at, base, features, Arc::clone(&memory)) };
+        let ring = unsafe {
+            PackedRing::new(
+                size,
+                at,
+                base,
+                Features::from_bits_retain(features),
+                Arc::clone(&memory),
+            )
+        };
         Self {
             direction,
             features,
@@ -362,7 +370,15 @@ impl Bench {
         let (size, at) = (self.ring.size(), areas(&self.memory, &self.area));
         let memory = Arc::clone(&self.memory);
         // SAFETY: the areas are those of a ring of this size in this memory.
-        let ring = unsafe { PackedRing::new(size, at, base, self.features, memory) };
+        let ring = unsafe {
+            PackedRing::new(
+                size,
+                at,
+                base,
+                Features::from_bits_retain(self.features),
+                memory,
+            )
+        };
         self.ring = ring.unwrap();
         self.called = false;
         self.assert_memory();
@@ -486,7 +502,8 @@ fn a_base_without_a_used_half_means_that_all_was_used() {
     let start = |base| {
         let (at, memory) = (areas(&bench.memory, &bench.area), Arc::clone(&bench.memory));
         // SAFETY: the areas are those of a ring of this size in this memory.
-        unsafe { PackedRing::new(8, at, base, FEATURES, memory) }.map(|ring| ring.base())
+        unsafe { PackedRing::new(8, at, base, Features::from_bits_retain(FEATURES), memory) }
+            .map(|ring| ring.base())
     };
     assert_eq!(start(0x0000_8000), Some(0x8000_8000));
     assert_eq!(start(0x0000_0005), Some(0x0005_0005));

@@ -13,7 +13,10 @@ mod hostile;
 
 use super::*;
 use crate::vhost_user::message::REPLY_LEN;
-use crate::vhost_user::session::{OFFERED_FEATURES, OFFERED_PROTOCOL_FEATURES};
+use crate::wire::{Features, ProtocolFeatures};
+
+const OFFERED_FEATURES: u64 = Features::all().bits();
+const OFFERED_PROTOCOL_FEATURES: u64 = ProtocolFeatures::all().bits();
 use crate::vhost_user::test_device::{
     Call, PATIENCE, REGION_SIZE, TestDevice, USER_BASE, body32, body64, event, memfd, open_memfds,
     region, region_fields, send_with_fds, wait_for, wire,

@@ -9,6 +9,8 @@ use crate::vhost_user::test_device::{
 
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const VERSION_1: u64 = 1 << 32;
+const OFFERED_FEATURES: u64 = Features::all().bits();
+const OFFERED_PROTOCOL_FEATURES: u64 = ProtocolFeatures::all().bits();
 
 struct Fixture {
     device: Arc<TestDevice>,
@@ -29,7 +31,7 @@ impl Fixture {
 
     fn fresh() -> Self {
         let (device, seen) = TestDevice::new(2);
-        let session = Session::new(Arc::clone(&device), OFFERED_FEATURES, LogLimit::default());
+        let session = Session::new(Arc::clone(&device), LogLimit::default());
         Self {
             device,
             seen,
