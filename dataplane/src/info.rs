@@ -25,7 +25,7 @@ pub struct PortCounters {
     /// L2 bytes taken from the port.
     pub rx_bytes: u64,
     /// Of `rx_frames`, TCP segments that were joined to the frame before and travel on as a part of it.
-    pub rx_merged: u64,
+    pub rx_gro_merged: u64,
     /// Frames delivered to the port, each flooded copy and each segment counted.
     pub tx_frames: u64,
     /// L2 bytes delivered to the port.
@@ -35,13 +35,13 @@ pub struct PortCounters {
     /// Frames, or segments of such, meant for this port that it could not take, by reason.
     pub tx_drops: DropCounts,
     /// Frames delivered whole to the port whose checksum was completed, since it takes no others.
-    pub tx_completed: u64,
+    pub tx_csum_completed: u64,
     /// Frames that were cut into segments, since the port does not take them whole. None of them is
     /// in `tx_frames`; their segments are, or in `tx_drops`. So over all ports, frames received, and
-    /// flooded copies, are as many as frames delivered and dropped, plus `rx_merged`, less `tx_segments - tx_cut`.
-    pub tx_cut: u64,
+    /// flooded copies, are as many as frames delivered and dropped, plus `rx_gro_merged`, less `tx_gso_segments - tx_gso_frames`.
+    pub tx_gso_frames: u64,
     /// Segments that they became.
-    pub tx_segments: u64,
+    pub tx_gso_segments: u64,
 }
 
 /// A port in a listing.
@@ -156,9 +156,9 @@ pub struct PortDetail {
     pub mtu: Option<u16>,
     /// Offloads that frames from the port may ask for: `checksum`, `tso4`, `tso6`, `ecn`, `uso4`,
     /// `uso6`.
-    pub sends: Vec<&'static str>,
+    pub rx_offloads: Vec<&'static str>,
     /// Offloads that the port takes.
-    pub takes: Vec<&'static str>,
+    pub tx_offloads: Vec<&'static str>,
     /// What is done to headers on the way to each other port.
     pub actions: Vec<HeaderAction>,
     /// What only an AF_XDP port has.

@@ -290,7 +290,7 @@ fn chains_that_wait_for_a_full_destination_come_again_whole() {
 #[test]
 fn a_full_destination_delays_others_at_most_by_the_patience() {
     let patience = std::time::Duration::from_millis(1);
-    let lab = Lab::with_config(|config| config.idle.patience = patience);
+    let lab = Lab::with_config(|config| config.idle.backpressure = patience);
     let mut a = lab.guest(
         "a",
         GuestConfig {

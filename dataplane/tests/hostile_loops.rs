@@ -191,7 +191,7 @@ fn a_mergeable_ring_with_too_few_buffers_for_a_frame_gets_all_of_it_or_nothing()
         ..RawConfig::default()
     };
     let mut stage = Stage::with(config, GuestConfig::default(), |switch| {
-        switch.idle.patience = Duration::from_millis(1);
+        switch.idle.backpressure = Duration::from_millis(1);
     });
     let buffer = |i: u16| stage.bad.buffers + u64::from(i) * 256;
     let post: Vec<_> = (0..8).map(buffer).collect();

@@ -456,7 +456,7 @@ fn cve_2026_86567_guests_connect_and_vanish_under_traffic_and_leave_nothing() {
 /// A stage whose sources do not wait for a guest without buffers.
 fn impatient() -> Stage {
     Stage::with(RawConfig::default(), GuestConfig::default(), |switch| {
-        switch.idle.patience = Duration::from_millis(1);
+        switch.idle.backpressure = Duration::from_millis(1);
     })
 }
 

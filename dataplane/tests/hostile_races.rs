@@ -211,7 +211,7 @@ fn cve_2020_14375_what_is_changed_while_it_is_read_reaches_nothing_outside() {
         ..GuestConfig::default()
     };
     let mut stage = Stage::with(config, peer, |switch| {
-        switch.idle.patience = Duration::from_micros(100);
+        switch.idle.backpressure = Duration::from_micros(100);
     });
     let message = plain(&frame(PEER, BAD, 2036, 1));
     for buffer in 0..BUFFERS {
@@ -383,7 +383,7 @@ fn random_rings_neither_crash_nor_leak() {
         features: RawConfig::default().features | TSO | VIRTIO_NET_F_MRG_RXBUF,
     };
     let stage = Stage::with(config, GuestConfig::default(), |switch| {
-        switch.idle.patience = Duration::from_micros(100);
+        switch.idle.backpressure = Duration::from_micros(100);
     });
     let stage = RefCell::new(stage);
     let footprint = RefCell::new(None);

@@ -38,7 +38,7 @@ fn settings(mtu: u16, layout: Layout) -> [Setting; 2] {
 /// Frames to an endpoint that were cut, and those whose checksum was completed.
 fn counted(lab: &Lab, to: &Endpoint) -> (u64, u64) {
     let counters = lab.counters(&to.port);
-    (counters.tx_cut, counters.tx_completed)
+    (counters.tx_gso_frames, counters.tx_csum_completed)
 }
 
 /// What is counted for a message to somebody who takes so much.

@@ -168,13 +168,13 @@ fn a_frame_waits_for_room_for_all_of_its_segments() {
             a.send(&message).unwrap();
         }
         // Two of them fit; the others wait.
-        eventually("the ring is full", || lab.counters("b").tx_cut == 2);
+        eventually("the ring is full", || lab.counters("b").tx_gso_frames == 2);
         for _ in 0..4 {
             assert_arrives(&mut b, &packet);
         }
         lab.assert_conserved(&["a", "b"], 0);
         let counters = lab.counters("b");
-        assert_eq!((counters.tx_cut, counters.tx_segments), (4, 180));
+        assert_eq!((counters.tx_gso_frames, counters.tx_gso_segments), (4, 180));
         assert_eq!(counters.tx_drops.total(), 0);
     }
 }
@@ -194,7 +194,7 @@ fn of_a_frame_too_long_for_the_ring_the_beginning_arrives_and_the_rest_is_counte
         assert!(payload == packet.payload[..16 * 1400]);
         lab.assert_conserved(&["a", "b"], 0);
         let counters = lab.counters("b");
-        assert_eq!((counters.tx_cut, counters.tx_segments), (1, 45));
+        assert_eq!((counters.tx_gso_frames, counters.tx_gso_segments), (1, 45));
         assert_eq!(counters.tx_frames, 16);
         // And on it goes.
         let marker = frame(2, 1, 64, 9);
@@ -279,7 +279,7 @@ fn transfer(offloads: [bool; 2], bytes: usize) -> Vec<Vec<u8>> {
         assert_eq!(u64::from_le_bytes(theirs), hash.finish());
         let frames = receiver.join().unwrap();
         lab.assert_conserved(&["from", "to"], 0);
-        let cut = lab.counters("to").tx_cut;
+        let cut = lab.counters("to").tx_gso_frames;
         assert_eq!(cut > 0, offloads == [true, false], "{cut} frames were cut");
         frames
     })

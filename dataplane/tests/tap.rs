@@ -167,7 +167,7 @@ fn a_checksum_that_the_host_left_open_is_completed_for_a_guest_without_offloads(
         .unwrap();
     assert_eq!(receive_datagram(&mut guest), b"an open checksum");
     eventually("the work is counted", || {
-        lab.counters("vm").tx_completed > 0
+        lab.counters("vm").tx_csum_completed > 0
     });
 }
 

@@ -221,7 +221,7 @@ pub struct IdleConfig {
     pub pause: Duration,
     /// Let a source wait this long for a destination that has no free buffers before its frames
     /// are dropped; counted from the last frame that the destination took.
-    pub patience: Duration,
+    pub backpressure: Duration,
 }
 
 impl IdleConfig {
@@ -230,7 +230,7 @@ impl IdleConfig {
     pub const DEFAULT: Self = Self {
         spin: Duration::from_micros(50),
         pause: Duration::from_micros(250),
-        patience: Duration::from_millis(10),
+        backpressure: Duration::from_millis(10),
     };
 }
 

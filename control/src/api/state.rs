@@ -82,7 +82,7 @@ pub struct Counters {
     /// L2 bytes taken from the port, without FCS and virtio-net headers.
     pub rx_bytes: u64,
     /// Of `rx_frames`, TCP segments that were joined to the frame before and travel on as a part of it.
-    pub rx_merged: u64,
+    pub rx_gro_merged: u64,
     /// Frames delivered to the port, each flooded copy and each segment counted: what its guest
     /// received.
     pub tx_frames: u64,
@@ -93,12 +93,12 @@ pub struct Counters {
     /// Frames, or segments of such, meant for this port that it could not take.
     pub tx_drops: Drops,
     /// Frames delivered whole whose checksum the switch completed, since the port takes no others.
-    pub tx_completed: u64,
+    pub tx_csum_completed: u64,
     /// Frames that the switch cut into segments, since the port does not take them whole. They are
     /// not among `tx_frames`; their segments are, or among `tx_drops`.
-    pub tx_cut: u64,
+    pub tx_gso_frames: u64,
     /// Segments that they became.
-    pub tx_segments: u64,
+    pub tx_gso_segments: u64,
 }
 
 /// A port.
@@ -219,9 +219,9 @@ pub struct PortShowResult {
     pub mtu: Option<u16>,
     /// Offloads that frames from the port may ask for: `checksum` (to be completed), `tso4`, `tso6`
     /// (TCP to be segmented), `ecn` (with its signal of congestion), `uso4`, `uso6` (UDP).
-    pub sends: Vec<String>,
+    pub rx_offloads: Vec<String>,
     /// Offloads that the port takes, likewise.
-    pub takes: Vec<String>,
+    pub tx_offloads: Vec<String>,
     /// What is done to headers on the way to each other port, by name.
     pub actions: Vec<HeaderActionReport>,
     /// What only an AF_XDP port has.
@@ -443,14 +443,14 @@ impl From<&dataplane::PortCounters> for Counters {
         Self {
             rx_frames: counters.rx_frames,
             rx_bytes: counters.rx_bytes,
-            rx_merged: counters.rx_merged,
+            rx_gro_merged: counters.rx_gro_merged,
             tx_frames: counters.tx_frames,
             tx_bytes: counters.tx_bytes,
             rx_drops: (&counters.rx_drops).into(),
             tx_drops: (&counters.tx_drops).into(),
-            tx_completed: counters.tx_completed,
-            tx_cut: counters.tx_cut,
-            tx_segments: counters.tx_segments,
+            tx_csum_completed: counters.tx_csum_completed,
+            tx_gso_frames: counters.tx_gso_frames,
+            tx_gso_segments: counters.tx_gso_segments,
         }
     }
 }
@@ -499,8 +499,8 @@ impl From<&dataplane::PortDetail> for PortShowResult {
             memory_regions: detail.memory_regions,
             last_error: detail.last_error.clone(),
             mtu: detail.mtu,
-            sends: owned(&detail.sends),
-            takes: owned(&detail.takes),
+            rx_offloads: owned(&detail.rx_offloads),
+            tx_offloads: owned(&detail.tx_offloads),
             actions: detail
                 .actions
                 .iter()

@@ -159,11 +159,13 @@ Columns:
 All counters are since the port was added.";
 
 const SHOW_HELP: &str = "\
-Offloads:
-  SENDS      what frames from the port may ask for: a checksum to be completed (checksum), TCP or
-             UDP over IPv4 or IPv6 to be segmented (tso4, tso6, uso4, uso6; ecn: TCP with a signal
-             of congestion)
-  TAKES      what the port takes of these
+Offloads, and how often the switch did them:
+  rx offloads  what frames from the port may ask for: a checksum to be completed (checksum), TCP or
+               UDP over IPv4 or IPv6 to be segmented (tso4, tso6, uso4, uso6; ecn: TCP with a signal
+               of congestion)
+  tx offloads  what the port takes of these
+  tx checksums frames to the port whose checksum the switch completed
+  tx gso       frames to the port that the switch cut into segments
 Header actions, the most that any frame of the port needs:
   pass       as it is: the destination takes all that the port may ask for
   complete_checksum, segment, segment_and_complete_checksum

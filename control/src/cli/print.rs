@@ -93,8 +93,8 @@ pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
     }
     field(out, "features", &show.features.join(" "))?;
     field(out, "protocol", &show.protocol_features.join(" "))?;
-    field(out, "sends", &show.sends.join(" "))?;
-    field(out, "takes", &show.takes.join(" "))?;
+    field(out, "rx offloads", &show.rx_offloads.join(" "))?;
+    field(out, "tx offloads", &show.tx_offloads.join(" "))?;
     field(
         out,
         "last error",
@@ -154,7 +154,7 @@ fn af_xdp(out: &mut dyn Write, port: &PortReport, xdp: &AfXdpReport) -> fmt::Res
         Some(false) => "off".to_owned(),
         _ => format!(
             "{} TCP segments joined to the frame before",
-            units::count(port.counters.rx_merged)
+            units::count(port.counters.rx_gro_merged)
         ),
     };
     field(out, "gro", &joined)
@@ -227,13 +227,14 @@ fn traffic(out: &mut dyn Write, counters: &Counters) -> fmt::Result {
     )?;
     field(out, "rx drops", &drops(&counters.rx_drops))?;
     field(out, "tx drops", &drops(&counters.tx_drops))?;
-    let cut = format!(
-        "{} checksums completed, {} frames cut into {} segments",
-        units::count(counters.tx_completed),
-        units::count(counters.tx_cut),
-        units::count(counters.tx_segments)
+    let checksums = units::count(counters.tx_csum_completed);
+    field(out, "tx checksums", &format!("{checksums} completed"))?;
+    let gso = format!(
+        "{} frames cut into {} segments",
+        units::count(counters.tx_gso_frames),
+        units::count(counters.tx_gso_segments)
     );
-    field(out, "tx offloads", &cut)
+    field(out, "tx gso", &gso)
 }
 
 fn queues(out: &mut dyn Write, queues: &[QueueReport]) -> fmt::Result {

@@ -30,15 +30,15 @@ fn vm() -> PortReport {
         fdb_entries: 1,
         counters: Counters {
             rx_frames: 12_345_678,
-            rx_merged: 1_250_000,
+            rx_gro_merged: 1_250_000,
             rx_bytes: 18_000_000_000,
             tx_frames: 99_999,
             tx_bytes: 6_600_000,
             rx_drops: drops(&[("no_destination", 3)]),
             tx_drops: drops(&[("ring_full", 120), ("port_down", 7_000_000)]),
-            tx_completed: 17,
-            tx_cut: 12,
-            tx_segments: 540,
+            tx_csum_completed: 17,
+            tx_gso_frames: 12,
+            tx_gso_segments: 540,
         },
     }
 }
@@ -87,8 +87,8 @@ fn vm_detail() -> PortShowResult {
         memory_regions: 2,
         last_error: Some("the front-end hung up".into()),
         mtu: Some(9000),
-        sends: vec!["checksum".into(), "tso4".into()],
-        takes: vec!["checksum".into()],
+        rx_offloads: vec!["checksum".into(), "tso4".into()],
+        tx_offloads: vec!["checksum".into()],
         actions: vec![
             action("b", "pass", &["checksum", "tso4"], &[]),
             action("c", "segment", &["checksum"], &["tso4"]),
@@ -119,8 +119,8 @@ fn tap_detail() -> PortShowResult {
         memory_regions: 0,
         last_error: None,
         mtu: None,
-        sends: vec![],
-        takes: vec![],
+        rx_offloads: vec![],
+        tx_offloads: vec![],
         actions: vec![],
         af_xdp: None,
     }

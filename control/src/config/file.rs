@@ -57,7 +57,7 @@ struct FdbSection {
 struct IdleSection {
     spin_us: Option<u64>,
     pause_us: Option<u64>,
-    patience_us: Option<u64>,
+    backpressure_us: Option<u64>,
 }
 
 #[derive(Default, Deserialize)]
@@ -154,10 +154,10 @@ fn check(file: File, places: &Places<'_>) -> Result<Config, ConfigError> {
         idle: IdleConfig {
             spin: check_idle("spin_us", file.idle.spin_us, DEFAULT_IDLE.spin, places)?,
             pause: check_idle("pause_us", file.idle.pause_us, DEFAULT_IDLE.pause, places)?,
-            patience: check_idle(
-                "patience_us",
-                file.idle.patience_us,
-                DEFAULT_IDLE.patience,
+            backpressure: check_idle(
+                "backpressure_us",
+                file.idle.backpressure_us,
+                DEFAULT_IDLE.backpressure,
                 places,
             )?,
         },

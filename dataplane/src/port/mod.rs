@@ -102,9 +102,9 @@ impl Port {
             rx_bytes: injected.bytes.get(),
             rx_drops: self.base().rx_drops.read(),
             tx_drops: self.base().tx_drops.read(),
-            tx_completed: self.base().tx_offloads.completed.get(),
-            tx_cut: self.base().tx_offloads.cut.get(),
-            tx_segments: self.base().tx_offloads.segments.get(),
+            tx_csum_completed: self.base().tx_offloads.completed.get(),
+            tx_gso_frames: self.base().tx_offloads.cut.get(),
+            tx_gso_segments: self.base().tx_offloads.segments.get(),
             ..PortCounters::default()
         };
         for pair in 0..self.queue_pairs() {
@@ -115,7 +115,7 @@ impl Port {
             sum.tx_bytes += tx.bytes.get();
         }
         if let Self::AfXdp(port) = self {
-            sum.rx_merged = port.merged();
+            sum.rx_gro_merged = port.merged();
         }
         sum
     }

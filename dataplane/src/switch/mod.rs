@@ -165,8 +165,8 @@ impl Switch {
         let port = &state.find(name)?.port;
         let placement = state.topology.placement(port.base().id);
         let queues = port.queues(|pair| placement.get(usize::from(pair)).copied().unwrap_or(0));
-        let (sends, takes) = port.offloads();
-        let (sends, takes) = (sends.names(), takes.names());
+        let (rx, tx) = port.offloads();
+        let (rx_offloads, tx_offloads) = (rx.names(), tx.names());
         let actions = header_actions(&state, port);
         Ok(match &**port {
             Port::VhostUser(guest) => {
@@ -182,8 +182,8 @@ impl Switch {
                     memory_regions,
                     last_error: guest.last_error(),
                     mtu: guest.mtu(),
-                    sends,
-                    takes,
+                    rx_offloads,
+                    tx_offloads,
                     actions,
                     af_xdp: None,
                 }
@@ -198,8 +198,8 @@ impl Switch {
                 memory_regions: 0,
                 last_error: None,
                 mtu: tap.mtu(),
-                sends,
-                takes,
+                rx_offloads,
+                tx_offloads,
                 actions,
                 af_xdp: None,
             },
@@ -213,8 +213,8 @@ impl Switch {
                 memory_regions: 0,
                 last_error: None,
                 mtu: Some(xdp.mtu()),
-                sends,
-                takes,
+                rx_offloads,
+                tx_offloads,
                 actions,
                 af_xdp: Some(xdp.info()),
             },
@@ -433,19 +433,19 @@ impl Drop for Switch {
 
 /// What is done to headers from a port to each other, by name.
 fn header_actions(state: &State, from: &Port) -> Vec<HeaderAction> {
-    let (sends, _) = from.offloads();
+    let (rx, _) = from.offloads();
     let others = state
         .ports
         .iter()
         .filter(|(_, entry)| entry.port.base().id != from.base().id);
     others
         .map(|(name, entry)| {
-            let (_, takes) = entry.port.offloads();
+            let (_, tx) = entry.port.offloads();
             HeaderAction {
                 to: name.clone(),
-                action: Action::between(sends, takes).as_str(),
-                passed: sends.and(takes).names(),
-                done: sends.without(takes).names(),
+                action: Action::between(rx, tx).as_str(),
+                passed: rx.and(tx).names(),
+                done: rx.without(tx).names(),
             }
         })
         .collect()

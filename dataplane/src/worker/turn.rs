@@ -125,7 +125,7 @@ impl Worker {
     pub(super) fn new(handle: Arc<WorkerHandle>, bridge: Arc<Bridge>, idle: IdleConfig) -> Self {
         Self {
             handle,
-            forwarder: Forwarder::new(bridge, saturating_ns(idle.patience)),
+            forwarder: Forwarder::new(bridge, saturating_ns(idle.backpressure)),
             sources: Vec::new(),
             by_token: HashMap::new(),
             active: Vec::new(),

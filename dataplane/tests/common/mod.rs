@@ -51,7 +51,7 @@ impl Lab {
         let mut config = SwitchConfig {
             worker_cpus: vec![cpu],
             idle: IdleConfig {
-                patience: DEADLINE,
+                backpressure: DEADLINE,
                 ..IdleConfig::default()
             },
             balance: BalanceConfig::DEFAULT,
@@ -119,13 +119,16 @@ impl Lab {
     pub(crate) fn assert_conserved(&self, ports: &[&str], extra_copies: u64) {
         eventually("received + copies = sent + dropped", || {
             let all: Vec<_> = ports.iter().map(|port| self.counters(port)).collect();
-            let received: u64 = all.iter().map(|c| c.rx_frames - c.rx_merged).sum();
+            let received: u64 = all.iter().map(|c| c.rx_frames - c.rx_gro_merged).sum();
             let sent: u64 = all.iter().map(|c| c.tx_frames).sum();
             let dropped: u64 = all
                 .iter()
                 .map(|c| c.rx_drops.total() + c.tx_drops.total())
                 .sum();
-            let segments: u64 = all.iter().map(|c| c.tx_segments - c.tx_cut).sum();
+            let segments: u64 = all
+                .iter()
+                .map(|c| c.tx_gso_segments - c.tx_gso_frames)
+                .sum();
             received + extra_copies + segments == sent + dropped
         });
     }

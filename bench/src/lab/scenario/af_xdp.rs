@@ -82,7 +82,7 @@ impl Run<'_> {
             if offloads.segments() {
                 expected.push("tso4");
             }
-            for field in ["sends", "takes"] {
+            for field in ["rx_offloads", "tx_offloads"] {
                 let value = self.topology.daemon()?.port_field(name, field)?;
                 let has = |offload: &&str| names(&value).contains(offload);
                 let found: Vec<_> = ["checksum", "tso4"].into_iter().filter(has).collect();
@@ -172,9 +172,9 @@ impl Run<'_> {
     fn work_of_ringwayd(&mut self) -> Result<()> {
         let [a, b] = self.shape.offloads.0;
         let expected = [
-            (HOST_PORT, "tx_completed", a.checksums()),
-            (HOST_PORT, "tx_cut", a.segments()),
-            ("b", "tx_cut", a.segments() && !b.segments()),
+            (HOST_PORT, "tx_csum_completed", a.checksums()),
+            (HOST_PORT, "tx_gso_frames", a.segments()),
+            ("b", "tx_gso_frames", a.segments() && !b.segments()),
         ];
         for (port, field, expected) in expected {
             let value = self.topology.daemon()?.port_field(port, field)?;
