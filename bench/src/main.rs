@@ -3,6 +3,8 @@
 mod hint;
 mod interrupt;
 mod lab;
+mod netns;
+mod process;
 mod synth;
 
 use std::process::ExitCode;
@@ -44,10 +46,7 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("error: {error:#}");
-            if let Some(hint) = hint::hint_of(&error)
-                .map(str::to_owned)
-                .or_else(|| synth::hint_of(&error))
-            {
+            if let Some(hint) = hint::hint_of(&error) {
                 eprintln!("hint: {hint}");
             }
             ExitCode::FAILURE

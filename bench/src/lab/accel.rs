@@ -112,7 +112,7 @@ fn probe(image: &Image, folder: &Path) -> Result<Verdict> {
     let deadline = Instant::now() + PROBE_TIMEOUT;
     let booted = Guest::start(&spec, image, &folder, None)
         .and_then(|mut guest| guest.wait_ready_until(deadline));
-    super::interrupt::check()?;
+    crate::interrupt::check()?;
     Ok(booted.map_err(|error| format!("a guest did not boot on KVM: {error:#}")))
 }
 

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::guest::{Guest, HOST_ADDRESS, address};
-use super::interrupt;
 use super::measure::{Figure, SLACK};
-use super::process::find;
 use super::topology::Topology;
+use crate::interrupt;
+use crate::process::{Origin, find};
 
 /// Length of a transfer, in MiB.
 const MIB: usize = 100;
@@ -168,7 +168,7 @@ struct Digest {
 
 impl Digest {
     fn of(bytes: &[u8]) -> Result<Digest> {
-        let mut child = Command::new(find("sha512sum")?)
+        let mut child = Command::new(find("sha512sum", Origin::LabPackages)?)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;

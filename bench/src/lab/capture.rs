@@ -5,14 +5,13 @@ use std::fs::File;
 use std::io::{BufReader, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use super::interrupt;
-use super::netns::NetNs;
-use super::process::{Kept, find, run_ok};
+use crate::netns::NetNs;
+use crate::process::{Origin, Process, find, run_ok};
 
 const TCPDUMP: &str = "tcpdump";
 
@@ -30,7 +29,7 @@ const BUFFER_KIB: &str = "32768";
 
 /// A capture that runs.
 pub(crate) struct Capture {
-    process: Kept,
+    process: Process,
     file: PathBuf,
 }
 
@@ -42,26 +41,16 @@ impl Capture {
         let file = folder.join(format!("{interface}.pcap"));
         let log = folder.join(format!("{interface}-tcpdump.log"));
         let _ = std::fs::remove_file(&log);
-        let mut command = namespace.inside_tied(find(TCPDUMP)?)?;
+        let mut command = Command::new(find(TCPDUMP, Origin::LabPackages)?);
         command
             .args(["-i", interface, "-Q", "in", "-s", "0", "-B", BUFFER_KIB])
             .args(["-c", &MAX_FRAMES.to_string(), "-Z", "root", "-w"])
             .arg(&file);
-        let mut capture = Capture {
-            process: Kept::spawn(&mut command, &log)?,
-            file,
-        };
-        let deadline = Instant::now() + START_TIMEOUT;
-        loop {
-            let said = std::fs::read_to_string(&log).unwrap_or_default();
-            if said.contains("listening on") {
-                return Ok(capture);
-            }
-            if capture.process.ended()?.is_some() || Instant::now() >= deadline {
-                bail!("tcpdump does not capture: {}", said.trim());
-            }
-            interrupt::sleep(Duration::from_millis(5))?;
-        }
+        let mut process = Process::spawn(TCPDUMP, &command, Some(namespace), &log)?;
+        process.wait_for("did not capture", START_TIMEOUT, |process| {
+            process.said().contains("listening on").then_some(())
+        })?;
+        Ok(Capture { process, file })
     }
 
     /// Ends the capture and looks at each of its frames.
@@ -69,16 +58,14 @@ impl Capture {
         self.process.stop();
         let lengths = lengths(BufReader::new(File::open(&self.file)?))
             .with_context(|| format!("reading {}", self.file.display()))?;
-        let mut command = Command::new(find(TCPDUMP)?);
-        let output = run_ok(
-            command.args(["-nn", "-t", "-vvv", "-r"]).arg(&self.file),
-            READ_TIMEOUT,
-        )?;
+        let mut command = Command::new(find(TCPDUMP, Origin::LabPackages)?);
+        command.args(["-nn", "-t", "-vvv", "-r"]).arg(&self.file);
+        let said = run_ok(&mut command, READ_TIMEOUT)?;
         let _ = std::fs::remove_file(&self.file);
         Ok(Checked {
             frames: lengths.len(),
             longest_bytes: lengths.into_iter().max().unwrap_or(0),
-            checksums: Checksums::of(&output.stdout),
+            checksums: Checksums::of(&said),
         })
     }
 }

@@ -17,9 +17,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::interrupt;
 use anyhow::{Context, Result, bail};
-
-use super::interrupt;
 
 /// How long one read waits before deadlines and Ctrl-C are looked at.
 const READ_SLICE: Duration = Duration::from_millis(50);

@@ -1,15 +1,16 @@
 //! ringwayd as a child, and the `ringway` command that talks to it.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::netns::NetNs;
-use super::process::{Kept, Output, run};
-use super::{hinted, interrupt};
+use crate::hint::hinted;
+use crate::netns::NetNs;
+use crate::process::{Output, Process, run, run_ok};
 
 /// How long the daemon may take until it answers.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
@@ -41,23 +42,19 @@ impl Programs {
                 ));
             }
         }
-        let output = run(
+        let said = run_ok(
             Command::new(&self.ringwayd).arg("--version"),
             COMMAND_TIMEOUT,
         )?;
-        if !output.status.success() || output.stdout.trim().is_empty() {
-            bail!("{} --version: {}", self.ringwayd.display(), output.status);
-        }
-        Ok(output.stdout.trim().to_owned())
+        Ok(said.trim().to_owned())
     }
 }
 
 /// A daemon with a control socket of its own.
 pub(crate) struct Daemon {
-    process: Kept,
+    process: Process,
     programs: Programs,
     socket: PathBuf,
-    log: PathBuf,
 }
 
 impl Daemon {
@@ -65,44 +62,26 @@ impl Daemon {
     /// answers. To be called from the main thread.
     pub(crate) fn start(programs: &Programs, namespace: &NetNs, folder: &Path) -> Result<Daemon> {
         let socket = folder.join("control.sock");
-        let log = folder.join("ringwayd.log");
-        let mut command = namespace.inside_tied(&programs.ringwayd)?;
+        let mut command = Command::new(&programs.ringwayd);
         command.arg("--control").arg(&socket);
         command.args(["--worker-cpus", &programs.worker_cpus]);
-        let process = Kept::spawn(&mut command, &log)?;
-        let mut daemon = Daemon {
+        let log = folder.join("ringwayd.log");
+        let mut process = Process::spawn("ringwayd", &command, Some(namespace), &log)?;
+        process.wait_for("did not open its control socket", START_TIMEOUT, |_| {
+            UnixStream::connect(&socket).ok().map(drop)
+        })?;
+        Ok(Daemon {
             process,
             programs: programs.clone(),
             socket,
-            log,
-        };
-        daemon.wait_for_answer()?;
-        Ok(daemon)
-    }
-
-    fn wait_for_answer(&mut self) -> Result<()> {
-        let deadline = Instant::now() + START_TIMEOUT;
-        loop {
-            if let Some(status) = self.process.ended()? {
-                bail!("ringwayd ended at start ({status}): {}", self.last_words());
-            }
-            if self.socket.exists() && self.command(&["port", "list"])?.status.success() {
-                return Ok(());
-            }
-            if Instant::now() >= deadline {
-                bail!("ringwayd does not answer: {}", self.last_words());
-            }
-            interrupt::sleep(Duration::from_millis(5))?;
-        }
+        })
     }
 
     /// `ringway ARGUMENTS…`, whatever its exit code.
     pub(crate) fn command(&self, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new(&self.programs.ringway);
-        run(
-            command.arg("-s").arg(&self.socket).args(arguments),
-            COMMAND_TIMEOUT,
-        )
+        command.arg("-s").arg(&self.socket).args(arguments);
+        Ok(run(&mut command, COMMAND_TIMEOUT)?)
     }
 
     /// `ringway ARGUMENTS…`, which must succeed.
@@ -148,17 +127,6 @@ impl Daemon {
     pub(crate) fn memory_bytes(&self, field: &str) -> Result<u64> {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
         memory_bytes_of(&text, field).with_context(|| format!("/proc/PID/status has no {field}"))
-    }
-
-    fn last_words(&self) -> String {
-        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<_> = text.lines().collect();
-        let tail = &lines[lines.len().saturating_sub(3)..];
-        if tail.is_empty() {
-            "it printed nothing".to_owned()
-        } else {
-            tail.join(" / ")
-        }
     }
 }
 

@@ -12,9 +12,9 @@ use anyhow::{Context, Result, bail};
 use super::accel::Accel;
 use super::console::{Answer, Console};
 use super::image::Image;
-use super::netns::NetNs;
-use super::process::{Kept, find, tied};
 use super::shape::Offloads;
+use crate::netns::NetNs;
+use crate::process::{Origin, Process, find};
 
 /// The QEMU program.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
@@ -74,7 +74,7 @@ pub(crate) struct GuestSpec {
 
 /// A guest that was started.
 pub(crate) struct Guest {
-    process: Kept,
+    process: Process,
     console: Console,
     monitor: PathBuf,
     accel: Accel,
@@ -98,25 +98,22 @@ impl Guest {
         for stale in [&sockets.commands, &sockets.monitor] {
             let _ = std::fs::remove_file(stale);
         }
-        let qemu = find(QEMU)?;
-        let mut command = match namespace {
-            Some(namespace) => namespace.inside_tied(qemu)?,
-            None => tied(qemu),
-        };
+        let mut command = Command::new(find(QEMU, Origin::LabPackages)?);
         arguments(&mut command, spec, image, &sockets);
-        let process = Kept::spawn(&mut command, &folder.join(format!("{name}-qemu.log")))?;
+        let qemu_log = folder.join(format!("{name}-qemu.log"));
+        let process = Process::spawn("QEMU", &command, namespace, &qemu_log)?;
         let log = File::options()
             .create(true)
             .append(true)
             .open(folder.join(format!("{name}-commands.log")))?;
         let mut guest = Guest {
             console: Console::connect(&sockets.commands, log, Instant::now() + CONNECT_TIMEOUT)
-                .with_context(|| last_line(&folder.join(format!("{name}-qemu.log"))))?,
+                .map_err(|error| error.context(process.failed("did not open its sockets")))?,
             process,
             monitor: sockets.monitor,
             accel: spec.accel,
         };
-        guest.check_alive()?;
+        guest.process.check_alive()?;
         Ok(guest)
     }
 
@@ -131,7 +128,7 @@ impl Guest {
             if self.console.poll_ready()? {
                 return Ok(());
             }
-            self.check_alive()?;
+            self.process.check_alive()?;
             if Instant::now() >= deadline {
                 bail!("the guest did not reach its shell in time");
             }
@@ -179,13 +176,6 @@ impl Guest {
     /// Kills QEMU with SIGKILL.
     pub(crate) fn kill(&mut self) {
         self.process.kill();
-    }
-
-    fn check_alive(&mut self) -> Result<()> {
-        match self.process.ended()? {
-            Some(status) => bail!("QEMU ended: {status}"),
-            None => Ok(()),
-        }
     }
 }
 
@@ -310,12 +300,4 @@ fn monitor_command(path: &Path, name: &str) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn last_line(path: &Path) -> String {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.lines()
-        .last()
-        .unwrap_or("QEMU printed nothing")
-        .to_owned()
 }

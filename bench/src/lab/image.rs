@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::cpio::Archive;
-use super::process::{find, run_ok};
-use super::{INSTALL_HINT, hinted};
+use crate::hint::hinted;
+use crate::process::{self, Origin, ProcessError, run, run_ok};
 
 /// What to do if there is no kernel with zero-copy.
 const ZERO_COPY_HINT: &str = "run `bench/install-packages.sh zero-copy` as root";
@@ -47,7 +47,7 @@ pub(crate) fn cache_folder() -> Result<PathBuf> {
 
 /// Makes the image, or takes the cached one if its inputs are the same.
 pub(crate) fn prepare(cache: &Path) -> Result<Image> {
-    let kernel = Kernel::find(&cache.join("kernel/current"), INSTALL_HINT)?;
+    let kernel = Kernel::find(&cache.join("kernel/current"), Origin::LAB_HINT)?;
     let modules = kernel.modules(&[NIC_DRIVER])?;
     let programs = Programs::find(&[find("iperf3")?])?;
 
@@ -158,6 +158,11 @@ impl Kernel {
     }
 }
 
+/// A program that the lab's packages bring.
+fn find(program: &str) -> Result<PathBuf, ProcessError> {
+    process::find(program, Origin::LabPackages)
+}
+
 fn add_module(name: &str, files: &[PathBuf], ordered: &mut Vec<PathBuf>) -> Result<()> {
     let Some(path) = files.iter().find(|path| module_name(path) == name) else {
         return Ok(());
@@ -165,18 +170,9 @@ fn add_module(name: &str, files: &[PathBuf], ordered: &mut Vec<PathBuf>) -> Resu
     if ordered.contains(path) {
         return Ok(());
     }
-    let output = run_ok(
-        Command::new(find("modinfo")?)
-            .args(["-F", "depends"])
-            .arg(path),
-        HELPER_TIMEOUT,
-    )?;
-    for needed in output
-        .stdout
-        .trim()
-        .split(',')
-        .filter(|name| !name.is_empty())
-    {
+    let mut modinfo = Command::new(find("modinfo")?);
+    let needs = run_ok(modinfo.args(["-F", "depends"]).arg(path), HELPER_TIMEOUT)?;
+    for needed in needs.trim().split(',').filter(|name| !name.is_empty()) {
         add_module(&needed.replace('-', "_"), files, ordered)?;
     }
     ordered.push(path.clone());
@@ -215,7 +211,7 @@ impl Programs {
     fn find(others: &[PathBuf]) -> Result<Programs> {
         let busybox = find("busybox")?;
         if !libraries_of(&busybox)?.is_empty() {
-            return Err(hinted("busybox is not static", INSTALL_HINT));
+            return Err(hinted("busybox is not static", Origin::LAB_HINT));
         }
         let mut libraries = BTreeSet::new();
         for program in others {
@@ -230,7 +226,7 @@ impl Programs {
 }
 
 fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = super::process::run(Command::new("ldd").arg(program), HELPER_TIMEOUT)?;
+    let output = run(Command::new("ldd").arg(program), HELPER_TIMEOUT)?;
     Ok(parse_ldd(&output.stdout))
 }
 

@@ -1,7 +1,8 @@
 //! One measurement each: ping, an iperf3 run or hashed bytes between two of the three hosts.
 
-use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
@@ -10,10 +11,10 @@ use serde_json::Value;
 
 use super::bytes::{self, Way};
 use super::guest::{HOST_ADDRESS, address};
-use super::netns::NetNs;
-use super::process::{Kept, find};
+use super::median;
 use super::topology::Topology;
-use super::{interrupt, median};
+use crate::netns::NetNs;
+use crate::process::{Origin, Process, ProcessError, find};
 
 /// iperf3's port, and as /proc/net/tcp writes it.
 const PORT: u16 = 5201;
@@ -296,7 +297,7 @@ pub(crate) fn client_timeout(seconds: u32) -> Duration {
 
 /// Starts an iperf3 server for one run and waits until it listens. The one on the host ends with
 /// what this gives; the one in the guest ends with its run or before the next.
-pub(crate) fn start_server(topology: &mut Topology, peer: Peer) -> Result<Option<Kept>> {
+pub(crate) fn start_server(topology: &mut Topology, peer: Peer) -> Result<Option<Process>> {
     let address = peer.address();
     if peer == Peer::Guest {
         let command = format!(
@@ -307,24 +308,20 @@ pub(crate) fn start_server(topology: &mut Topology, peer: Peer) -> Result<Option
         topology.guest(1)?.run(&command, LISTEN_TIMEOUT + SLACK)?;
         return Ok(None);
     }
-    start_host_server(&topology.namespace).map(Some)
+    Ok(Some(start_host_server(&topology.namespace)?))
 }
 
 /// Starts an iperf3 server for one run at the host's address and waits until it listens.
-pub(crate) fn start_host_server(namespace: &NetNs) -> Result<Kept> {
-    let mut command = namespace.inside_tied(find("iperf3")?)?;
-    command
-        .args(["-s", "-1", "-B", HOST_ADDRESS])
-        .stdout(Stdio::null());
-    let mut server = Kept::spawn(&mut command, std::path::Path::new("/dev/null"))?;
+pub(crate) fn start_host_server(namespace: &NetNs) -> Result<Process, ProcessError> {
+    let mut command = Command::new(find("iperf3", Origin::LabPackages)?);
+    command.args(["-s", "-1", "-B", HOST_ADDRESS]);
+    let name = "the iperf3 server on the host";
+    let mut server = Process::spawn(name, &command, Some(namespace), Path::new("/dev/null"))?;
     let sockets = format!("/proc/{}/net/tcp", server.pid());
-    let deadline = Instant::now() + LISTEN_TIMEOUT;
-    while !is_listening(&std::fs::read_to_string(&sockets).unwrap_or_default(), PORT) {
-        if server.ended()?.is_some() || Instant::now() >= deadline {
-            bail!("the iperf3 server on the host does not listen");
-        }
-        interrupt::sleep(Duration::from_millis(10))?;
-    }
+    server.wait_for("did not listen", LISTEN_TIMEOUT, |_| {
+        let table = std::fs::read_to_string(&sockets).ok()?;
+        is_listening(&table, PORT).then_some(())
+    })?;
     Ok(server)
 }
 

@@ -2,7 +2,7 @@
 //! hashed transfers.
 //!
 //! The way of a run: [`image`] makes what the guests boot, [`accel`] decides between KVM and TCG,
-//! [`topology`] builds a switch with its guests in a [`netns`], [`mod@measure`] runs one test on it,
+//! [`topology`] builds a switch with its guests in a [`NetNs`], [`mod@measure`] runs one test on it,
 //! [`report`] prints them all. [`scenario`] holds the acceptance runs. Whatever is started is
 //! ended by a `Drop`, also after Ctrl-C ([`crate::interrupt`]).
 
@@ -15,9 +15,7 @@ mod daemon;
 mod guest;
 mod image;
 mod measure;
-mod netns;
 mod options;
-mod process;
 mod progress;
 mod report;
 mod scenario;
@@ -30,12 +28,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-pub(crate) use netns::NetNs;
 pub(crate) use options::LabArgs;
-pub(crate) use process::tied;
 
 use crate::hint::hinted;
 use crate::interrupt;
+use crate::netns::NetNs;
+use crate::process::{Origin, find, run_ok};
 
 use measure::measure;
 use options::Plan;
@@ -43,9 +41,6 @@ use progress::Progress;
 use report::{Machine, Report, Sample};
 use shape::Shape;
 use topology::{Base, Switch, Topology};
-
-/// What to do about anything that a package brings.
-const INSTALL_HINT: &str = "run bench/install-packages.sh as root";
 
 /// Runs the lab. The exit code is that of a failure when a measurement or a scenario failed.
 ///
@@ -83,8 +78,8 @@ pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
 fn run_in(plan: &Plan, folder: &Path) -> Result<bool> {
     let started = Instant::now();
     let progress = Progress::new(plan.steps());
-    process::find(guest::QEMU)?;
-    process::find("iperf3")?;
+    find(guest::QEMU, Origin::LabPackages)?;
+    find("iperf3", Origin::LabPackages)?;
     NetNs::remove_stale();
     let revision = if plan.needs_ringway() {
         Some(plan.programs.check()?)
@@ -180,11 +175,11 @@ fn median(values: &mut [f64]) -> f64 {
 
 /// First line of what a program prints, for versions.
 fn first_line(program: &str, arguments: &[&str]) -> Result<String> {
-    let output = process::run_ok(
+    let said = run_ok(
         Command::new(program).args(arguments),
         Duration::from_secs(10),
     )?;
-    let line = output.stdout.lines().next().context("it printed nothing")?;
+    let line = said.lines().next().context("it printed nothing")?;
     Ok(line.trim().to_owned())
 }
 

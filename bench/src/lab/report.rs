@@ -14,6 +14,7 @@ use super::measure::{Figure, Test};
 use super::shape::Shape;
 use super::topology::Switch;
 use super::{first_line, median};
+use crate::hint::with_hint;
 
 /// Where the figures are from.
 #[derive(Debug, Serialize)]
@@ -99,7 +100,7 @@ impl Sample {
         let (figure, error) = match outcome {
             Ok(figure) if figure.passed() => (Some(figure), None),
             Ok(figure) => (Some(figure), Some("no frame passed".to_owned())),
-            Err(error) => (None, Some(format!("{error:#}"))),
+            Err(error) => (None, Some(with_hint(&error))),
         };
         Sample {
             switch,

@@ -16,8 +16,8 @@ use super::accel::Accel;
 use super::daemon::{Daemon, Programs};
 use super::guest::{self, Guest, GuestSpec, HOST_ADDRESS, HOST_MAC, Nic};
 use super::image::Image;
-use super::netns::NetNs;
 use super::shape::{Host, Shape};
+use crate::netns::NetNs;
 
 /// The interface of the host on ringwayd, on whatever kind of port.
 pub(crate) const HOST_INTERFACE: &str = "rw0";
@@ -206,13 +206,7 @@ impl Topology {
             self.shape.mtu_bytes.to_string(),
         );
         let sizes = ["mtu", &mtu, "numrxqueues", &queues, "numtxqueues", &queues];
-        let near = [&["link", "add", NIC][..], &sizes].concat();
-        let far = [
-            &["type", "veth", "peer", "name", HOST_INTERFACE][..],
-            &sizes,
-        ]
-        .concat();
-        self.namespace.ip(&[near, far].concat())?;
+        self.namespace.add_veth(NIC, HOST_INTERFACE, &sizes)?;
         self.namespace.ip(&["link", "set", NIC, "up"])?;
         Ok(())
     }

@@ -17,9 +17,9 @@ pub(crate) enum LoadError {
     Memory(#[from] DriverMemoryError),
     #[error(transparent)]
     Ring(#[from] RingSetupError),
-    #[error("the back-end broke a rule: {0}")]
+    #[error("the back-end broke a rule")]
     Device(#[from] DeviceFault),
-    #[error("an eventfd or socket is unusable: {0}")]
+    #[error("an eventfd or socket is unusable")]
     Io(#[from] io::Error),
     #[error("the back-end does not offer {names}")]
     NotOffered { names: String },

@@ -15,7 +15,6 @@ mod load;
 mod memcpy;
 mod meter;
 mod nic;
-mod process;
 mod rate;
 mod report;
 mod run;
@@ -23,15 +22,5 @@ mod switch;
 mod virtio_user;
 
 pub(crate) use compare::{CompareArgs, compare};
+pub(crate) use error::LoadError;
 pub(crate) use run::{RunArgs, run};
-
-/// What to do about an error, if it says so.
-pub(crate) fn hint_of(error: &anyhow::Error) -> Option<String> {
-    error.chain().find_map(|cause| {
-        let switch = cause.downcast_ref::<process::SwitchError>();
-        let load = cause.downcast_ref::<error::LoadError>();
-        switch
-            .and_then(process::SwitchError::hint)
-            .or_else(|| load.and_then(error::LoadError::hint).map(str::to_owned))
-    })
-}

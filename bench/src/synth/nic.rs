@@ -9,7 +9,6 @@
 //! switch's core on the way to the NIC, and on the load's on the way from it.
 
 use std::io;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -21,7 +20,7 @@ use super::guest::{BURST, LoadGuest, Turn};
 use super::load::{FIRST_FRAME, LoadConfig, STALL};
 use super::meter::{MaxResult, Meter};
 use crate::interrupt;
-use crate::lab::NetNs;
+use crate::netns::NetNs;
 
 /// The switch's end.
 pub(crate) const IFNAME: &str = "nic0";
@@ -43,6 +42,7 @@ pub(crate) enum Way {
 }
 
 /// A veth pair in a namespace of its own; gone when dropped.
+#[derive(Debug)]
 pub(crate) struct Wire {
     namespace: NetNs,
     /// Index of the far end.
@@ -53,30 +53,16 @@ impl Wire {
     /// Makes one for the switch of this name.
     pub(crate) fn create(switch: &str) -> Result<Self> {
         let namespace = NetNs::create(switch)?;
-        let pair = ["link", "add", IFNAME, "type", "veth", "peer", "name", FAR];
-        namespace.ip(&pair)?;
+        let far = namespace.add_veth(IFNAME, FAR, &[])?;
         for ifname in [IFNAME, FAR] {
             namespace.ip(&["link", "set", ifname, "up"])?;
         }
-        let said = namespace.ip(&["-o", "link", "show", FAR])?;
-        let index = said.split(':').next().and_then(|index| index.parse().ok());
-        Ok(Self {
-            namespace,
-            far: index.with_context(|| format!("`ip link show` says {said:?}"))?,
-        })
+        Ok(Self { namespace, far })
     }
 
-    /// The same command, to be run beside the NIC.
-    pub(crate) fn inside(&self, command: &Command) -> Command {
-        let mut inside = Command::new("ip");
-        inside
-            .args(["netns", "exec", self.namespace.name()])
-            .arg(command.get_program())
-            .args(command.get_args());
-        for (variable, value) in command.get_envs() {
-            inside.env(variable, value.unwrap_or_default());
-        }
-        inside
+    /// Where the NIC is.
+    pub(crate) fn namespace(&self) -> &NetNs {
+        &self.namespace
     }
 
     /// Moves the calling thread beside the NIC.
@@ -94,14 +80,6 @@ pub(crate) struct NicLoad {
     /// the guest's ring while it is being refilled.
     call: u32,
     source: FrameSource,
-}
-
-impl std::fmt::Debug for Wire {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.debug_tuple("Wire")
-            .field(&self.namespace.name())
-            .finish()
-    }
 }
 
 impl NicLoad {

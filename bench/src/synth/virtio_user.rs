@@ -9,9 +9,9 @@ use tempfile::TempDir;
 
 use super::frame::MAX_PLAIN;
 use super::load::LoadConfig;
-use super::process::Process;
-use super::switch::{DPDK_PACKAGE, testpmd, testpmd_busy_seconds};
+use super::switch::{testpmd, testpmd_busy_seconds};
 use crate::interrupt;
+use crate::process::Process;
 
 /// How long its start may take: it zeroes its hugepages first.
 const START_PATIENCE: Duration = Duration::from_secs(30);
@@ -58,7 +58,7 @@ pub(crate) fn trial(
     let dir = TempDir::with_prefix("ringway-bench-")?;
     let command = command(config, size, cpu, main_cpu)?;
     let log = dir.path().join("log");
-    let mut load = Process::spawn("the virtio-user load", &command, DPDK_PACKAGE, log)?;
+    let mut load = Process::spawn("the virtio-user load", &command, None, &log)?;
     load.wait_for_prompt(START_PATIENCE)?;
     measure(&mut load, config, size, duration)
 }
@@ -81,7 +81,7 @@ fn command(
         u8::from(shape.mergeable),
         u8::from(shape.in_order)
     );
-    let mut command = testpmd(main_cpu, cpu, shape.huge);
+    let mut command = testpmd(main_cpu, cpu, shape.huge)?;
     for (port, (socket, mac)) in [a, b].iter().zip(MACS).enumerate() {
         let socket = socket.display();
         command.arg("--vdev").arg(format!(

@@ -6,12 +6,12 @@ use serde_json::Value;
 
 use super::super::capture::Capture;
 use super::super::guest::NAMES;
-use super::super::interrupt;
 use super::super::measure::{Effort, Figure, Test, measure};
 use super::super::options::Choices;
 use super::super::shape::{Host, Offloads, OffloadsOfGuests, Shape};
 use super::super::topology::{HOST_INTERFACE, HOST_PORT, Topology};
 use super::{Findings, Stage};
+use crate::interrupt;
 
 /// What runs beside a capture of what the host receives, and how many packets must have been
 /// checked at least.

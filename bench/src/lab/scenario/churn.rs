@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::super::interrupt;
 use super::super::measure::{Peer, SLACK, client_command, parse_report, start_server};
 use super::super::shape::Shape;
 use super::super::topology::Topology;
 use super::{Findings, Stage};
+use crate::interrupt;
 
 /// Length of each of the two iperf3 runs, if not told to be longer.
 const MIN_SECONDS: u32 = 5;

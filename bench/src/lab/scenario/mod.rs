@@ -13,14 +13,14 @@ use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::interrupt;
 use super::measure::{Effort, Test, measure};
 use super::options::Plan;
 use super::progress::Progress;
 use super::report::Machine;
 use super::shape::Shape;
 use super::topology::{Base, Switch, Topology};
-use crate::hint::hint_of;
+use crate::hint::with_hint;
+use crate::interrupt;
 
 /// What to prove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -176,9 +176,8 @@ pub(crate) fn run_all(
             Ok(findings) => findings,
             Err(error) => {
                 interrupt::check()?;
-                let hint = hint_of(&error).map_or_else(String::new, |hint| format!(" ({hint})"));
                 Findings {
-                    failures: vec![format!("{error:#}{hint}")],
+                    failures: vec![with_hint(&error)],
                     ..Findings::default()
                 }
             }

@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::super::guest::{HOST_ADDRESS, address};
-use super::super::interrupt;
 use super::super::measure::{Figure, ping};
 use super::super::median;
-use super::super::netns::NetNs;
 use super::super::topology::Topology;
 use super::{Findings, Stage, traffic_passes};
+use crate::interrupt;
+use crate::netns::NetNs;
 
 /// Guests still settle for a moment after their shells are up.
 const SETTLE: Duration = Duration::from_secs(2);

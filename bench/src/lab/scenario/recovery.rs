@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use super::super::guest::address;
-use super::super::interrupt;
 use super::super::measure::{Peer, SLACK, client_command, start_server};
 use super::super::median;
 use super::super::topology::Topology;
 use super::{Findings, Stage, holds_within, traffic_passes};
+use crate::interrupt;
 
 /// How often the daemon is killed.
 const KILLS: u32 = 10;

@@ -18,11 +18,13 @@ use super::super::image::{Image, prepare_zero_copy};
 use super::super::measure::{
     Figure, Peer, SLACK, client_command, client_timeout, parse_ping, parse_tcp, start_host_server,
 };
-use super::super::netns::NetNs;
-use super::super::process::find;
 use super::super::shape::Offloads;
-use super::super::{image, interrupt, median};
+use super::super::{image, median};
 use super::{Findings, Stage};
+use crate::hint::with_hint;
+use crate::interrupt;
+use crate::netns::NetNs;
+use crate::process::{Origin, find};
 
 /// What the guest loads: the NICs' drivers, taps, and what `ss --xdp` asks.
 const DRIVERS: [&str; 4] = ["virtio_net", "igb", "tun", "xsk_diag"];
@@ -84,7 +86,7 @@ pub(super) fn zero_copy(stage: &Stage<'_>) -> Result<Findings> {
     let programs = [
         programs.ringwayd.clone(),
         programs.ringway.clone(),
-        find("ss")?,
+        find("ss", Origin::LabPackages)?,
     ];
     std::fs::create_dir_all(&stage.base.folder)?;
     let cache = image::cache_folder()?;
@@ -108,7 +110,9 @@ pub(super) fn zero_copy(stage: &Stage<'_>) -> Result<Findings> {
             Ok((figures, words)) => {
                 findings.note(kind.name, figures, format!("{}: {words}", kind.name));
             }
-            Err(error) => findings.failures.push(format!("{}: {error:#}", kind.name)),
+            Err(error) => findings
+                .failures
+                .push(format!("{}: {}", kind.name, with_hint(&error))),
         }
     }
     Ok(findings)

@@ -19,8 +19,9 @@ use super::args::{Class, FrameSize};
 use super::huge::{HugePages, free_pages, pages_of_load};
 use super::report::{Environment, Spread};
 use super::switch::{Kind, Place, Switch, TESTPMD_HUGE_PAGES};
+use crate::hint::hint_of;
 use crate::interrupt;
-use crate::lab::NetNs;
+use crate::netns::NetNs;
 pub(crate) use options::CompareArgs;
 use options::{Driver, Path};
 use table::{COPY, Latency, Size, Subject, print_size};
@@ -425,7 +426,7 @@ fn in_turns<T>(
 
 /// One line, and what to do.
 fn say_left_out(name: &str, at: &str, error: &anyhow::Error) {
-    let hint = super::hint_of(error).map_or(String::new(), |hint| format!("; {hint}"));
+    let hint = hint_of(error).map_or(String::new(), |hint| format!("; {hint}"));
     eprintln!("{name} is left out{at}: {error:#}{hint}");
 }
 

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::interrupt;
+use crate::process::{ProcessError, run_ok};
 
-use super::{BUILD, Kind, Switch, SwitchError, ringway, run};
+use super::{COMMAND_TIMEOUT, Kind, Switch, ringway};
 
 /// A turn of a poll-mode thread, also if it loses its core in it.
 const TURN: Duration = Duration::from_millis(20);
@@ -31,7 +32,7 @@ pub(crate) struct Shares {
 
 impl Switch {
     /// Begins to account. testpmd is slower by about a percent while it does.
-    pub(crate) fn begin_account(&mut self) -> Result<BusySince, SwitchError> {
+    pub(crate) fn begin_account(&mut self) -> Result<BusySince, ProcessError> {
         Ok(match self.kind {
             Kind::Ringway => BusySince::Ringway(self.ask_ringway()?),
             Kind::Testpmd | Kind::TestpmdMac => {
@@ -50,7 +51,7 @@ impl Switch {
     }
 
     /// The share of time since then in which it had work; `None` if it doesn't tell.
-    pub(crate) fn end_account(&mut self, since: BusySince) -> Result<Option<f64>, SwitchError> {
+    pub(crate) fn end_account(&mut self, since: BusySince) -> Result<Option<f64>, ProcessError> {
         Ok(match since {
             BusySince::Ringway(before) => {
                 let now = self.ask_ringway()?;
@@ -74,9 +75,9 @@ impl Switch {
         })
     }
 
-    fn ask_ringway(&self) -> Result<Shares, SwitchError> {
+    fn ask_ringway(&self) -> Result<Shares, ProcessError> {
         let mut list = ringway(&self.path("control.sock"));
-        let said = run(list.args(["-j", "worker", "list"]), BUILD)?;
+        let said = run_ok(list.args(["-j", "worker", "list"]), COMMAND_TIMEOUT)?;
         Ok(ringway_shares(&said).unwrap_or(Shares {
             busy: 0.0,
             total: 0.0,

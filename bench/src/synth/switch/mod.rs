@@ -8,7 +8,6 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -18,21 +17,24 @@ use tempfile::TempDir;
 use super::args::{Class, LoadPlace};
 use super::frame::guest_mac;
 use super::nic::{self, Wire};
-use super::process::{Process, find, run, sibling};
+use crate::interrupt;
+use crate::process::{Origin, Process, ProcessError, find, run_ok, sibling};
 
-pub(crate) use super::process::SwitchError;
 pub(crate) use busy::testpmd_busy_seconds;
 
 /// How long a switch may take to come up: DPDK zeroes its hugepages first.
 const START_PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks at what a switch does not tell by itself.
+const LOOK: Duration = Duration::from_millis(20);
 /// Memory of a DPDK program in hugepages, and in pages of 4 KiB, in which packet buffers take more.
 const MEGABYTES: u64 = 512;
 const MEGABYTES_NO_HUGE: u64 = 1024;
 /// Hugepages of 2 MiB that testpmd takes: it needs a few more than it is told.
 pub(crate) const TESTPMD_HUGE_PAGES: u64 = 300;
-/// Debian's package with testpmd.
-pub(crate) const DPDK_PACKAGE: &str = "dpdk-dev";
-const BUILD: &str = "cargo build --release";
+const TESTPMD: &str = "dpdk-testpmd";
+const TESTPMD_ORIGIN: Origin = Origin::Package("dpdk-dev");
+/// Bound on each command for a switch.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A switch and a way to set it up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -72,13 +74,13 @@ impl Kind {
     }
 
     /// Fails if its program is not there.
-    pub(crate) fn check_installed(self) -> Result<(), SwitchError> {
-        let (program, package) = match self {
-            Self::Ringway => (sibling("ringwayd"), BUILD),
-            Self::Testpmd | Self::TestpmdMac => ("dpdk-testpmd".into(), DPDK_PACKAGE),
-            Self::OvsDpdk | Self::OvsDpdkFlow => (ovs::vswitchd().into(), ovs::PACKAGE),
-        };
-        find(&Command::new(program), package).map(|_| ())
+    pub(crate) fn check_installed(self) -> Result<(), ProcessError> {
+        match self {
+            Self::Ringway => find(sibling("ringwayd"), Origin::Workspace),
+            Self::Testpmd | Self::TestpmdMac => find(TESTPMD, TESTPMD_ORIGIN),
+            Self::OvsDpdk | Self::OvsDpdkFlow => find(ovs::vswitchd(), ovs::ORIGIN),
+        }
+        .map(drop)
     }
 
     /// Hugepages of 2 MiB that it can't do without, unless told to.
@@ -129,10 +131,7 @@ pub(crate) struct Switch {
 impl Switch {
     /// Starts one and waits until all its sockets listen. To be called from the main thread.
     pub(crate) fn start(kind: Kind, place: Place) -> Result<Self> {
-        let dir = TempDir::with_prefix("ringway-bench-").map_err(|source| SwitchError::System {
-            what: "can't make a directory".into(),
-            source,
-        })?;
+        let dir = TempDir::with_prefix("ringway-bench-").context("can't make a directory")?;
         let sockets = (0..place.ports)
             .map(|port| dir.path().join(format!("p{port}")))
             .collect();
@@ -185,7 +184,7 @@ impl Switch {
     }
 
     /// Fails if one of its processes has ended.
-    pub(crate) fn check_alive(&mut self) -> Result<(), SwitchError> {
+    pub(crate) fn check_alive(&mut self) -> Result<(), ProcessError> {
         self.processes.iter_mut().try_for_each(Process::check_alive)
     }
 
@@ -210,11 +209,10 @@ impl Switch {
     }
 
     /// Starts a process of the switch.
-    fn spawn(&mut self, command: &Command, package: &str) -> Result<(), SwitchError> {
+    fn spawn(&mut self, command: &Command) -> Result<(), ProcessError> {
         let log = self.path(&format!("log{}", self.processes.len()));
-        let inside = self.wire.as_ref().map(|wire| wire.inside(command));
-        let command = inside.as_ref().unwrap_or(command);
-        let process = Process::spawn(self.kind.name(), command, package, log)?;
+        let namespace = self.wire.as_ref().map(Wire::namespace);
+        let process = Process::spawn(self.kind.name(), command, namespace, &log)?;
         self.processes.push(process);
         Ok(())
     }
@@ -224,7 +222,7 @@ impl Switch {
         &mut self,
         what: &str,
         mut ready: impl FnMut(&Self) -> bool,
-    ) -> Result<(), SwitchError> {
+    ) -> Result<(), ProcessError> {
         let deadline = Instant::now() + START_PATIENCE;
         while !ready(self) {
             self.check_alive()?;
@@ -232,27 +230,27 @@ impl Switch {
                 let what = format!("{what} within {START_PATIENCE:?}");
                 return Err(match self.processes.last() {
                     Some(process) => process.failed(what),
-                    None => SwitchError::System {
+                    None => ProcessError::System {
                         what,
                         source: io::ErrorKind::TimedOut.into(),
                     },
                 });
             }
-            thread::sleep(Duration::from_millis(20));
+            interrupt::sleep(LOOK)?;
         }
         Ok(())
     }
 
-    fn wait_for_sockets(&mut self) -> Result<(), SwitchError> {
+    fn wait_for_sockets(&mut self) -> Result<(), ProcessError> {
         self.wait_until("did not listen", |switch| {
             switch.sockets.iter().all(|path| path.exists())
         })
     }
 
-    fn start_ringway(&mut self, place: Place) -> Result<(), SwitchError> {
+    fn start_ringway(&mut self, place: Place) -> Result<(), ProcessError> {
         let control = self.path("control.sock");
-        let program = sibling("ringwayd");
-        self.version = run(Command::new(&program).arg("--version"), BUILD)?
+        let program = find(sibling("ringwayd"), Origin::Workspace)?;
+        self.version = run_ok(Command::new(&program).arg("--version"), COMMAND_TIMEOUT)?
             .trim()
             .to_owned();
         let mut daemon = Command::new(program);
@@ -260,7 +258,7 @@ impl Switch {
             .arg("--control")
             .arg(&control)
             .args(["--worker-cpus", &place.cpu.to_string()]);
-        self.spawn(&daemon, BUILD)?;
+        self.spawn(&daemon)?;
         self.wait_until("did not open its control socket", |_| {
             UnixStream::connect(&control).is_ok()
         })?;
@@ -269,17 +267,17 @@ impl Switch {
             add.args(["port", "add", &format!("p{port}"), "vhost-user", "--listen"])
                 .arg(socket)
                 .args(["--queues", &place.queues.to_string()]);
-            run(&mut add, BUILD)?;
+            run_ok(&mut add, COMMAND_TIMEOUT)?;
         }
         if place.nic {
             let add = ["port", "add", "nic", "af-xdp", "--ifname", nic::IFNAME];
-            run(ringway(&control).args(add), BUILD)?;
+            run_ok(ringway(&control).args(add), COMMAND_TIMEOUT)?;
         }
         self.wait_for_sockets()
     }
 
-    fn start_testpmd(&mut self, place: Place, mode: &str) -> Result<(), SwitchError> {
-        let mut command = testpmd(place.other_cpu, place.cpu, place.huge);
+    fn start_testpmd(&mut self, place: Place, mode: &str) -> Result<(), ProcessError> {
+        let mut command = testpmd(place.other_cpu, place.cpu, place.huge)?;
         let (queues, tso) = (place.queues, u8::from(place.tso));
         for (port, socket) in self.sockets.iter().enumerate() {
             // With `legacy-ol-flags` the virtio-net header of a large frame passes through; else
@@ -310,7 +308,7 @@ impl Switch {
                 command.arg(format!("--eth-peer={port},{mac}"));
             }
         }
-        self.spawn(&command, DPDK_PACKAGE)?;
+        self.spawn(&command)?;
         let process = &mut self.processes[0];
         process.wait_for_prompt(START_PATIENCE)?;
         self.version = quoted_after(&process.said(), "RTE Version:").unwrap_or_default();
@@ -319,8 +317,8 @@ impl Switch {
 }
 
 /// testpmd with one forwarding core and a memory of its own.
-pub(crate) fn testpmd(main_cpu: usize, cpu: usize, huge: bool) -> Command {
-    let mut command = Command::new("dpdk-testpmd");
+pub(crate) fn testpmd(main_cpu: usize, cpu: usize, huge: bool) -> Result<Command, ProcessError> {
+    let mut command = Command::new(find(TESTPMD, TESTPMD_ORIGIN)?);
     command
         .args(["-l", &format!("{main_cpu},{cpu}")])
         .args(["--main-lcore", &main_cpu.to_string()])
@@ -332,7 +330,7 @@ pub(crate) fn testpmd(main_cpu: usize, cpu: usize, huge: bool) -> Command {
         command.args(["--no-huge", "--no-shconf"]);
         command.args(["-m", &MEGABYTES_NO_HUGE.to_string()]);
     }
-    command
+    Ok(command)
 }
 
 /// The `ringway` tool for this daemon.

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::super::args::Class;
-use super::{MEGABYTES, Place, Switch, SwitchError, run};
+use super::{COMMAND_TIMEOUT, MEGABYTES, Place, Switch};
+use crate::process::{Origin, ProcessError, find, run_ok};
 
-pub(super) const PACKAGE: &str = "openvswitch-switch-dpdk";
+pub(super) const ORIGIN: Origin = Origin::Package("openvswitch-switch-dpdk");
 /// Debian's, and that of a build with DPDK from source.
 const VSWITCHD: [&str; 2] = [
     "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk",
@@ -20,43 +21,43 @@ const DATABASE_SECONDS: u32 = 5;
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 
 impl Switch {
-    pub(super) fn start_ovs(&mut self, place: Place, flow: bool) -> Result<(), SwitchError> {
+    pub(super) fn start_ovs(&mut self, place: Place, flow: bool) -> Result<(), ProcessError> {
         if !place.huge {
-            return Err(SwitchError::Failed {
+            return Err(ProcessError::Failed {
                 name: self.kind.name().to_owned(),
                 what: "can't do without hugepages: it runs DPDK with --in-memory, which excludes \
                        --no-huge"
                     .to_owned(),
-                log: String::new(),
+                said: String::new(),
             });
         }
         let vswitchd = vswitchd();
-        self.version = run(Command::new(vswitchd).arg("--version"), PACKAGE)?
+        self.version = run_ok(Command::new(vswitchd).arg("--version"), COMMAND_TIMEOUT)?
             .lines()
             .map(str::trim)
             .collect::<Vec<_>>()
             .join(", ");
         let (database, socket) = (self.path("conf.db"), self.path("db.sock"));
-        let mut create = self.ovs("ovsdb-tool");
+        let mut create = self.ovs("ovsdb-tool")?;
         create.arg("create").arg(&database).arg(SCHEMA);
-        run(&mut create, PACKAGE)?;
-        let mut server = self.ovs("ovsdb-server");
+        run_ok(&mut create, COMMAND_TIMEOUT)?;
+        let mut server = self.ovs("ovsdb-server")?;
         server
             .arg(&database)
             .arg(format!("--remote=p{}", self.ovs_remote()))
             .arg(format!("--unixctl={}", self.path("db.ctl").display()));
-        self.spawn(&server, PACKAGE)?;
+        self.spawn(&server)?;
         self.wait_until("did not open its database", |_| socket.exists())?;
         self.vsctl(&["--no-wait", "init"])?;
         let settings = settings(place);
         let mut words = vec!["--no-wait", "set", "Open_vSwitch", "."];
         words.extend(settings.iter().map(String::as_str));
         self.vsctl(&words)?;
-        let mut daemon = self.ovs(vswitchd);
+        let mut daemon = self.ovs(vswitchd)?;
         daemon
             .arg(self.ovs_remote())
             .arg(format!("--unixctl={}", self.ovs_control().display()));
-        self.spawn(&daemon, PACKAGE)?;
+        self.spawn(&daemon)?;
         self.wait_until("did not open its control socket", |switch| {
             switch.ovs_control().exists()
         })?;
@@ -71,7 +72,7 @@ impl Switch {
         self.wait_for_sockets()
     }
 
-    fn add_ovs_ports(&mut self, place: Place) -> Result<(), SwitchError> {
+    fn add_ovs_ports(&mut self, place: Place) -> Result<(), ProcessError> {
         // Ports that listen never offer segmentation offload.
         self.connects = place.tso;
         let datapath = ["--", "set", "bridge", "br0", "datapath_type=netdev"];
@@ -117,44 +118,44 @@ impl Switch {
     }
 
     /// From each port to its partner, in place of learning.
-    fn add_ovs_flows(&mut self, place: Place) -> Result<(), SwitchError> {
+    fn add_ovs_flows(&mut self, place: Place) -> Result<(), ProcessError> {
         let bridge = format!("unix:{}", self.path("br0.mgmt").display());
         for port in 1..=place.ports {
             let partner = ((port - 1) ^ 1) + 1;
             let flow = format!("in_port={port},actions=output:{partner}");
-            let mut add = self.ovs("ovs-ofctl");
+            let mut add = self.ovs("ovs-ofctl")?;
             add.args(["add-flow", &bridge, &flow]);
-            run(&mut add, PACKAGE)?;
+            run_ok(&mut add, COMMAND_TIMEOUT)?;
         }
         Ok(())
     }
 
     /// `ovs-appctl`: asks the daemon.
-    pub(super) fn appctl(&self, words: &[&str]) -> Result<String, SwitchError> {
-        let mut command = self.ovs("ovs-appctl");
+    pub(super) fn appctl(&self, words: &[&str]) -> Result<String, ProcessError> {
+        let mut command = self.ovs("ovs-appctl")?;
         command
             .args(["-T", "5", "-t"])
             .arg(self.ovs_control())
             .args(words);
-        run(&mut command, PACKAGE)
+        run_ok(&mut command, COMMAND_TIMEOUT)
     }
 
-    fn vsctl(&self, words: &[&str]) -> Result<String, SwitchError> {
-        let mut command = self.ovs("ovs-vsctl");
+    fn vsctl(&self, words: &[&str]) -> Result<String, ProcessError> {
+        let mut command = self.ovs("ovs-vsctl")?;
         command
             .arg(format!("--timeout={DATABASE_SECONDS}"))
             .arg(format!("--db={}", self.ovs_remote()))
             .args(words);
-        run(&mut command, PACKAGE)
+        run_ok(&mut command, COMMAND_TIMEOUT)
     }
 
     /// A program of Open vSwitch with its state in the switch's directory.
-    fn ovs(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
+    fn ovs(&self, program: &str) -> Result<Command, ProcessError> {
+        let mut command = Command::new(find(program, ORIGIN)?);
         for variable in ["OVS_RUNDIR", "OVS_DBDIR", "OVS_LOGDIR"] {
             command.env(variable, self.dir.path());
         }
-        command
+        Ok(command)
     }
 
     fn ovs_remote(&self) -> String {

@@ -1,16 +1,19 @@
-//! A network namespace of the host's side: what the lab makes lives in it and goes with it.
+//! A network namespace of the host's side: what the bench makes lives in it and goes with it.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use super::process::{find, run_ok, tied};
-use super::{INSTALL_HINT, hinted};
+use crate::hint::{hinted, with_hint};
+use crate::process::{Origin, ProcessError, behind, find, run_ok};
 
-/// Names of the lab's namespaces: the prefix, the lab's pid, a tag.
+/// Names of the namespaces: the prefix, the bench's pid, a tag.
 const PREFIX: &str = "ringway-lab-";
 
 /// Where iproute2 keeps its names.
@@ -20,6 +23,7 @@ const NAMES: &str = "/run/netns";
 const IP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A named namespace, removed when dropped.
+#[derive(Debug)]
 pub(crate) struct NetNs {
     name: String,
 }
@@ -30,14 +34,17 @@ impl NetNs {
     pub(crate) fn create(tag: &str) -> Result<NetNs> {
         let name = format!("{PREFIX}{}-{tag}", std::process::id());
         run_ok(ip()?.args(["netns", "add", &name]), IP_TIMEOUT).map_err(|error| {
-            hinted(format!("{error:#}"), "the lab needs root: run it with sudo")
+            let what = with_hint(&error.into());
+            hinted(what, "the lab needs root: run it with sudo")
         })?;
         let namespace = NetNs { name };
         namespace.ip(&["link", "set", "lo", "up"])?;
         let quiet = "for f in all default; do \
                      [ ! -w /proc/sys/net/ipv6/conf/$f/disable_ipv6 ] || \
                      echo 1 >/proc/sys/net/ipv6/conf/$f/disable_ipv6; done";
-        run_ok(namespace.inside("sh")?.args(["-c", quiet]), IP_TIMEOUT)?;
+        let mut shell = Command::new("sh");
+        shell.args(["-c", quiet]);
+        run_ok(&mut namespace.inside(&shell)?, IP_TIMEOUT)?;
         Ok(namespace)
     }
 
@@ -59,43 +66,38 @@ impl NetNs {
     }
 
     /// Path by which a thread can enter.
-    pub(crate) fn path(&self) -> PathBuf {
+    fn path(&self) -> PathBuf {
         Path::new(NAMES).join(&self.name)
     }
 
-    /// `ip ARGUMENTS…` inside.
-    pub(crate) fn ip(&self, arguments: &[&str]) -> Result<String> {
-        let output = run_ok(ip()?.args(["-n", &self.name]).args(arguments), IP_TIMEOUT)?;
-        Ok(output.stdout)
+    /// `ip ARGUMENTS…` inside; gives what it prints.
+    pub(crate) fn ip(&self, arguments: &[&str]) -> Result<String, ProcessError> {
+        run_ok(ip()?.args(["-n", &self.name]).args(arguments), IP_TIMEOUT)
     }
 
-    /// A program inside. The pid stays the program's: `ip netns exec` execs.
-    pub(crate) fn inside(&self, program: impl AsRef<Path>) -> Result<Command> {
-        let mut command = ip()?;
-        command
-            .args(["netns", "exec", &self.name])
-            .arg(program.as_ref());
-        Ok(command)
+    /// Makes a veth pair inside, each end with these options of `ip link add`, and gives the index of
+    /// the far end.
+    pub(crate) fn add_veth(&self, near: &str, far: &str, options: &[&str]) -> Result<u32> {
+        let near_words = [&["link", "add", near][..], options].concat();
+        let far_words = [&["type", "veth", "peer", "name", far][..], options].concat();
+        self.ip(&[near_words, far_words].concat())?;
+        let said = self.ip(&["-o", "link", "show", far])?;
+        let index = said.split(':').next().and_then(|index| index.parse().ok());
+        index.with_context(|| format!("`ip link show` says {said:?}"))
     }
 
-    /// As [`NetNs::inside`], for a program that must not outlive the lab.
-    pub(crate) fn inside_tied(&self, program: impl AsRef<Path>) -> Result<Command> {
-        let tied = tied(program);
-        let mut command = self.inside(find("setpriv")?)?;
-        command.args(tied.get_args());
-        Ok(command)
+    /// The same command inside. The pid stays the program's: `ip netns exec` execs.
+    pub(crate) fn inside(&self, command: &Command) -> Result<Command, ProcessError> {
+        let ip = find("ip", Origin::LabPackages)?;
+        Ok(behind(ip, &["netns", "exec", &self.name], command))
     }
 
     /// Moves the calling thread inside.
     pub(crate) fn enter(&self) -> Result<()> {
-        use std::os::fd::AsFd;
-        let file = std::fs::File::open(self.path())
-            .with_context(|| format!("opening {}", self.path().display()))?;
-        let kind = Some(rustix::thread::LinkNameSpaceType::Network);
-        Ok(rustix::thread::move_into_link_name_space(
-            file.as_fd(),
-            kind,
-        )?)
+        let path = self.path();
+        let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        let kind = Some(LinkNameSpaceType::Network);
+        Ok(move_into_link_name_space(file.as_fd(), kind)?)
     }
 
     /// Lets `action` run on a thread inside this namespace.
@@ -110,7 +112,7 @@ impl NetNs {
             });
             thread
                 .join()
-                .map_err(|_| anyhow::anyhow!("a thread of the lab panicked"))?
+                .map_err(|_| anyhow::anyhow!("a thread of the bench panicked"))?
         })
     }
 }
@@ -128,11 +130,8 @@ impl Drop for NetNs {
     }
 }
 
-fn ip() -> Result<Command> {
-    match find("ip") {
-        Ok(path) => Ok(Command::new(path)),
-        Err(_) => Err(hinted("ip (iproute2) is missing", INSTALL_HINT)),
-    }
+fn ip() -> Result<Command, ProcessError> {
+    Ok(Command::new(find("ip", Origin::LabPackages)?))
 }
 
 /// The pid in the name of a lab's namespace.
