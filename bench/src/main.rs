@@ -3,8 +3,10 @@
 mod hint;
 mod interrupt;
 mod lab;
+mod machine;
 mod netns;
 mod process;
+mod stats;
 mod synth;
 
 use std::process::ExitCode;

@@ -11,10 +11,10 @@ use serde_json::Value;
 
 use super::bytes::{self, Way};
 use super::guest::{HOST_ADDRESS, address};
-use super::median;
 use super::topology::Topology;
 use crate::netns::NetNs;
 use crate::process::{Origin, Process, ProcessError, find};
+use crate::stats::median;
 
 /// iperf3's port, and as /proc/net/tcp writes it.
 const PORT: u16 = 5201;
@@ -211,14 +211,14 @@ pub(crate) fn ping(topology: &mut Topology, to: &str, count: u32, interval: f64)
     let command =
         format!("ping -c 1 -W 2 {to} >/dev/null; ping -c {count} -i {interval} -W 2 {to}");
     let answer = topology.guest(0)?.try_run(&command, limit)?;
-    let mut round_trips = parse_ping(&answer.text);
+    let round_trips = parse_ping(&answer.text);
     if round_trips.is_empty() {
         bail!("no ping from guest a to {to} was answered");
     }
     let received = u32::try_from(round_trips.len()).unwrap_or(u32::MAX);
     Ok(Figure::Ping {
         max_rtt_ms: round_trips.iter().copied().fold(0.0, f64::max),
-        median_rtt_ms: median(&mut round_trips),
+        median_rtt_ms: median(&round_trips),
         sent: count,
         received,
     })

@@ -38,7 +38,7 @@ use crate::process::{Origin, find, run_ok};
 use measure::measure;
 use options::Plan;
 use progress::Progress;
-use report::{Machine, Report, Sample};
+use report::{LabMachine, Report, Sample};
 use shape::Shape;
 use topology::{Base, Switch, Topology};
 
@@ -93,7 +93,7 @@ fn run_in(plan: &Plan, folder: &Path) -> Result<bool> {
         progress.step(text)
     })?;
     progress.say(&format!("guests run on {} ({reason})", accel.name()));
-    let machine = Machine::describe(&image, accel, reason, revision)?;
+    let machine = LabMachine::describe(&image, accel, reason, revision)?;
     let base = Base {
         image,
         accel,
@@ -162,17 +162,6 @@ fn label(switch: Switch, shape: Shape) -> String {
     format!("{}, {shape}", switch.name())
 }
 
-/// The middle of the values; the mean of the two middle ones if their number is even, 0 for none.
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => 0.0,
-        count if count % 2 == 1 => values[middle],
-        _ => (values[middle - 1] + values[middle]) / 2.0,
-    }
-}
-
 /// First line of what a program prints, for versions.
 fn first_line(program: &str, arguments: &[&str]) -> Result<String> {
     let said = run_ok(
@@ -181,16 +170,4 @@ fn first_line(program: &str, arguments: &[&str]) -> Result<String> {
     )?;
     let line = said.lines().next().context("it printed nothing")?;
     Ok(line.trim().to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn median_of_odd_even_and_none() {
-        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert_eq!(median(&mut []), 0.0);
-    }
 }

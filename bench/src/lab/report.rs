@@ -1,24 +1,25 @@
 //! All figures of a run: one table, or one JSON object.
 
 use std::fmt::Write as _;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
 use serde::Serialize;
 
 use super::accel::Accel;
+use super::first_line;
 use super::guest::QEMU;
 use super::image::Image;
 use super::measure::{Figure, Test};
 use super::shape::Shape;
 use super::topology::Switch;
-use super::{first_line, median};
 use crate::hint::with_hint;
+use crate::machine::Machine;
+use crate::stats::median;
 
 /// Where the figures are from.
 #[derive(Debug, Serialize)]
-pub(crate) struct Machine {
+pub(crate) struct LabMachine {
     cpu: String,
     cpus: usize,
     host_kernel: String,
@@ -32,26 +33,25 @@ pub(crate) struct Machine {
     git_revision: Option<String>,
 }
 
-impl Machine {
+impl LabMachine {
     pub(crate) fn describe(
         image: &Image,
         accel: Accel,
         accel_reason: String,
         ringwayd: Option<String>,
-    ) -> Result<Machine> {
-        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        Ok(Machine {
-            cpu: cpu_model(&cpuinfo),
-            cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            host_kernel: kernel.trim().to_owned(),
+    ) -> Result<LabMachine> {
+        let host = Machine::here();
+        Ok(LabMachine {
+            cpu: host.cpu,
+            cpus: host.cpus,
+            host_kernel: host.kernel,
             guest_kernel: image.kernel_version.clone(),
             accel,
             accel_reason,
             qemu: first_line(QEMU, &["--version"])?,
             iperf3: first_line("iperf3", &["--version"])?,
             ringwayd,
-            git_revision: git_revision(),
+            git_revision: host.revision.map(|revision| format!("revision {revision}")),
         })
     }
 
@@ -146,7 +146,7 @@ struct Ratio {
 /// A whole run.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
-    machine: Machine,
+    machine: LabMachine,
     duration_seconds: f64,
     samples: Vec<Sample>,
     /// ringway / Linux bridge; below 1 is better for ping, above 1 for the rest.
@@ -154,7 +154,7 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    pub(crate) fn new(machine: Machine, samples: Vec<Sample>, duration: Duration) -> Report {
+    pub(crate) fn new(machine: LabMachine, samples: Vec<Sample>, duration: Duration) -> Report {
         let ratios = ratios(&samples);
         Report {
             machine,
@@ -230,7 +230,7 @@ impl Report {
         ];
         let switches = self.switches();
         for &switch in &switches {
-            let mut values: Vec<f64> = self
+            let values: Vec<f64> = self
                 .samples
                 .iter()
                 .filter(|sample| {
@@ -242,7 +242,7 @@ impl Report {
             row.push(if values.is_empty() {
                 "FAILED".to_owned()
             } else {
-                format!("{} {}", three_digits(median(&mut values)), test.unit())
+                format!("{} {}", three_digits(median(&values)), test.unit())
             });
         }
         if switches.len() == 1 {
@@ -293,21 +293,19 @@ fn ratios(samples: &[Sample]) -> Vec<Ratio> {
     cells(samples)
         .into_iter()
         .filter_map(|(shape, test)| {
-            let mut values: Vec<f64> = (0..=last)
+            let values: Vec<f64> = (0..=last)
                 .filter_map(|pair| {
                     let ours = value(Switch::Ringway, shape, test, pair)?;
                     Some(ours / value(Switch::LinuxBridge, shape, test, pair)?)
                 })
                 .collect();
-            let pairs = values.len();
-            let median = median(&mut values);
             Some(Ratio {
                 shape,
                 test,
-                median,
-                min: *values.first()?,
-                max: *values.last()?,
-                pairs,
+                median: median(&values),
+                min: values.iter().copied().reduce(f64::min)?,
+                max: values.iter().copied().reduce(f64::max)?,
+                pairs: values.len(),
             })
         })
         .collect()
@@ -346,31 +344,10 @@ fn three_digits(value: f64) -> String {
     }
 }
 
-fn cpu_model(cpuinfo: &str) -> String {
-    cpuinfo
-        .lines()
-        .find(|line| line.starts_with("model name"))
-        .and_then(|line| line.split(": ").nth(1))
-        .unwrap_or("unknown CPU")
-        .to_owned()
-}
-
 /// `QEMU emulator version 10.0.2 (Debian …)` is `QEMU 10.0.2`, `iperf 3.12 (…)` stays.
 fn short_version(line: &str) -> String {
     let line = line.split(" (").next().unwrap_or(line);
     line.replace(" emulator version", "")
-}
-
-/// The commit that this program was built from, if it still lies in its checkout.
-fn git_revision() -> Option<String> {
-    let own = std::env::current_exe().ok()?;
-    let folder = own
-        .parent()
-        .unwrap_or(Path::new("/"))
-        .to_string_lossy()
-        .into_owned();
-    let line = first_line("git", &["-C", &folder, "describe", "--always", "--dirty"]).ok()?;
-    Some(format!("revision {line}"))
 }
 
 #[cfg(test)]

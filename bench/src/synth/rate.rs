@@ -12,7 +12,7 @@ use super::frame::Stamp;
 use super::guest::BURST;
 use super::load::{HEAD, Load};
 use super::meter::cpu_wait;
-use super::report::whole;
+use crate::stats::whole;
 
 /// How far back a late frame is told from one that came twice, in frames.
 const WINDOW: u64 = 1 << 16;

@@ -1,53 +1,9 @@
-//! Medians, ratios and what surrounds a measurement.
-
-use std::fs;
-use std::process::Command;
+//! What limits a result, percentiles, and what surrounds a measurement.
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-/// Median and quartiles.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(crate) struct Spread {
-    pub(crate) lower_quartile: f64,
-    pub(crate) median: f64,
-    pub(crate) upper_quartile: f64,
-    pub(crate) best: f64,
-    pub(crate) samples: usize,
-}
-
-impl Spread {
-    /// Of these samples, if there are any; quartiles are interpolated.
-    pub(crate) fn of(samples: &[f64]) -> Option<Self> {
-        let mut sorted = samples.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let best = *sorted.last()?;
-        let at = |share: f64| {
-            let position = share * (sorted.len() - 1) as f64;
-            let (below, above) = (position.floor(), position.ceil());
-            let value = |index: f64| usize::try_from(whole(index)).map(|index| sorted[index]);
-            let (low, high) = (value(below).unwrap_or(best), value(above).unwrap_or(best));
-            low + (high - low) * (position - below)
-        };
-        Some(Self {
-            lower_quartile: at(0.25),
-            median: at(0.5),
-            upper_quartile: at(0.75),
-            best,
-            samples: sorted.len(),
-        })
-    }
-}
-
-/// The whole part of a number that is not negative; what doesn't fit is the nearest that does.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the conversion saturates"
-)]
-pub(crate) fn whole(number: f64) -> u64 {
-    number as u64
-}
+use crate::machine::Machine;
 
 /// Shares of time that tell what limits a result.
 #[derive(Clone, Copy, Debug, Default)]
@@ -115,48 +71,35 @@ impl Limit {
     }
 }
 
-/// Where a measurement was taken.
+/// Where a measurement was taken, and by which version.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Environment {
-    pub(crate) cpu: String,
-    pub(crate) kernel: String,
-    pub(crate) cpus: usize,
-    pub(crate) version: &'static str,
-    /// Of the tree from which the program is run, if it is one.
-    pub(crate) revision: Option<String>,
+    #[serde(flatten)]
+    machine: Machine,
+    version: &'static str,
 }
 
 impl Environment {
-    pub(crate) fn of_this_machine() -> Self {
-        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let model = cpuinfo
-            .lines()
-            .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-            .map_or("unknown", |(_, name)| name);
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let revision = Command::new("git")
-            .args(["describe", "--always", "--dirty"])
-            .output()
-            .ok()
-            .filter(|output| output.status.success())
-            .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    pub(crate) fn here() -> Self {
         Self {
-            cpu: model.to_owned(),
-            kernel: kernel.trim().to_owned(),
-            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            machine: Machine::here(),
             version: env!("CARGO_PKG_VERSION"),
-            revision,
         }
     }
 }
 
 impl std::fmt::Display for Environment {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let revision = self.revision.as_deref().unwrap_or("unknown");
+        let Machine {
+            cpu,
+            cpus,
+            kernel,
+            revision,
+        } = &self.machine;
+        let (version, revision) = (self.version, revision.as_deref().unwrap_or("unknown"));
         write!(
             out,
-            "{} ({} CPUs), kernel {}, ringway-bench {}, revision {revision}",
-            self.cpu, self.cpus, self.kernel, self.version
+            "{cpu} ({cpus} CPUs), kernel {kernel}, ringway-bench {version}, revision {revision}"
         )
     }
 }
@@ -205,17 +148,6 @@ impl std::fmt::Display for Percentiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn quartiles_are_interpolated_and_order_does_not_matter() {
-        let spread = Spread::of(&[4.0, 1.0, 3.0, 2.0]).unwrap();
-        assert_eq!(spread.median, 2.5);
-        assert_eq!(spread.lower_quartile, 1.75);
-        assert_eq!(spread.upper_quartile, 3.25);
-        assert_eq!(spread.best, 4.0);
-        assert_eq!(Spread::of(&[7.0]).unwrap().upper_quartile, 7.0);
-        assert_eq!(Spread::of(&[]), None);
-    }
 
     #[test]
     fn shares_tell_the_limit() {

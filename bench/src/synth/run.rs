@@ -169,7 +169,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
     }
     if args.json {
         let report = serde_json::json!({
-            "environment": Environment::of_this_machine(),
+            "environment": Environment::here(),
             "switch": switch.as_ref().map(|switch| switch.kind().name()),
             "switch_version": switch.as_ref().map(Switch::version),
             "layout": args.load.layout_name(),

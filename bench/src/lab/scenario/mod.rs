@@ -16,7 +16,7 @@ use serde_json::{Map, Value};
 use super::measure::{Effort, Test, measure};
 use super::options::Plan;
 use super::progress::Progress;
-use super::report::Machine;
+use super::report::LabMachine;
 use super::shape::Shape;
 use super::topology::{Base, Switch, Topology};
 use crate::hint::with_hint;
@@ -117,7 +117,7 @@ struct Outcome {
 
 #[derive(Serialize)]
 struct Outcomes {
-    machine: Machine,
+    machine: LabMachine,
     scenarios: Vec<Outcome>,
 }
 
@@ -155,7 +155,7 @@ impl Stage<'_> {
 pub(crate) fn run_all(
     plan: &Plan,
     base: &Base,
-    machine: Machine,
+    machine: LabMachine,
     progress: &Progress,
 ) -> Result<bool> {
     let mut outcomes = Vec::new();

@@ -7,11 +7,11 @@ use anyhow::{Context, Result};
 
 use super::super::guest::{HOST_ADDRESS, address};
 use super::super::measure::{Figure, ping};
-use super::super::median;
 use super::super::topology::Topology;
 use super::{Findings, Stage, traffic_passes};
 use crate::interrupt;
 use crate::netns::NetNs;
+use crate::stats::median;
 
 /// Guests still settle for a moment after their shells are up.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -75,9 +75,9 @@ pub(super) fn idle(stage: &Stage<'_>) -> Result<Findings> {
         median_rtt_ms,
         format!("guest-guest ping after 0.3 s idle {median_rtt_ms:.2} ms (max {max_rtt_ms:.2})"),
     );
-    let mut times = first_frames(&topology)?;
+    let times = first_frames(&topology)?;
     let slowest = times.iter().copied().fold(0.0, f64::max);
-    let middle = median(&mut times);
+    let middle = median(&times);
     findings.note(
         "first_frame_median_ms",
         middle,

@@ -6,10 +6,10 @@ use anyhow::{Result, bail};
 
 use super::super::guest::address;
 use super::super::measure::{Peer, SLACK, client_command, start_server};
-use super::super::median;
 use super::super::topology::Topology;
 use super::{Findings, Stage, holds_within, traffic_passes};
 use crate::interrupt;
+use crate::stats::median;
 
 /// How often the daemon is killed.
 const KILLS: u32 = 10;
@@ -61,7 +61,7 @@ pub(super) fn daemon_kill(stage: &Stage<'_>) -> Result<Findings> {
     findings
         .figures
         .insert("outages_ms".to_owned(), outages_ms.clone().into());
-    let middle = median(&mut outages_ms);
+    let middle = median(&outages_ms);
     findings.note(
         "outage_median_ms",
         middle,

@@ -14,17 +14,18 @@ use serde_json::{Map, Value};
 use super::super::accel::Accel;
 use super::super::daemon::find_field;
 use super::super::guest::{Guest, GuestSpec, HOST_ADDRESS, Nic, address};
+use super::super::image;
 use super::super::image::{Image, prepare_zero_copy};
 use super::super::measure::{
     Figure, Peer, SLACK, client_command, client_timeout, parse_ping, parse_tcp, start_host_server,
 };
 use super::super::shape::Offloads;
-use super::super::{image, median};
 use super::{Findings, Stage};
 use crate::hint::with_hint;
 use crate::interrupt;
 use crate::netns::NetNs;
 use crate::process::{Origin, find};
+use crate::stats::median;
 
 /// What the guest loads: the NICs' drivers, taps, and what `ss --xdp` asks.
 const DRIVERS: [&str; 4] = ["virtio_net", "igb", "tun", "xsk_diag"];
@@ -281,7 +282,7 @@ impl Setup {
                 short = answered;
             }
         }
-        Ok(median(&mut short))
+        Ok(median(&short))
     }
 
     /// Gbit/s from the guest's tap to the host, or the other way.

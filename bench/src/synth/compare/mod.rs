@@ -17,11 +17,12 @@ use clap::ValueEnum;
 
 use super::args::{Class, FrameSize};
 use super::huge::{HugePages, free_pages, pages_of_load};
-use super::report::{Environment, Spread};
+use super::report::Environment;
 use super::switch::{Kind, Place, Switch, TESTPMD_HUGE_PAGES};
 use crate::hint::hint_of;
 use crate::interrupt;
 use crate::netns::NetNs;
+use crate::stats::Spread;
 pub(crate) use options::CompareArgs;
 use options::{Driver, Path};
 use table::{COPY, Latency, Size, Subject, print_size};
@@ -68,7 +69,7 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
         load_cpu,
         huge,
     };
-    let environment = Environment::of_this_machine();
+    let environment = Environment::here();
     if !args.json {
         println!("{environment}");
     }

@@ -4,9 +4,10 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::super::report::{Limit, Shares, Spread};
+use super::super::report::{Limit, Shares};
 use super::options::Path;
 use super::trial::{LatencyTrial, Trial};
+use crate::stats::Spread;
 
 /// The row of the plain copy loop.
 pub(super) const COPY: &str = "memcpy";
