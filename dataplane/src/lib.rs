@@ -14,6 +14,7 @@ mod ring;
 mod switch;
 mod topology;
 mod vhost_user;
+mod wake;
 mod wire;
 mod worker;
 
@@ -27,7 +28,6 @@ pub use ringway_api::{
     PortName, PortNameError, QueuePairs, SocketSpec, SwitchConfig, SwitchError, UmemFrames,
     XdpMode,
 };
-pub use switch::Switch;
+pub use switch::{InlineSwitch, Switch};
 #[doc(hidden)]
 pub use wire::checksum::{copy_and_checksum, internet_checksum};
-pub use worker::InlineSwitch;

@@ -15,6 +15,7 @@ const LAYERS: &[&str] = &[
     "info",
     "placement",
     "topology",
+    "wake",
     // From bytes to the switch.
     "memory",
     "wire",
@@ -33,7 +34,6 @@ const KNOWN_IMPORTS: &[(&str, &str)] = &[
     ("burst", "offload"),
     ("burst", "ring"),
     ("ring", "offload"),
-    ("port", "worker"),
 ];
 
 /// Files with `unsafe` that are to do without, and so are not in the table of docs/architecture.md. To be

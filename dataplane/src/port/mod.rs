@@ -16,7 +16,7 @@ pub(crate) use af_xdp::{AfXdpPort, Merged, Sent, Transmitter};
 pub(crate) use call::rescue;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
 pub(crate) use tap::{TapPort, TapReader};
-pub(crate) use vhost::{Binding, VhostPort, VhostQueue};
+pub(crate) use vhost::{VhostPort, VhostQueue};
 
 use crate::info::{PortCounters, PortState, QueueInfo};
 use crate::wire::Offloads;

@@ -18,8 +18,8 @@ use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
 use crate::ring::{Ring, RingFault};
 use crate::vhost_user::RingAddresses;
+use crate::wake::Binding;
 use crate::wire::{Features, Offloads, ProtocolFeatures};
-use crate::worker::{Token, WorkerHandle};
 
 /// Why a ring stops whose memory is no longer the guest's (SIGBUS).
 const CUT_OFF: &str = "its memory file was cut off";
@@ -91,13 +91,6 @@ impl VhostQueue {
     }
 }
 
-/// Which worker polls a queue pair, and under what name its epoll instance knows it.
-#[derive(Clone, Debug)]
-pub(crate) struct Binding {
-    pub(crate) worker: Arc<WorkerHandle>,
-    pub(crate) token: Token,
-}
-
 /// A port whose guest is behind a vhost-user socket.
 #[derive(Debug)]
 pub(crate) struct VhostPort {
@@ -141,9 +134,9 @@ impl VhostPort {
         let mut state = self.transmit_queue(pair).lock();
         let started = state.started.as_ref();
         if let Some(kick) = started.and_then(|started| started.kick.as_ref()) {
-            binding.worker.watch(kick.as_fd(), binding.token)?;
+            binding.watch(kick.as_fd())?;
             if let Some(old) = &state.binding {
-                old.worker.unwatch(kick.as_fd());
+                old.unwatch(kick.as_fd());
             }
         }
         state.binding = Some(binding);
@@ -326,7 +319,7 @@ impl VhostPort {
     fn take_started(&self, queue: &VhostQueue, index: u16, state: &mut QueueState) -> Option<u32> {
         let started = state.started.take()?;
         if let (Some(kick), Some(binding)) = (&started.kick, &state.binding) {
-            binding.worker.unwatch(kick.as_fd());
+            binding.unwatch(kick.as_fd());
         }
         queue.is_started.store(false, Ordering::Relaxed);
         queue.size.store(0, Ordering::Relaxed);

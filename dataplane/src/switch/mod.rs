@@ -1,6 +1,7 @@
 //! The handle by which the control plane runs the dataplane.
 
 mod balance;
+mod inline;
 mod load;
 mod port_table;
 
@@ -10,6 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ringway_api::{PortConfig, PortKind, PortName, SocketSpec, SwitchConfig, SwitchError};
 use ringway_bridge::{Bridge, BridgeConfig, DropCounts, MacAddr, PortId, Tick};
+
+pub use inline::InlineSwitch;
 
 use self::balance::Balancer;
 use self::port_table::{PortTable, State, check_pair};

@@ -11,9 +11,10 @@ use ringway_bridge::PortId;
 use tracing::warn;
 
 use super::load::Load;
-use crate::port::{Binding, Port};
+use crate::port::Port;
 use crate::topology::{Action, Topology, diff};
-use crate::worker::{Command, Source, Token, WorkerThread};
+use crate::wake::{Binding, Token, Waker};
+use crate::worker::{Command, Source, WorkerThread};
 
 /// What changes when ports come and go.
 #[derive(Debug, Default)]
@@ -167,9 +168,13 @@ impl PortTable {
         Ok(())
     }
 
+    fn waker(&self, worker: u16) -> &Arc<Waker> {
+        &self.workers[usize::from(worker)].handle.waker
+    }
+
     fn binding(&self, entry: &Entry, pair: u16, worker: u16) -> Binding {
         Binding {
-            worker: Arc::clone(&self.workers[usize::from(worker)].handle),
+            waker: Arc::clone(self.waker(worker)),
             token: entry.token(pair),
         }
     }
@@ -183,8 +188,8 @@ impl PortTable {
             Port::VhostUser(guest) => guest.bind(pair, binding)?,
             port @ (Port::Tap(_) | Port::AfXdp(_)) => {
                 if let Some(fd) = port.fd(pair) {
-                    to.watch(fd, binding.token)?;
-                    from.unwatch(fd);
+                    binding.watch(fd)?;
+                    from.waker.unwatch(fd);
                 }
             }
         }
@@ -223,8 +228,7 @@ impl PortTable {
         };
         for (pair, worker) in (0..).zip(state.topology.placement(id)) {
             if let Some(fd) = port.fd(pair) {
-                let handle = &self.workers[usize::from(*worker)].handle;
-                handle.watch(fd, entry.token(pair))?;
+                self.waker(*worker).watch(fd, entry.token(pair))?;
             }
         }
         Ok(())
@@ -234,7 +238,7 @@ impl PortTable {
     pub(super) fn unwatch(&self, state: &State, port: &Port) {
         for (pair, worker) in (0..).zip(state.topology.placement(port.base().id)) {
             if let Some(fd) = port.fd(pair) {
-                self.workers[usize::from(*worker)].handle.unwatch(fd);
+                self.waker(*worker).unwatch(fd);
             }
         }
     }

@@ -11,58 +11,32 @@
 
 mod allowance;
 mod forward;
-mod inline;
 mod pairs;
 mod parcels;
 mod sharing;
 mod turn;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{self as channel, Receiver, Sender};
 use ringway_api::{IdleConfig, SwitchError};
 use ringway_bridge::{Bridge, PortId};
-use rustix::event::epoll;
-use rustix::event::{EventfdFlags, eventfd};
 use tracing::warn;
 
-pub use inline::InlineSwitch;
 pub(crate) use pairs::PairTable;
-pub(crate) use turn::Source;
+pub(crate) use turn::{Source, Worker};
 
 use crate::info::WorkerInfo;
 use crate::port::{Counter, Port};
+use crate::wake::{Request, Token, Waker};
 
 /// Commands that wait for a worker: topology changes are few, and their sender waits anyway.
 const COMMAND_QUEUE: usize = 256;
 
-/// Names a source queue in a worker's epoll instance: port, queue pair, and a generation that
-/// tells a port from the one that had its slot before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Token(u64);
-
-impl Token {
-    pub(crate) fn new(port: PortId, pair: u16, generation: u32) -> Self {
-        Self(u64::from(generation) << 32 | u64::from(pair) << 16 | u64::from(port.get()))
-    }
-
-    /// The queue pair that it names.
-    pub(crate) fn pair(self) -> u16 {
-        #[expect(clippy::cast_possible_truncation, reason = "the pair's bits")]
-        let pair = (self.0 >> 16) as u16;
-        pair
-    }
-}
-
-/// The doorbell's name: no port has it, as the pair number is below 65,535.
-const DOORBELL: Token = Token(u64::MAX);
-
-/// What a worker is told. Everything that changes its tables comes this way.
+/// What the switch tells a worker. Everything that changes its tables comes this way.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// A port joined the bridge; these of its queues are this worker's.
@@ -83,10 +57,6 @@ pub(crate) enum Command {
         source: Box<Source>,
         done: Sender<()>,
     },
-    /// Look at a source queue that may have become active.
-    Activate(Token),
-    /// Forward a frame as if the port had sent it.
-    Inject { from: PortId, frame: Box<[u8]> },
     /// End the thread.
     Stop,
 }
@@ -113,10 +83,7 @@ pub(crate) struct WorkerStats {
 #[derive(Debug)]
 pub(crate) struct WorkerHandle {
     pub(crate) index: u16,
-    epoll: OwnedFd,
-    doorbell: OwnedFd,
-    /// Commands are waiting: checked once per turn.
-    rung: AtomicBool,
+    pub(crate) waker: Arc<Waker>,
     commands: Sender<Command>,
     pub(crate) stats: WorkerStats,
     pub(crate) pairs: PairTable,
@@ -124,70 +91,44 @@ pub(crate) struct WorkerHandle {
     pub(crate) epoch: Instant,
 }
 
+/// What a worker reads its orders from.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    /// Of the switch.
+    commands: Receiver<Command>,
+    /// Of the ports.
+    requests: Receiver<Request>,
+}
+
 impl WorkerHandle {
-    /// The handle of a worker that is not running yet, and the other end of its commands.
-    fn new(index: u16, epoch: Instant) -> Result<(Arc<Self>, Receiver<Command>), SwitchError> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
-            .map_err(|error| failed(index, "epoll_create", error.into()))?;
-        let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| failed(index, "eventfd", error.into()))?;
+    /// The handle of a worker that is not running yet, and the other end of its channels.
+    ///
+    /// # Errors
+    /// No epoll instance or eventfd can be made.
+    pub(crate) fn new(index: u16, epoch: Instant) -> Result<(Arc<Self>, Inbox), SwitchError> {
+        let (waker, requests) = Waker::new(index)
+            .map_err(|source| failed(index, "epoll instance or eventfd", source))?;
         let (commands, receiver) = channel::bounded(COMMAND_QUEUE);
         let handle = Arc::new(Self {
             index,
-            epoll,
-            doorbell,
-            rung: AtomicBool::new(false),
+            waker,
             commands,
             stats: WorkerStats::default(),
             pairs: PairTable::new(),
             epoch,
         });
-        handle
-            .watch(handle.doorbell.as_fd(), DOORBELL)
-            .map_err(|error| failed(index, "epoll_ctl", error))?;
-        Ok((handle, receiver))
+        let inbox = Inbox {
+            commands: receiver,
+            requests,
+        };
+        Ok((handle, inbox))
     }
 
     /// Queues a command and wakes the worker. Waits while [`COMMAND_QUEUE`] others wait.
     pub(crate) fn send(&self, command: Command) {
         // The worker lives until `Stop`, the last command.
-        if self.commands.send(command).is_err() {
-            return;
-        }
-        // Release: pairs with the worker's acquire swap; the command is in the channel by then.
-        self.rung.store(true, Ordering::Release);
-        // An eventfd write fails only if its counter is full, and then it is readable anyway.
-        let _ = rustix::io::write(&self.doorbell, &1_u64.to_ne_bytes());
-    }
-
-    /// Looks at a source queue soon.
-    pub(crate) fn activate(&self, token: Token) {
-        self.send(Command::Activate(token));
-    }
-
-    /// Forwards a frame as if `from` had sent it.
-    pub(crate) fn inject(&self, from: PortId, frame: Box<[u8]>) {
-        self.send(Command::Inject { from, frame });
-    }
-
-    /// Has `token` activated whenever `fd` becomes readable.
-    ///
-    /// # Errors
-    /// An fd that can't be polled (`EPERM`).
-    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, token: Token) -> io::Result<()> {
-        // Edge-triggered: each kick is an event of its own, and the fd is never read.
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token.0), flags)?;
-        Ok(())
-    }
-
-    /// Ends the watch over `fd`, before it is closed.
-    pub(crate) fn unwatch(&self, fd: BorrowedFd<'_>) {
-        if let Err(error) = epoll::delete(&self.epoll, fd) {
-            warn!(
-                worker = self.index,
-                "can't remove an fd from epoll: {error}"
-            );
+        if self.commands.send(command).is_ok() {
+            self.waker.ring();
         }
     }
 }
@@ -213,10 +154,10 @@ impl WorkerThread {
         idle: IdleConfig,
         epoch: Instant,
     ) -> Result<Self, SwitchError> {
-        let (handle, receiver) = WorkerHandle::new(index, epoch)?;
+        let (handle, inbox) = WorkerHandle::new(index, epoch)?;
         let (pinned, is_pinned) = channel::bounded(1);
         let for_thread = Arc::clone(&handle);
-        let run = move || run_pinned(cpu, &pinned, for_thread, &receiver, bridge, idle);
+        let run = move || run_pinned(cpu, &pinned, for_thread, &inbox, bridge, idle);
         let thread = std::thread::Builder::new()
             .name(format!("ringway-w{index}"))
             .spawn(run)
@@ -228,11 +169,10 @@ impl WorkerThread {
         };
         match is_pinned.recv() {
             Ok(true) => Ok(worker),
-            _ => Err(failed(
-                index,
-                "can't be pinned",
-                io::Error::other(format!("CPU {cpu}")),
-            )),
+            _ => {
+                let source = io::Error::other(format!("CPU {cpu}"));
+                Err(failed(index, "can't be pinned", source))
+            }
         }
     }
 }
@@ -248,7 +188,7 @@ fn run_pinned(
     cpu: usize,
     pinned: &Sender<bool>,
     handle: Arc<WorkerHandle>,
-    commands: &Receiver<Command>,
+    inbox: &Inbox,
     bridge: Arc<Bridge>,
     idle: IdleConfig,
 ) {
@@ -256,7 +196,7 @@ fn run_pinned(
     // The starter waits for this answer.
     let _ = pinned.send(is_pinned);
     if is_pinned {
-        turn::Worker::new(handle, bridge, idle).run(commands);
+        Worker::new(handle, bridge, idle).run(inbox);
     }
 }
 

@@ -6,29 +6,22 @@ mod poll;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crossbeam_channel::Receiver;
 use ringway_api::IdleConfig;
 use ringway_bridge::{Bridge, MAX_BURST, Tick};
-use rustix::event::epoll;
-use rustix::time::Timespec;
-use tracing::warn;
 
 use super::allowance::Allowance;
 use super::forward::{Forwarder, Now};
 use super::sharing::Sharing;
-use super::{Command, DOORBELL, Token, WorkerHandle};
+use super::{Inbox, WorkerHandle};
 use crate::burst::Burst;
 use crate::memory::breaks;
 use crate::port::{Port, TapReader};
+use crate::wake::{Events, Token};
 
 /// How long to sleep while frames wait for a destination without free buffers.
-const DOZE: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 100_000,
-};
+const NAP: Duration = Duration::from_micros(100);
 
 /// While queues are busy, events of the others are looked for this often: one system call of half
 /// a microsecond each time.
@@ -99,15 +92,15 @@ impl Polled {
 }
 
 /// A worker's state; lives on its thread.
-pub(super) struct Worker {
+pub(crate) struct Worker {
     handle: Arc<WorkerHandle>,
     forwarder: Forwarder,
     sources: Vec<Option<Source>>,
-    by_token: HashMap<u64, usize>,
+    by_token: HashMap<Token, usize>,
     /// Indices of the sources that are polled each turn.
     active: Vec<usize>,
     burst: Burst,
-    events: Vec<epoll::Event>,
+    events: Events,
     idle: IdleConfig,
     now_ns: u64,
     /// When a frame was last seen in any queue.
@@ -118,11 +111,11 @@ pub(super) struct Worker {
     /// Somebody else wants this core: sleep rather than poll.
     is_shared: bool,
     /// Frames wait and nothing else is to be done.
-    must_doze: bool,
+    must_nap: bool,
 }
 
 impl Worker {
-    pub(super) fn new(handle: Arc<WorkerHandle>, bridge: Arc<Bridge>, idle: IdleConfig) -> Self {
+    pub(crate) fn new(handle: Arc<WorkerHandle>, bridge: Arc<Bridge>, idle: IdleConfig) -> Self {
         Self {
             handle,
             forwarder: Forwarder::new(bridge, saturating_ns(idle.backpressure)),
@@ -130,7 +123,7 @@ impl Worker {
             by_token: HashMap::new(),
             active: Vec::new(),
             burst: Burst::new(),
-            events: Vec::with_capacity(MAX_EVENTS),
+            events: Events::with_capacity(MAX_EVENTS),
             idle,
             now_ns: 0,
             last_frame_ns: 0,
@@ -138,34 +131,34 @@ impl Worker {
             seen_breaks: breaks(),
             sharing: Sharing::default(),
             is_shared: false,
-            must_doze: false,
+            must_nap: false,
         }
     }
 
-    /// Runs until [`Command::Stop`].
-    pub(super) fn run(mut self, commands: &Receiver<Command>) {
+    /// Runs until [`super::Command::Stop`].
+    pub(super) fn run(mut self, inbox: &Inbox) {
         self.sharing.watch();
         self.read_clock();
-        while self.step(commands) {
+        while self.step(inbox) {
             // The turn may have taken the doorbell's event of commands that came after the last
             // look at them: no other will come.
-            if self.handle.rung.load(Ordering::Acquire) {
+            if self.handle.waker.is_rung() {
                 continue;
             }
             if self.active.is_empty() {
                 let unsent = self.forwarder.unsent.is_empty();
-                self.sleep(if unsent { None } else { Some(&DOZE) });
-            } else if self.must_doze {
-                self.sleep(Some(&DOZE));
+                self.sleep(if unsent { None } else { Some(NAP) });
+            } else if self.must_nap {
+                self.sleep(Some(NAP));
             }
         }
     }
 
     /// Executes the commands that wait and polls each active source once; false after
-    /// [`Command::Stop`].
+    /// [`super::Command::Stop`].
     #[inline]
-    pub(super) fn step(&mut self, commands: &Receiver<Command>) -> bool {
-        if self.handle.rung.load(Ordering::Relaxed) && !self.take_commands(commands) {
+    pub(crate) fn step(&mut self, inbox: &Inbox) -> bool {
+        if self.handle.waker.is_rung() && !self.take_commands(inbox) {
             return false;
         }
         if breaks() != self.seen_breaks {
@@ -237,14 +230,11 @@ impl Worker {
         }
         // Whoever makes room for the frames that wait does not tell.
         let silent_ns = self.now_ns - self.last_frame_ns;
-        self.must_doze =
+        self.must_nap =
             waiting && frames == 0 && (self.is_shared || silent_ns > saturating_ns(self.idle.spin));
         let has_armed = self.active.len() < self.by_token.len();
         if has_armed && self.now_ns - self.last_events_ns > EVENT_INTERVAL_NS {
-            self.take_events(Some(&Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            }));
+            self.take_events(Some(Duration::ZERO));
         }
     }
 
@@ -354,7 +344,7 @@ impl Worker {
     }
 
     fn activate(&mut self, token: Token) {
-        let Some(&index) = self.by_token.get(&token.0) else {
+        let Some(&index) = self.by_token.get(&token) else {
             return;
         };
         let Some(source) = &mut self.sources[index] else {
@@ -379,7 +369,7 @@ impl Worker {
     }
 
     /// Waits until an armed queue or a command needs the worker, or for `timeout`.
-    fn sleep(&mut self, timeout: Option<&Timespec>) {
+    fn sleep(&mut self, timeout: Option<Duration>) {
         let stats = &self.handle.stats;
         stats.sleeping_since_ns.set(self.now_ns.max(1));
         self.take_events(timeout);
@@ -399,22 +389,12 @@ impl Worker {
     }
 
     /// Activates the sources that epoll names, after at most `timeout`.
-    fn take_events(&mut self, timeout: Option<&Timespec>) {
+    fn take_events(&mut self, timeout: Option<Duration>) {
         self.last_events_ns = self.now_ns;
-        let mut events = std::mem::take(&mut self.events);
-        events.clear();
-        let spare = rustix::buffer::spare_capacity(&mut events);
-        match epoll::wait(&self.handle.epoll, spare, timeout) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => warn!(worker = self.handle.index, "epoll_wait: {error}"),
-        }
-        for event in &events {
-            let token = Token(event.data.u64());
-            // Commands are looked for in each turn.
-            if token != DOORBELL {
-                self.activate(token);
-            }
-        }
+        // An empty list in its place costs nothing.
+        let mut events = std::mem::replace(&mut self.events, Events::with_capacity(0));
+        self.handle.waker.wait(&mut events, timeout);
+        events.tokens().for_each(|token| self.activate(token));
         self.events = events;
     }
 }

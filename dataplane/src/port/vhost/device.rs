@@ -101,7 +101,7 @@ impl Device for VhostPort {
         state.stopped_at = None;
         let binding = state.binding.clone();
         if let (Some(kick), Some(binding)) = (&started.kick, &binding) {
-            let watched = binding.worker.watch(kick.as_fd(), binding.token);
+            let watched = binding.watch(kick.as_fd());
             watched.map_err(|source| RingError::Fd {
                 index,
                 which: "kick",
@@ -118,7 +118,7 @@ impl Device for VhostPort {
         info!(port = %self.base.name, ring = index, size = start.size, ?layout, base, enabled, "ring started");
         // Look at the ring once without waiting for a kick: frames may be there already.
         if let Some(binding) = binding {
-            binding.worker.activate(binding.token);
+            binding.activate();
         }
         Ok(())
     }
@@ -145,7 +145,7 @@ impl Device for VhostPort {
         let binding = state.binding.clone();
         drop(state);
         if let Some(binding) = binding {
-            binding.worker.activate(binding.token);
+            binding.activate();
         }
     }
 
@@ -181,7 +181,7 @@ impl Device for VhostPort {
     fn announce(&self, mac: MacAddr) {
         let binding = self.transmit_queue(0).lock().binding.clone();
         if let Some(binding) = binding {
-            binding.worker.inject(self.base.id, rarp(mac));
+            binding.inject(self.base.id, rarp(mac));
         }
     }
 }

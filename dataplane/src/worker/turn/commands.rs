@@ -1,9 +1,7 @@
 //! What a worker is told: ports and queues that come and go, frames of our own, memory that was cut off.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use crossbeam_channel::Receiver;
 use ringway_bridge::PortId;
 use tracing::debug;
 
@@ -11,18 +9,17 @@ use super::{Source, Worker};
 use crate::memory::{Segment, breaks};
 use crate::port::Port;
 use crate::ring::Entry;
+use crate::wake::{Request, Token};
 use crate::wire::Offloads;
 use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
-use crate::worker::{Command, Token};
+use crate::worker::{Command, Inbox};
 
 impl Worker {
-    /// Executes the commands that wait; false after [`Command::Stop`].
+    /// Executes the commands and requests that wait; false after [`Command::Stop`].
     #[cold]
-    pub(super) fn take_commands(&mut self, commands: &Receiver<Command>) -> bool {
-        // Acquire: pairs with the release store in `WorkerHandle::send`. Cleared before the channel
-        // is read, so a command that comes later rings again.
-        self.handle.rung.swap(false, Ordering::Acquire);
-        while let Ok(command) = commands.try_recv() {
+    pub(super) fn take_commands(&mut self, inbox: &Inbox) -> bool {
+        self.handle.waker.answer();
+        while let Ok(command) = inbox.commands.try_recv() {
             match command {
                 Command::AddPort {
                     port,
@@ -45,9 +42,13 @@ impl Worker {
                     self.adopt(*source);
                     let _ = done.send(());
                 }
-                Command::Activate(token) => self.activate(token),
-                Command::Inject { from, frame } => self.inject(from, &frame),
                 Command::Stop => return false,
+            }
+        }
+        while let Ok(request) = inbox.requests.try_recv() {
+            match request {
+                Request::Activate(token) => self.activate(token),
+                Request::Inject { from, frame } => self.inject(from, &frame),
             }
         }
         true
@@ -76,7 +77,7 @@ impl Worker {
         } else {
             self.sources.push(Some(source));
         }
-        self.by_token.insert(token.0, index);
+        self.by_token.insert(token, index);
         self.activate(token);
         self.count_queues();
     }
@@ -84,7 +85,7 @@ impl Worker {
     /// Polls a source no more. Its last burst is published, and frames that wait are in its ring or
     /// its reader.
     fn release(&mut self, token: Token) -> Option<Source> {
-        let index = self.by_token.remove(&token.0)?;
+        let index = self.by_token.remove(&token)?;
         self.active.retain(|active| *active != index);
         let mut source = self.sources.get_mut(index)?.take()?;
         source.is_active = false;
@@ -111,7 +112,7 @@ impl Worker {
                 .is_some_and(|source| source.port.base().id == id)
                 && let Some(source) = slot.take()
             {
-                self.by_token.remove(&source.token.0);
+                self.by_token.remove(&source.token);
                 self.active.retain(|active| *active != index);
             }
         }

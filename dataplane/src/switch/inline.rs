@@ -1,17 +1,17 @@
-//! A worker without a thread.
+//! A switch whose worker has no thread.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{self as channel, Receiver};
+use crossbeam_channel as channel;
 use ringway_api::{AfXdpConfig, IdleConfig, PortName, SwitchError};
 use ringway_bridge::{Bridge, BridgeConfig, PortId};
 
-use super::turn::Worker;
-use super::{Command, Token, WorkerHandle};
-use crate::port::{AfXdpPort, Binding, Port, PortBase, VhostPort};
+use crate::port::{AfXdpPort, Port, PortBase, VhostPort};
 use crate::vhost_user::{Endpoint, SessionThread};
+use crate::wake::{Binding, Token};
+use crate::worker::{Command, Inbox, Worker, WorkerHandle};
 
 /// A switch of vhost-user and AF_XDP ports whose worker runs in the caller's thread, one turn at a time, and
 /// never sleeps: for benches, instruction counts and tests that want no scheduler in between.
@@ -19,7 +19,7 @@ use crate::vhost_user::{Endpoint, SessionThread};
 pub struct InlineSwitch {
     worker: Worker,
     handle: Arc<WorkerHandle>,
-    commands: Receiver<Command>,
+    inbox: Inbox,
     // Ends, and stops all rings, before the worker's tables go.
     sessions: SessionThread<VhostPort>,
     guests: Vec<Arc<VhostPort>>,
@@ -45,7 +45,7 @@ impl InlineSwitch {
             ageing_ticks: u32::MAX,
             seed: 0x5eed,
         }));
-        let (handle, commands) = WorkerHandle::new(0, Instant::now())?;
+        let (handle, inbox) = WorkerHandle::new(0, Instant::now())?;
         let sessions = SessionThread::start().map_err(|source| SwitchError::System {
             what: "session thread".into(),
             source,
@@ -60,7 +60,7 @@ impl InlineSwitch {
         Ok(Self {
             worker,
             handle,
-            commands,
+            inbox,
             sessions,
             guests: Vec::new(),
             ports: 0,
@@ -77,8 +77,8 @@ impl InlineSwitch {
         let endpoint = Endpoint::listen(socket)?;
         let guest = Arc::new(VhostPort::new(PortBase::new(name, id), 1, None));
         for pair in 0..guest.pairs() {
-            let (worker, token) = (Arc::clone(&self.handle), Token::new(id, pair, 0));
-            let bound = guest.bind(pair, Binding { worker, token });
+            let (waker, token) = (Arc::clone(&self.handle.waker), Token::new(id, pair, 0));
+            let bound = guest.bind(pair, Binding { waker, token });
             bound.map_err(|source| SwitchError::System {
                 what: "kick".into(),
                 source,
@@ -129,7 +129,7 @@ impl InlineSwitch {
     /// Polls each active queue once.
     #[inline]
     pub fn turn(&mut self) {
-        self.worker.step(&self.commands);
+        self.worker.step(&self.inbox);
     }
 
     /// Frames taken from all queues so far.
