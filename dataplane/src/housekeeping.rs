@@ -1,5 +1,5 @@
-//! Slow work that no worker should do: forgetting addresses that were not seen for long, and freeing
-//! workers that a front-end holds up.
+//! Slow work that no worker should do: forgetting addresses that were not seen for long, and
+//! interrupting calls by which a front-end holds up a worker.
 
 use std::io;
 use std::sync::Arc;
@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{self as channel, RecvTimeoutError, Sender};
 use ringway_bridge::{Bridge, Tick};
 
-use crate::port::rescue;
+use crate::port::interrupt_stuck_calls;
 
 /// How often the database is swept. Expired entries are not used even before: the sweep only makes
 /// room and keeps the ports' counts true.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How often stuck calls are looked for: bounds for how long a front-end can hold up a worker to
-/// two of these, once, and costs 10 wake-ups a second.
-const RESCUE_INTERVAL: Duration = Duration::from_millis(100);
+/// How often stuck calls are looked for. A front-end can hold up a worker for two of these, once;
+/// looking costs 10 wake-ups a second.
+const CALL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The thread; ends when dropped.
 #[derive(Debug)]
@@ -28,12 +28,16 @@ pub(crate) struct Housekeeping {
 }
 
 impl Housekeeping {
+    /// Starts the thread. `epoch` is the zero of the bridge's ticks.
+    ///
+    /// # Errors
+    /// There can be no further thread.
     pub(crate) fn start(bridge: Arc<Bridge>, epoch: Instant) -> io::Result<Self> {
         let (stop, stopped) = channel::bounded(0);
-        let sweep = move || {
+        let run = move || {
             let mut swept = Instant::now();
-            while stopped.recv_timeout(RESCUE_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                rescue();
+            while stopped.recv_timeout(CALL_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                interrupt_stuck_calls();
                 if swept.elapsed() >= SWEEP_INTERVAL {
                     swept = Instant::now();
                     bridge.fdb().age(Tick::after(epoch.elapsed()));
@@ -41,8 +45,8 @@ impl Housekeeping {
             }
         };
         let thread = std::thread::Builder::new()
-            .name("ringway-care".into())
-            .spawn(sweep)?;
+            .name("ringway-house".into())
+            .spawn(run)?;
         Ok(Self {
             stop: Some(stop),
             thread: Some(thread),

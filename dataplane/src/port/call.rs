@@ -2,8 +2,9 @@
 //!
 //! The fd is checked to be an eventfd and made non-blocking, but its file is the front-end's too:
 //! it can clear O_NONBLOCK and fill the counter, and then a write blocks for as long as it likes.
-//! There is no write to an eventfd that can't block, so each is watched: [`rescue`] runs a few
-//! times a second, and a write that lasts from one run to the next is interrupted by a signal.
+//! There is no write to an eventfd that can't block, so each is watched:
+//! [`interrupt_stuck_calls`] runs a few times a second, and a write that lasts from one run to the
+//! next is interrupted by a signal.
 //! The ring loses its place in the switch for it.
 
 use std::cell::OnceCell;
@@ -40,7 +41,7 @@ pub(crate) struct Blocked;
 pub(crate) fn signal(eventfd: impl AsFd) -> Result<(), Blocked> {
     OWN.with(|own| {
         let calls = &own.get_or_init(register).calls;
-        // Relaxed: `rescue` compares counts that are a tenth of a second old.
+        // Relaxed: `interrupt_stuck_calls` compares counts that are a tenth of a second old.
         let before = calls.load(Ordering::Relaxed);
         calls.store(before + 1, Ordering::Relaxed);
         let written = rustix::io::write(eventfd, &1_u64.to_ne_bytes());
@@ -54,7 +55,7 @@ pub(crate) fn signal(eventfd: impl AsFd) -> Result<(), Blocked> {
 }
 
 /// Interrupts the writes that have lasted since the last time. To be called a few times a second.
-pub(crate) fn rescue() {
+pub(crate) fn interrupt_stuck_calls() {
     let mut watches = WATCHES.lock().unwrap_or_else(PoisonError::into_inner);
     watches.retain_mut(|(watch, last)| {
         let Some(watch) = watch.upgrade() else {
@@ -123,7 +124,7 @@ mod tests {
         let (done, ended) = mpsc::channel();
         std::thread::spawn(move || done.send(signal(&fd)).unwrap());
         let ended = (0..1000).find_map(|_| {
-            rescue();
+            interrupt_stuck_calls();
             ended.recv_timeout(Duration::from_millis(20)).ok()
         });
         assert_eq!(ended, Some(Err(Blocked)));

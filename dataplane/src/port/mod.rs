@@ -13,7 +13,7 @@ use ringway_api::PortName;
 use ringway_bridge::PortId;
 
 pub(crate) use af_xdp::{AfXdpPort, Merged, Sent, Transmitter};
-pub(crate) use call::rescue;
+pub(crate) use call::interrupt_stuck_calls;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
 pub(crate) use tap::{TapPort, TapReader};
 pub(crate) use vhost::{VhostPort, VhostQueue};
