@@ -19,13 +19,14 @@ test: packages cargo-nextest lint check-aarch64 guard benches
 	$(CARGO) nextest run --locked --workspace
 
 # Formatting, lints, documentation, licences and sources of dependencies (deny.toml), dependencies that
-# nothing uses, and the build without AF_XDP. The layers of the dataplane are a test: tests/layers.rs there.
+# nothing uses, the dataplane's layers, and the build without AF_XDP.
 lint: cargo-deny cargo-machete
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items --quiet
 	$(CARGO) deny --locked --log-level warn check --hide-inclusion-graph bans licenses sources
 	$(CARGO) machete
+	$(CARGO) test --locked --quiet -p ringway-dataplane --test layers
 
 # A check without linking, but libxdp and libbpf are C: it takes a compiler that crosses (`make packages`).
 check-aarch64: packages

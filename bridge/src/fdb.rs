@@ -203,8 +203,8 @@ impl Fdb {
         self.lock().sweep(all, |entry| entry.port() == port)
     }
 
-    /// Removes the entries that expired by `now`; how many. To be called about once a second: look-ups
-    /// ignore what expired, but it takes room until it is swept.
+    /// Removes the entries that expired by `now`; how many. To be called every few seconds: look-ups
+    /// ignore what expired, but it takes room, and counts against its port's limit, until it is swept.
     ///
     /// Lets go of the lock now and then; an entry that moves within the table meanwhile is left to
     /// the next sweep.

@@ -28,8 +28,8 @@ pub(crate) enum Action {
 
 impl Topology {
     /// The topology with a port more. Its pairs go one after the other to the workers that have
-    /// the fewest of its own, then the fewest of the same number: most guests use the first pairs
-    /// only. `pins` (pair, worker) overrule that.
+    /// the fewest of its own, then the fewest of the same number (most guests use the first pairs
+    /// only), then the fewest of all. `pins` (pair, worker) overrule that.
     pub(crate) fn with_port(
         &self,
         id: PortId,
