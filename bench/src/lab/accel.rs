@@ -10,9 +10,9 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 use serde::Serialize;
 
-use super::guest::{Guest, GuestSpec, Nic};
+use super::guest::{GuestNic, GuestSpec, QemuGuest};
 use super::image::{Image, write_whole};
-use super::shape::Offloads;
+use super::shape::OffloadSet;
 
 /// How long a guest on KVM may take to its shell; where KVM works it takes one to two seconds.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(12);
@@ -105,12 +105,12 @@ fn probe(image: &Image, folder: &Path) -> Result<Verdict> {
         index: 0,
         queue_pairs: 1,
         mtu: 1500,
-        offloads: Offloads::All,
-        nic: Nic::None,
+        offloads: OffloadSet::All,
+        nic: GuestNic::None,
         accel: Accel::Kvm,
     };
     let deadline = Instant::now() + PROBE_TIMEOUT;
-    let booted = Guest::start(&spec, image, &folder, None)
+    let booted = QemuGuest::start(&spec, image, &folder, None)
         .and_then(|mut guest| guest.wait_ready_until(deadline));
     crate::interrupt::check()?;
     Ok(booted.map_err(|error| format!("a guest did not boot on KVM: {error:#}")))

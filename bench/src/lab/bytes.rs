@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::guest::{Guest, HOST_ADDRESS, address};
+use super::guest::{HOST_ADDRESS, QemuGuest, address};
 use super::measure::{Figure, SLACK};
-use super::topology::Topology;
+use super::network::LabNetwork;
 use crate::interrupt;
 use crate::process::{Origin, find};
 
@@ -29,18 +29,18 @@ const SLICE: Duration = Duration::from_millis(50);
 
 /// Who sends to whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum TransferWay {
     GuestToGuest,
     GuestToHost,
     HostToGuest,
 }
 
 /// One transfer; an error unless what arrived is what was sent.
-pub(crate) fn transfer(topology: &mut Topology, way: Way) -> Result<Figure> {
+pub(crate) fn transfer(network: &mut LabNetwork, way: TransferWay) -> Result<Figure> {
     let (sent, received, took) = match way {
-        Way::GuestToGuest => guest_to_guest(topology)?,
-        Way::GuestToHost => guest_to_host(topology)?,
-        Way::HostToGuest => host_to_guest(topology)?,
+        TransferWay::GuestToGuest => guest_to_guest(network)?,
+        TransferWay::GuestToHost => guest_to_host(network)?,
+        TransferWay::HostToGuest => host_to_guest(network)?,
     };
     compare(&sent, &received)?;
     Ok(Figure::Bytes {
@@ -50,59 +50,59 @@ pub(crate) fn transfer(topology: &mut Topology, way: Way) -> Result<Figure> {
     })
 }
 
-fn guest_to_guest(topology: &mut Topology) -> Result<(Digest, Digest, Duration)> {
-    let sent = make(topology.guest(0)?)?;
-    listen(topology.guest(1)?)?;
+fn guest_to_guest(network: &mut LabNetwork) -> Result<(Digest, Digest, Duration)> {
+    let sent = make(network.guest(0)?)?;
+    listen(network.guest(1)?)?;
     let started = Instant::now();
-    send(topology.guest(0)?, &address(1))?;
-    let (received, ended) = received(topology.guest(1)?)?;
+    send(network.guest(0)?, &address(1))?;
+    let (received, ended) = received(network.guest(1)?)?;
     Ok((sent, received, ended - started))
 }
 
-fn guest_to_host(topology: &mut Topology) -> Result<(Digest, Digest, Duration)> {
-    let sent = make(topology.guest(0)?)?;
-    let listener = topology
+fn guest_to_host(network: &mut LabNetwork) -> Result<(Digest, Digest, Duration)> {
+    let sent = make(network.guest(0)?)?;
+    let listener = network
         .namespace
         .on_thread(|| TcpListener::bind((HOST_ADDRESS, PORT)).context("listening on the host"))?;
     let started = Instant::now();
-    send(topology.guest(0)?, HOST_ADDRESS)?;
+    send(network.guest(0)?, HOST_ADDRESS)?;
     let bytes = read_all(&listener)?;
     let took = started.elapsed();
     Ok((sent, Digest::of(&bytes)?, took))
 }
 
-fn host_to_guest(topology: &mut Topology) -> Result<(Digest, Digest, Duration)> {
+fn host_to_guest(network: &mut LabNetwork) -> Result<(Digest, Digest, Duration)> {
     let mut bytes = vec![0; MIB << 20];
     std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     let sent = Digest::of(&bytes)?;
-    listen(topology.guest(0)?)?;
+    listen(network.guest(0)?)?;
     let to: SocketAddr = format!("{}:{PORT}", address(0)).parse()?;
     let started = Instant::now();
-    let stream = topology
+    let stream = network
         .namespace
         .on_thread(|| TcpStream::connect_timeout(&to, SLACK).context("connecting to the guest"))?;
     write_all(stream, &bytes)?;
-    let (received, ended) = received(topology.guest(0)?)?;
+    let (received, ended) = received(network.guest(0)?)?;
     Ok((sent, received, ended - started))
 }
 
-fn make(guest: &mut Guest) -> Result<Digest> {
+fn make(guest: &mut QemuGuest) -> Result<Digest> {
     guest.run(&format!("bytes make {MIB}"), TIMEOUT)?;
     Digest::parse(&guest.run("bytes digest sent", TIMEOUT)?)
 }
 
-fn listen(guest: &mut Guest) -> Result<()> {
+fn listen(guest: &mut QemuGuest) -> Result<()> {
     guest.run(&format!("bytes listen {PORT}"), SLACK).map(drop)
 }
 
-fn send(guest: &mut Guest, to: &str) -> Result<()> {
+fn send(guest: &mut QemuGuest, to: &str) -> Result<()> {
     guest
         .run(&format!("bytes send {to} {PORT}"), SLACK)
         .map(drop)
 }
 
 /// What a guest received, and when it had all.
-fn received(guest: &mut Guest) -> Result<(Digest, Instant)> {
+fn received(guest: &mut QemuGuest) -> Result<(Digest, Instant)> {
     guest.run("bytes wait", TIMEOUT + SLACK)?;
     let ended = Instant::now();
     let digest = Digest::parse(&guest.run("bytes digest received", TIMEOUT)?)?;

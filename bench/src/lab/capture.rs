@@ -54,7 +54,7 @@ impl Capture {
     }
 
     /// Ends the capture and looks at each of its frames.
-    pub(crate) fn check(mut self) -> Result<Checked> {
+    pub(crate) fn check(mut self) -> Result<CaptureCheck> {
         self.process.stop();
         let lengths = lengths(BufReader::new(File::open(&self.file)?))
             .with_context(|| format!("reading {}", self.file.display()))?;
@@ -62,7 +62,7 @@ impl Capture {
         command.args(["-nn", "-t", "-vvv", "-r"]).arg(&self.file);
         let said = run_ok(&mut command, READ_TIMEOUT)?;
         let _ = std::fs::remove_file(&self.file);
-        Ok(Checked {
+        Ok(CaptureCheck {
             frames: lengths.len(),
             longest_bytes: lengths.into_iter().max().unwrap_or(0),
             checksums: Checksums::of(&said),
@@ -72,7 +72,7 @@ impl Capture {
 
 /// What all frames of a capture have in common.
 #[derive(Debug, Serialize)]
-pub(crate) struct Checked {
+pub(crate) struct CaptureCheck {
     pub(crate) frames: usize,
     /// L2, without FCS.
     pub(crate) longest_bytes: u32,

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use super::accel::Accel;
 use super::console::{Answer, Console};
 use super::image::Image;
-use super::shape::Offloads;
+use super::shape::OffloadSet;
 use crate::netns::NetNs;
 use crate::process::{Origin, Process, find};
 
@@ -41,7 +41,7 @@ pub(crate) fn address(index: usize) -> String {
 
 /// What the guest's NIC is plugged into.
 #[derive(Clone, Debug)]
-pub(crate) enum Nic {
+pub(crate) enum GuestNic {
     /// No NIC.
     None,
     /// A vhost-user back-end that listens.
@@ -67,28 +67,28 @@ pub(crate) struct GuestSpec {
     pub(crate) queue_pairs: u16,
     /// L3 MTU.
     pub(crate) mtu: u16,
-    pub(crate) offloads: Offloads,
-    pub(crate) nic: Nic,
+    pub(crate) offloads: OffloadSet,
+    pub(crate) nic: GuestNic,
     pub(crate) accel: Accel,
 }
 
 /// A guest that was started.
-pub(crate) struct Guest {
+pub(crate) struct QemuGuest {
     process: Process,
     console: Console,
     monitor: PathBuf,
     accel: Accel,
 }
 
-impl Guest {
+impl QemuGuest {
     /// Starts QEMU, in `namespace` if one is given. Logs and sockets go to `folder`. Returns at
-    /// once: call [`Guest::wait_ready`]. To be called from the main thread.
+    /// once: call [`QemuGuest::wait_ready`]. To be called from the main thread.
     pub(crate) fn start(
         spec: &GuestSpec,
         image: &Image,
         folder: &Path,
         namespace: Option<&NetNs>,
-    ) -> Result<Guest> {
+    ) -> Result<QemuGuest> {
         let name = NAMES[spec.index];
         let sockets = Sockets {
             commands: folder.join(format!("{name}.commands")),
@@ -106,7 +106,7 @@ impl Guest {
             .create(true)
             .append(true)
             .open(folder.join(format!("{name}-commands.log")))?;
-        let mut guest = Guest {
+        let mut guest = QemuGuest {
             console: Console::connect(&sockets.commands, log, Instant::now() + CONNECT_TIMEOUT)
                 .map_err(|error| error.context(process.failed("did not open its sockets")))?,
             process,
@@ -179,7 +179,7 @@ impl Guest {
     }
 }
 
-impl Drop for Guest {
+impl Drop for QemuGuest {
     fn drop(&mut self) {
         // Nothing of the guest is worth a clean end.
         self.process.kill();
@@ -221,16 +221,16 @@ fn arguments(command: &mut Command, spec: &GuestSpec, image: &Image, sockets: &S
     command.args(["-device", "virtio-serial-pci"]);
     command.args(["-device", "virtserialport,chardev=commands,name=ringway"]);
     let netdev = match &spec.nic {
-        Nic::None => None,
-        Nic::VhostUser { socket } => {
+        GuestNic::None => None,
+        GuestNic::VhostUser { socket } => {
             command.arg("-chardev").arg(format!(
                 "socket,id=backend,path={},reconnect-ms={RECONNECT_MS}",
                 socket.display()
             ));
             Some(format!("vhost-user,id=net,chardev=backend,queues={pairs}"))
         }
-        Nic::Tap { interface } => Some(tap(interface, pairs)),
-        Nic::Device {
+        GuestNic::Tap { interface } => Some(tap(interface, pairs)),
+        GuestNic::Device {
             interface,
             queues,
             device,
@@ -244,7 +244,7 @@ fn arguments(command: &mut Command, spec: &GuestSpec, image: &Image, sockets: &S
         }
     };
     let mut line = "console=ttyS0 quiet panic=0 mitigations=off ipv6.disable=1".to_owned();
-    if matches!(spec.nic, Nic::Device { .. }) {
+    if matches!(spec.nic, GuestNic::Device { .. }) {
         // virtio_net in zero-copy sends a header from its module's memory and takes the wrong physical
         // address for it: one without RAM, which reads as zeros, unless the kernel is laid out anew.
         line += " nokaslr";

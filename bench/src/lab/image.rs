@@ -49,7 +49,7 @@ pub(crate) fn cache_folder() -> Result<PathBuf> {
 pub(crate) fn prepare(cache: &Path) -> Result<Image> {
     let kernel = Kernel::find(&cache.join("kernel/current"), Origin::LAB_HINT)?;
     let modules = kernel.modules(&[NIC_DRIVER])?;
-    let programs = Programs::find(&[find("iperf3")?])?;
+    let programs = GuestPrograms::find(&[find("iperf3")?])?;
 
     let mut hasher = DefaultHasher::new();
     (INIT, NETUP, BYTES, &kernel.version).hash(&mut hasher);
@@ -79,7 +79,7 @@ pub(crate) fn prepare_zero_copy(
 ) -> Result<Image> {
     let kernel = Kernel::find(&cache.join("kernel/zero-copy"), ZERO_COPY_HINT)?;
     let modules = kernel.modules(drivers)?;
-    let programs = Programs::find(&[&[find("iperf3")?], programs].concat())?;
+    let programs = GuestPrograms::find(&[&[find("iperf3")?], programs].concat())?;
     let initramfs = folder.join("initramfs.cpio");
     let bytes = build(&modules, &programs)?;
     write_whole(folder, &initramfs, &bytes)?;
@@ -200,15 +200,15 @@ fn collect_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-struct Programs {
+struct GuestPrograms {
     busybox: PathBuf,
     others: Vec<PathBuf>,
     /// Shared libraries and the loader of the others.
     libraries: BTreeSet<PathBuf>,
 }
 
-impl Programs {
-    fn find(others: &[PathBuf]) -> Result<Programs> {
+impl GuestPrograms {
+    fn find(others: &[PathBuf]) -> Result<GuestPrograms> {
         let busybox = find("busybox")?;
         if !libraries_of(&busybox)?.is_empty() {
             return Err(hinted("busybox is not static", Origin::LAB_HINT));
@@ -217,7 +217,7 @@ impl Programs {
         for program in others {
             libraries.extend(libraries_of(program)?);
         }
-        Ok(Programs {
+        Ok(GuestPrograms {
             busybox,
             others: others.to_vec(),
             libraries,
@@ -238,7 +238,7 @@ fn parse_ldd(text: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-fn build(modules: &[PathBuf], programs: &Programs) -> Result<Vec<u8>> {
+fn build(modules: &[PathBuf], programs: &GuestPrograms) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
     let mut folders = BTreeSet::new();
     for folder in [

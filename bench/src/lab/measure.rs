@@ -9,9 +9,9 @@ use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::bytes::{self, Way};
+use super::bytes::{self, TransferWay};
 use super::guest::{HOST_ADDRESS, address};
-use super::topology::Topology;
+use super::network::LabNetwork;
 use crate::netns::NetNs;
 use crate::process::{Origin, Process, ProcessError, find};
 use crate::stats::median;
@@ -186,31 +186,36 @@ impl Figure {
 }
 
 /// Runs one test.
-pub(crate) fn measure(topology: &mut Topology, test: Test, effort: Effort) -> Result<Figure> {
+pub(crate) fn measure(network: &mut LabNetwork, test: Test, effort: Effort) -> Result<Figure> {
     let outcome = match test {
-        Test::PingAB => ping(topology, &address(1), PINGS, 0.1),
-        Test::PingAHost => ping(topology, HOST_ADDRESS, PINGS, 0.1),
-        Test::TcpAB => tcp(topology, Peer::Guest, false, effort),
-        Test::TcpBA => tcp(topology, Peer::Guest, true, effort),
-        Test::TcpAHost => tcp(topology, Peer::Host, false, effort),
-        Test::TcpHostA => tcp(topology, Peer::Host, true, effort),
-        Test::UdpAB => udp_small(topology, effort),
-        Test::UdpAHost => udp_long(topology, false, effort),
-        Test::UdpHostA => udp_long(topology, true, effort),
-        Test::BytesAB => bytes::transfer(topology, Way::GuestToGuest),
-        Test::BytesAHost => bytes::transfer(topology, Way::GuestToHost),
-        Test::BytesHostA => bytes::transfer(topology, Way::HostToGuest),
+        Test::PingAB => ping(network, &address(1), PINGS, 0.1),
+        Test::PingAHost => ping(network, HOST_ADDRESS, PINGS, 0.1),
+        Test::TcpAB => tcp(network, Peer::Guest, false, effort),
+        Test::TcpBA => tcp(network, Peer::Guest, true, effort),
+        Test::TcpAHost => tcp(network, Peer::Host, false, effort),
+        Test::TcpHostA => tcp(network, Peer::Host, true, effort),
+        Test::UdpAB => udp_small(network, effort),
+        Test::UdpAHost => udp_long(network, false, effort),
+        Test::UdpHostA => udp_long(network, true, effort),
+        Test::BytesAB => bytes::transfer(network, TransferWay::GuestToGuest),
+        Test::BytesAHost => bytes::transfer(network, TransferWay::GuestToHost),
+        Test::BytesHostA => bytes::transfer(network, TransferWay::HostToGuest),
     };
-    let switch = topology.switch.name();
+    let switch = network.switch.name();
     outcome.with_context(|| format!("{} on {switch}", test.name()))
 }
 
 /// Pings from guest a; the first one, which waits for ARP, is sent before and not counted.
-pub(crate) fn ping(topology: &mut Topology, to: &str, count: u32, interval: f64) -> Result<Figure> {
+pub(crate) fn ping(
+    network: &mut LabNetwork,
+    to: &str,
+    count: u32,
+    interval: f64,
+) -> Result<Figure> {
     let limit = Duration::from_secs_f64(f64::from(count) * interval) + SLACK;
     let command =
         format!("ping -c 1 -W 2 {to} >/dev/null; ping -c {count} -i {interval} -W 2 {to}");
-    let answer = topology.guest(0)?.try_run(&command, limit)?;
+    let answer = network.guest(0)?.try_run(&command, limit)?;
     let round_trips = parse_ping(&answer.text);
     if round_trips.is_empty() {
         bail!("no ping from guest a to {to} was answered");
@@ -242,41 +247,41 @@ impl Peer {
     }
 }
 
-fn tcp(topology: &mut Topology, peer: Peer, reverse: bool, effort: Effort) -> Result<Figure> {
-    let streams = topology.shape.queue_pairs;
+fn tcp(network: &mut LabNetwork, peer: Peer, reverse: bool, effort: Effort) -> Result<Figure> {
+    let streams = network.shape.queue_pairs;
     let mut options = format!("-P {streams} -i 0");
     if reverse {
         options.push_str(" -R");
     }
-    let text = iperf3(topology, peer, &options, effort.seconds)?;
+    let text = iperf3(network, peer, &options, effort.seconds)?;
     parse_tcp(&text)
 }
 
 /// Between the guests, 64 bytes a datagram.
-fn udp_small(topology: &mut Topology, effort: Effort) -> Result<Figure> {
+fn udp_small(network: &mut LabNetwork, effort: Effort) -> Result<Figure> {
     let options = format!("-u -l 64 -b {}M -i 0", effort.udp_mbit_per_s);
-    let text = iperf3(topology, Peer::Guest, &options, effort.seconds)?;
+    let text = iperf3(network, Peer::Guest, &options, effort.seconds)?;
     parse_udp(&text, 64)
 }
 
 /// With the host, a datagram as long as the MTU allows, a stream for each queue pair.
-fn udp_long(topology: &mut Topology, reverse: bool, effort: Effort) -> Result<Figure> {
-    let payload_bytes = topology.shape.mtu_bytes - IP_AND_UDP_BYTES;
-    let streams = u32::from(topology.shape.queue_pairs);
+fn udp_long(network: &mut LabNetwork, reverse: bool, effort: Effort) -> Result<Figure> {
+    let payload_bytes = network.shape.mtu_bytes - IP_AND_UDP_BYTES;
+    let streams = u32::from(network.shape.queue_pairs);
     let kbit_per_s = effort.udp_mbit_per_s * 1000 / streams;
     let mut options = format!("-u -l {payload_bytes} -b {kbit_per_s}K -P {streams} -i 0");
     if reverse {
         options.push_str(" -R");
     }
-    let text = iperf3(topology, Peer::Host, &options, effort.seconds)?;
+    let text = iperf3(network, Peer::Host, &options, effort.seconds)?;
     parse_udp(&text, payload_bytes)
 }
 
 /// Runs iperf3 on guest a against a fresh server on `peer`; gives its JSON.
-fn iperf3(topology: &mut Topology, peer: Peer, options: &str, seconds: u32) -> Result<String> {
-    let _server = start_server(topology, peer)?;
+fn iperf3(network: &mut LabNetwork, peer: Peer, options: &str, seconds: u32) -> Result<String> {
+    let _server = start_server(network, peer)?;
     let command = client_command(peer, options, seconds);
-    let answer = topology
+    let answer = network
         .guest(0)?
         .try_run(&command, client_timeout(seconds))?;
     Ok(answer.text)
@@ -297,7 +302,7 @@ pub(crate) fn client_timeout(seconds: u32) -> Duration {
 
 /// Starts an iperf3 server for one run and waits until it listens. The one on the host ends with
 /// what this gives; the one in the guest ends with its run or before the next.
-pub(crate) fn start_server(topology: &mut Topology, peer: Peer) -> Result<Option<Process>> {
+pub(crate) fn start_server(network: &mut LabNetwork, peer: Peer) -> Result<Option<Process>> {
     let address = peer.address();
     if peer == Peer::Guest {
         let command = format!(
@@ -305,10 +310,10 @@ pub(crate) fn start_server(topology: &mut Topology, peer: Peer) -> Result<Option
              n=100; until netstat -ltn | grep -q :{PORT}; do usleep 30000; \
              n=$((n-1)); [ $n -gt 0 ] || exit 1; done"
         );
-        topology.guest(1)?.run(&command, LISTEN_TIMEOUT + SLACK)?;
+        network.guest(1)?.run(&command, LISTEN_TIMEOUT + SLACK)?;
         return Ok(None);
     }
-    Ok(Some(start_host_server(&topology.namespace)?))
+    Ok(Some(start_host_server(&network.namespace)?))
 }
 
 /// Starts an iperf3 server for one run at the host's address and waits until it listens.

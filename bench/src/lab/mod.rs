@@ -2,7 +2,7 @@
 //! hashed transfers.
 //!
 //! The way of a run: [`image`] makes what the guests boot, [`accel`] decides between KVM and TCG,
-//! [`topology`] builds a switch with its guests in a [`NetNs`], [`mod@measure`] runs one test on it,
+//! [`network`] builds a switch with its guests in a [`NetNs`], [`mod@measure`] runs one test on it,
 //! [`report`] prints them all. [`scenario`] holds the acceptance runs. Whatever is started is
 //! ended by a `Drop`, also after Ctrl-C ([`crate::interrupt`]).
 
@@ -15,12 +15,12 @@ mod daemon;
 mod guest;
 mod image;
 mod measure;
+mod network;
 mod options;
 mod progress;
 mod report;
 mod scenario;
 mod shape;
-mod topology;
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -36,11 +36,11 @@ use crate::netns::NetNs;
 use crate::process::{Origin, find, run_ok};
 
 use measure::measure;
+use network::{Base, LabNetwork, LabSwitch};
 use options::Plan;
 use progress::Progress;
-use report::{LabMachine, Report, Sample};
-use shape::Shape;
-use topology::{Base, Switch, Topology};
+use report::{LabMachine, LabReport, Sample};
+use shape::NetworkShape;
 
 /// Runs the lab. The exit code is that of a failure when a measurement or a scenario failed.
 ///
@@ -108,7 +108,7 @@ fn run_in(plan: &Plan, folder: &Path) -> Result<bool> {
         measure_shape(plan, shape, &base, &progress, &mut samples)?;
     }
     progress.finish();
-    let report = Report::new(machine, samples, started.elapsed());
+    let report = LabReport::new(machine, samples, started.elapsed());
     if plan.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
@@ -121,7 +121,7 @@ fn run_in(plan: &Plan, folder: &Path) -> Result<bool> {
 /// that don't run are booted and silent.
 fn measure_shape(
     plan: &Plan,
-    shape: Shape,
+    shape: NetworkShape,
     base: &Base,
     progress: &Progress,
     samples: &mut Vec<Sample>,
@@ -130,26 +130,26 @@ fn measure_shape(
     for &switch in &plan.switches {
         progress.step(&format!("booting two guests on {}", label(switch, shape)));
         let started = Instant::now();
-        let mut topology = Topology::new(switch, shape, base)?;
-        topology.boot()?;
+        let mut network = LabNetwork::new(switch, shape, base)?;
+        network.boot()?;
         let seconds = started.elapsed().as_secs_f32();
         progress.say(&format!(
             "{}: both guests up after {seconds:.1} s",
             label(switch, shape)
         ));
-        sets.push(topology);
+        sets.push(network);
     }
     for pair in 0..plan.pairs {
         for &test in &plan.tests {
-            for topology in &mut sets {
+            for network in &mut sets {
                 progress.step(&format!(
                     "{}, {}",
-                    label(topology.switch, shape),
+                    label(network.switch, shape),
                     test.name()
                 ));
-                let outcome = measure(topology, test, plan.effort);
+                let outcome = measure(network, test, plan.effort);
                 interrupt::check()?;
-                let sample = Sample::new(topology.switch, shape, test, pair, outcome);
+                let sample = Sample::new(network.switch, shape, test, pair, outcome);
                 progress.say(&sample.line());
                 samples.push(sample);
             }
@@ -158,7 +158,7 @@ fn measure_shape(
     Ok(())
 }
 
-fn label(switch: Switch, shape: Shape) -> String {
+fn label(switch: LabSwitch, shape: NetworkShape) -> String {
     format!("{}, {shape}", switch.name())
 }
 

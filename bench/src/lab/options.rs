@@ -8,9 +8,9 @@ use clap::Args;
 use super::accel::AccelChoice;
 use super::daemon::Programs;
 use super::measure::{Effort, Test, TestGroup};
+use super::network::LabSwitch;
 use super::scenario::Scenario;
-use super::shape::{Host, Offloads, OffloadsOfGuests, Shape};
-use super::topology::Switch;
+use super::shape::{HostPort, NetworkShape, OffloadSet, OffloadsOfGuests};
 
 /// Queue pairs beyond the vCPUs of any guest here make no sense.
 const MAX_QUEUE_PAIRS: i64 = 16;
@@ -31,8 +31,8 @@ pub(crate) struct LabArgs {
     mtu: Vec<u16>,
 
     /// The host's port on ringwayd (on a Linux bridge the host is at the bridge itself)
-    #[arg(long, value_enum, default_value_t = Host::Tap)]
-    host: Host,
+    #[arg(long, value_enum, default_value_t = HostPort::Tap)]
+    host: HostPort,
 
     /// Offloads of the guests' NICs: all, csum (checksums only), none; as in `all/none` for guest a
     /// and guest b [default: all; with --scenario af-xdp: all,csum,none]
@@ -120,9 +120,9 @@ pub(crate) struct Choices {
 pub(crate) struct Plan {
     given: Choices,
     defaults: Choices,
-    host: Host,
+    host: HostPort,
     pub(crate) pairs: u32,
-    pub(crate) switches: Vec<Switch>,
+    pub(crate) switches: Vec<LabSwitch>,
     pub(crate) tests: Vec<Test>,
     pub(crate) effort: Effort,
     pub(crate) scenarios: Vec<Scenario>,
@@ -144,9 +144,9 @@ impl LabArgs {
         tests.sort();
         tests.dedup();
         let switches = match (self.baseline, self.baseline_only) {
-            (true, _) => vec![Switch::Ringway, Switch::LinuxBridge],
-            (_, true) => vec![Switch::LinuxBridge],
-            _ => vec![Switch::Ringway],
+            (true, _) => vec![LabSwitch::Ringway, LabSwitch::LinuxBridge],
+            (_, true) => vec![LabSwitch::LinuxBridge],
+            _ => vec![LabSwitch::Ringway],
         };
         Ok(Plan {
             given: Choices {
@@ -157,7 +157,7 @@ impl LabArgs {
             defaults: Choices {
                 queues: [1, 2][..up_to].to_vec(),
                 mtus: [1500, 9000][..up_to].to_vec(),
-                offloads: vec![OffloadsOfGuests::same(Offloads::All)],
+                offloads: vec![OffloadsOfGuests::same(OffloadSet::All)],
             },
             host: self.host,
             pairs: if self.baseline { self.pairs } else { 1 },
@@ -182,17 +182,17 @@ impl LabArgs {
 
 impl Plan {
     /// Every combination of what was chosen, on the host's port that was chosen.
-    pub(crate) fn shapes(&self) -> Vec<Shape> {
+    pub(crate) fn shapes(&self) -> Vec<NetworkShape> {
         self.shapes_or(&self.defaults, self.host)
     }
 
     /// As [`Plan::shapes`], with other defaults.
-    pub(crate) fn shapes_or(&self, defaults: &Choices, host: Host) -> Vec<Shape> {
+    pub(crate) fn shapes_or(&self, defaults: &Choices, host: HostPort) -> Vec<NetworkShape> {
         let mut shapes = Vec::new();
         for &queue_pairs in or(&self.given.queues, &defaults.queues) {
             for &mtu_bytes in or(&self.given.mtus, &defaults.mtus) {
                 for &offloads in or(&self.given.offloads, &defaults.offloads) {
-                    shapes.push(Shape {
+                    shapes.push(NetworkShape {
                         queue_pairs,
                         mtu_bytes,
                         host,
@@ -205,7 +205,7 @@ impl Plan {
     }
 
     pub(crate) fn needs_ringway(&self) -> bool {
-        self.switches.contains(&Switch::Ringway) || !self.scenarios.is_empty()
+        self.switches.contains(&LabSwitch::Ringway) || !self.scenarios.is_empty()
     }
 
     /// Steps of the progress bar, about.
@@ -258,7 +258,7 @@ mod tests {
     fn default_is_every_shape_on_ringway_once() {
         let plan = plan(&[]);
         assert_eq!(plan.shapes().len(), 4);
-        assert_eq!(plan.switches, [Switch::Ringway]);
+        assert_eq!(plan.switches, [LabSwitch::Ringway]);
         assert_eq!((plan.pairs, plan.tests.len()), (1, 7));
     }
 
@@ -267,14 +267,14 @@ mod tests {
         let plan = plan(&["--baseline", "--queues", "2", "--tests", "tcp,tcp-guests"]);
         assert_eq!(
             plan.shapes(),
-            [Shape {
+            [NetworkShape {
                 queue_pairs: 2,
                 mtu_bytes: 1500,
-                host: Host::Tap,
-                offloads: OffloadsOfGuests::same(Offloads::All),
+                host: HostPort::Tap,
+                offloads: OffloadsOfGuests::same(OffloadSet::All),
             }]
         );
-        assert_eq!(plan.switches, [Switch::Ringway, Switch::LinuxBridge]);
+        assert_eq!(plan.switches, [LabSwitch::Ringway, LabSwitch::LinuxBridge]);
         assert_eq!(
             (plan.pairs, plan.tests.len()),
             (3, 4),
@@ -286,7 +286,7 @@ mod tests {
     fn host_and_offloads_are_part_of_each_shape() {
         let words = ["--quick", "--host", "af-xdp", "--offloads", "csum,all/none"];
         let shapes = plan(&words).shapes();
-        assert!(shapes.iter().all(|shape| shape.host == Host::AfXdp));
+        assert!(shapes.iter().all(|shape| shape.host == HostPort::AfXdp));
         let offloads = shapes.iter().map(|shape| shape.offloads.to_string());
         assert_eq!(offloads.collect::<Vec<_>>(), ["csum", "all/none"]);
     }
@@ -296,9 +296,9 @@ mod tests {
         let defaults = Choices {
             queues: vec![2],
             mtus: vec![1500, 9000],
-            offloads: vec![OffloadsOfGuests::same(Offloads::None)],
+            offloads: vec![OffloadsOfGuests::same(OffloadSet::None)],
         };
-        let shapes = plan(&["--mtu", "576"]).shapes_or(&defaults, Host::AfXdp);
+        let shapes = plan(&["--mtu", "576"]).shapes_or(&defaults, HostPort::AfXdp);
         assert_eq!(shapes.len(), 1);
         assert_eq!((shapes[0].queue_pairs, shapes[0].mtu_bytes), (2, 576));
     }

@@ -11,8 +11,8 @@ use super::first_line;
 use super::guest::QEMU;
 use super::image::Image;
 use super::measure::{Figure, Test};
-use super::shape::Shape;
-use super::topology::Switch;
+use super::network::LabSwitch;
+use super::shape::NetworkShape;
 use crate::hint::with_hint;
 use crate::machine::Machine;
 use crate::stats::median;
@@ -77,9 +77,9 @@ impl LabMachine {
 /// One measurement.
 #[derive(Debug, Serialize)]
 pub(crate) struct Sample {
-    switch: Switch,
+    switch: LabSwitch,
     #[serde(flatten)]
-    shape: Shape,
+    shape: NetworkShape,
     test: Test,
     /// Number of the pair of interleaved runs, from 0.
     pair: u32,
@@ -91,8 +91,8 @@ pub(crate) struct Sample {
 
 impl Sample {
     pub(crate) fn new(
-        switch: Switch,
-        shape: Shape,
+        switch: LabSwitch,
+        shape: NetworkShape,
         test: Test,
         pair: u32,
         outcome: Result<Figure>,
@@ -135,7 +135,7 @@ impl Sample {
 #[derive(Debug, Serialize)]
 struct Ratio {
     #[serde(flatten)]
-    shape: Shape,
+    shape: NetworkShape,
     test: Test,
     median: f64,
     min: f64,
@@ -145,7 +145,7 @@ struct Ratio {
 
 /// A whole run.
 #[derive(Debug, Serialize)]
-pub(crate) struct Report {
+pub(crate) struct LabReport {
     machine: LabMachine,
     duration_seconds: f64,
     samples: Vec<Sample>,
@@ -153,10 +153,10 @@ pub(crate) struct Report {
     ratios: Vec<Ratio>,
 }
 
-impl Report {
-    pub(crate) fn new(machine: LabMachine, samples: Vec<Sample>, duration: Duration) -> Report {
+impl LabReport {
+    pub(crate) fn new(machine: LabMachine, samples: Vec<Sample>, duration: Duration) -> LabReport {
         let ratios = ratios(&samples);
-        Report {
+        LabReport {
             machine,
             duration_seconds: duration.as_secs_f64(),
             samples,
@@ -196,7 +196,7 @@ impl Report {
         text
     }
 
-    fn switches(&self) -> Vec<Switch> {
+    fn switches(&self) -> Vec<LabSwitch> {
         let mut switches = Vec::new();
         for sample in &self.samples {
             if !switches.contains(&sample.switch) {
@@ -220,7 +220,7 @@ impl Report {
         titles
     }
 
-    fn row(&self, shape: Shape, test: Test) -> Vec<String> {
+    fn row(&self, shape: NetworkShape, test: Test) -> Vec<String> {
         let mut row = vec![
             shape.queue_pairs.to_string(),
             shape.mtu_bytes.to_string(),
@@ -266,7 +266,7 @@ impl Report {
 }
 
 /// Shapes and tests in the order in which they first ran.
-fn cells(samples: &[Sample]) -> Vec<(Shape, Test)> {
+fn cells(samples: &[Sample]) -> Vec<(NetworkShape, Test)> {
     let mut cells = Vec::new();
     for sample in samples {
         if !cells.contains(&(sample.shape, sample.test)) {
@@ -295,8 +295,8 @@ fn ratios(samples: &[Sample]) -> Vec<Ratio> {
         .filter_map(|(shape, test)| {
             let values: Vec<f64> = (0..=last)
                 .filter_map(|pair| {
-                    let ours = value(Switch::Ringway, shape, test, pair)?;
-                    Some(ours / value(Switch::LinuxBridge, shape, test, pair)?)
+                    let ours = value(LabSwitch::Ringway, shape, test, pair)?;
+                    Some(ours / value(LabSwitch::LinuxBridge, shape, test, pair)?)
                 })
                 .collect();
             Some(Ratio {
@@ -352,17 +352,17 @@ fn short_version(line: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::shape::{Host, Offloads, OffloadsOfGuests};
+    use super::super::shape::{HostPort, OffloadSet, OffloadsOfGuests};
     use super::*;
 
-    const SHAPE: Shape = Shape {
+    const SHAPE: NetworkShape = NetworkShape {
         queue_pairs: 1,
         mtu_bytes: 1500,
-        host: Host::Tap,
-        offloads: OffloadsOfGuests::same(Offloads::All),
+        host: HostPort::Tap,
+        offloads: OffloadsOfGuests::same(OffloadSet::All),
     };
 
-    fn sample(switch: Switch, pair: u32, gbit: f64) -> Sample {
+    fn sample(switch: LabSwitch, pair: u32, gbit: f64) -> Sample {
         let figure = Figure::Tcp {
             bits_per_second: gbit * 1e9,
             retransmits: 0,
@@ -374,10 +374,10 @@ mod tests {
     fn ratios_pair_runs_that_followed_each_other() {
         let mut samples = Vec::new();
         for (pair, ours, theirs) in [(0, 2.0, 1.0), (1, 3.0, 1.0), (2, 10.0, 2.0)] {
-            samples.push(sample(Switch::Ringway, pair, ours));
-            samples.push(sample(Switch::LinuxBridge, pair, theirs));
+            samples.push(sample(LabSwitch::Ringway, pair, ours));
+            samples.push(sample(LabSwitch::LinuxBridge, pair, theirs));
         }
-        samples.push(sample(Switch::Ringway, 3, 9.0)); // its partner is missing
+        samples.push(sample(LabSwitch::Ringway, 3, 9.0)); // its partner is missing
         let ratios = ratios(&samples);
         assert_eq!(ratios.len(), 1);
         assert_eq!(
@@ -389,13 +389,13 @@ mod tests {
 
     #[test]
     fn a_run_without_frames_counts_as_failed() {
-        assert!(sample(Switch::Ringway, 0, 0.0).error.is_some());
-        assert!(sample(Switch::Ringway, 0, 0.1).error.is_none());
+        assert!(sample(LabSwitch::Ringway, 0, 0.0).error.is_some());
+        assert!(sample(LabSwitch::Ringway, 0, 0.1).error.is_none());
     }
 
     #[test]
     fn json_of_a_sample_is_flat_with_units_in_names() {
-        let json = serde_json::to_value(sample(Switch::LinuxBridge, 0, 1.0)).expect("json");
+        let json = serde_json::to_value(sample(LabSwitch::LinuxBridge, 0, 1.0)).expect("json");
         assert_eq!(json["switch"], "linux_bridge");
         assert_eq!(json["mtu_bytes"], 1500);
         assert_eq!(json["host"], "tap");

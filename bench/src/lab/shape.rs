@@ -8,15 +8,15 @@ use serde::{Serialize, Serializer};
 
 /// Sizes and kinds of all ports of a switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Shape {
+pub(crate) struct NetworkShape {
     pub(crate) queue_pairs: u16,
     /// L3.
     pub(crate) mtu_bytes: u16,
-    pub(crate) host: Host,
+    pub(crate) host: HostPort,
     pub(crate) offloads: OffloadsOfGuests,
 }
 
-impl Shape {
+impl NetworkShape {
     /// Without spaces, for lines that hold several, and for names of files.
     pub(crate) fn tag(self) -> String {
         let (host, offloads) = (self.host.name(), self.offloads.to_string());
@@ -28,9 +28,9 @@ impl Shape {
     }
 }
 
-impl fmt::Display for Shape {
+impl fmt::Display for NetworkShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Shape {
+        let NetworkShape {
             queue_pairs,
             mtu_bytes,
             host,
@@ -47,25 +47,25 @@ impl fmt::Display for Shape {
 /// How the host is plugged into ringwayd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Host {
+pub(crate) enum HostPort {
     /// A tap interface
     Tap,
     /// An AF_XDP port on one end of a veth pair, whose other end is the host's
     AfXdp,
 }
 
-impl Host {
+impl HostPort {
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Host::Tap => "tap",
-            Host::AfXdp => "af-xdp",
+            HostPort::Tap => "tap",
+            HostPort::AfXdp => "af-xdp",
         }
     }
 }
 
 /// Offloads that a guest's NIC has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Offloads {
+pub(crate) enum OffloadSet {
     /// What QEMU offers by default: checksums, TSO, USO.
     All,
     /// Checksums both ways, no segmentation.
@@ -92,23 +92,23 @@ const SEGMENTATION_PROPERTIES: [&str; 12] = [
     "guest_uso6",
 ];
 
-impl Offloads {
-    const EVERY: [Offloads; 3] = [Offloads::All, Offloads::Csum, Offloads::None];
+impl OffloadSet {
+    const EVERY: [OffloadSet; 3] = [OffloadSet::All, OffloadSet::Csum, OffloadSet::None];
 
     fn name(self) -> &'static str {
         match self {
-            Offloads::All => "all",
-            Offloads::Csum => "csum",
-            Offloads::None => "none",
+            OffloadSet::All => "all",
+            OffloadSet::Csum => "csum",
+            OffloadSet::None => "none",
         }
     }
 
     /// What to append to QEMU's `virtio-net-pci`: everything is on by default.
     pub(crate) fn qemu_properties(self) -> String {
         let off: &[&[&str]] = match self {
-            Offloads::All => &[],
-            Offloads::Csum => &[&SEGMENTATION_PROPERTIES],
-            Offloads::None => &[&CHECKSUM_PROPERTIES, &SEGMENTATION_PROPERTIES],
+            OffloadSet::All => &[],
+            OffloadSet::Csum => &[&SEGMENTATION_PROPERTIES],
+            OffloadSet::None => &[&CHECKSUM_PROPERTIES, &SEGMENTATION_PROPERTIES],
         };
         off.concat()
             .iter()
@@ -118,21 +118,21 @@ impl Offloads {
 
     /// Whether a guest leaves checksums open, and takes frames that do.
     pub(crate) fn checksums(self) -> bool {
-        self != Offloads::None
+        self != OffloadSet::None
     }
 
     /// Whether a guest sends and takes TCP frames longer than the MTU.
     pub(crate) fn segments(self) -> bool {
-        self == Offloads::All
+        self == OffloadSet::All
     }
 }
 
 /// Offloads of guest a and of guest b: `csum`, or `all/none` if they differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct OffloadsOfGuests(pub(crate) [Offloads; 2]);
+pub(crate) struct OffloadsOfGuests(pub(crate) [OffloadSet; 2]);
 
 impl OffloadsOfGuests {
-    pub(crate) const fn same(offloads: Offloads) -> OffloadsOfGuests {
+    pub(crate) const fn same(offloads: OffloadSet) -> OffloadsOfGuests {
         OffloadsOfGuests([offloads, offloads])
     }
 }
@@ -163,7 +163,7 @@ impl FromStr for OffloadsOfGuests {
 
     fn from_str(text: &str) -> Result<Self, NoOffloads> {
         let one = |name: &str| {
-            Offloads::EVERY
+            OffloadSet::EVERY
                 .into_iter()
                 .find(|offloads| offloads.name() == name)
                 .ok_or_else(|| NoOffloads(text.to_owned()))
@@ -183,9 +183,12 @@ mod tests {
 
     #[test]
     fn offloads_of_the_guests_may_differ() {
-        assert_eq!(parse("csum"), Some(OffloadsOfGuests::same(Offloads::Csum)));
+        assert_eq!(
+            parse("csum"),
+            Some(OffloadsOfGuests::same(OffloadSet::Csum))
+        );
         let mixed = parse("all/none").expect("two names");
-        assert_eq!(mixed.0, [Offloads::All, Offloads::None]);
+        assert_eq!(mixed.0, [OffloadSet::All, OffloadSet::None]);
         for text in ["csum", "all/none"] {
             assert_eq!(parse(text).expect("valid").to_string(), text);
         }
@@ -196,20 +199,20 @@ mod tests {
 
     #[test]
     fn properties_turn_off_what_a_guest_is_not_to_have() {
-        assert_eq!(Offloads::All.qemu_properties(), "");
-        let csum = Offloads::Csum.qemu_properties();
+        assert_eq!(OffloadSet::All.qemu_properties(), "");
+        let csum = OffloadSet::Csum.qemu_properties();
         assert!(csum.starts_with(",gso=off,host_tso4=off") && !csum.contains("csum"));
-        let none = Offloads::None.qemu_properties();
+        let none = OffloadSet::None.qemu_properties();
         assert!(none.starts_with(",csum=off,guest_csum=off,gso=off"));
         assert!(!none.contains("mrg_rxbuf"));
     }
 
     #[test]
     fn a_shape_is_named_by_all_its_parts() {
-        let shape = Shape {
+        let shape = NetworkShape {
             queue_pairs: 2,
             mtu_bytes: 9000,
-            host: Host::AfXdp,
+            host: HostPort::AfXdp,
             offloads: parse("all/csum").expect("valid"),
         };
         assert_eq!(

@@ -113,7 +113,7 @@ impl std::fmt::Display for FrameSize {
 
 /// Frames for which switches are set up alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Class {
+pub(crate) enum FrameClass {
     /// Within an MTU of 1,500.
     Standard,
     /// Within one of 9,000.
@@ -124,11 +124,11 @@ pub(crate) enum Class {
 
 impl FrameSize {
     /// How switches are set up for it.
-    pub(crate) fn class(self) -> Class {
+    pub(crate) fn class(self) -> FrameClass {
         match self.sizes().iter().max() {
-            Some(size) if *size > MAX_PLAIN => Class::Segmented,
-            Some(size) if *size > 1518 => Class::Jumbo,
-            _ => Class::Standard,
+            Some(size) if *size > MAX_PLAIN => FrameClass::Segmented,
+            Some(size) if *size > 1518 => FrameClass::Jumbo,
+            _ => FrameClass::Standard,
         }
     }
 
@@ -304,10 +304,10 @@ mod tests {
     #[test]
     fn the_class_of_a_size_tells_how_switches_are_set_up() {
         let class = |text: &str| text.parse::<FrameSize>().unwrap().class();
-        assert_eq!(class("imix"), Class::Standard);
-        assert_eq!(class("1518"), Class::Standard);
-        assert_eq!(class("1519"), Class::Jumbo);
-        assert_eq!(class("9018"), Class::Jumbo);
-        assert_eq!(class("9019"), Class::Segmented);
+        assert_eq!(class("imix"), FrameClass::Standard);
+        assert_eq!(class("1518"), FrameClass::Standard);
+        assert_eq!(class("1519"), FrameClass::Jumbo);
+        assert_eq!(class("9018"), FrameClass::Jumbo);
+        assert_eq!(class("9019"), FrameClass::Segmented);
     }
 }

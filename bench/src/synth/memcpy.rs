@@ -17,14 +17,14 @@ const BURST: usize = 32;
 
 /// Buffers of one direction: a transmit ring's and a receive ring's.
 #[derive(Debug)]
-struct Way {
+struct CopyWay {
     from: Window,
     to: Window,
     at_from: usize,
     at_to: usize,
 }
 
-impl Way {
+impl CopyWay {
     fn new(memory: &Arc<DriverMemory>, from: u64, to: u64) -> Result<Self> {
         let window = |bytes: u64| -> Result<Window> {
             let addr = memory.alloc(bytes, 4096)?;
@@ -68,8 +68,8 @@ pub(crate) fn trial(config: &LoadConfig, duration: Duration) -> Result<f64> {
     let received = received.max(u64::from(frame));
     let memory = DriverMemory::single(2 * (sent + received + 8192), config.shape.huge)?;
     let mut ways = [
-        Way::new(&memory, sent, received)?,
-        Way::new(&memory, sent, received)?,
+        CopyWay::new(&memory, sent, received)?,
+        CopyWay::new(&memory, sent, received)?,
     ];
     let start = Instant::now();
     let mut copied = 0u64;
@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn copies_go_round_in_both_buffers() {
         let memory = DriverMemory::single(1 << 16, false).unwrap();
-        let mut way = Way::new(&memory, 300, 200).unwrap();
+        let mut way = CopyWay::new(&memory, 300, 200).unwrap();
         way.from.write(200, &[7; 100]);
         let mut back = [0; 200];
         (0..3).for_each(|_| way.copy(100));

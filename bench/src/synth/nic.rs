@@ -34,7 +34,7 @@ const LOOK: Duration = Duration::from_millis(2);
 
 /// Which way frames go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum NicWay {
     /// From the guest.
     ToNic,
     /// To the guest.
@@ -43,13 +43,13 @@ pub(crate) enum Way {
 
 /// A veth pair in a namespace of its own; gone when dropped.
 #[derive(Debug)]
-pub(crate) struct Wire {
+pub(crate) struct VethPair {
     namespace: NetNs,
     /// Index of the far end.
     far: u32,
 }
 
-impl Wire {
+impl VethPair {
     /// Makes one for the switch of this name.
     pub(crate) fn create(switch: &str) -> Result<Self> {
         let namespace = NetNs::create(switch)?;
@@ -74,7 +74,7 @@ impl Wire {
 /// A guest and a far end that are connected.
 pub(crate) struct NicLoad {
     guest: LoadGuest,
-    way: Way,
+    way: NicWay,
     templates: Vec<Template>,
     /// Frames that are made by one call, which takes the time of a hundred: as many as find room in
     /// the guest's ring while it is being refilled.
@@ -84,7 +84,7 @@ pub(crate) struct NicLoad {
 
 impl NicLoad {
     /// Connects the guest and waits until frames go both ways. To be called beside the NIC.
-    pub(crate) fn connect(config: &LoadConfig, wire: &Wire, way: Way) -> Result<Self> {
+    pub(crate) fn connect(config: &LoadConfig, wire: &VethPair, way: NicWay) -> Result<Self> {
         let to_guest = config.templates(1).swap_remove(0);
         let frame = to_guest.for_flow(0)[NET_HEADER_BYTES..].to_vec();
         let refused = "the kernel refused the XDP program that makes frames";
@@ -146,10 +146,10 @@ impl NicLoad {
         let (mut counted, mut next) = (arrived()?, LOOK);
         while !meter.is_over() {
             let mut turn = match self.way {
-                Way::ToNic => self.offer()?,
-                Way::FromNic => self.make_and_take()?,
+                NicWay::ToNic => self.offer()?,
+                NicWay::FromNic => self.make_and_take()?,
             };
-            if self.way == Way::ToNic && meter.elapsed() >= next {
+            if self.way == NicWay::ToNic && meter.elapsed() >= next {
                 next = meter.elapsed() + LOOK;
                 let now = arrived()?;
                 turn.received = now.saturating_sub(counted);

@@ -9,11 +9,11 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::args::{Class, FrameSize, LoadArgs, LoadPlace};
+use super::args::{FrameClass, FrameSize, LoadArgs, LoadPlace};
 use super::huge::{HugePages, free_pages, pages_of_load};
 use super::load::{Load, LoadConfig, pin};
 use super::report::{Environment, Limit, Percentiles, Shares};
-use super::switch::{Kind, Place, Switch};
+use super::switch::{RunningSwitch, SwitchKind, SwitchSetup};
 use crate::interrupt;
 
 /// Unmeasured time at full rate before each measurement.
@@ -48,7 +48,7 @@ pub(crate) struct RunArgs {
         default_value = "ringway",
         conflicts_with = "socket_a"
     )]
-    switch: Kind,
+    switch: SwitchKind,
     /// Pairs of guests
     #[arg(
         long,
@@ -135,23 +135,23 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
         _ => {
             let classes = args.load.frames().iter().map(|frame| frame.class());
             let class = classes.max().context("no frame size")?;
-            let place = Place {
+            let place = SwitchSetup {
                 cpu: switch_cpu,
                 other_cpu: load_cpu,
                 ports: guests,
                 nic: false,
                 queues: args.load.queues(),
                 class,
-                tso: args.load.tso() || class == Class::Segmented,
+                tso: args.load.tso() || class == FrameClass::Segmented,
                 huge: args.load.huge(),
             };
-            let started = switch.insert(Switch::start(args.switch, place)?);
+            let started = switch.insert(RunningSwitch::start(args.switch, place)?);
             started.sockets().to_vec()
         }
     };
     let place = switch
         .as_ref()
-        .map_or(LoadPlace::default(), Switch::load_place);
+        .map_or(LoadPlace::default(), RunningSwitch::load_place);
     let place = LoadPlace { huge, ..place };
     let mut rows = Vec::new();
     for size in args.load.frames() {
@@ -171,7 +171,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
         let report = serde_json::json!({
             "environment": Environment::here(),
             "switch": switch.as_ref().map(|switch| switch.kind().name()),
-            "switch_version": switch.as_ref().map(Switch::version),
+            "switch_version": switch.as_ref().map(RunningSwitch::version),
             "layout": args.load.layout_name(),
             "queue_size": args.load.queue_size(),
             "queues": args.load.queues(),
@@ -211,7 +211,7 @@ fn measure(
     size: FrameSize,
     config: &LoadConfig,
     cpu: usize,
-    switch: Option<&mut Switch>,
+    switch: Option<&mut RunningSwitch>,
 ) -> Result<Row> {
     let duration = Duration::try_from_secs_f64(args.duration)?;
     let frame = size.to_string();
@@ -238,7 +238,7 @@ fn max_row(
     config: &LoadConfig,
     duration: Duration,
     cpu: usize,
-    mut switch: Option<&mut Switch>,
+    mut switch: Option<&mut RunningSwitch>,
 ) -> Result<Row> {
     let mut load = on_cpu(cpu, || -> Result<Load> {
         let mut load = Load::connect(config)?;
@@ -246,7 +246,9 @@ fn max_row(
         Ok(load)
     })??;
     // testpmd's account costs it a little: it is for comparisons, in a run of its own.
-    let tells = |switch: &&mut Switch| !matches!(switch.kind(), Kind::Testpmd | Kind::TestpmdMac);
+    let tells = |switch: &&mut RunningSwitch| {
+        !matches!(switch.kind(), SwitchKind::Testpmd | SwitchKind::TestpmdMac)
+    };
     let account = match switch.as_mut().filter(|switch| tells(switch)) {
         Some(switch) => Some(switch.begin_account()?),
         None => None,

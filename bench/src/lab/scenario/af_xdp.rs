@@ -7,9 +7,9 @@ use serde_json::Value;
 use super::super::capture::Capture;
 use super::super::guest::NAMES;
 use super::super::measure::{Effort, Figure, Test, measure};
+use super::super::network::{HOST_INTERFACE, HOST_PORT, LabNetwork};
 use super::super::options::Choices;
-use super::super::shape::{Host, Offloads, OffloadsOfGuests, Shape};
-use super::super::topology::{HOST_INTERFACE, HOST_PORT, Topology};
+use super::super::shape::{HostPort, NetworkShape, OffloadSet, OffloadsOfGuests};
 use super::{Findings, Stage};
 use crate::interrupt;
 
@@ -37,17 +37,17 @@ pub(super) fn af_xdp(stage: &Stage<'_>) -> Result<Findings> {
     let defaults = Choices {
         queues: vec![2],
         mtus: vec![1500, 9000],
-        offloads: [Offloads::All, Offloads::Csum, Offloads::None]
+        offloads: [OffloadSet::All, OffloadSet::Csum, OffloadSet::None]
             .map(OffloadsOfGuests::same)
             .to_vec(),
     };
     let mut findings = Findings::default();
-    for shape in stage.plan.shapes_or(&defaults, Host::AfXdp) {
+    for shape in stage.plan.shapes_or(&defaults, HostPort::AfXdp) {
         stage.progress.say(&format!("af-xdp: {}", shape.tag()));
-        let mut run = Run {
+        let mut run = ShapeRun {
             stage,
             shape,
-            topology: stage.guests(shape)?,
+            network: stage.guests(shape)?,
             findings: Findings::default(),
         };
         run.negotiated()?;
@@ -64,14 +64,14 @@ pub(super) fn af_xdp(stage: &Stage<'_>) -> Result<Findings> {
 }
 
 /// All tests of one shape.
-struct Run<'a> {
+struct ShapeRun<'a> {
     stage: &'a Stage<'a>,
-    shape: Shape,
-    topology: Topology,
+    shape: NetworkShape,
+    network: LabNetwork,
     findings: Findings,
 }
 
-impl Run<'_> {
+impl ShapeRun<'_> {
     /// Guests have the offloads that this shape is about.
     fn negotiated(&mut self) -> Result<()> {
         for (name, offloads) in NAMES.iter().zip(self.shape.offloads.0) {
@@ -83,7 +83,7 @@ impl Run<'_> {
                 expected.push("tso4");
             }
             for field in ["rx_offloads", "tx_offloads"] {
-                let value = self.topology.daemon()?.port_field(name, field)?;
+                let value = self.network.daemon()?.port_field(name, field)?;
                 let has = |offload: &&str| names(&value).contains(offload);
                 let found: Vec<_> = ["checksum", "tso4"].into_iter().filter(has).collect();
                 self.findings.require(found == expected, || {
@@ -99,7 +99,7 @@ impl Run<'_> {
             seconds: 2,
             ..self.stage.plan.effort
         };
-        let outcome = measure(&mut self.topology, test, effort);
+        let outcome = measure(&mut self.network, test, effort);
         interrupt::check()?;
         let findings = &mut self.findings;
         match outcome {
@@ -131,8 +131,8 @@ impl Run<'_> {
 
     /// A test while all that reaches the host is captured; no frame of that may be wrong.
     fn captured(&mut self, test: Test, at_least: usize) -> Result<()> {
-        let folder = self.topology.folder();
-        let capture = Capture::start(&self.topology.namespace, HOST_INTERFACE, folder)?;
+        let folder = self.network.folder();
+        let capture = Capture::start(&self.network.namespace, HOST_INTERFACE, folder)?;
         self.test(test)?;
         let checked = capture.check()?;
         let (findings, sums) = (&mut self.findings, &checked.checksums);
@@ -177,7 +177,7 @@ impl Run<'_> {
             ("b", "tx_gso_frames", a.segments() && !b.segments()),
         ];
         for (port, field, expected) in expected {
-            let value = self.topology.daemon()?.port_field(port, field)?;
+            let value = self.network.daemon()?.port_field(port, field)?;
             let count = value.as_u64().unwrap_or(0);
             self.findings.require((count > 0) == expected, || {
                 format!("{field} of {port} is {count}")

@@ -6,8 +6,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::super::measure::{Peer, SLACK, client_command, parse_report, start_server};
-use super::super::shape::Shape;
-use super::super::topology::Topology;
+use super::super::network::LabNetwork;
+use super::super::shape::NetworkShape;
 use super::{Findings, Stage};
 use crate::interrupt;
 
@@ -30,13 +30,18 @@ pub(super) fn churn(stage: &Stage<'_>) -> Result<Findings> {
     Ok(findings)
 }
 
-fn one_shape(stage: &Stage<'_>, shape: Shape, label: &str, findings: &mut Findings) -> Result<()> {
+fn one_shape(
+    stage: &Stage<'_>,
+    shape: NetworkShape,
+    label: &str,
+    findings: &mut Findings,
+) -> Result<()> {
     let seconds = stage.plan.effort.seconds.max(MIN_SECONDS);
-    let mut topology = stage.guests(shape)?;
-    let calm = transfer(&mut topology, seconds, |_, _| Ok(()))?;
+    let mut network = stage.guests(shape)?;
+    let calm = transfer(&mut network, seconds, |_, _| Ok(()))?;
     let mut cycles = 0;
-    let stirred = transfer(&mut topology, seconds, |topology, number| {
-        cycle(topology, number)?;
+    let stirred = transfer(&mut network, seconds, |network, number| {
+        cycle(network, number)?;
         cycles = number + 1;
         Ok(())
     })?;
@@ -66,9 +71,9 @@ fn one_shape(stage: &Stage<'_>, shape: Shape, label: &str, findings: &mut Findin
 }
 
 /// Adds and deletes one port: a tap, or a vhost-user socket, in turns.
-fn cycle(topology: &Topology, number: u32) -> Result<()> {
-    let daemon = topology.daemon()?;
-    let socket = topology.port_socket(PORT);
+fn cycle(network: &LabNetwork, number: u32) -> Result<()> {
+    let daemon = network.daemon()?;
+    let socket = network.port_socket(PORT);
     let socket = socket.to_string_lossy();
     let kind = match number % 2 {
         0 => ["tap", "--ifname", TAP],
@@ -76,7 +81,7 @@ fn cycle(topology: &Topology, number: u32) -> Result<()> {
     };
     daemon.ringway(&[&["port", "add", PORT][..], &kind].concat())?;
     if number.is_multiple_of(2) {
-        topology.namespace.ip(&["link", "set", TAP, "up"])?;
+        network.namespace.ip(&["link", "set", TAP, "up"])?;
     }
     daemon.ringway(&["port", "del", PORT])?;
     Ok(())
@@ -89,15 +94,15 @@ struct Transfer {
 
 /// Runs iperf3 in the guests' background and `beside` again and again until it ended.
 fn transfer(
-    topology: &mut Topology,
+    network: &mut LabNetwork,
     seconds: u32,
-    mut beside: impl FnMut(&Topology, u32) -> Result<()>,
+    mut beside: impl FnMut(&LabNetwork, u32) -> Result<()>,
 ) -> Result<Transfer> {
-    let _server = start_server(topology, Peer::Guest)?;
-    let options = format!("-P {} -i 1", topology.shape.queue_pairs);
+    let _server = start_server(network, Peer::Guest)?;
+    let options = format!("-P {} -i 1", network.shape.queue_pairs);
     let client = client_command(Peer::Guest, &options, seconds);
     let command = format!("rm -f /tmp/done; ({client} >/tmp/client 2>&1; touch /tmp/done) &");
-    topology.guest(0)?.run(&command, SLACK)?;
+    network.guest(0)?.run(&command, SLACK)?;
     let started = Instant::now();
     let deadline = started + Duration::from_secs(u64::from(seconds)) + SLACK;
     // Asking the guest costs it time, so it is asked only when the run must be over.
@@ -106,9 +111,9 @@ fn transfer(
     loop {
         let asked = Instant::now();
         if asked < earliest {
-            beside(topology, number)?;
+            beside(network, number)?;
             number += 1;
-        } else if topology
+        } else if network
             .guest(0)?
             .try_run("test -f /tmp/done", SLACK)?
             .status
@@ -120,7 +125,7 @@ fn transfer(
         }
         interrupt::sleep(Duration::from_millis(5))?;
     }
-    let text = topology.guest(0)?.run("cat /tmp/client", SLACK)?;
+    let text = network.guest(0)?.run("cat /tmp/client", SLACK)?;
     rates(&text)
 }
 

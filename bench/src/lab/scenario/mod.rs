@@ -14,11 +14,11 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::measure::{Effort, Test, measure};
+use super::network::{Base, LabNetwork, LabSwitch};
 use super::options::Plan;
 use super::progress::Progress;
 use super::report::LabMachine;
-use super::shape::Shape;
-use super::topology::{Base, Switch, Topology};
+use super::shape::NetworkShape;
 use crate::hint::with_hint;
 use crate::interrupt;
 
@@ -130,19 +130,19 @@ struct Stage<'a> {
 
 impl Stage<'_> {
     /// ringwayd with its ports; no guest yet.
-    fn switch(&self, shape: Shape) -> Result<Topology> {
-        Topology::new(Switch::Ringway, shape, &self.base)
+    fn switch(&self, shape: NetworkShape) -> Result<LabNetwork> {
+        LabNetwork::new(LabSwitch::Ringway, shape, &self.base)
     }
 
     /// ringwayd with both guests up.
-    fn guests(&self, shape: Shape) -> Result<Topology> {
-        let mut topology = self.switch(shape)?;
-        topology.boot()?;
-        Ok(topology)
+    fn guests(&self, shape: NetworkShape) -> Result<LabNetwork> {
+        let mut network = self.switch(shape)?;
+        network.boot()?;
+        Ok(network)
     }
 
     /// The shape of scenarios that need only one.
-    fn shape(&self) -> Result<Shape> {
+    fn shape(&self) -> Result<NetworkShape> {
         self.plan
             .shapes()
             .first()
@@ -237,14 +237,14 @@ fn matrix(stage: &Stage<'_>) -> Result<Findings> {
     for shape in stage.plan.shapes() {
         let label = shape.tag();
         stage.progress.say(&format!("matrix: {label}"));
-        let mut topology = stage.guests(shape)?;
+        let mut network = stage.guests(shape)?;
         let mut words = Vec::new();
         for test in MATRIX_TESTS {
             let effort = Effort {
                 seconds: 2,
                 ..stage.plan.effort
             };
-            let outcome = measure(&mut topology, test, effort);
+            let outcome = measure(&mut network, test, effort);
             interrupt::check()?;
             match outcome {
                 Ok(figure) => {
@@ -265,13 +265,13 @@ fn matrix(stage: &Stage<'_>) -> Result<Findings> {
 }
 
 /// One-second proofs that frames pass between all three, both ways.
-fn traffic_passes(topology: &mut Topology, findings: &mut Findings, when: &str) -> Result<()> {
+fn traffic_passes(network: &mut LabNetwork, findings: &mut Findings, when: &str) -> Result<()> {
     let effort = Effort {
         seconds: 1,
         udp_mbit_per_s: 1,
     };
     for test in [Test::PingAB, Test::PingAHost, Test::TcpAB, Test::TcpBA] {
-        let outcome = measure(topology, test, effort);
+        let outcome = measure(network, test, effort);
         interrupt::check()?;
         match outcome {
             Ok(figure) => {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::super::guest::{HOST_ADDRESS, address};
 use super::super::measure::{Figure, ping};
-use super::super::topology::Topology;
+use super::super::network::LabNetwork;
 use super::{Findings, Stage, traffic_passes};
 use crate::interrupt;
 use crate::netns::NetNs;
@@ -40,15 +40,15 @@ const PROBE_TAP: &str = "rwprobe";
 /// CPU of two silent guests' switch, then single frames into it.
 pub(super) fn idle(stage: &Stage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
-    let mut topology = stage.guests(stage.shape()?)?;
+    let mut network = stage.guests(stage.shape()?)?;
     // Traffic first: idle after work is what counts, not idle that never began.
-    traffic_passes(&mut topology, &mut findings, "before")?;
+    traffic_passes(&mut network, &mut findings, "before")?;
     interrupt::sleep(SETTLE)?;
 
     stage.progress.say("idle: watching ringwayd's CPU for 10 s");
-    let (cpu, started) = (topology.daemon()?.cpu_seconds()?, Instant::now());
+    let (cpu, started) = (network.daemon()?.cpu_seconds()?, Instant::now());
     interrupt::sleep(WATCH)?;
-    let used = topology.daemon()?.cpu_seconds()? - cpu;
+    let used = network.daemon()?.cpu_seconds()? - cpu;
     let percent = 100.0 * used / started.elapsed().as_secs_f64();
     findings.note(
         "cpu_percent",
@@ -66,7 +66,7 @@ pub(super) fn idle(stage: &Stage<'_>) -> Result<Findings> {
         median_rtt_ms,
         max_rtt_ms,
         ..
-    } = ping(&mut topology, &address(1), 20, 0.3)?
+    } = ping(&mut network, &address(1), 20, 0.3)?
     else {
         unreachable!("ping gives a ping's figure")
     };
@@ -75,7 +75,7 @@ pub(super) fn idle(stage: &Stage<'_>) -> Result<Findings> {
         median_rtt_ms,
         format!("guest-guest ping after 0.3 s idle {median_rtt_ms:.2} ms (max {max_rtt_ms:.2})"),
     );
-    let times = first_frames(&topology)?;
+    let times = first_frames(&network)?;
     let slowest = times.iter().copied().fold(0.0, f64::max);
     let middle = median(&times);
     findings.note(
@@ -94,14 +94,14 @@ pub(super) fn idle(stage: &Stage<'_>) -> Result<Findings> {
 
 /// Milliseconds from a send on the host's interface to the arrival at a second tap. Guests have no part
 /// in it, so that this is the time of ringwayd and of the host's own stack.
-fn first_frames(topology: &Topology) -> Result<Vec<f64>> {
-    let daemon = topology.daemon()?;
+fn first_frames(network: &LabNetwork) -> Result<Vec<f64>> {
+    let daemon = network.daemon()?;
     let far = NetNs::create("probe")?;
-    let mtu = topology.shape.mtu_bytes.to_string();
+    let mtu = network.shape.mtu_bytes.to_string();
     daemon.ringway(&[
         "port", "add", PROBE_PORT, "tap", "--ifname", PROBE_TAP, "--queues", "1", "--mtu", &mtu,
     ])?;
-    topology
+    network
         .namespace
         .ip(&["link", "set", PROBE_TAP, "netns", far.name()])?;
     far.ip(&[
@@ -112,16 +112,16 @@ fn first_frames(topology: &Topology) -> Result<Vec<f64>> {
         PROBE_TAP,
     ])?;
     far.ip(&["link", "set", PROBE_TAP, "up"])?;
-    let times = send_probes(topology, &far);
+    let times = send_probes(network, &far);
     daemon.ringway(&["port", "del", PROBE_PORT])?;
     times
 }
 
-fn send_probes(topology: &Topology, far: &NetNs) -> Result<Vec<f64>> {
+fn send_probes(network: &LabNetwork, far: &NetNs) -> Result<Vec<f64>> {
     let receiver = far.on_thread(|| {
         UdpSocket::bind((PROBE_ADDRESS, 0)).context("binding the probe's receiver")
     })?;
-    let sender = topology
+    let sender = network
         .namespace
         .on_thread(|| UdpSocket::bind((HOST_ADDRESS, 0)).context("binding the probe's sender"))?;
     receiver.set_read_timeout(Some(Duration::from_secs(2)))?;
@@ -146,9 +146,9 @@ fn send_probes(topology: &Topology, far: &NetNs) -> Result<Vec<f64>> {
 /// Memory of the daemon with two guests and the host, after traffic.
 pub(super) fn rss(stage: &Stage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
-    let mut topology = stage.guests(stage.shape()?)?;
-    traffic_passes(&mut topology, &mut findings, "before")?;
-    let daemon = topology.daemon()?;
+    let mut network = stage.guests(stage.shape()?)?;
+    traffic_passes(&mut network, &mut findings, "before")?;
+    let daemon = network.daemon()?;
     let own = daemon.memory_bytes("RssAnon")? + daemon.memory_bytes("RssFile")?;
     let shared = daemon.memory_bytes("RssShmem")?;
     let mib = |bytes: u64| bytes >> 20;

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use super::super::guest::address;
 use super::super::measure::{Peer, SLACK, client_command, start_server};
-use super::super::topology::Topology;
+use super::super::network::LabNetwork;
 use super::{Findings, Stage, holds_within, traffic_passes};
 use crate::interrupt;
 use crate::stats::median;
@@ -29,13 +29,13 @@ const NOTICE: Duration = Duration::from_secs(2);
 /// Kills ringwayd under load and starts it again with the same ports.
 pub(super) fn daemon_kill(stage: &Stage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
-    let mut topology = stage.guests(stage.shape()?)?;
-    traffic_passes(&mut topology, &mut findings, "before")?;
-    start_load(&mut topology)?;
+    let mut network = stage.guests(stage.shape()?)?;
+    traffic_passes(&mut network, &mut findings, "before")?;
+    start_load(&mut network)?;
     let mut outages_ms = Vec::new();
     for number in 1..=KILLS {
         interrupt::sleep(CALM)?;
-        match kill_and_wait(&mut topology)? {
+        match kill_and_wait(&mut network)? {
             Some(outage) => {
                 stage
                     .progress
@@ -51,12 +51,12 @@ pub(super) fn daemon_kill(stage: &Stage<'_>) -> Result<Findings> {
             ),
         }
     }
-    let survived = topology.guest(0)?.try_run("pidof iperf3", SLACK)?.status == 0;
+    let survived = network.guest(0)?.try_run("pidof iperf3", SLACK)?.status == 0;
     findings.require(survived, || "the TCP connection did not survive".to_owned());
-    topology
+    network
         .guest(0)?
         .try_run("killall -9 iperf3 ping; sleep 0.2", SLACK)?;
-    traffic_passes(&mut topology, &mut findings, "after")?;
+    traffic_passes(&mut network, &mut findings, "after")?;
     let slowest = outages_ms.iter().copied().fold(0.0, f64::max);
     findings
         .figures
@@ -71,24 +71,24 @@ pub(super) fn daemon_kill(stage: &Stage<'_>) -> Result<Findings> {
 }
 
 /// Twenty pings a second and a TCP stream from a to b, for as long as the scenario takes.
-fn start_load(topology: &mut Topology) -> Result<()> {
-    let _ = start_server(topology, Peer::Guest)?;
+fn start_load(network: &mut LabNetwork) -> Result<()> {
+    let _ = start_server(network, Peer::Guest)?;
     let client = client_command(Peer::Guest, "-i 0 -b 200M", 600);
     let to = address(1);
     let command =
         format!("{client} >/tmp/client 2>&1 & ping -i 0.05 {to} >/tmp/pings 2>&1 & sleep 1");
-    topology.guest(0)?.run(&command, SLACK)?;
+    network.guest(0)?.run(&command, SLACK)?;
     Ok(())
 }
 
 /// Time from SIGKILL to the next answered ping.
-fn kill_and_wait(topology: &mut Topology) -> Result<Option<Duration>> {
+fn kill_and_wait(network: &mut LabNetwork) -> Result<Option<Duration>> {
     let killed = Instant::now();
-    topology.kill_daemon();
-    let before = last_answer(topology)?;
-    topology.start_daemon()?;
+    network.kill_daemon();
+    let before = last_answer(network)?;
+    network.start_daemon()?;
     while killed.elapsed() < GIVE_UP {
-        if last_answer(topology)? > before {
+        if last_answer(network)? > before {
             return Ok(Some(killed.elapsed()));
         }
         interrupt::sleep(Duration::from_millis(10))?;
@@ -97,8 +97,8 @@ fn kill_and_wait(topology: &mut Topology) -> Result<Option<Duration>> {
 }
 
 /// Sequence number of the last answered ping.
-fn last_answer(topology: &mut Topology) -> Result<Option<u64>> {
-    let answer = topology.guest(0)?.try_run("tail -n 3 /tmp/pings", SLACK)?;
+fn last_answer(network: &mut LabNetwork) -> Result<Option<u64>> {
+    let answer = network.guest(0)?.try_run("tail -n 3 /tmp/pings", SLACK)?;
     Ok(last_sequence(&answer.text))
 }
 
@@ -119,21 +119,21 @@ fn last_sequence(text: &str) -> Option<u64> {
 /// Kills the QEMU of guest b: what it held must be given back; then boots it again.
 pub(super) fn guest_kill(stage: &Stage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
-    let mut topology = stage.switch(stage.shape()?)?;
-    topology.start_guest(0)?;
-    topology.wait_guest(0)?;
-    let files_before = topology.daemon()?.open_files()?;
-    topology.start_guest(1)?;
-    topology.wait_guest(1)?;
-    traffic_passes(&mut topology, &mut findings, "before")?;
-    let mapped = topology.daemon()?.port_field("b", "mapped_bytes")?;
+    let mut network = stage.switch(stage.shape()?)?;
+    network.start_guest(0)?;
+    network.wait_guest(0)?;
+    let files_before = network.daemon()?.open_files()?;
+    network.start_guest(1)?;
+    network.wait_guest(1)?;
+    traffic_passes(&mut network, &mut findings, "before")?;
+    let mapped = network.daemon()?.port_field("b", "mapped_bytes")?;
     findings.require(mapped.as_u64() > Some(0), || {
         format!("mapped_bytes is {mapped} while up")
     });
-    let files_up = topology.daemon()?.open_files()?;
+    let files_up = network.daemon()?.open_files()?;
 
-    topology.guest(1)?.kill();
-    let daemon = topology.daemon()?;
+    network.guest(1)?.kill();
+    let daemon = network.daemon()?;
     let killed = Instant::now();
     let mut seen = String::new();
     let given_back = holds_within(NOTICE, || {
@@ -156,9 +156,9 @@ pub(super) fn guest_kill(stage: &Stage<'_>) -> Result<Findings> {
         ),
     );
 
-    topology.start_guest(1)?;
-    topology.wait_guest(1)?;
-    traffic_passes(&mut topology, &mut findings, "after booting again")?;
+    network.start_guest(1)?;
+    network.wait_guest(1)?;
+    traffic_passes(&mut network, &mut findings, "after booting again")?;
     findings
         .words
         .push("booted again, traffic passes".to_owned());
@@ -168,15 +168,15 @@ pub(super) fn guest_kill(stage: &Stage<'_>) -> Result<Findings> {
 /// The three ways in which a driver starts anew.
 pub(super) fn reboot(stage: &Stage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
-    let mut topology = stage.guests(stage.shape()?)?;
-    traffic_passes(&mut topology, &mut findings, "before")?;
+    let mut network = stage.guests(stage.shape()?)?;
+    traffic_passes(&mut network, &mut findings, "before")?;
     for index in [0, 1] {
-        topology.guest(index)?.rebind_driver()?;
-        traffic_passes(&mut topology, &mut findings, "after unbind and bind")?;
-        topology.guest(index)?.reboot()?;
-        traffic_passes(&mut topology, &mut findings, "after reboot -f")?;
-        topology.guest(index)?.reset()?;
-        traffic_passes(&mut topology, &mut findings, "after system_reset")?;
+        network.guest(index)?.rebind_driver()?;
+        traffic_passes(&mut network, &mut findings, "after unbind and bind")?;
+        network.guest(index)?.reboot()?;
+        traffic_passes(&mut network, &mut findings, "after reboot -f")?;
+        network.guest(index)?.reset()?;
+        traffic_passes(&mut network, &mut findings, "after system_reset")?;
     }
     let words = "ping and TCP pass after unbind and bind, reboot -f and system_reset of each guest";
     findings.words.push(words.to_owned());

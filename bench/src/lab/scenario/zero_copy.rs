@@ -13,13 +13,13 @@ use serde_json::{Map, Value};
 
 use super::super::accel::Accel;
 use super::super::daemon::find_field;
-use super::super::guest::{Guest, GuestSpec, HOST_ADDRESS, Nic, address};
+use super::super::guest::{GuestNic, GuestSpec, HOST_ADDRESS, QemuGuest, address};
 use super::super::image;
 use super::super::image::{Image, prepare_zero_copy};
 use super::super::measure::{
     Figure, Peer, SLACK, client_command, client_timeout, parse_ping, parse_tcp, start_host_server,
 };
-use super::super::shape::Offloads;
+use super::super::shape::OffloadSet;
 use super::{Findings, Stage};
 use crate::hint::with_hint;
 use crate::interrupt;
@@ -49,7 +49,7 @@ const PINGS: usize = 5;
 const RINGWAY: &str = "ringway -s /tmp/control";
 
 /// A NIC of the guest.
-struct Kind {
+struct NicKind {
     name: &'static str,
     /// QEMU's name and properties. Zero-copy of virtio_net needs the platform's DMA.
     device: &'static str,
@@ -59,20 +59,20 @@ struct Kind {
     skbs_are_whole: bool,
 }
 
-const KINDS: [Kind; 3] = [
-    Kind {
+const KINDS: [NicKind; 3] = [
+    NicKind {
         name: "virtio_net",
         device: "virtio-net-pci,disable-legacy=on,iommu_platform=on",
         queues: 1,
         skbs_are_whole: false,
     },
-    Kind {
+    NicKind {
         name: "virtio_net-2-queues",
         device: "virtio-net-pci,disable-legacy=on,iommu_platform=on,mq=on,vectors=6",
         queues: 2,
         skbs_are_whole: false,
     },
-    Kind {
+    NicKind {
         name: "igb",
         device: "igb",
         queues: 1,
@@ -99,7 +99,7 @@ pub(super) fn zero_copy(stage: &Stage<'_>) -> Result<Findings> {
     );
     for kind in &KINDS {
         stage.progress.say(&format!("zero-copy: {}", kind.name));
-        let outcome = Setup::boot(stage, &image, kind).and_then(|mut setup| {
+        let outcome = NicGuest::boot(stage, &image, kind).and_then(|mut setup| {
             let outcome = setup.prove();
             if outcome.is_err() {
                 setup.keep_state();
@@ -120,8 +120,8 @@ pub(super) fn zero_copy(stage: &Stage<'_>) -> Result<Findings> {
 }
 
 /// A guest with a NIC.
-struct Setup {
-    guest: Guest,
+struct NicGuest {
+    guest: QemuGuest,
     namespace: NetNs,
     /// For logs.
     folder: PathBuf,
@@ -129,8 +129,8 @@ struct Setup {
     skbs_are_whole: bool,
 }
 
-impl Setup {
-    fn boot(stage: &Stage<'_>, image: &Image, kind: &Kind) -> Result<Setup> {
+impl NicGuest {
+    fn boot(stage: &Stage<'_>, image: &Image, kind: &NicKind) -> Result<NicGuest> {
         let folder = stage.base.folder.join(kind.name);
         std::fs::create_dir_all(&folder)?;
         let namespace = NetNs::create("zero-copy")?;
@@ -147,18 +147,18 @@ impl Setup {
             // Its CPUs: one for ringwayd's worker, one for all else.
             queue_pairs: 2,
             mtu: 1500,
-            offloads: Offloads::All,
-            nic: Nic::Device {
+            offloads: OffloadSet::All,
+            nic: GuestNic::Device {
                 interface: TAP.to_owned(),
                 queues: kind.queues,
                 device: kind.device.to_owned(),
             },
             accel: stage.base.accel,
         };
-        let mut guest = Guest::start(&spec, image, &folder, Some(&namespace))?;
+        let mut guest = QemuGuest::start(&spec, image, &folder, Some(&namespace))?;
         guest.wait_ready()?;
         guest.run("ip link set eth0 up", SLACK)?;
-        Ok(Setup {
+        Ok(NicGuest {
             guest,
             namespace,
             folder,

@@ -15,18 +15,18 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 
-use super::args::{Class, FrameSize};
+use super::args::{FrameClass, FrameSize};
 use super::huge::{HugePages, free_pages, pages_of_load};
 use super::report::Environment;
-use super::switch::{Kind, Place, Switch, TESTPMD_HUGE_PAGES};
+use super::switch::{RunningSwitch, SwitchKind, SwitchSetup, TESTPMD_HUGE_PAGES};
 use crate::hint::hint_of;
 use crate::interrupt;
 use crate::netns::NetNs;
 use crate::stats::Spread;
 pub(crate) use options::CompareArgs;
-use options::{Driver, Path};
-use table::{COPY, Latency, Size, Subject, print_size};
-use trial::{Setting, Trial};
+use options::{FramePath, LoadDriver};
+use table::{COPY, Latency, SizeResult, Subject, print_size};
+use trial::{Trial, TrialSetting};
 
 /// Times that a trial is repeated if it broke.
 const RETRIES: u32 = 2;
@@ -49,7 +49,7 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
     );
     if args.latency {
         ensure!(
-            args.driver == Driver::Synth,
+            args.driver == LoadDriver::Synth,
             "the virtio-user load can't measure latency"
         );
         args.load.check_stamps()?;
@@ -60,8 +60,8 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
     }
     let (kinds, missing) = contenders(args)?;
     let (_pages, huge) = memory(args, &kinds)?;
-    let setting = Setting {
-        path: Path::GuestGuest,
+    let setting = TrialSetting {
+        path: FramePath::GuestGuest,
         driver: args.driver,
         load: &args.load,
         duration: Duration::try_from_secs_f64(args.duration)?,
@@ -73,7 +73,7 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
     if !args.json {
         println!("{environment}");
     }
-    let mut report = Report::default();
+    let mut report = Comparison::default();
     for class in classes(args.load.frames()) {
         for nic in [false, true] {
             measure_class(args, setting, (class, nic), &kinds, &mut report)?;
@@ -103,8 +103,8 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
 
 /// What was measured so far.
 #[derive(Debug, Default)]
-struct Report {
-    sizes: Vec<Size>,
+struct Comparison {
+    sizes: Vec<SizeResult>,
     /// What each switch says that it is.
     versions: std::collections::BTreeMap<&'static str, String>,
     /// A switch that is installed did not work.
@@ -112,11 +112,11 @@ struct Report {
 }
 
 /// The switches to measure, and the names of those that are not installed.
-fn contenders(args: &CompareArgs) -> Result<(Vec<Kind>, Vec<&'static str>)> {
+fn contenders(args: &CompareArgs) -> Result<(Vec<SwitchKind>, Vec<&'static str>)> {
     let mut kinds = if args.peers_only {
         vec![]
     } else {
-        vec![Kind::Ringway]
+        vec![SwitchKind::Ringway]
     };
     let mut missing = Vec::new();
     for kind in &args.with {
@@ -145,14 +145,14 @@ fn contenders(args: &CompareArgs) -> Result<(Vec<Kind>, Vec<&'static str>)> {
 
 /// Hugepages for DPDK programs and, where there are any, the guests. All switches are measured with
 /// guests of the same kind.
-fn memory(args: &CompareArgs, kinds: &[Kind]) -> Result<(Option<HugePages>, bool)> {
+fn memory(args: &CompareArgs, kinds: &[SwitchKind]) -> Result<(Option<HugePages>, bool)> {
     if !args.load.huge() {
         return Ok((None, false));
     }
     let load = pages_of_load(args.load.memory_bytes(2)?);
     let of_load = match args.driver {
-        Driver::Synth => 0,
-        Driver::VirtioUser => TESTPMD_HUGE_PAGES,
+        LoadDriver::Synth => 0,
+        LoadDriver::VirtioUser => TESTPMD_HUGE_PAGES,
     };
     let programs = kinds.iter().map(|kind| kind.huge_pages()).sum::<u64>() + of_load;
     if programs == 0 {
@@ -163,8 +163,8 @@ fn memory(args: &CompareArgs, kinds: &[Kind]) -> Result<(Option<HugePages>, bool
 }
 
 /// The set-ups that these sizes want, each once.
-fn classes(frames: &[FrameSize]) -> Vec<Class> {
-    let mut classes: Vec<Class> = frames.iter().map(|frame| frame.class()).collect();
+fn classes(frames: &[FrameSize]) -> Vec<FrameClass> {
+    let mut classes: Vec<FrameClass> = frames.iter().map(|frame| frame.class()).collect();
     classes.sort_unstable();
     classes.dedup();
     classes
@@ -173,34 +173,34 @@ fn classes(frames: &[FrameSize]) -> Vec<Class> {
 /// Starts the switches, with a NIC or without, and measures all sizes of a class on all such paths.
 fn measure_class(
     args: &CompareArgs,
-    setting: Setting<'_>,
-    (class, nic): (Class, bool),
-    kinds: &[Kind],
-    report: &mut Report,
+    setting: TrialSetting<'_>,
+    (class, nic): (FrameClass, bool),
+    kinds: &[SwitchKind],
+    report: &mut Comparison,
 ) -> Result<()> {
-    let is_meant = |path: &&Path| path.way().is_some() == nic;
-    let paths: Vec<Path> = args.paths.iter().filter(is_meant).copied().collect();
+    let is_meant = |path: &&FramePath| path.way().is_some() == nic;
+    let paths: Vec<FramePath> = args.paths.iter().filter(is_meant).copied().collect();
     if paths.is_empty() {
         return Ok(());
     }
-    let kinds: Vec<Kind> = kinds
+    let kinds: Vec<SwitchKind> = kinds
         .iter()
         .copied()
         .filter(|kind| !nic || kind.takes_nic())
         .collect();
-    let place = Place {
+    let place = SwitchSetup {
         cpu: setting.switch_cpu,
         other_cpu: setting.load_cpu,
         ports: if nic { 1 } else { 2 },
         nic,
         queues: args.load.queues(),
         class,
-        tso: args.load.tso() || class == Class::Segmented,
+        tso: args.load.tso() || class == FrameClass::Segmented,
         huge: args.load.huge(),
     };
-    let mut switches: Vec<Option<Switch>> = Vec::new();
+    let mut switches: Vec<Option<RunningSwitch>> = Vec::new();
     for kind in &kinds {
-        let started = Switch::start(*kind, place);
+        let started = RunningSwitch::start(*kind, place);
         interrupt::check()?;
         match started {
             Ok(switch) => {
@@ -223,7 +223,7 @@ fn measure_class(
     let frames = args.load.frames().iter();
     for frame in frames.filter(|frame| frame.class() == class) {
         for path in &paths {
-            let setting = Setting {
+            let setting = TrialSetting {
                 path: *path,
                 ..setting
             };
@@ -241,11 +241,11 @@ fn measure_class(
 /// All trials with one size.
 fn measure_size(
     args: &CompareArgs,
-    setting: Setting<'_>,
+    setting: TrialSetting<'_>,
     frame: FrameSize,
-    kinds: &[Kind],
-    switches: &mut [Option<Switch>],
-) -> Result<Size> {
+    kinds: &[SwitchKind],
+    switches: &mut [Option<RunningSwitch>],
+) -> Result<SizeResult> {
     let mut trials = vec![Vec::new(); switches.len()];
     let mut copies = Vec::new();
     let mut cannot: Vec<Option<String>> = vec![None; switches.len()];
@@ -299,7 +299,7 @@ fn measure_size(
     if !copies.is_empty() {
         subjects.push(Subject::new(COPY, copies, None, &first));
     }
-    let mut size = Size {
+    let mut size = SizeResult {
         frame: frame.to_string(),
         path: setting.path,
         subjects,
@@ -313,7 +313,7 @@ fn measure_size(
 }
 
 /// Has a switch run while something is done with it.
-fn awake<T>(switch: &mut Switch, work: impl FnOnce(&mut Switch) -> T) -> T {
+fn awake<T>(switch: &mut RunningSwitch, work: impl FnOnce(&mut RunningSwitch) -> T) -> T {
     switch.resume();
     let outcome = work(switch);
     switch.pause();
@@ -328,7 +328,11 @@ struct Broken {
 }
 
 /// A trial, repeated if it broke.
-fn try_trial(setting: Setting<'_>, frame: FrameSize, switch: &mut Switch) -> Result<Trial, Broken> {
+fn try_trial(
+    setting: TrialSetting<'_>,
+    frame: FrameSize,
+    switch: &mut RunningSwitch,
+) -> Result<Trial, Broken> {
     let mut tries = 0;
     loop {
         let outcome = setting.trial(frame, switch);
@@ -351,9 +355,9 @@ fn try_trial(setting: Setting<'_>, frame: FrameSize, switch: &mut Switch) -> Res
 
 /// One more trial of each switch, not counted, in which it accounts for its time.
 fn account_all(
-    setting: Setting<'_>,
+    setting: TrialSetting<'_>,
     frame: FrameSize,
-    switches: &mut [Option<Switch>],
+    switches: &mut [Option<RunningSwitch>],
     subjects: &mut [Subject],
 ) -> Result<()> {
     for (slot, subject) in switches.iter_mut().zip(subjects) {
@@ -373,9 +377,9 @@ fn account_all(
 /// Trials in open loop, in turns, after some that find out what each switch can take of them.
 fn measure_latency(
     args: &CompareArgs,
-    setting: Setting<'_>,
+    setting: TrialSetting<'_>,
     frame: FrameSize,
-    switches: &mut [Option<Switch>],
+    switches: &mut [Option<RunningSwitch>],
     subjects: &mut [Subject],
 ) -> Result<()> {
     let rounds = args.pairs.min(LATENCY_ROUNDS);
@@ -401,9 +405,9 @@ fn measure_latency(
 /// Does something with each switch that has results, in turns; what breaks is told and left out.
 fn in_turns<T>(
     rounds: u32,
-    switches: &mut [Option<Switch>],
+    switches: &mut [Option<RunningSwitch>],
     subjects: &[Subject],
-    mut work: impl FnMut(&Switch, &Subject) -> Result<T>,
+    mut work: impl FnMut(&RunningSwitch, &Subject) -> Result<T>,
 ) -> Result<Vec<Vec<T>>> {
     let mut results: Vec<Vec<T>> = switches.iter().map(|_| Vec::new()).collect();
     for _ in 0..rounds {
@@ -440,7 +444,11 @@ mod tests {
         let frames: Vec<FrameSize> = ["65000", "64", "9000", "1500", "imix"]
             .map(|text| text.parse().unwrap())
             .to_vec();
-        let expected = [Class::Standard, Class::Jumbo, Class::Segmented];
+        let expected = [
+            FrameClass::Standard,
+            FrameClass::Jumbo,
+            FrameClass::Segmented,
+        ];
         assert_eq!(classes(&frames), expected);
     }
 }

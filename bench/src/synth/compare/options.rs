@@ -5,13 +5,13 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::super::args::{FrameSize, LoadArgs};
-use super::super::nic::{self, Way};
-use super::super::switch::Kind;
+use super::super::nic::{self, NicWay};
+use super::super::switch::SwitchKind;
 use crate::hint::hinted;
 
 /// Who sends and receives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Driver {
+pub(super) enum LoadDriver {
     /// The synthetic guests of `ringway-bench run`
     Synth,
     /// DPDK's virtio driver in testpmd
@@ -21,7 +21,7 @@ pub(super) enum Driver {
 /// Which way frames go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Path {
+pub(super) enum FramePath {
     /// Between two guests, both ways
     GuestGuest,
     /// From a guest to an AF_XDP queue of a veth, at whose other end frames are counted and dropped
@@ -30,7 +30,7 @@ pub(super) enum Path {
     NicGuest,
 }
 
-impl Path {
+impl FramePath {
     /// As on the command line.
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -41,11 +41,11 @@ impl Path {
     }
 
     /// The way at the NIC, if there is one.
-    pub(super) fn way(self) -> Option<Way> {
+    pub(super) fn way(self) -> Option<NicWay> {
         match self {
             Self::GuestGuest => None,
-            Self::GuestNic => Some(Way::ToNic),
-            Self::NicGuest => Some(Way::FromNic),
+            Self::GuestNic => Some(NicWay::ToNic),
+            Self::NicGuest => Some(NicWay::FromNic),
         }
     }
 }
@@ -62,7 +62,7 @@ pub(crate) struct CompareArgs {
         value_delimiter = ',',
         default_value = "testpmd,ovs-dpdk"
     )]
-    pub(super) with: Vec<Kind>,
+    pub(super) with: Vec<SwitchKind>,
     /// Ways that frames go, each measured by itself; those with a NIC need root, and compare with
     /// testpmd alone
     #[arg(
@@ -72,7 +72,7 @@ pub(crate) struct CompareArgs {
         value_delimiter = ',',
         default_value = "guest-guest"
     )]
-    pub(super) paths: Vec<Path>,
+    pub(super) paths: Vec<FramePath>,
     /// Leave ringway out: the first peer stands in its place
     #[arg(long)]
     pub(super) peers_only: bool,
@@ -87,7 +87,7 @@ pub(crate) struct CompareArgs {
     pub(super) latency: bool,
     /// Who sends and receives
     #[arg(long = "load", value_enum, default_value = "synth")]
-    pub(super) driver: Driver,
+    pub(super) driver: LoadDriver,
     /// Print one JSON object
     #[arg(short = 'j', long)]
     pub(super) json: bool,
@@ -111,7 +111,7 @@ impl CompareArgs {
                 "leave out longer ones from --frame",
             ),
             (
-                is_mixed && self.paths.contains(&Path::NicGuest),
+                is_mixed && self.paths.contains(&FramePath::NicGuest),
                 "a NIC's far end makes frames of one size at a time",
                 "leave out imix from --frame, or nic-guest from --path",
             ),
@@ -131,7 +131,7 @@ impl CompareArgs {
                 "leave out --latency and --verify, or paths with a NIC",
             ),
             (
-                self.driver != Driver::Synth,
+                self.driver != LoadDriver::Synth,
                 "the virtio-user load sends between guests only",
                 "leave out --load",
             ),
@@ -162,12 +162,12 @@ mod tests {
 
     #[test]
     fn paths_are_between_guests_unless_told() {
-        assert_eq!(parsed("").paths, [Path::GuestGuest]);
+        assert_eq!(parsed("").paths, [FramePath::GuestGuest]);
         assert!(!parsed("").has_nic());
         let args = parsed("--path nic-guest,guest-guest");
-        assert_eq!(args.paths, [Path::NicGuest, Path::GuestGuest]);
+        assert_eq!(args.paths, [FramePath::NicGuest, FramePath::GuestGuest]);
         assert!(args.has_nic());
-        for path in Path::value_variants() {
+        for path in FramePath::value_variants() {
             let named = parsed(&format!("--path {}", path.name()));
             assert_eq!(named.paths, [*path]);
         }

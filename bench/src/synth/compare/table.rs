@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::super::report::{Limit, Shares};
-use super::options::Path;
+use super::options::FramePath;
 use super::trial::{LatencyTrial, Trial};
 use crate::stats::Spread;
 
@@ -52,9 +52,9 @@ pub(super) struct Latency {
 
 /// All that was found with one size.
 #[derive(Debug, Serialize)]
-pub(super) struct Size {
+pub(super) struct SizeResult {
     pub(super) frame: String,
-    pub(super) path: Path,
+    pub(super) path: FramePath,
     pub(super) subjects: Vec<Subject>,
 }
 
@@ -190,7 +190,7 @@ impl Latency {
     }
 }
 
-impl Size {
+impl SizeResult {
     /// True if anything was measured.
     pub(super) fn has_results(&self) -> bool {
         let switches = |subject: &&Subject| subject.switch != COPY;
@@ -225,9 +225,9 @@ impl Size {
 }
 
 /// Prints what was found with one size.
-pub(super) fn print_size(size: &Size) {
+pub(super) fn print_size(size: &SizeResult) {
     match size.path {
-        Path::GuestGuest => println!("\n{} B", size.frame),
+        FramePath::GuestGuest => println!("\n{} B", size.frame),
         path => println!("\n{} B, {}", size.frame, path.name()),
     }
     let first = size.subjects[0].switch;
@@ -275,9 +275,9 @@ mod tests {
     #[test]
     fn a_switch_near_the_copy_loop_is_bound_by_it_and_one_without_trials_has_no_figure() {
         let first = vec![trial(90.0)];
-        let mut size = Size {
+        let mut size = SizeResult {
             frame: "9000".into(),
-            path: Path::GuestGuest,
+            path: FramePath::GuestGuest,
             subjects: vec![
                 Subject::new("ringway", first.clone(), None, &first),
                 Subject::new("testpmd", vec![trial(50.0)], None, &first),

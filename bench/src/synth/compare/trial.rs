@@ -10,21 +10,21 @@ use super::super::error::LoadError;
 use super::super::load::{Load, LoadConfig, SETTLE};
 use super::super::memcpy;
 use super::super::meter::MaxResult;
-use super::super::nic::{NicLoad, Wire};
+use super::super::nic::{NicLoad, VethPair};
 use super::super::report::Percentiles;
 use super::super::run::{WARM_UP, on_cpu};
-use super::super::switch::Switch;
+use super::super::switch::RunningSwitch;
 use super::super::virtio_user;
-use super::options::{Driver, Path};
+use super::options::{FramePath, LoadDriver};
 
 /// Of the frames that were due, those that may stay unsent before a latency trial tells nothing.
 const UNSENT: f64 = 0.01;
 
 /// What all trials have in common.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Setting<'a> {
-    pub(super) path: Path,
-    pub(super) driver: Driver,
+pub(super) struct TrialSetting<'a> {
+    pub(super) path: FramePath,
+    pub(super) driver: LoadDriver,
     pub(super) load: &'a LoadArgs,
     pub(super) duration: Duration,
     pub(super) switch_cpu: usize,
@@ -90,23 +90,23 @@ impl Trial {
     }
 }
 
-impl Setting<'_> {
+impl TrialSetting<'_> {
     /// A switch at full rate.
-    pub(super) fn trial(self, frame: FrameSize, switch: &Switch) -> Result<Trial> {
+    pub(super) fn trial(self, frame: FrameSize, switch: &RunningSwitch) -> Result<Trial> {
         let config = self.config(frame, switch)?;
         match self.driver {
-            Driver::Synth => {
+            LoadDriver::Synth => {
                 let result = on_cpu(self.load_cpu, || -> Result<MaxResult> {
                     self.warm_load(&config, switch)?.run_max(self.duration)
                 })??;
                 Ok(Trial {
                     // The far end's count is not read often enough to tell.
-                    best_frames_per_second: (self.path == Path::GuestGuest)
+                    best_frames_per_second: (self.path == FramePath::GuestGuest)
                         .then_some(result.best_pps),
                     ..result.into()
                 })
             }
-            Driver::VirtioUser => {
+            LoadDriver::VirtioUser => {
                 let (cpu, main) = (self.load_cpu, self.switch_cpu);
                 let rate = virtio_user::trial(&config, cpu, main, self.duration)?;
                 Ok(Trial {
@@ -120,8 +120,12 @@ impl Setting<'_> {
     }
 
     /// A switch at full rate and the share of time in which it had work, if it tells.
-    pub(super) fn account(self, frame: FrameSize, switch: &mut Switch) -> Result<Option<f64>> {
-        if self.driver != Driver::Synth {
+    pub(super) fn account(
+        self,
+        frame: FrameSize,
+        switch: &mut RunningSwitch,
+    ) -> Result<Option<f64>> {
+        if self.driver != LoadDriver::Synth {
             return Ok(None);
         }
         let config = self.config(frame, switch)?;
@@ -129,14 +133,14 @@ impl Setting<'_> {
         let since = switch.begin_account()?;
         let place = switch.wire().ok();
         on_cpu(self.load_cpu, || -> Result<MaxResult> {
-            place.map_or(Ok(()), Wire::enter)?;
+            place.map_or(Ok(()), VethPair::enter)?;
             load.run_max(self.duration)
         })??;
         Ok(switch.end_account(since)?)
     }
 
     /// A switch at full rate with stamped frames, in frames per second.
-    pub(super) fn stamped_maximum(self, frame: FrameSize, switch: &Switch) -> Result<f64> {
+    pub(super) fn stamped_maximum(self, frame: FrameSize, switch: &RunningSwitch) -> Result<f64> {
         let config = self.config(frame, switch)?;
         on_cpu(self.load_cpu, || -> Result<f64> {
             let mut load = warm_load(&config)?;
@@ -150,7 +154,7 @@ impl Setting<'_> {
     pub(super) fn latency_trial(
         self,
         frame: FrameSize,
-        switch: &Switch,
+        switch: &RunningSwitch,
         rate: f64,
     ) -> Result<LatencyTrial> {
         let config = self.config(frame, switch)?;
@@ -195,7 +199,7 @@ impl Setting<'_> {
     }
 
     /// A load on this path through which frames flow steadily. Enters the switch's NIC's place.
-    fn warm_load(self, config: &LoadConfig, switch: &Switch) -> Result<AnyLoad> {
+    fn warm_load(self, config: &LoadConfig, switch: &RunningSwitch) -> Result<AnyLoad> {
         let Some(way) = self.path.way() else {
             return Ok(AnyLoad::Guests(warm_load(config)?));
         };
@@ -206,7 +210,7 @@ impl Setting<'_> {
         Ok(AnyLoad::Nic(load))
     }
 
-    fn config(self, frame: FrameSize, switch: &Switch) -> Result<LoadConfig> {
+    fn config(self, frame: FrameSize, switch: &RunningSwitch) -> Result<LoadConfig> {
         let place = LoadPlace {
             huge: self.huge,
             ..switch.load_place()

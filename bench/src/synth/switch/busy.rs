@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::interrupt;
 use crate::process::{ProcessError, run_ok};
 
-use super::{COMMAND_TIMEOUT, Kind, Switch, ringway};
+use super::{COMMAND_TIMEOUT, RunningSwitch, SwitchKind, ringway};
 
 /// A turn of a poll-mode thread, also if it loses its core in it.
 const TURN: Duration = Duration::from_millis(20);
@@ -18,24 +18,24 @@ const MOST: f64 = 1.05;
 /// Where a switch's account stood when the measurement began.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum BusySince {
-    Ringway(Shares),
+    Ringway(BusyTime),
     Testpmd(Instant),
     Ovs,
 }
 
 /// Time or cycles with work, and all of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Shares {
+pub(crate) struct BusyTime {
     busy: f64,
     total: f64,
 }
 
-impl Switch {
+impl RunningSwitch {
     /// Begins to account. testpmd is slower by about a percent while it does.
     pub(crate) fn begin_account(&mut self) -> Result<BusySince, ProcessError> {
         Ok(match self.kind {
-            Kind::Ringway => BusySince::Ringway(self.ask_ringway()?),
-            Kind::Testpmd | Kind::TestpmdMac => {
+            SwitchKind::Ringway => BusySince::Ringway(self.ask_ringway()?),
+            SwitchKind::Testpmd | SwitchKind::TestpmdMac => {
                 let process = &mut self.processes[0];
                 process.tell("set record-core-cycles on")?;
                 // The turn that is under way has no start and would count since the machine's.
@@ -43,7 +43,7 @@ impl Switch {
                 process.tell("clear fwd stats all")?;
                 BusySince::Testpmd(Instant::now())
             }
-            Kind::OvsDpdk | Kind::OvsDpdkFlow => {
+            SwitchKind::OvsDpdk | SwitchKind::OvsDpdkFlow => {
                 self.appctl(&["dpif-netdev/pmd-stats-clear"])?;
                 BusySince::Ovs
             }
@@ -75,10 +75,10 @@ impl Switch {
         })
     }
 
-    fn ask_ringway(&self) -> Result<Shares, ProcessError> {
+    fn ask_ringway(&self) -> Result<BusyTime, ProcessError> {
         let mut list = ringway(&self.path("control.sock"));
         let said = run_ok(list.args(["-j", "worker", "list"]), COMMAND_TIMEOUT)?;
-        Ok(ringway_shares(&said).unwrap_or(Shares {
+        Ok(ringway_shares(&said).unwrap_or(BusyTime {
             busy: 0.0,
             total: 0.0,
         }))
@@ -86,9 +86,9 @@ impl Switch {
 }
 
 /// Of `ringway -j worker list`.
-fn ringway_shares(json: &str) -> Option<Shares> {
+fn ringway_shares(json: &str) -> Option<BusyTime> {
     let json: Value = serde_json::from_str(json).ok()?;
-    let mut shares = Shares {
+    let mut shares = BusyTime {
         busy: 0.0,
         total: 0.0,
     };
@@ -118,7 +118,7 @@ pub(crate) fn testpmd_busy_seconds(said: &str) -> Option<f64> {
 }
 
 /// Of `dpif-netdev/pmd-stats-show`, all threads together.
-fn ovs_shares(said: &str) -> Option<Shares> {
+fn ovs_shares(said: &str) -> Option<BusyTime> {
     let sum = |key: &str| -> f64 {
         said.lines()
             .filter_map(|line| line.trim().strip_prefix(key))
@@ -126,7 +126,7 @@ fn ovs_shares(said: &str) -> Option<Shares> {
             .sum()
     };
     let (busy, idle) = (sum("processing cycles:"), sum("idle cycles:"));
-    (busy + idle > 0.0).then_some(Shares {
+    (busy + idle > 0.0).then_some(BusyTime {
         busy,
         total: busy + idle,
     })

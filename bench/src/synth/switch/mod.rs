@@ -14,9 +14,9 @@ use anyhow::{Context, Result};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use super::args::{Class, LoadPlace};
+use super::args::{FrameClass, LoadPlace};
 use super::frame::guest_mac;
-use super::nic::{self, Wire};
+use super::nic::{self, VethPair};
 use crate::interrupt;
 use crate::process::{Origin, Process, ProcessError, find, run_ok, sibling};
 
@@ -38,7 +38,7 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A switch and a way to set it up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Kind {
+pub(crate) enum SwitchKind {
     /// ringwayd with a learning bridge
     Ringway,
     /// DPDK testpmd that passes frames from port to port unseen
@@ -51,7 +51,7 @@ pub(crate) enum Kind {
     OvsDpdkFlow,
 }
 
-impl Kind {
+impl SwitchKind {
     /// As on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -95,7 +95,7 @@ impl Kind {
 
 /// What a switch is started with.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
+pub(crate) struct SwitchSetup {
     /// CPU of its only forwarding thread.
     pub(crate) cpu: usize,
     /// CPU for all else.
@@ -106,7 +106,7 @@ pub(crate) struct Place {
     pub(crate) nic: bool,
     pub(crate) queues: u16,
     /// The largest frames that will come.
-    pub(crate) class: Class,
+    pub(crate) class: FrameClass,
     /// Segmentation offload is wanted.
     pub(crate) tso: bool,
     /// DPDK programs get hugepages.
@@ -115,8 +115,8 @@ pub(crate) struct Place {
 
 /// A running switch; ended when dropped.
 #[derive(Debug)]
-pub(crate) struct Switch {
-    kind: Kind,
+pub(crate) struct RunningSwitch {
+    kind: SwitchKind,
     /// Ended before their directory goes.
     processes: Vec<Process>,
     sockets: Vec<PathBuf>,
@@ -125,12 +125,12 @@ pub(crate) struct Switch {
     /// It connects to its sockets instead.
     connects: bool,
     /// The NIC that it has; goes after its processes.
-    wire: Option<Wire>,
+    wire: Option<VethPair>,
 }
 
-impl Switch {
+impl RunningSwitch {
     /// Starts one and waits until all its sockets listen. To be called from the main thread.
-    pub(crate) fn start(kind: Kind, place: Place) -> Result<Self> {
+    pub(crate) fn start(kind: SwitchKind, place: SwitchSetup) -> Result<Self> {
         let dir = TempDir::with_prefix("ringway-bench-").context("can't make a directory")?;
         let sockets = (0..place.ports)
             .map(|port| dir.path().join(format!("p{port}")))
@@ -142,20 +142,23 @@ impl Switch {
             dir,
             version: String::new(),
             connects: false,
-            wire: place.nic.then(|| Wire::create(kind.name())).transpose()?,
+            wire: place
+                .nic
+                .then(|| VethPair::create(kind.name()))
+                .transpose()?,
         };
         match kind {
-            Kind::Ringway => switch.start_ringway(place)?,
-            Kind::Testpmd => switch.start_testpmd(place, "io")?,
-            Kind::TestpmdMac => switch.start_testpmd(place, "mac")?,
-            Kind::OvsDpdk => switch.start_ovs(place, false)?,
-            Kind::OvsDpdkFlow => switch.start_ovs(place, true)?,
+            SwitchKind::Ringway => switch.start_ringway(place)?,
+            SwitchKind::Testpmd => switch.start_testpmd(place, "io")?,
+            SwitchKind::TestpmdMac => switch.start_testpmd(place, "mac")?,
+            SwitchKind::OvsDpdk => switch.start_ovs(place, false)?,
+            SwitchKind::OvsDpdkFlow => switch.start_ovs(place, true)?,
         }
         Ok(switch)
     }
 
     /// Which it is.
-    pub(crate) fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> SwitchKind {
         self.kind
     }
 
@@ -174,7 +177,7 @@ impl Switch {
     }
 
     /// The NIC that it has.
-    pub(crate) fn wire(&self) -> Result<&Wire> {
+    pub(crate) fn wire(&self) -> Result<&VethPair> {
         self.wire.as_ref().context("the switch has no NIC")
     }
 
@@ -211,7 +214,7 @@ impl Switch {
     /// Starts a process of the switch.
     fn spawn(&mut self, command: &Command) -> Result<(), ProcessError> {
         let log = self.path(&format!("log{}", self.processes.len()));
-        let namespace = self.wire.as_ref().map(Wire::namespace);
+        let namespace = self.wire.as_ref().map(VethPair::namespace);
         let process = Process::spawn(self.kind.name(), command, namespace, &log)?;
         self.processes.push(process);
         Ok(())
@@ -247,7 +250,7 @@ impl Switch {
         })
     }
 
-    fn start_ringway(&mut self, place: Place) -> Result<(), ProcessError> {
+    fn start_ringway(&mut self, place: SwitchSetup) -> Result<(), ProcessError> {
         let control = self.path("control.sock");
         let program = find(sibling("ringwayd"), Origin::Workspace)?;
         self.version = run_ok(Command::new(&program).arg("--version"), COMMAND_TIMEOUT)?
@@ -276,7 +279,7 @@ impl Switch {
         self.wait_for_sockets()
     }
 
-    fn start_testpmd(&mut self, place: Place, mode: &str) -> Result<(), ProcessError> {
+    fn start_testpmd(&mut self, place: SwitchSetup, mode: &str) -> Result<(), ProcessError> {
         let mut command = testpmd(place.other_cpu, place.cpu, place.huge)?;
         let (queues, tso) = (place.queues, u8::from(place.tso));
         for (port, socket) in self.sockets.iter().enumerate() {

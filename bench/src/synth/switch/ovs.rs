@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::super::args::Class;
-use super::{COMMAND_TIMEOUT, MEGABYTES, Place, Switch};
+use super::super::args::FrameClass;
+use super::{COMMAND_TIMEOUT, MEGABYTES, RunningSwitch, SwitchSetup};
 use crate::process::{Origin, ProcessError, find, run_ok};
 
 pub(super) const ORIGIN: Origin = Origin::Package("openvswitch-switch-dpdk");
@@ -20,8 +20,8 @@ pub(super) const HUGE_PAGES: u64 = MOST_MEGABYTES / 2 + 44;
 const DATABASE_SECONDS: u32 = 5;
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 
-impl Switch {
-    pub(super) fn start_ovs(&mut self, place: Place, flow: bool) -> Result<(), ProcessError> {
+impl RunningSwitch {
+    pub(super) fn start_ovs(&mut self, place: SwitchSetup, flow: bool) -> Result<(), ProcessError> {
         if !place.huge {
             return Err(ProcessError::Failed {
                 name: self.kind.name().to_owned(),
@@ -72,7 +72,7 @@ impl Switch {
         self.wait_for_sockets()
     }
 
-    fn add_ovs_ports(&mut self, place: Place) -> Result<(), ProcessError> {
+    fn add_ovs_ports(&mut self, place: SwitchSetup) -> Result<(), ProcessError> {
         // Ports that listen never offer segmentation offload.
         self.connects = place.tso;
         let datapath = ["--", "set", "bridge", "br0", "datapath_type=netdev"];
@@ -99,7 +99,7 @@ impl Switch {
             } else {
                 words.push("type=dpdkvhostuser");
             }
-            if place.class == Class::Jumbo {
+            if place.class == FrameClass::Jumbo {
                 words.push("mtu_request=9000");
             }
             self.vsctl(&words)?;
@@ -118,7 +118,7 @@ impl Switch {
     }
 
     /// From each port to its partner, in place of learning.
-    fn add_ovs_flows(&mut self, place: Place) -> Result<(), ProcessError> {
+    fn add_ovs_flows(&mut self, place: SwitchSetup) -> Result<(), ProcessError> {
         let bridge = format!("unix:{}", self.path("br0.mgmt").display());
         for port in 1..=place.ports {
             let partner = ((port - 1) ^ 1) + 1;
@@ -176,7 +176,7 @@ pub(super) fn vswitchd() -> &'static str {
 }
 
 /// What is set in the database before the daemon reads it.
-fn settings(place: Place) -> Vec<String> {
+fn settings(place: SwitchSetup) -> Vec<String> {
     let mask = |cpu: usize| 1u128 << cpu;
     let memory = |what, megabytes| format!("other_config:dpdk-socket-{what}={megabytes}");
     vec![

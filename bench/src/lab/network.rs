@@ -14,9 +14,9 @@ use serde::Serialize;
 
 use super::accel::Accel;
 use super::daemon::{Daemon, Programs};
-use super::guest::{self, Guest, GuestSpec, HOST_ADDRESS, HOST_MAC, Nic};
+use super::guest::{self, GuestNic, GuestSpec, HOST_ADDRESS, HOST_MAC, QemuGuest};
 use super::image::Image;
-use super::shape::{Host, Shape};
+use super::shape::{HostPort, NetworkShape};
 use crate::netns::NetNs;
 
 /// The interface of the host on ringwayd, on whatever kind of port.
@@ -34,18 +34,18 @@ const BRIDGE: &str = "br0";
 /// What carries the frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Switch {
+pub(crate) enum LabSwitch {
     /// ringwayd: vhost-user ports and the host's.
     Ringway,
     /// QEMU's tap back-end and a Linux bridge, without the kernel's vhost.
     LinuxBridge,
 }
 
-impl Switch {
+impl LabSwitch {
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Switch::Ringway => "ringway",
-            Switch::LinuxBridge => "linux bridge",
+            LabSwitch::Ringway => "ringway",
+            LabSwitch::LinuxBridge => "linux bridge",
         }
     }
 }
@@ -62,26 +62,26 @@ pub(crate) struct Base {
 
 /// A switch with its host interface and up to two guests. Fields are dropped in this order:
 /// guests, switch, namespace.
-pub(crate) struct Topology {
-    pub(crate) switch: Switch,
-    guests: [Option<Guest>; 2],
+pub(crate) struct LabNetwork {
+    pub(crate) switch: LabSwitch,
+    guests: [Option<QemuGuest>; 2],
     daemon: Option<Daemon>,
     pub(crate) namespace: NetNs,
-    pub(crate) shape: Shape,
+    pub(crate) shape: NetworkShape,
     base: Base,
     folder: PathBuf,
 }
 
-impl Topology {
+impl LabNetwork {
     /// Builds switch and host interface; no guest yet.
-    pub(crate) fn new(switch: Switch, shape: Shape, base: &Base) -> Result<Topology> {
+    pub(crate) fn new(switch: LabSwitch, shape: NetworkShape, base: &Base) -> Result<LabNetwork> {
         let tag = match switch {
-            Switch::Ringway => "ringway",
-            Switch::LinuxBridge => "bridge",
+            LabSwitch::Ringway => "ringway",
+            LabSwitch::LinuxBridge => "bridge",
         };
         let folder = base.folder.join(format!("{tag}-{}", shape.tag()));
         std::fs::create_dir_all(&folder)?;
-        let mut topology = Topology {
+        let mut network = LabNetwork {
             switch,
             guests: [None, None],
             daemon: None,
@@ -91,15 +91,15 @@ impl Topology {
             folder,
         };
         match switch {
-            Switch::Ringway => {
-                if shape.host == Host::AfXdp {
-                    topology.make_veth()?;
+            LabSwitch::Ringway => {
+                if shape.host == HostPort::AfXdp {
+                    network.make_veth()?;
                 }
-                topology.start_daemon()?;
+                network.start_daemon()?;
             }
-            Switch::LinuxBridge => topology.make_bridge()?,
+            LabSwitch::LinuxBridge => network.make_bridge()?,
         }
-        Ok(topology)
+        Ok(network)
     }
 
     /// Boots both guests side by side and waits for both.
@@ -117,10 +117,10 @@ impl Topology {
     pub(crate) fn start_guest(&mut self, index: usize) -> Result<()> {
         let name = guest::NAMES[index];
         let nic = match self.switch {
-            Switch::Ringway => Nic::VhostUser {
+            LabSwitch::Ringway => GuestNic::VhostUser {
                 socket: self.port_socket(name),
             },
-            Switch::LinuxBridge => Nic::Tap {
+            LabSwitch::LinuxBridge => GuestNic::Tap {
                 interface: tap_of(index),
             },
         };
@@ -133,7 +133,7 @@ impl Topology {
             accel: self.base.accel,
         };
         self.guests[index] = None;
-        let guest = Guest::start(&spec, &self.base.image, &self.folder, Some(&self.namespace))
+        let guest = QemuGuest::start(&spec, &self.base.image, &self.folder, Some(&self.namespace))
             .with_context(|| format!("guest {name} on {}", self.switch.name()))?;
         self.guests[index] = Some(guest);
         Ok(())
@@ -147,7 +147,7 @@ impl Topology {
             .with_context(|| format!("booting guest {name} on {switch}"))
     }
 
-    pub(crate) fn guest(&mut self, index: usize) -> Result<&mut Guest> {
+    pub(crate) fn guest(&mut self, index: usize) -> Result<&mut QemuGuest> {
         self.guests[index]
             .as_mut()
             .with_context(|| format!("guest {} is not started", guest::NAMES[index]))
@@ -180,8 +180,8 @@ impl Topology {
             daemon.ringway(&[&words[..], &sizes].concat())?;
         }
         let (kind, interface) = match self.shape.host {
-            Host::Tap => ("tap", HOST_INTERFACE),
-            Host::AfXdp => ("af-xdp", NIC),
+            HostPort::Tap => ("tap", HOST_INTERFACE),
+            HostPort::AfXdp => ("af-xdp", NIC),
         };
         let words = ["port", "add", HOST_PORT, kind, "--ifname", interface];
         daemon.ringway(&[&words[..], &sizes].concat())?;
@@ -189,7 +189,7 @@ impl Topology {
         self.configure_host(HOST_INTERFACE)
     }
 
-    /// Logs and sockets of this topology.
+    /// Logs and sockets of this network.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }
