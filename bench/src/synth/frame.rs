@@ -1,6 +1,8 @@
 //! The frames that the load sends: Ethernet, IPv4 and UDP (or TCP for segmentation offload), with
 //! room for a sequence number and a time stamp in the smallest.
 
+use etherparse::checksum::Sum16BitWords;
+use etherparse::{EtherType, Ethernet2Header, IpNumber, Ipv4Header, TcpHeader, UdpHeader};
 use ringway_guest::NET_HEADER_BYTES;
 
 /// Smallest frame: Ethernet's minimum without the FCS, rounded to the 64 that peers quote.
@@ -14,13 +16,13 @@ pub(crate) const MAX_FRAME: u32 = 65_549;
 
 const ETHERNET: usize = 14;
 const IPV4: usize = 20;
-const UDP: usize = 8;
-const TCP: usize = 20;
 
 /// Offset of the source port, which tells the flow.
 const SOURCE_PORT: usize = ETHERNET + IPV4;
 /// Port of flow 0.
 const FIRST_PORT: u16 = 1024;
+/// Port that nobody listens at: "discard" (RFC 863).
+const DESTINATION_PORT: u16 = 9;
 /// Most flows: ports above [`FIRST_PORT`].
 pub(crate) const MAX_FLOWS: u16 = u16::MAX - FIRST_PORT;
 
@@ -88,84 +90,44 @@ pub(crate) struct Template {
     macs_rewritten: bool,
 }
 
-/// Offset of the payload of IPv4 behind the start of the virtio-net header.
-const L4: usize = NET_HEADER_BYTES + ETHERNET + IPV4;
+/// Offset of the payload of IPv4 in a frame, and behind the start of the virtio-net header.
+const L4_IN_FRAME: usize = ETHERNET + IPV4;
+const L4: usize = NET_HEADER_BYTES + L4_IN_FRAME;
 
 impl Template {
     /// Frames of `size` L2 bytes without the FCS; above [`MAX_PLAIN`] for segmentation.
     pub(crate) fn new(route: Route, size: u32, style: Style) -> Self {
         let size = size.clamp(MIN_FRAME, MAX_FRAME);
-        let segmented = size > MAX_PLAIN;
-        let frame_len = size as usize;
-        let mut frame: Vec<u8> = (0..frame_len).map(filler).collect();
-        frame[..6].copy_from_slice(&route.to);
-        frame[6..12].copy_from_slice(&route.from);
-        frame[12..14].copy_from_slice(&0x0800u16.to_be_bytes());
-        let l3_len = be16(frame_len - ETHERNET);
-        let protocol = if segmented { 6 } else { 17 };
-        let ip = &mut frame[ETHERNET..ETHERNET + IPV4];
-        ip.copy_from_slice(&[
-            0x45,
-            0,
-            l3_len[0],
-            l3_len[1],
-            0,
-            0,
-            0x40,
-            0,
-            64,
-            protocol,
-            0,
-            0,
-            10,
-            0,
-            0,
-            route.from[5],
-            10,
-            0,
-            0,
-            route.to[5],
-        ]);
-        let checksum = !ones_complement_sum(ip);
-        ip[10..12].copy_from_slice(&checksum.to_be_bytes());
-        let l4 = ETHERNET + IPV4;
-        frame[l4 + 2..l4 + 4].copy_from_slice(&9u16.to_be_bytes());
+        let is_segmented = size > MAX_PLAIN;
+        let mut frame = headers(route, size as usize, is_segmented);
+        let stamp_at = NET_HEADER_BYTES + frame.len();
+        frame.extend((frame.len()..size as usize).map(filler));
         let mut header = [0; NET_HEADER_BYTES];
-        let l4_len = if segmented { TCP } else { UDP };
+        if is_segmented {
+            header[1] = GSO_TCPV4;
+            header[2..4].copy_from_slice(&54u16.to_le_bytes());
+            header[4..6].copy_from_slice(&GSO_SIZE.to_le_bytes());
+        }
         // UDP over IPv4 does without a checksum.
-        let checksum_in_l4 = match (segmented, style.checksum) {
+        let checksum_in_l4: Option<u8> = match (is_segmented, style.checksum) {
             (true, _) => Some(16),
             (false, true) => Some(6),
             (false, false) => None,
         };
-        if segmented {
-            frame[l4 + 4..l4 + 12].fill(0);
-            frame[l4 + 12..l4 + 20].copy_from_slice(&[0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
-            header[1] = GSO_TCPV4;
-            header[2..4].copy_from_slice(&54u16.to_le_bytes());
-            header[4..6].copy_from_slice(&GSO_SIZE.to_le_bytes());
-        } else {
-            let len = be16(frame_len - l4);
-            frame[l4 + 4..l4 + 8].copy_from_slice(&[len[0], len[1], 0, 0]);
-        }
+        let mut bytes = [&header[..], &frame].concat();
         if let Some(at) = checksum_in_l4 {
-            let sum = pseudo_header_sum(&frame).to_be_bytes();
-            frame[l4 + at..l4 + at + 2].copy_from_slice(&sum);
-            header[0] = F_NEEDS_CSUM;
-            header[6..8].copy_from_slice(&34u16.to_le_bytes());
-            // 6 or 16.
-            header[8] = u8::try_from(at).unwrap_or(0);
+            bytes[0] = F_NEEDS_CSUM;
+            bytes[6..8].copy_from_slice(&34u16.to_le_bytes());
+            bytes[8] = at;
+            let at = L4 + usize::from(at);
+            bytes[at..at + 2].copy_from_slice(&open_checksum(&frame, size as usize - L4_IN_FRAME));
         }
-        let mut bytes = header.to_vec();
-        bytes.extend(frame);
-        let mut template = Self {
+        Self {
             bytes,
-            stamp_at: L4 + l4_len,
-            checksum_at: checksum_in_l4.map(|at| L4 + at),
+            stamp_at,
+            checksum_at: checksum_in_l4.map(|at| L4 + usize::from(at)),
             macs_rewritten: style.macs_rewritten,
-        };
-        template.set_flow(0);
-        template
+        }
     }
 
     /// Header and frame, for this flow.
@@ -228,8 +190,8 @@ impl Template {
     /// True for the checksum that DPDK leaves open in a frame for segmentation: without the length,
     /// which is that of each segment.
     fn is_dpdks(&self, checksum: &[u8]) -> bool {
-        let sum = pseudo_header_sum_with(&self.bytes[NET_HEADER_BYTES..], 0);
-        self.bytes[1] == GSO_TCPV4 && checksum == sum.to_be_bytes()
+        let open = open_checksum(&self.bytes[NET_HEADER_BYTES..], 0);
+        self.bytes[1] == GSO_TCPV4 && checksum == open
     }
 
     /// True if a received frame still says how it is to be segmented, if it was sent so.
@@ -268,42 +230,86 @@ fn filler(offset: usize) -> u8 {
     u8::try_from(offset % 251).unwrap_or(0)
 }
 
-fn be16(len: usize) -> [u8; 2] {
-    u16::try_from(len).unwrap_or(u16::MAX).to_be_bytes()
+/// Ethernet, IPv4 and UDP or TCP headers of a frame of this size, checksums of UDP and TCP left 0.
+fn headers(route: Route, size: usize, is_tcp: bool) -> Vec<u8> {
+    let address = |mac: [u8; 6]| [10, 0, 0, mac[5]];
+    let ethernet = Ethernet2Header {
+        source: route.from,
+        destination: route.to,
+        ether_type: EtherType::IPV4,
+    };
+    let mut ip = Ipv4Header {
+        total_len: length(size - ETHERNET),
+        time_to_live: 64,
+        protocol: if is_tcp { IpNumber::TCP } else { IpNumber::UDP },
+        source: address(route.from),
+        destination: address(route.to),
+        dont_fragment: true,
+        ..Ipv4Header::default()
+    };
+    ip.header_checksum = ip.calc_header_checksum();
+    let mut headers = [&ethernet.to_bytes()[..], &ip.to_bytes()].concat();
+    if is_tcp {
+        let mut tcp = TcpHeader::new(FIRST_PORT, DESTINATION_PORT, 0, u16::MAX);
+        tcp.ack = true;
+        headers.extend(tcp.to_bytes());
+    } else {
+        let udp = UdpHeader {
+            source_port: FIRST_PORT,
+            destination_port: DESTINATION_PORT,
+            length: length(size - L4_IN_FRAME),
+            checksum: 0,
+        };
+        headers.extend(udp.to_bytes());
+    }
+    headers
 }
 
-/// Sum over addresses, protocol and length of the payload of an IPv4 frame.
-fn pseudo_header_sum(frame: &[u8]) -> u16 {
-    pseudo_header_sum_with(frame, frame.len() - ETHERNET - IPV4)
+/// A length as headers have it. The largest frame's is all that 16 bits hold.
+fn length(bytes: usize) -> u16 {
+    u16::try_from(bytes).unwrap_or(u16::MAX)
 }
 
-fn pseudo_header_sum_with(frame: &[u8], len: usize) -> u16 {
-    let mut pseudo = frame[ETHERNET + 12..ETHERNET + 20].to_vec();
-    pseudo.extend([0, frame[ETHERNET + 9]]);
-    pseudo.extend(be16(len));
-    ones_complement_sum(&pseudo)
+/// Sum over addresses, protocol and this length of the payload of an IPv4 frame.
+fn pseudo_header_sum(frame: &[u8], len: usize) -> Sum16BitWords {
+    Sum16BitWords::new()
+        .add_slice(&frame[ETHERNET + 12..ETHERNET + 20])
+        .add_2bytes([0, frame[ETHERNET + 9]])
+        .add_2bytes(length(len).to_be_bytes())
+}
+
+/// What stands in place of a checksum that the device completes.
+fn open_checksum(frame: &[u8], len: usize) -> [u8; 2] {
+    (!pseudo_header_sum(frame, len).ones_complement()).to_ne_bytes()
 }
 
 /// True if TCP's or UDP's checksum is complete.
 fn has_right_checksum(frame: &[u8]) -> bool {
-    let payload = ones_complement_sum(&frame[ETHERNET + IPV4..]);
-    let [a, b] = [pseudo_header_sum(frame), payload].map(u32::from);
-    // Folded sums that add up to all ones.
-    (a + b) % 0xffff == 0
-}
-
-fn ones_complement_sum(bytes: &[u8]) -> u16 {
-    let sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)))
-        .sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap_or(u16::MAX)
+    let payload = &frame[L4_IN_FRAME..];
+    let sum = pseudo_header_sum(frame, payload.len()).add_slice(payload);
+    sum.ones_complement() == 0
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Sum of 16-bit words, folded, independent of the crate that builds the frames.
+    fn ones_complement_sum(bytes: &[u8]) -> u16 {
+        let sum: u32 = bytes
+            .chunks(2)
+            .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)))
+            .sum();
+        let folded = (sum & 0xffff) + (sum >> 16);
+        u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap()
+    }
+
+    fn pseudo_header_sum(frame: &[u8]) -> u16 {
+        let mut pseudo = frame[26..34].to_vec();
+        pseudo.extend([0, frame[23]]);
+        pseudo.extend(u16::try_from(frame.len() - 34).unwrap().to_be_bytes());
+        ones_complement_sum(&pseudo)
+    }
 
     fn route() -> Route {
         Route {
