@@ -5,6 +5,7 @@
 //! want switches set up in another way (MTU, segmentation offload) are measured on switches of their
 //! own.
 
+mod contender;
 mod options;
 mod table;
 mod trial;
@@ -12,26 +13,22 @@ mod trial;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::ValueEnum;
 
 use super::args::{FrameClass, FrameSize};
 use super::huge::{HugePages, free_pages, pages_of_load};
 use super::report::Environment;
-use super::switch::{RunningSwitch, SwitchKind, SwitchSetup, TESTPMD_HUGE_PAGES};
+use super::switch::{SwitchKind, SwitchSetup, TESTPMD_HUGE_PAGES};
 use crate::hint::hint_of;
 use crate::interrupt;
 use crate::netns::NetNs;
-use crate::stats::Spread;
+use contender::{Contender, account_all, full_rate, measure_latency};
 pub(crate) use options::CompareArgs;
 use options::{FramePath, LoadDriver};
-use table::{COPY, Latency, SizeResult, Subject, print_size};
-use trial::{Trial, TrialSetting};
+use table::{SizeResult, print_size};
+use trial::TrialSetting;
 
-/// Times that a trial is repeated if it broke.
-const RETRIES: u32 = 2;
-/// Shares of a switch's own maximum with stamped frames at which its latency is measured.
-const LEVELS: [f64; 3] = [0.1, 0.5, 0.9];
 /// Most rounds of latency trials.
 const LATENCY_ROUNDS: u32 = 5;
 
@@ -183,12 +180,7 @@ fn measure_class(
     if paths.is_empty() {
         return Ok(());
     }
-    let kinds: Vec<SwitchKind> = kinds
-        .iter()
-        .copied()
-        .filter(|kind| !nic || kind.takes_nic())
-        .collect();
-    let place = SwitchSetup {
+    let setup = SwitchSetup {
         cpu: setting.switch_cpu,
         other_cpu: setting.load_cpu,
         ports: if nic { 1 } else { 2 },
@@ -198,27 +190,13 @@ fn measure_class(
         tso: args.load.tso() || class == FrameClass::Segmented,
         huge: args.load.huge(),
     };
-    let mut switches: Vec<Option<RunningSwitch>> = Vec::new();
-    for kind in &kinds {
-        let started = RunningSwitch::start(*kind, place);
-        interrupt::check()?;
-        match started {
-            Ok(switch) => {
-                switch.pause();
-                report
-                    .versions
-                    .insert(kind.name(), switch.version().to_owned());
-                switches.push(Some(switch));
-            }
-            Err(error) if switches.is_empty() => {
-                return Err(error).with_context(|| format!("starting {}", kind.name()));
-            }
-            Err(error) => {
-                say_left_out(kind.name(), "", &error);
-                report.left_out = true;
-                switches.push(None);
-            }
-        }
+    let mut contenders = Vec::new();
+    for kind in kinds.iter().filter(|kind| !nic || kind.takes_nic()) {
+        let contender = Contender::start(*kind, setup, contenders.is_empty())?;
+        let version = contender.version();
+        let version = version.map(|(name, version)| (name, version.to_owned()));
+        report.versions.extend(version);
+        contenders.push(contender);
     }
     let frames = args.load.frames().iter();
     for frame in frames.filter(|frame| frame.class() == class) {
@@ -227,7 +205,7 @@ fn measure_class(
                 path: *path,
                 ..setting
             };
-            let size = measure_size(args, setting, *frame, &kinds, &mut switches)?;
+            let size = measure_size(args, setting, *frame, &mut contenders)?;
             report.left_out |= size.left_out();
             if !args.json {
                 print_size(&size);
@@ -243,61 +221,13 @@ fn measure_size(
     args: &CompareArgs,
     setting: TrialSetting<'_>,
     frame: FrameSize,
-    kinds: &[SwitchKind],
-    switches: &mut [Option<RunningSwitch>],
+    contenders: &mut [Contender],
 ) -> Result<SizeResult> {
-    let mut trials = vec![Vec::new(); switches.len()];
-    let mut copies = Vec::new();
-    let mut cannot: Vec<Option<String>> = vec![None; switches.len()];
-    for _ in 0..args.pairs {
-        for (i, slot) in switches.iter_mut().enumerate() {
-            if cannot[i].is_some() {
-                continue;
-            }
-            let Some(switch) = slot else {
-                cannot[i] = Some("it is not running".to_owned());
-                continue;
-            };
-            let outcome = awake(switch, |switch| try_trial(setting, frame, switch));
-            interrupt::check()?;
-            match outcome {
-                Ok(trial) => trials[i].push(Some(trial)),
-                // It worked before: this one is left out, the next may pass.
-                Err(Broken { died: false, .. }) if !trials[i].is_empty() => trials[i].push(None),
-                Err(Broken { died, error }) => {
-                    if died && i == 0 {
-                        return Err(error);
-                    }
-                    say_left_out(kinds[i].name(), &format!(" at {frame} B"), &error);
-                    cannot[i] = Some(format!("{error:#}"));
-                    if died {
-                        trials[i].clear();
-                        *slot = None;
-                    }
-                }
-            }
-        }
-        match setting.copy_trial(frame) {
-            Ok(trial) => copies.extend(trial.map(Some)),
-            Err(error) => {
-                say_left_out(COPY, &format!(" at {frame} B"), &error);
-                copies.push(None);
-            }
-        }
-    }
-    let first = trials[0].clone();
-    let mut subjects: Vec<Subject> = kinds
-        .iter()
-        .zip(trials)
-        .zip(cannot)
-        .map(|((kind, trials), cannot)| Subject::new(kind.name(), trials, cannot, &first))
-        .collect();
-    account_all(setting, frame, switches, &mut subjects)?;
+    let mut subjects = full_rate(args.pairs, setting, frame, contenders)?;
+    account_all(setting, frame, contenders, &mut subjects)?;
     if args.latency {
-        measure_latency(args, setting, frame, switches, &mut subjects)?;
-    }
-    if !copies.is_empty() {
-        subjects.push(Subject::new(COPY, copies, None, &first));
+        let rounds = args.pairs.min(LATENCY_ROUNDS);
+        measure_latency(rounds, setting, frame, contenders, &mut subjects)?;
     }
     let mut size = SizeResult {
         frame: frame.to_string(),
@@ -310,123 +240,6 @@ fn measure_size(
         "all trials with frames of {frame} bytes broke"
     );
     Ok(size)
-}
-
-/// Has a switch run while something is done with it.
-fn awake<T>(switch: &mut RunningSwitch, work: impl FnOnce(&mut RunningSwitch) -> T) -> T {
-    switch.resume();
-    let outcome = work(switch);
-    switch.pause();
-    outcome
-}
-
-/// Why there is no trial.
-struct Broken {
-    error: anyhow::Error,
-    /// The switch is gone for good.
-    died: bool,
-}
-
-/// A trial, repeated if it broke.
-fn try_trial(
-    setting: TrialSetting<'_>,
-    frame: FrameSize,
-    switch: &mut RunningSwitch,
-) -> Result<Trial, Broken> {
-    let mut tries = 0;
-    loop {
-        let outcome = setting.trial(frame, switch);
-        if let Err(error) = switch.check_alive() {
-            let error = error.into();
-            return Err(Broken { error, died: true });
-        }
-        let error = match outcome {
-            Ok(trial) => return Ok(trial),
-            Err(error) => error,
-        };
-        tries += 1;
-        if tries > RETRIES || trial::is_final(&error) {
-            return Err(Broken { error, died: false });
-        }
-        let name = switch.kind().name();
-        eprintln!("{name}, {frame} B, a trial broke and is repeated: {error:#}");
-    }
-}
-
-/// One more trial of each switch, not counted, in which it accounts for its time.
-fn account_all(
-    setting: TrialSetting<'_>,
-    frame: FrameSize,
-    switches: &mut [Option<RunningSwitch>],
-    subjects: &mut [Subject],
-) -> Result<()> {
-    for (slot, subject) in switches.iter_mut().zip(subjects) {
-        let Some(switch) = slot.as_mut().filter(|_| subject.has_results()) else {
-            continue;
-        };
-        let outcome = awake(switch, |switch| setting.account(frame, switch));
-        interrupt::check()?;
-        match outcome {
-            Ok(share) => subject.switch_busy_share = share,
-            Err(error) => eprintln!("{} can't tell its busy share: {error:#}", subject.switch),
-        }
-    }
-    Ok(())
-}
-
-/// Trials in open loop, in turns, after some that find out what each switch can take of them.
-fn measure_latency(
-    args: &CompareArgs,
-    setting: TrialSetting<'_>,
-    frame: FrameSize,
-    switches: &mut [Option<RunningSwitch>],
-    subjects: &mut [Subject],
-) -> Result<()> {
-    let rounds = args.pairs.min(LATENCY_ROUNDS);
-    let maxima = in_turns(rounds, switches, subjects, |switch, _| {
-        setting.stamped_maximum(frame, switch)
-    })?;
-    for (subject, maxima) in subjects.iter_mut().zip(maxima) {
-        subject.stamped_frames_per_second = Spread::of(&maxima);
-    }
-    for level in LEVELS {
-        let trials = in_turns(rounds, switches, subjects, |switch, subject| {
-            let max = subject.stamped_frames_per_second;
-            let max = max.context("its maximum is unknown")?;
-            setting.latency_trial(frame, switch, level * max.median)
-        })?;
-        for (subject, trials) in subjects.iter_mut().zip(trials) {
-            subject.latency.extend(Latency::of(level, trials));
-        }
-    }
-    Ok(())
-}
-
-/// Does something with each switch that has results, in turns; what breaks is told and left out.
-fn in_turns<T>(
-    rounds: u32,
-    switches: &mut [Option<RunningSwitch>],
-    subjects: &[Subject],
-    mut work: impl FnMut(&RunningSwitch, &Subject) -> Result<T>,
-) -> Result<Vec<Vec<T>>> {
-    let mut results: Vec<Vec<T>> = switches.iter().map(|_| Vec::new()).collect();
-    for _ in 0..rounds {
-        for (i, slot) in switches.iter_mut().enumerate() {
-            let Some(switch) = slot.as_mut().filter(|_| subjects[i].has_results()) else {
-                continue;
-            };
-            let outcome = awake(switch, |switch| work(switch, &subjects[i]));
-            interrupt::check()?;
-            match outcome {
-                Ok(result) => results[i].push(result),
-                Err(error) => {
-                    let name = subjects[i].switch;
-                    eprintln!("{name}, a latency trial broke: {error:#}");
-                }
-            }
-        }
-    }
-    Ok(results)
 }
 
 /// One line, and what to do.
