@@ -1,4 +1,24 @@
 //! Guest memory, virtqueues, vhost-user sessions, ports and poll-mode workers.
+//!
+//! ```text
+//!  Switch -- commands --> worker: per queue and burst
+//!    |                      receive   guest ring | tap | NIC queue
+//!    |                      decide    ringway_bridge::Bridge
+//!    |                      deliver   guest rings | taps | NIC queues, one copy
+//!    +-- sockets --> vhost-user session thread: maps guest memory, starts and stops rings
+//! ```
+//! A [`Switch`] is all that a control plane needs; its types are those of `ringway-api`. Which module may
+//! import which, and where `unsafe` is, is in docs/architecture.md.
+//!
+//! The feature `af-xdp`, on by default, has ports on a NIC's queues; it takes libxdp and libbpf, which are C.
+#![cfg_attr(
+    not(feature = "af-xdp"),
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "some of it serves AF_XDP ports alone"
+    )
+)]
 
 mod burst;
 mod burst_lock;

@@ -30,11 +30,8 @@ const LAYERS: &[&str] = &[
 ];
 
 /// Imports against the order that are still there: (module, what it imports). To be shortened only.
-const KNOWN_IMPORTS: &[(&str, &str)] = &[
-    ("burst", "offload"),
-    ("burst", "ring"),
-    ("ring", "offload"),
-];
+const KNOWN_IMPORTS: &[(&str, &str)] =
+    &[("burst", "offload"), ("burst", "ring"), ("ring", "offload")];
 
 /// Files with `unsafe` that are to do without, and so are not in the table of docs/architecture.md. To be
 /// shortened only.

@@ -16,6 +16,7 @@
 
 mod event;
 pub mod features;
+#[cfg_attr(not(feature = "af-xdp"), path = "no_frame_source.rs")]
 mod frame_source;
 mod frontend;
 mod guest;

@@ -1,5 +1,6 @@
 //! Ports: what can stand behind a slot of the bridge.
 
+#[cfg_attr(not(feature = "af-xdp"), path = "no_af_xdp.rs")]
 mod af_xdp;
 mod call;
 mod counters;

@@ -1,5 +1,6 @@
 //! XDP programs of a few instructions, written down here rather than compiled by another tool, and
 //! loaded by libbpf's wrappers of the system calls.
+#![cfg(feature = "af-xdp")]
 
 use std::ffi::CStr;
 use std::io;

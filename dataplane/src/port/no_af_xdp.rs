@@ -1,0 +1,164 @@
+//! In place of `af_xdp/` where the cargo feature `af-xdp` is off: a port that can't be opened. No value
+//! of these types exists, so that nothing but [`AfXdpPort::open`] is ever called.
+
+use std::convert::Infallible;
+use std::os::fd::BorrowedFd;
+use std::sync::MutexGuard;
+
+use ringway_api::{AfXdpConfig, SwitchError};
+
+use super::{Counter, PortBase, QueueCounters};
+use crate::burst::Burst;
+use crate::info::{AfXdpInfo, PortState, QueueInfo};
+use crate::offload::Parcel;
+use crate::wire::Offloads;
+
+/// Queues of an interface: none.
+#[derive(Debug)]
+pub(crate) struct AfXdpPort {
+    pub(crate) base: PortBase,
+    none: Infallible,
+}
+
+/// One queue of the interface: none.
+#[derive(Debug)]
+pub(crate) struct AfXdpQueue {
+    pub(crate) rx: QueueCounters,
+    pub(crate) tx: QueueCounters,
+    pub(crate) merged: Counter,
+    none: Infallible,
+}
+
+/// The receiving half of a queue.
+#[derive(Debug)]
+pub(crate) struct Receiver(Infallible);
+
+/// The transmitting half of a queue.
+#[derive(Debug)]
+pub(crate) struct Transmitter(Infallible);
+
+/// Frames that travel on as part of another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Merged {
+    pub(crate) frames: u64,
+    pub(crate) bytes: u64,
+}
+
+/// What became of frames to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    Later,
+}
+
+impl AfXdpPort {
+    /// Refuses.
+    ///
+    /// # Errors
+    /// Always.
+    pub(crate) fn open(
+        _base: PortBase,
+        config: &AfXdpConfig,
+        _mtu: Option<u16>,
+    ) -> Result<Self, SwitchError> {
+        Err(SwitchError::AfXdp {
+            ifname: config.ifname.clone(),
+            reason: "this ringwayd was built without it".to_owned(),
+            hint: "build ringwayd with the cargo feature af-xdp, which is on by default".to_owned(),
+        })
+    }
+
+    pub(crate) fn pairs(&self) -> u16 {
+        match self.none {}
+    }
+
+    pub(crate) fn state(&self) -> PortState {
+        match self.none {}
+    }
+
+    pub(crate) fn sends(&self) -> Offloads {
+        match self.none {}
+    }
+
+    pub(crate) fn mtu(&self) -> u16 {
+        match self.none {}
+    }
+
+    pub(crate) fn merged(&self) -> u64 {
+        match self.none {}
+    }
+
+    pub(crate) fn queue(&self, _pair: u16) -> &AfXdpQueue {
+        match self.none {}
+    }
+
+    pub(crate) fn transmit_queue(&self, _source_queue: u16, _owned: u64) -> u16 {
+        match self.none {}
+    }
+
+    pub(crate) fn queue_info(&self, _pair: u16, _worker: u16) -> QueueInfo {
+        match self.none {}
+    }
+
+    pub(crate) fn info(&self) -> AfXdpInfo {
+        match self.none {}
+    }
+}
+
+impl AfXdpQueue {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        match self.none {}
+    }
+
+    pub(crate) fn try_receiver(&self) -> Option<MutexGuard<'_, Receiver>> {
+        match self.none {}
+    }
+
+    pub(crate) fn try_transmitter(&self) -> Option<MutexGuard<'_, Transmitter>> {
+        match self.none {}
+    }
+}
+
+impl Receiver {
+    pub(crate) fn gather(
+        &mut self,
+        _limit: usize,
+        _burst: &mut Burst,
+        _takes: impl Fn(&[u8]) -> Offloads,
+    ) {
+        match self.0 {}
+    }
+
+    pub(crate) fn give_back(&mut self, _count: usize) -> Merged {
+        match self.0 {}
+    }
+
+    pub(crate) fn arm(&mut self) -> bool {
+        match self.0 {}
+    }
+}
+
+impl Transmitter {
+    pub(crate) fn begin(&mut self) -> bool {
+        match self.0 {}
+    }
+
+    pub(crate) fn should_wait_for(&self, _count: u32, _l2_bytes: u32) -> bool {
+        match self.0 {}
+    }
+
+    pub(crate) fn put_plain(&mut self, _: &Burst, _mask: u64, _max_bytes: u32) -> (u64, u64) {
+        match self.0 {}
+    }
+
+    pub(crate) fn put(&mut self, _parcel: &mut Parcel<'_, '_>) -> bool {
+        match self.0 {}
+    }
+
+    pub(crate) fn submit(&mut self) -> Sent {
+        match self.0 {}
+    }
+
+    pub(crate) fn send(&mut self) -> Sent {
+        match self.0 {}
+    }
+}
