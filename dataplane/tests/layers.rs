@@ -39,7 +39,6 @@ const KNOWN_UNSAFE: &[&str] = &[
     "dataplane/src/burst.rs",
     "dataplane/src/offload/parcel.rs",
     "dataplane/src/offload/pieces.rs",
-    "dataplane/src/port/vhost/device.rs",
     "dataplane/src/ring/rx_chain.rs",
     "dataplane/src/wire/checksum.rs",
 ];

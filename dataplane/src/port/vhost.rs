@@ -16,8 +16,7 @@ use super::{PortBase, QueueCounters};
 use crate::burst_lock::BurstLock;
 use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
-use crate::ring::{Ring, RingFault};
-use crate::vhost_user::RingAddresses;
+use crate::ring::{Ring, RingAddresses, RingFault};
 use crate::wake::Binding;
 use crate::wire::{Features, Offloads, ProtocolFeatures};
 
@@ -36,8 +35,8 @@ pub(crate) struct StartedRing {
     /// What the guest may send through the ring, or takes from it.
     pub(crate) offloads: Offloads,
     addresses: RingAddresses,
-    kick: Option<OwnedFd>,
-    call: Option<OwnedFd>,
+    kick: Option<Arc<OwnedFd>>,
+    call: Option<Arc<OwnedFd>>,
 }
 
 impl StartedRing {
@@ -56,10 +55,11 @@ impl StartedRing {
     }
 }
 
+/// What a worker needs of a queue. What state its ring is in, the session knows.
 #[derive(Debug, Default)]
 pub(crate) struct QueueState {
     pub(crate) started: Option<StartedRing>,
-    /// Where a ring stood that a worker stopped, for the GET_VRING_BASE to come.
+    /// Where a ring stood that stopped without the session, which asks for it by `stop_ring`.
     stopped_at: Option<u32>,
     /// Who polls it: of a transmit ring.
     binding: Option<Binding>,
@@ -69,9 +69,10 @@ pub(crate) struct QueueState {
 #[derive(Debug, Default)]
 pub(crate) struct VhostQueue {
     state: BurstLock<QueueState>,
-    is_started: AtomicBool,
-    is_enabled: AtomicBool,
+    /// For display: entries of the started ring, or 0.
     size: AtomicU16,
+    /// For display: whether the ring is enabled, or was when it stopped.
+    is_enabled: AtomicBool,
     pub(crate) counters: QueueCounters,
 }
 
@@ -88,6 +89,10 @@ impl VhostQueue {
     /// The queue, once the worker that has it is done with its burst.
     fn lock(&self) -> QueueGuard<'_> {
         self.state.lock()
+    }
+
+    fn is_started(&self) -> bool {
+        self.size.load(Ordering::Relaxed) > 0
     }
 }
 
@@ -169,9 +174,8 @@ impl VhostPort {
     }
 
     pub(crate) fn state(&self) -> PortState {
-        let any = |queue: &VhostQueue| {
-            queue.is_started.load(Ordering::Relaxed) && queue.is_enabled.load(Ordering::Relaxed)
-        };
+        let any =
+            |queue: &VhostQueue| queue.is_started() && queue.is_enabled.load(Ordering::Relaxed);
         if self.queues.iter().any(any) {
             PortState::Up
         } else {
@@ -190,8 +194,8 @@ impl VhostPort {
         let (tx, rx) = (&self.queues[at], &self.queues[at + 1]);
         QueueInfo {
             index: pair,
-            rx_started: rx.is_started.load(Ordering::Relaxed),
-            tx_started: tx.is_started.load(Ordering::Relaxed),
+            rx_started: rx.is_started(),
+            tx_started: tx.is_started(),
             enabled: rx.is_enabled.load(Ordering::Relaxed) || tx.is_enabled.load(Ordering::Relaxed),
             rx_size: rx.size.load(Ordering::Relaxed),
             tx_size: tx.size.load(Ordering::Relaxed),
@@ -266,7 +270,7 @@ impl VhostPort {
     pub(crate) fn stop_broken_queues(&self) -> bool {
         let mut all = true;
         for queue in &self.queues {
-            if !queue.is_started.load(Ordering::Relaxed) {
+            if !queue.is_started() {
                 continue;
             }
             let Some(mut state) = queue.try_lock() else {
@@ -321,17 +325,22 @@ impl VhostPort {
         if let (Some(kick), Some(binding)) = (&started.kick, &state.binding) {
             binding.unwatch(kick.as_fd());
         }
-        queue.is_started.store(false, Ordering::Relaxed);
-        queue.size.store(0, Ordering::Relaxed);
-        self.show_receiver(index, false);
+        self.show(queue, index, state);
         Some(started.ring.base())
     }
 
-    /// Sets or clears a receive ring's bit.
-    fn show_receiver(&self, index: u16, usable: bool) {
+    /// Tells what became of a ring to those who don't take its lock: display, and the choice of a
+    /// receive ring.
+    fn show(&self, queue: &VhostQueue, index: u16, state: &QueueState) {
+        let started = state.started.as_ref();
+        let size = started.map_or(0, |started| started.ring.size());
+        queue.size.store(size, Ordering::Relaxed);
+        if let Some(started) = started {
+            queue.is_enabled.store(started.enabled, Ordering::Relaxed);
+        }
         if index.is_multiple_of(2) {
             let bit = 1 << (index / 2);
-            if usable {
+            if started.is_some_and(|started| started.enabled) {
                 self.receivers.fetch_or(bit, Ordering::Relaxed);
             } else {
                 self.receivers.fetch_and(!bit, Ordering::Relaxed);
@@ -339,8 +348,9 @@ impl VhostPort {
         }
     }
 
-    fn queue(&self, index: u16) -> Option<&VhostQueue> {
-        self.queues.get(usize::from(index))
+    /// The queue of a ring, by the protocol's number, which the session has checked.
+    fn queue(&self, index: u16) -> &VhostQueue {
+        &self.queues[usize::from(index)]
     }
 }
 

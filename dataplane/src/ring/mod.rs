@@ -5,6 +5,7 @@
 
 mod chain;
 mod gather;
+mod layout;
 mod packed;
 mod rx_chain;
 mod split;
@@ -17,66 +18,10 @@ use crate::wire::Features;
 use crate::wire::net_header::HEADER_BYTES;
 
 pub(crate) use chain::{Direction, prefetch_more};
+pub(crate) use layout::{Areas, Layout, PlaceError, PlacedAreas, RingAddresses};
 pub(crate) use packed::PackedRing;
 pub(crate) use rx_chain::{Deliver, RxScratch};
 pub(crate) use split::SplitRing;
-
-/// How a virtqueue is laid out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Layout {
-    /// Descriptor table, avail ring, used ring (virtio 1.3, 2.7).
-    Split,
-    /// One descriptor ring and two event suppression structures (2.8).
-    Packed,
-}
-
-impl Layout {
-    /// The layout that goes with these features.
-    pub(crate) fn of(features: Features) -> Self {
-        if features.contains(Features::VIRTIO_F_RING_PACKED) {
-            Self::Packed
-        } else {
-            Self::Split
-        }
-    }
-
-    /// Whether a ring can have so many entries (2.7, 2.8.10.1).
-    pub(crate) fn allows(self, size: u16) -> bool {
-        let most = 32_768;
-        match self {
-            Self::Split => size.is_power_of_two() && size <= most,
-            Self::Packed => (1..=most).contains(&size),
-        }
-    }
-
-    /// Bytes of each area of a ring of `size` and its alignment: descriptors, driver's, device's.
-    pub(crate) fn areas(self, size: u16) -> [(u64, u64); 3] {
-        let size = u64::from(size);
-        match self {
-            Self::Split => [(16 * size, 16), (6 + 2 * size, 2), (6 + 8 * size, 4)],
-            Self::Packed => [(16 * size, 16), (4, 4), (4, 4)],
-        }
-    }
-
-    /// Where a fresh ring begins, in the form of SET_VRING_BASE.
-    pub(crate) fn first_base(self) -> u32 {
-        match self {
-            Self::Split => 0,
-            Self::Packed => 0x8000_8000,
-        }
-    }
-}
-
-/// Host addresses of a ring's three areas, checked for size and alignment by the caller.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Areas {
-    /// Descriptor table or ring.
-    pub(crate) desc: *mut u8,
-    /// Avail ring, or driver event suppression.
-    pub(crate) driver: *mut u8,
-    /// Used ring, or device event suppression.
-    pub(crate) device: *mut u8,
-}
 
 /// A chain, as it is completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,45 +150,50 @@ macro_rules! each {
 }
 
 impl Ring {
-    /// A ring of the layout that goes with `features`, which goes on at `base`, in the form of
+    /// A ring with these features, whose layout was placed, that goes on at `base`, in the form of
     /// SET_VRING_BASE. `None` if no such ring can be there.
-    ///
-    /// # Safety
-    /// The areas are those of a ring of `size` entries and this layout, which allows it; they lie
-    /// in `memory` and are aligned as [`Layout::areas`] says.
-    pub(crate) unsafe fn new(
-        size: u16,
-        at: Areas,
-        base: u32,
-        features: Features,
-        memory: Arc<GuestMemory>,
-    ) -> Option<Self> {
-        match Layout::of(features) {
+    pub(crate) fn new(placed: PlacedAreas, base: u32, features: Features) -> Option<Self> {
+        let PlacedAreas {
+            layout,
+            size,
+            at,
+            memory,
+        } = placed;
+        if layout != Layout::of(features) {
+            return None;
+        }
+        match layout {
             Layout::Split => {
                 #[expect(
                     clippy::cast_possible_truncation,
                     reason = "split rings use the low half"
                 )]
                 let next_avail = base as u16;
-                // SAFETY: the caller's promise is the same.
+                // SAFETY: `Layout::place` found the areas of a ring of this size in this memory.
                 let ring = unsafe { SplitRing::new(size, at, next_avail, features, memory) };
                 Some(Self::Split(ring))
             }
             Layout::Packed => {
-                // SAFETY: the caller's promise is the same.
+                // SAFETY: likewise.
                 let ring = unsafe { PackedRing::new(size, at, base, features, memory) };
                 ring.map(Self::Packed)
             }
         }
     }
 
-    /// Puts the ring, with the same content, at other host addresses.
+    /// Puts the ring, with the same content, into other memory.
     ///
-    /// # Safety
-    /// As for [`Ring::new`], for this ring's size and layout.
-    pub(crate) unsafe fn relocate(&mut self, at: Areas, memory: Arc<GuestMemory>) {
-        // SAFETY: the caller's promise is the same.
+    /// # Errors
+    /// It does not lie there; it stays where it is.
+    pub(crate) fn relocate(
+        &mut self,
+        addresses: RingAddresses,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<(), PlaceError> {
+        let PlacedAreas { at, memory, .. } = self.layout().place(self.size(), addresses, memory)?;
+        // SAFETY: `Layout::place` found the areas of a ring of this layout and size in this memory.
         each!(self, ring => unsafe { ring.relocate(at, memory) });
+        Ok(())
     }
 
     pub(crate) fn layout(&self) -> Layout {

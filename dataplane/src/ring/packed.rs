@@ -159,7 +159,7 @@ impl PackedRing {
     ///
     /// # Safety
     /// The areas are those of a ring of `size` entries, 1 to 32,768; they lie in `memory` and are
-    /// aligned as [`super::Layout::areas`] says.
+    /// aligned as [`super::Layout::place`] demands.
     #[expect(clippy::cast_possible_truncation, reason = "the halves of the base")]
     pub(crate) unsafe fn new(
         size: u16,

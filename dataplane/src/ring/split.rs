@@ -74,7 +74,7 @@ impl SplitRing {
     ///
     /// # Safety
     /// The areas are those of a ring of `size` entries, a power of two; they lie in `memory` and
-    /// are aligned as [`super::Layout::areas`] says.
+    /// are aligned as [`super::Layout::place`] demands.
     pub(crate) unsafe fn new(
         size: u16,
         at: Areas,

@@ -6,18 +6,8 @@ use std::sync::Arc;
 use ringway_bridge::MacAddr;
 
 use crate::memory::GuestMemory;
+use crate::ring::{PlaceError, RingAddresses};
 use crate::wire::{Features, ProtocolFeatures};
-
-/// Addresses of a ring's three areas, in the front-end's address space (SET_VRING_ADDR).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RingAddresses {
-    /// Descriptor table (split) or descriptor ring (packed).
-    pub(crate) desc: u64,
-    /// Available ring (split) or driver event suppression (packed).
-    pub(crate) avail: u64,
-    /// Used ring (split) or device event suppression (packed).
-    pub(crate) used: u64,
-}
 
 /// All that a ring needs to start.
 #[derive(Debug)]
@@ -30,43 +20,37 @@ pub(crate) struct RingStart {
     /// packed rings avail index and wrap counter in the low, used in the high 16 bits.
     pub(crate) base: u32,
     /// Kicks arrive here; `None` means that the ring must be polled.
-    pub(crate) kick: Option<OwnedFd>,
+    pub(crate) kick: Option<Arc<OwnedFd>>,
     /// Calls go here; `None` means that the driver polls.
-    pub(crate) call: Option<OwnedFd>,
+    pub(crate) call: Option<Arc<OwnedFd>>,
     /// Virtio features in effect (SET_FEATURES).
     pub(crate) features: Features,
     /// Whether frames pass; a started but disabled transmit ring is drained and discarded.
     pub(crate) enabled: bool,
 }
 
-/// Why a ring could not start or go on.
+/// Why a ring could not start, go on or be changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(crate) enum RingError {
-    /// An area of the ring is not in one region of guest memory, or misaligned.
-    #[error("the {area} of ring {index} at {address:#x} is not {rule}")]
-    Address {
-        index: u16,
-        area: &'static str,
-        address: u64,
-        rule: &'static str,
-    },
-    /// A size that no ring can have.
-    #[error("ring {index} can't have {size} entries")]
-    Size { index: u16, size: u16 },
+    /// It does not lie in guest memory as a ring has to.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     /// A base beyond the ring's size.
-    #[error("ring {index} can't go on at {base:#x}")]
-    Base { index: u16, base: u32 },
+    #[error("it can't go on at {base:#x}")]
+    Base { base: u32 },
     /// The file behind the guest's memory was cut off.
-    #[error("ring {index} can't start: the guest's memory file was cut off")]
-    Broken { index: u16 },
+    #[error("the guest's memory file was cut off")]
+    Broken,
     /// The kick or call fd can't be used.
-    #[error("the {which} fd of ring {index} is unusable: {source}")]
+    #[error("its {which} fd is unusable: {source}")]
     Fd {
-        index: u16,
         which: &'static str,
         source: std::io::Error,
     },
+    /// What must not change while the ring is started.
+    #[error("the {what} of a started ring can't change")]
+    Running { what: &'static str },
 }
 
 /// A vhost-user device's data path, as the session's state machine sees it. Rings are numbered as
@@ -88,11 +72,9 @@ pub(crate) trait Device: Send + Sync {
     /// Virtio and protocol features in effect, for display.
     fn set_features(&self, features: Features, protocol_features: ProtocolFeatures);
 
-    /// Replaces the guest memory; started rings go on in the new one.
-    ///
-    /// # Errors
-    /// A started ring does not lie in the new memory; it is stopped, the others go on.
-    fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), RingError>;
+    /// Replaces the guest memory. Started rings go on in the new one, but for those that are in the
+    /// answer with the reason: they stopped.
+    fn set_memory(&self, memory: Arc<GuestMemory>) -> Vec<(u16, RingError)>;
 
     /// Starts a ring that is stopped.
     ///
@@ -100,8 +82,8 @@ pub(crate) trait Device: Send + Sync {
     /// Addresses, size or fds that can't be used; the ring stays stopped.
     fn start_ring(&self, index: u16, start: RingStart) -> Result<(), RingError>;
 
-    /// Stops a ring and returns its base in the form of [`RingStart::base`], or `None` if it was
-    /// not started.
+    /// Stops a ring and returns where it stood, in the form of [`RingStart::base`]: now, or when the
+    /// device stopped it by itself. `None` if it was not started.
     fn stop_ring(&self, index: u16) -> Option<u32>;
 
     /// Enables or disables a started ring.
@@ -110,8 +92,9 @@ pub(crate) trait Device: Send + Sync {
     /// Replaces the call fd of a started ring.
     ///
     /// # Errors
-    /// It is no eventfd.
-    fn set_ring_call(&self, index: u16, call: Option<OwnedFd>) -> Result<(), RingError>;
+    /// It is no eventfd, which leaves the ring with the one before; or writing to it blocks, and the
+    /// ring stops.
+    fn set_ring_call(&self, index: u16, call: Option<Arc<OwnedFd>>) -> Result<(), RingError>;
 
     /// The guest's MTU (NET_SET_MTU).
     fn set_mtu(&self, mtu: u16);

@@ -15,8 +15,8 @@ use std::os::fd::OwnedFd;
 use ringway_bridge::MacAddr;
 use vhost::vhost_user::message::FrontendReq;
 
-use super::device::RingAddresses;
 use crate::memory::RegionSpec;
+use crate::ring::RingAddresses;
 
 /// Bytes of a header.
 pub(crate) const HEADER_LEN: usize = 12;

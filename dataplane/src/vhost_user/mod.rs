@@ -11,13 +11,13 @@ mod endpoint;
 mod log_limit;
 mod message;
 mod reactor;
-mod ring;
 mod server;
 mod session;
 mod socket;
 #[cfg(test)]
 mod test_device;
+mod vring;
 
-pub(crate) use device::{Device, RingAddresses, RingError, RingStart};
+pub(crate) use device::{Device, RingError, RingStart};
 pub(crate) use endpoint::Endpoint;
 pub(crate) use server::SessionThread;

@@ -1,13 +1,7 @@
 //! One front-end's session as a state machine without sockets: requests in, replies and calls of
 //! the [`Device`] out.
 //!
-//! ```text
-//! ring:  stopped --SET_VRING_KICK, size, addresses and memory known--> started
-//!        started --GET_VRING_BASE, reset, end of session--> stopped
-//!        started --its memory goes--> waiting --its memory is back--> started
-//! ```
-//!
-//! A ring's *enabled* flag is apart from that ("Ring states"): it may change in any state.
+//! What becomes of a ring is told in `vring.rs`.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -18,7 +12,7 @@ use vhost::vhost_user::message::FrontendReq;
 use super::device::{Device, RingError};
 use super::log_limit::LogLimit;
 use super::message::{Reply, ReplyBody, Request, VringFd};
-use super::ring::Ring;
+use super::vring::{Footing, Vring};
 use crate::memory::{GuestMemory, MemoryError, Region, RegionSpec};
 use crate::ring::Layout;
 use crate::wire::{Features, ProtocolFeatures};
@@ -62,9 +56,6 @@ pub(crate) enum SessionError {
     /// Memory that can't be mapped, or regions that overlap.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// A kick or call fd can't be duplicated.
-    #[error("can't duplicate the fds of ring {index}: {source}")]
-    Duplicate { index: u16, source: std::io::Error },
 }
 
 /// How a request ended that does not end the session.
@@ -77,14 +68,13 @@ enum Answer {
 
 /// A front-end's session. Dropping it is [`Session::close`].
 pub(crate) struct Session<D: Device> {
-    device: Arc<D>,
-    features: Features,
+    /// Device, memory and virtio features in effect.
+    footing: Footing<D>,
     protocol_features: ProtocolFeatures,
     /// The front-end has begun to negotiate.
     negotiated: bool,
     status: u8,
-    regions: Vec<Arc<Region>>,
-    rings: Vec<Ring>,
+    rings: Vec<Vring>,
     open: bool,
     log: LogLimit,
 }
@@ -92,16 +82,19 @@ pub(crate) struct Session<D: Device> {
 impl<D: Device> Session<D> {
     /// A session of a front-end that has just connected; `log` bounds what it can have logged.
     pub(crate) fn new(device: Arc<D>, log: LogLimit) -> Self {
-        let rings = usize::from(device.queue_pairs()) * 2;
+        // A port has at most 64 queue pairs.
+        let rings = 2 * device.queue_pairs();
         device.connected();
         Self {
-            device,
-            features: Features::empty(),
+            footing: Footing {
+                device,
+                memory: Arc::default(),
+                features: Features::empty(),
+            },
             protocol_features: ProtocolFeatures::empty(),
             negotiated: false,
             status: 0,
-            regions: Vec::new(),
-            rings: (0..rings).map(|_| Ring::default()).collect(),
+            rings: (0..rings).map(Vring::new).collect(),
             open: true,
             log,
         }
@@ -165,10 +158,10 @@ impl<D: Device> Session<D> {
         }
         self.stop_all();
         self.rings.clear();
-        self.regions.clear();
+        self.footing.memory = Arc::default();
         // No ring is started, so none can fail in the empty memory.
-        let _ = self.device.set_memory(Arc::new(GuestMemory::default()));
-        self.device.disconnected(reason);
+        self.device().set_memory(Arc::clone(&self.footing.memory));
+        self.device().disconnected(reason);
     }
 
     fn apply(&mut self, request: Request) -> Result<Answer, SessionError> {
@@ -186,20 +179,25 @@ impl<D: Device> Session<D> {
             Request::SetLogFd => {}
             Request::SetVringNum { index, num } => return self.set_vring_num(index, num),
             Request::SetVringAddr { index, addresses } => {
-                let index = self.ring_index(index)?;
-                let ring = &mut self.rings[usize::from(index)];
-                if ring.addresses != Some(addresses) {
-                    ring.addresses = Some(addresses);
-                    return self.restart(index);
-                }
+                return self.change_ring(index, |ring, on| ring.set_addresses(on, addresses));
             }
-            Request::SetVringBase { index, base } => return self.set_vring_base(index, base),
-            Request::GetVringBase { index } => return self.get_vring_base(index),
-            Request::SetVringKick(kick) => return self.set_vring_kick(kick),
-            Request::SetVringCall(call) => return self.set_vring_call(call),
+            Request::SetVringBase { index, base } => {
+                return self.change_ring(index, |ring, _| ring.set_base(base));
+            }
+            Request::GetVringBase { index } => {
+                let at = self.ring_index(index)?;
+                let num = self.rings[at].stop(&self.footing);
+                return Ok(Answer::Reply(ReplyBody::VringState { index, num }));
+            }
+            Request::SetVringKick(VringFd { index, fd }) => {
+                return self.change_ring(index, |ring, on| ring.kick(on, fd));
+            }
+            Request::SetVringCall(VringFd { index, fd }) => {
+                return self.change_ring(index, |ring, on| ring.set_call(on, fd));
+            }
             Request::SetVringErr(VringFd { index, fd }) => {
-                let index = self.ring_index(index)?;
-                self.rings[usize::from(index)].err = fd;
+                let at = self.ring_index(index)?;
+                self.rings[at].set_err(fd);
             }
             Request::GetProtocolFeatures => {
                 return Ok(Answer::Reply(ReplyBody::U64(
@@ -209,13 +207,16 @@ impl<D: Device> Session<D> {
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
             // In pairs, as all front-ends of network devices read it.
             Request::GetQueueNum => {
-                let pairs = self.device.queue_pairs().into();
+                let pairs = self.device().queue_pairs().into();
                 return Ok(Answer::Reply(ReplyBody::U64(pairs)));
             }
-            Request::SetVringEnable { index, enable } => self.set_vring_enable(index, enable)?,
-            Request::SendRarp(mac) => self.device.announce(mac),
+            Request::SetVringEnable { index, enable } => {
+                let at = self.ring_index(index)?;
+                self.rings[at].set_enabled(&self.footing, enable);
+            }
+            Request::SendRarp(mac) => self.device().announce(mac),
             Request::NetSetMtu(mtu) => match u16::try_from(mtu) {
-                Ok(mtu) if mtu >= MIN_MTU => self.device.set_mtu(mtu),
+                Ok(mtu) if mtu >= MIN_MTU => self.device().set_mtu(mtu),
                 _ => return Ok(self.refuse("the MTU is not one of 68 to 65535")),
             },
             Request::ResetDevice => self.reset_device(),
@@ -262,8 +263,8 @@ impl<D: Device> Session<D> {
             SessionError::FeaturesNotOffered { kind, bits }
         })?;
         self.negotiated = true;
-        self.features = features;
-        self.device.set_features(features, self.protocol_features);
+        self.footing.features = features;
+        self.show_features();
         Ok(())
     }
 
@@ -275,92 +276,39 @@ impl<D: Device> Session<D> {
         })?;
         self.negotiated = true;
         self.protocol_features = features;
-        self.device.set_features(self.features, features);
+        self.show_features();
         Ok(())
     }
 
     fn set_vring_num(&mut self, index: u32, size: u32) -> Result<Answer, SessionError> {
-        let layout = Layout::of(self.features);
+        self.ring_index(index)?;
+        let layout = Layout::of(self.footing.features);
         let valid = u16::try_from(size).ok().filter(|n| layout.allows(*n));
-        let ring_index = self.ring_index(index)?;
         let size = valid.ok_or(SessionError::RingSize { index, size })?;
-        let ring = &mut self.rings[usize::from(ring_index)];
-        if ring.started && ring.size != Some(size) {
-            return Ok(self.refuse("the size of a started ring can't change"));
-        }
-        ring.size = Some(size);
-        self.start_if_ready(ring_index)
+        self.change_ring(index, |ring, on| ring.set_size(on, size))
     }
 
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<Answer, SessionError> {
-        let index = self.ring_index(index)?;
-        let ring = &mut self.rings[usize::from(index)];
-        if ring.started {
-            return Ok(self.refuse("the base of a started ring can't change"));
-        }
-        ring.base = Some(base);
-        Ok(Answer::Done)
-    }
-
-    /// Stops the ring; it starts again with the next SET_VRING_KICK only.
-    fn get_vring_base(&mut self, index: u32) -> Result<Answer, SessionError> {
-        let ring_index = self.ring_index(index)?;
-        self.stop(ring_index);
-        let ring = &mut self.rings[usize::from(ring_index)];
-        ring.disarm();
-        let num = ring.base(self.features);
-        Ok(Answer::Reply(ReplyBody::VringState { index, num }))
-    }
-
-    fn set_vring_kick(&mut self, kick: VringFd) -> Result<Answer, SessionError> {
-        let index = self.ring_index(kick.index)?;
-        self.rings[usize::from(index)].arm(kick.fd);
-        self.restart(index)
-    }
-
-    fn set_vring_call(&mut self, call: VringFd) -> Result<Answer, SessionError> {
-        let index = self.ring_index(call.index)?;
-        let ring = &mut self.rings[usize::from(index)];
-        ring.call = call.fd;
-        if !ring.started {
-            return Ok(Answer::Done);
-        }
-        let call = ring
-            .call
-            .as_ref()
-            .map(OwnedFd::try_clone)
-            .transpose()
-            .map_err(|source| SessionError::Duplicate { index, source })?;
-        match self.device.set_ring_call(index, call) {
+    /// Changes a ring as a request asks, which is refused if the ring can't be that way.
+    fn change_ring(
+        &mut self,
+        index: u32,
+        change: impl FnOnce(&mut Vring, &Footing<D>) -> Result<(), RingError>,
+    ) -> Result<Answer, SessionError> {
+        let at = self.ring_index(index)?;
+        match change(&mut self.rings[at], &self.footing) {
             Ok(()) => Ok(Answer::Done),
-            Err(error) => Ok(self.ring_failed(&error)),
+            Err(error) => Ok(self.ring_failed(at, &error)),
         }
     }
 
-    /// QEMU sends this before SET_FEATURES, so it can't wait for the negotiation.
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<(), SessionError> {
-        let index = self.ring_index(index)?;
-        let enabled_anyway = self.rings_start_enabled();
-        let ring = &mut self.rings[usize::from(index)];
-        ring.enabled = enable;
-        if ring.started {
-            let enabled = enable || enabled_anyway;
-            self.device.set_ring_enabled(index, enabled);
-        }
-        Ok(())
-    }
-
-    /// "Disable all rings and reset all internal device state", while memory, protocol features
-    /// and the channels for calls and errors stay: the front-end does not send them again.
+    /// "Disable all rings and reset all internal device state", while memory and protocol features
+    /// stay: the front-end does not send them again.
     fn reset_device(&mut self) {
         self.stop_all();
         self.status = 0;
-        self.features &= Features::VHOST_USER_F_PROTOCOL_FEATURES;
-        for ring in &mut self.rings {
-            ring.reset();
-        }
-        self.device
-            .set_features(self.features, self.protocol_features);
+        self.footing.features &= Features::VHOST_USER_F_PROTOCOL_FEATURES;
+        self.rings.iter_mut().for_each(Vring::reset);
+        self.show_features();
     }
 
     fn set_mem_table(&mut self, table: Vec<(RegionSpec, OwnedFd)>) -> Result<(), SessionError> {
@@ -376,10 +324,10 @@ impl<D: Device> Session<D> {
             ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
             FrontendReq::ADD_MEM_REG,
         )?;
-        if self.regions.len() >= MAX_MEM_SLOTS {
+        if self.regions().len() >= MAX_MEM_SLOTS {
             return Err(SessionError::TooManyRegions);
         }
-        let mut regions = self.regions.clone();
+        let mut regions = self.regions().to_vec();
         regions.push(Region::map(spec, file)?);
         self.change_memory(regions)
     }
@@ -392,11 +340,11 @@ impl<D: Device> Session<D> {
         )?;
         let identity = |spec: RegionSpec| (spec.guest_addr, spec.user_addr, spec.size);
         let at = self
-            .regions
+            .regions()
             .iter()
             .position(|region| identity(region.spec()) == identity(spec))
             .ok_or(SessionError::NoSuchRegion { spec })?;
-        let mut regions = self.regions.clone();
+        let mut regions = self.regions().to_vec();
         regions.remove(at);
         self.change_memory(regions)
     }
@@ -405,93 +353,55 @@ impl<D: Device> Session<D> {
     /// start. QEMU removes and adds again a region that changes, so a ring may be without memory
     /// in between.
     fn change_memory(&mut self, regions: Vec<Arc<Region>>) -> Result<(), SessionError> {
-        let memory = Arc::new(GuestMemory::new(regions.clone())?);
-        self.regions = regions;
-        for index in 0..self.ring_count() {
-            let ring = &self.rings[usize::from(index)];
-            if ring.started && !ring.lies_in(&self.regions, self.features) {
-                self.stop(index);
+        let memory = Arc::new(GuestMemory::new(regions)?);
+        self.footing.memory = Arc::clone(&memory);
+        for ring in &mut self.rings {
+            ring.leave_memory(&self.footing);
+        }
+        let refused = self.device().set_memory(memory);
+        for (index, error) in &refused {
+            let at = usize::from(*index);
+            self.rings[at].suspend(&self.footing);
+            self.ring_failed(at, error);
+        }
+        for at in 0..self.rings.len() {
+            // What was just refused need not be tried again.
+            if refused.iter().all(|(index, _)| usize::from(*index) != at)
+                && let Err(error) = self.rings[at].start_if_ready(&self.footing)
+            {
+                self.ring_failed(at, &error);
             }
-        }
-        if let Err(error) = self.device.set_memory(memory) {
-            self.stop(failed_ring(&error));
-            self.ring_failed(&error);
-        }
-        for index in 0..self.ring_count() {
-            self.start_if_ready(index)?;
         }
         Ok(())
     }
 
-    /// Restarts a ring at its current index, or starts it if it is complete now.
-    fn restart(&mut self, index: u16) -> Result<Answer, SessionError> {
-        self.stop(index);
-        self.start_if_ready(index)
-    }
-
-    fn start_if_ready(&mut self, index: u16) -> Result<Answer, SessionError> {
-        let enabled_anyway = self.rings_start_enabled();
-        let ring = &mut self.rings[usize::from(index)];
-        if ring.started || !ring.lies_in(&self.regions, self.features) {
-            return Ok(Answer::Done);
-        }
-        let Some(start) = ring
-            .to_start(self.features, enabled_anyway)
-            .map_err(|source| SessionError::Duplicate { index, source })?
-        else {
-            return Ok(Answer::Done);
-        };
-        match self.device.start_ring(index, start) {
-            Ok(()) => {
-                ring.started = true;
-                Ok(Answer::Done)
-            }
-            Err(error) => Ok(self.ring_failed(&error)),
-        }
-    }
-
-    /// Stops a ring if it is started and keeps its index as the next base.
-    fn stop(&mut self, index: u16) {
-        let Some(ring) = self.rings.get_mut(usize::from(index)) else {
-            return;
-        };
-        if std::mem::take(&mut ring.started)
-            && let Some(base) = self.device.stop_ring(index)
-        {
-            ring.base = Some(base);
-        }
-    }
-
     /// Stops all rings until their next SET_VRING_KICK.
     fn stop_all(&mut self) {
-        for index in 0..self.ring_count() {
-            self.stop(index);
-            self.rings[usize::from(index)].disarm();
+        for ring in &mut self.rings {
+            ring.stop(&self.footing);
         }
+    }
+
+    fn device(&self) -> &D {
+        &self.footing.device
+    }
+
+    fn regions(&self) -> &[Arc<Region>] {
+        self.footing.memory.regions()
+    }
+
+    fn show_features(&self) {
+        self.device()
+            .set_features(self.footing.features, self.protocol_features);
     }
 
     /// Checks a ring's index in the width in which it came.
-    fn ring_index(&self, index: u32) -> Result<u16, SessionError> {
-        u16::try_from(index)
+    fn ring_index(&self, index: u32) -> Result<usize, SessionError> {
+        let count = self.rings.len();
+        usize::try_from(index)
             .ok()
-            .filter(|index| usize::from(*index) < self.rings.len())
-            .ok_or(SessionError::NoSuchRing {
-                index,
-                count: self.rings.len(),
-            })
-    }
-
-    fn ring_count(&self) -> u16 {
-        // There are twice as many as queue pairs, of which a port has at most 64.
-        u16::try_from(self.rings.len()).unwrap_or(u16::MAX)
-    }
-
-    /// "If VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly in
-    /// the enabled state."
-    fn rings_start_enabled(&self) -> bool {
-        !self
-            .features
-            .contains(Features::VHOST_USER_F_PROTOCOL_FEATURES)
+            .filter(|at| *at < count)
+            .ok_or(SessionError::NoSuchRing { index, count })
     }
 
     fn wants_ack(&self, need_reply: bool) -> bool {
@@ -517,9 +427,9 @@ impl<D: Device> Session<D> {
         Answer::Refused
     }
 
-    fn ring_failed(&self, error: &RingError) -> Answer {
+    fn ring_failed(&self, ring: usize, error: &RingError) -> Answer {
         if let Some(suppressed) = self.log.pass(Instant::now()) {
-            tracing::warn!(%error, suppressed, "ring stopped");
+            tracing::warn!(ring, %error, suppressed, "ring refused");
         }
         Answer::Refused
     }
@@ -528,16 +438,6 @@ impl<D: Device> Session<D> {
 impl<D: Device> Drop for Session<D> {
     fn drop(&mut self) {
         self.close(None);
-    }
-}
-
-fn failed_ring(error: &RingError) -> u16 {
-    match error {
-        RingError::Address { index, .. }
-        | RingError::Size { index, .. }
-        | RingError::Base { index, .. }
-        | RingError::Broken { index }
-        | RingError::Fd { index, .. } => *index,
     }
 }
 

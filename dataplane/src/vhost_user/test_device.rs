@@ -70,6 +70,17 @@ struct State {
     memory: Arc<GuestMemory>,
     /// The next start of any ring fails.
     fail_start: bool,
+    /// Rings that do not go on in the next memory.
+    refused: Vec<u16>,
+    /// Where rings were that the device stopped by itself.
+    stopped_at: std::collections::HashMap<u16, u32>,
+}
+
+impl State {
+    fn fail(&mut self, index: u16) {
+        let start = self.started.remove(&index).unwrap();
+        self.stopped_at.insert(index, start.base);
+    }
 }
 
 impl TestDevice {
@@ -92,6 +103,16 @@ impl TestDevice {
 
     pub(super) fn fail_next_start(&self) {
         self.state.lock().unwrap().fail_start = true;
+    }
+
+    /// Some started rings do not go on in the next memory.
+    pub(super) fn refuse_in_next_memory(&self, rings: &[u16]) {
+        self.state.lock().unwrap().refused = rings.to_vec();
+    }
+
+    /// The device stops a started ring by itself, as a worker does that finds its guest at fault.
+    pub(super) fn fail_ring(&self, index: u16) {
+        self.state.lock().unwrap().fail(index);
     }
 
     pub(super) fn is_started(&self, index: u16) -> bool {
@@ -123,10 +144,16 @@ impl Device for TestDevice {
         self.note(Call::Features(features.bits(), protocol_features.bits()));
     }
 
-    fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), RingError> {
+    fn set_memory(&self, memory: Arc<GuestMemory>) -> Vec<(u16, RingError)> {
         self.note(Call::Memory(memory.regions().len()));
-        self.state.lock().unwrap().memory = memory;
-        Ok(())
+        let mut state = self.state.lock().unwrap();
+        state.memory = memory;
+        let refused = std::mem::take(&mut state.refused);
+        refused.iter().for_each(|index| state.fail(*index));
+        refused
+            .into_iter()
+            .map(|index| (index, RingError::Broken))
+            .collect()
     }
 
     fn start_ring(&self, index: u16, start: RingStart) -> Result<(), RingError> {
@@ -142,8 +169,7 @@ impl Device for TestDevice {
             call: start.call.is_some(),
         });
         if std::mem::take(&mut state.fail_start) {
-            let size = start.size;
-            return Err(RingError::Size { index, size });
+            return Err(RingError::Broken);
         }
         state.started.insert(index, start);
         Ok(())
@@ -151,8 +177,10 @@ impl Device for TestDevice {
 
     fn stop_ring(&self, index: u16) -> Option<u32> {
         self.note(Call::Stop(index));
-        let start = self.state.lock().unwrap().started.remove(&index);
-        start.map(|start| start.base)
+        let mut state = self.state.lock().unwrap();
+        let start = state.started.remove(&index);
+        let stopped_at = state.stopped_at.remove(&index);
+        start.map(|start| start.base).or(stopped_at)
     }
 
     fn set_ring_enabled(&self, index: u16, enabled: bool) {
@@ -160,7 +188,7 @@ impl Device for TestDevice {
         self.note(Call::Enable(index, enabled));
     }
 
-    fn set_ring_call(&self, index: u16, call: Option<OwnedFd>) -> Result<(), RingError> {
+    fn set_ring_call(&self, index: u16, call: Option<Arc<OwnedFd>>) -> Result<(), RingError> {
         self.note(Call::Interrupt(index, call.is_some()));
         let mut state = self.state.lock().unwrap();
         state.started.get_mut(&index).unwrap().call = call;

@@ -9,8 +9,8 @@ use tracing::info;
 
 use super::{CALL_BLOCKS, StartedRing, VhostPort};
 use crate::memory::GuestMemory;
-use crate::ring::{Areas, Layout, Ring};
-use crate::vhost_user::{Device, RingAddresses, RingError, RingStart};
+use crate::ring::{Layout, Ring};
+use crate::vhost_user::{Device, RingError, RingStart};
 use crate::wire::rarp::rarp;
 use crate::wire::{Features, Offloads, ProtocolFeatures};
 
@@ -35,87 +35,64 @@ impl Device for VhostPort {
             .store(protocol_features.bits(), Ordering::Relaxed);
     }
 
-    fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), RingError> {
+    fn set_memory(&self, memory: Arc<GuestMemory>) -> Vec<(u16, RingError)> {
         *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&memory);
-        let mut result = Ok(());
+        let mut refused = Vec::new();
         for (index, queue) in (0..).zip(&self.queues) {
             let mut state = queue.lock();
-            let Some(started) = &mut state.started else {
-                continue;
-            };
-            let shape = (started.ring.layout(), started.ring.size());
-            match find_areas(index, shape, started.addresses, &memory) {
-                Ok(at) => {
-                    // SAFETY: `find_areas` checked the areas of a ring of this shape.
-                    unsafe { started.ring.relocate(at, Arc::clone(&memory)) };
-                }
-                Err(error) => {
-                    state.stopped_at = self.take_started(queue, index, &mut state);
-                    result = Err(error);
-                }
+            if let Some(started) = &mut state.started
+                && let Err(error) = started.ring.relocate(started.addresses, &memory)
+            {
+                state.stopped_at = self.take_started(queue, index, &mut state);
+                refused.push((index, error.into()));
             }
         }
-        result
+        refused
     }
 
     fn start_ring(&self, index: u16, start: RingStart) -> Result<(), RingError> {
-        let Some(queue) = self.queue(index) else {
-            return Err(RingError::Size {
-                index,
-                size: start.size,
-            });
-        };
         let memory = Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner));
-        let (layout, base) = (Layout::of(start.features), start.base);
-        let at = find_areas(index, (layout, start.size), start.addresses, &memory)?;
+        let (size, base, features) = (start.size, start.base, start.features);
+        let layout = Layout::of(features);
+        let placed = layout.place(size, start.addresses, &memory)?;
         if let Some(kick) = &start.kick {
-            check_eventfd(index, "kick", kick)?;
+            check_eventfd("kick", kick)?;
         }
         if let Some(call) = &start.call {
-            prepare_call(index, call)?;
+            prepare_call(call)?;
         }
-        let (is_transmit, features) = (index % 2 == 1, start.features);
-        // SAFETY: `find_areas` checked size and areas of a ring of this layout in this memory.
-        let ring = unsafe { Ring::new(start.size, at, base, features, memory) };
-        let mut ring = ring.ok_or(RingError::Base { index, base })?;
+        let mut ring = Ring::new(placed, base, features).ok_or(RingError::Base { base })?;
         ring.disarm();
         // Asked after the first access: a break from here on is found by the workers.
         if ring.is_broken() {
-            return Err(RingError::Broken { index });
+            return Err(RingError::Broken);
         }
-        let offloads = if is_transmit {
-            Offloads::from_guest
+        let offloads = if index % 2 == 1 {
+            Offloads::from_guest(features)
         } else {
-            Offloads::to_guest
+            Offloads::to_guest(features)
         };
+        let enabled = start.enabled;
         let started = StartedRing {
             ring,
-            enabled: start.enabled,
-            offloads: offloads(features),
+            enabled,
+            offloads,
             addresses: start.addresses,
             kick: start.kick,
             call: start.call,
         };
+        let queue = self.queue(index);
         let mut state = queue.lock();
-        self.take_started(queue, index, &mut state);
-        state.stopped_at = None;
+        debug_assert!(state.started.is_none() && state.stopped_at.is_none());
         let binding = state.binding.clone();
         if let (Some(kick), Some(binding)) = (&started.kick, &binding) {
             let watched = binding.watch(kick.as_fd());
-            watched.map_err(|source| RingError::Fd {
-                index,
-                which: "kick",
-                source,
-            })?;
+            watched.map_err(|source| fd_error("kick", source))?;
         }
-        queue.size.store(start.size, Ordering::Relaxed);
-        queue.is_enabled.store(started.enabled, Ordering::Relaxed);
-        queue.is_started.store(true, Ordering::Relaxed);
-        let enabled = started.enabled;
         state.started = Some(started);
-        self.show_receiver(index, enabled);
+        self.show(queue, index, &state);
         drop(state);
-        info!(port = %self.base.name, ring = index, size = start.size, ?layout, base, enabled, "ring started");
+        info!(port = %self.base.name, ring = index, size, ?layout, base, enabled, "ring started");
         // Look at the ring once without waiting for a kick: frames may be there already.
         if let Some(binding) = binding {
             binding.activate();
@@ -124,7 +101,7 @@ impl Device for VhostPort {
     }
 
     fn stop_ring(&self, index: u16) -> Option<u32> {
-        let queue = self.queue(index)?;
+        let queue = self.queue(index);
         let mut state = queue.lock();
         let stopped_at = state.stopped_at.take();
         let base = self.take_started(queue, index, &mut state).or(stopped_at)?;
@@ -133,14 +110,11 @@ impl Device for VhostPort {
     }
 
     fn set_ring_enabled(&self, index: u16, enabled: bool) {
-        let Some(queue) = self.queue(index) else {
-            return;
-        };
+        let queue = self.queue(index);
         let mut state = queue.lock();
         if let Some(started) = &mut state.started {
             started.enabled = enabled;
-            queue.is_enabled.store(enabled, Ordering::Relaxed);
-            self.show_receiver(index, enabled);
+            self.show(queue, index, &state);
         }
         let binding = state.binding.clone();
         drop(state);
@@ -149,13 +123,11 @@ impl Device for VhostPort {
         }
     }
 
-    fn set_ring_call(&self, index: u16, call: Option<OwnedFd>) -> Result<(), RingError> {
+    fn set_ring_call(&self, index: u16, call: Option<Arc<OwnedFd>>) -> Result<(), RingError> {
         if let Some(call) = &call {
-            prepare_call(index, call)?;
+            prepare_call(call)?;
         }
-        let Some(queue) = self.queue(index) else {
-            return Ok(());
-        };
+        let queue = self.queue(index);
         let mut state = queue.lock();
         let Some(started) = &mut state.started else {
             return Ok(());
@@ -164,12 +136,8 @@ impl Device for VhostPort {
         // The old fd may have missed a call: one too many is harmless.
         if started.call().is_err() {
             self.stop_in_worker(queue, &mut state, CALL_BLOCKS);
-            let source = std::io::Error::other("writing to it blocks");
-            return Err(RingError::Fd {
-                index,
-                which: "call",
-                source,
-            });
+            let blocks = std::io::Error::other("writing to it blocks");
+            return Err(fd_error("call", blocks));
         }
         Ok(())
     }
@@ -186,67 +154,27 @@ impl Device for VhostPort {
     }
 }
 
-/// Host addresses of a ring's areas, if each lies in one region and is aligned (virtio 1.3, 2.7,
-/// 2.8.10.1).
-fn find_areas(
-    index: u16,
-    (layout, size): (Layout, u16),
-    addresses: RingAddresses,
-    memory: &GuestMemory,
-) -> Result<Areas, RingError> {
-    if !layout.allows(size) {
-        return Err(RingError::Size { index, size });
-    }
-    let find = |area, address: u64, (bytes, align): (u64, u64)| {
-        let error = |rule| RingError::Address {
-            index,
-            area,
-            address,
-            rule,
-        };
-        let host = memory.translate_user(address, bytes);
-        let host = host.ok_or_else(|| error("inside one region of guest memory"))?;
-        let aligned = u64::try_from(host.addr()).is_ok_and(|host| host.is_multiple_of(align));
-        if aligned {
-            Ok(host)
-        } else {
-            Err(error("aligned as virtio 1.3, 2.7 and 2.8.10.1 demand"))
-        }
-    };
-    let [desc, driver, device] = layout.areas(size);
-    Ok(Areas {
-        desc: find("descriptor area", addresses.desc, desc)?,
-        driver: find("driver area", addresses.avail, driver)?,
-        device: find("device area", addresses.used, device)?,
-    })
-}
-
 /// Makes sure that an fd is an eventfd. To poll or write anything else may block: a FUSE file's
 /// poll, for one, waits for whoever serves it.
-fn check_eventfd(index: u16, which: &'static str, fd: &OwnedFd) -> Result<(), RingError> {
-    let error = |source| RingError::Fd {
-        index,
-        which,
-        source,
-    };
+fn check_eventfd(which: &'static str, fd: &OwnedFd) -> Result<(), RingError> {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let target = rustix::fs::readlink(link.as_str(), Vec::new()).map_err(|e| error(e.into()))?;
+    let target = rustix::fs::readlink(link.as_str(), Vec::new());
+    let target = target.map_err(|error| fd_error(which, error.into()))?;
     if target.as_bytes().starts_with(b"anon_inode:[eventfd]") {
         Ok(())
     } else {
-        Err(error(std::io::Error::other("it is no eventfd")))
+        Err(fd_error(which, std::io::Error::other("it is no eventfd")))
     }
 }
 
 /// Makes sure that writing to a call fd does not block a worker: an eventfd, not blocking.
-fn prepare_call(index: u16, call: &OwnedFd) -> Result<(), RingError> {
-    check_eventfd(index, "call", call)?;
-    let error = |source| RingError::Fd {
-        index,
-        which: "call",
-        source,
-    };
-    let flags = rustix::fs::fcntl_getfl(call).map_err(|e| error(e.into()))?;
-    let flags = flags | rustix::fs::OFlags::NONBLOCK;
-    rustix::fs::fcntl_setfl(call, flags).map_err(|e| error(e.into()))
+fn prepare_call(call: &OwnedFd) -> Result<(), RingError> {
+    check_eventfd("call", call)?;
+    rustix::fs::fcntl_getfl(call)
+        .and_then(|flags| rustix::fs::fcntl_setfl(call, flags | rustix::fs::OFlags::NONBLOCK))
+        .map_err(|error| fd_error("call", error.into()))
+}
+
+fn fd_error(which: &'static str, source: std::io::Error) -> RingError {
+    RingError::Fd { which, source }
 }

@@ -2,7 +2,7 @@ use crossbeam_channel::Receiver;
 use ringway_bridge::MacAddr;
 
 use super::*;
-use crate::vhost_user::device::RingAddresses;
+use crate::ring::RingAddresses;
 use crate::vhost_user::test_device::{
     Call, REGION_SIZE, TestDevice, USER_BASE, event, memfd, open_memfds, region,
 };
@@ -359,6 +359,27 @@ fn a_ring_waits_while_its_memory_is_away() {
     assert_eq!(fixture.calls(), [Call::Stop(0), Call::Memory(1)]);
     fixture.ok(Request::AddMemReg(region(0), memfd("guest", REGION_SIZE)));
     assert_eq!(fixture.calls(), [Call::Memory(2), started(0, 33)]);
+}
+
+#[test]
+fn each_ring_that_the_device_refuses_in_new_memory_waits_for_the_next() {
+    let mut fixture = Fixture::new();
+    for index in 0..3 {
+        fixture.start(index);
+    }
+    fixture.device.advance(0, 40);
+    fixture.device.advance(2, 42);
+    fixture.device.refuse_in_next_memory(&[0, 2]);
+    fixture.ok(table(&[0]));
+    assert_eq!(
+        fixture.calls(),
+        [Call::Memory(1), Call::Stop(0), Call::Stop(2)]
+    );
+    fixture.ok(table(&[0]));
+    assert_eq!(
+        fixture.calls(),
+        [Call::Memory(1), started(0, 40), started(2, 42)]
+    );
 }
 
 #[test]
