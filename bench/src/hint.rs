@@ -1,5 +1,7 @@
 //! What the operator can do about an error.
 
+use ringway_control::rpc::CallError;
+
 use crate::process::ProcessError;
 use crate::synth::LoadError;
 
@@ -27,6 +29,8 @@ pub(crate) fn hint_of(error: &anyhow::Error) -> Option<String> {
             Some(error.hint.clone())
         } else if let Some(error) = cause.downcast_ref::<ProcessError>() {
             error.hint()
+        } else if let Some(CallError::Refused { hint, .. }) = cause.downcast_ref() {
+            Some(hint.clone()).filter(|hint| !hint.is_empty())
         } else {
             let error = cause.downcast_ref::<LoadError>()?;
             error.hint().map(str::to_owned)
@@ -60,6 +64,14 @@ mod tests {
             assert!(with_hint(&error).starts_with("preparing: "));
             assert!(with_hint(&error).ends_with(&format!(" ({hint})")));
         }
+        let refused = |hint: &str| CallError::Refused {
+            code: 0,
+            kind: String::new(),
+            message: "no".into(),
+            hint: hint.into(),
+        };
+        assert_eq!(with_hint(&refused("ask").into()), "no (ask)");
+        assert_eq!(with_hint(&refused("").into()), "no");
         let other = anyhow::anyhow!("other");
         assert_eq!(hint_of(&other), None);
         assert_eq!(with_hint(&other), "other");

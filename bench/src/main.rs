@@ -1,5 +1,6 @@
 //! `ringway-bench`: the lab.
 
+mod daemon;
 mod hint;
 mod interrupt;
 mod lab;

@@ -11,7 +11,6 @@ mod bytes;
 mod capture;
 mod console;
 mod cpio;
-mod daemon;
 mod guest;
 mod image;
 mod measure;
@@ -54,7 +53,7 @@ pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
             "run it with sudo -E",
         ));
     }
-    let plan = args.plan()?;
+    let plan = args.plan();
     let folder = tempfile::Builder::new().prefix("ringway-lab-").tempdir()?;
     let outcome = run_in(&plan, folder.path());
     if interrupt::requested() {
@@ -82,7 +81,8 @@ fn run_in(plan: &Plan, folder: &Path) -> Result<bool> {
     find("iperf3", Origin::LabPackages)?;
     NetNs::remove_stale();
     let revision = if plan.needs_ringway() {
-        Some(plan.programs.check()?)
+        plan.programs.check()?;
+        Some(plan.programs.version()?)
     } else {
         None
     };

@@ -13,10 +13,10 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::accel::Accel;
-use super::daemon::{Daemon, Programs};
 use super::guest::{self, GuestNic, GuestSpec, HOST_ADDRESS, HOST_MAC, QemuGuest};
 use super::image::Image;
 use super::shape::{HostPort, NetworkShape};
+use crate::daemon::{ControlSocket, Daemon, Programs};
 use crate::netns::NetNs;
 
 /// The interface of the host on ringwayd, on whatever kind of port.
@@ -158,16 +158,22 @@ impl LabNetwork {
         self.daemon.as_ref().context("this switch has no daemon")
     }
 
+    /// Its control socket.
+    pub(crate) fn control(&self) -> Result<&ControlSocket> {
+        Ok(&self.daemon()?.control)
+    }
+
     /// Kills the daemon with SIGKILL.
     pub(crate) fn kill_daemon(&mut self) {
         if let Some(mut daemon) = self.daemon.take() {
-            daemon.kill();
+            daemon.process.kill();
         }
     }
 
     /// Starts the daemon and adds the three ports.
     pub(crate) fn start_daemon(&mut self) -> Result<()> {
-        let daemon = Daemon::start(&self.base.programs, &self.namespace, &self.folder)?;
+        let (programs, namespace) = (&self.base.programs, Some(&self.namespace));
+        let daemon = Daemon::start("ringwayd", programs, namespace, &self.folder)?;
         let (queues, mtu) = (
             self.shape.queue_pairs.to_string(),
             self.shape.mtu_bytes.to_string(),
@@ -177,14 +183,14 @@ impl LabNetwork {
             let socket = self.port_socket(name);
             let socket = socket.to_string_lossy();
             let words = ["port", "add", name, "vhost-user", "--listen", &*socket];
-            daemon.ringway(&[&words[..], &sizes].concat())?;
+            daemon.control.ringway(&[&words[..], &sizes].concat())?;
         }
         let (kind, interface) = match self.shape.host {
             HostPort::Tap => ("tap", HOST_INTERFACE),
             HostPort::AfXdp => ("af-xdp", NIC),
         };
         let words = ["port", "add", HOST_PORT, kind, "--ifname", interface];
-        daemon.ringway(&[&words[..], &sizes].concat())?;
+        daemon.control.ringway(&[&words[..], &sizes].concat())?;
         self.daemon = Some(daemon);
         self.configure_host(HOST_INTERFACE)
     }

@@ -2,15 +2,16 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
 use clap::Args;
+use ringway_control::config::CpuList;
 
 use super::accel::AccelChoice;
-use super::daemon::Programs;
 use super::measure::{Effort, Test, TestGroup};
 use super::network::LabSwitch;
 use super::scenario::Scenario;
 use super::shape::{HostPort, NetworkShape, OffloadSet, OffloadsOfGuests};
+use crate::daemon::Programs;
+use crate::process::sibling;
 
 /// Queue pairs beyond the vCPUs of any guest here make no sense.
 const MAX_QUEUE_PAIRS: i64 = 16;
@@ -133,7 +134,7 @@ pub(crate) struct Plan {
 }
 
 impl LabArgs {
-    pub(crate) fn plan(self) -> Result<Plan> {
+    pub(crate) fn plan(self) -> Plan {
         let up_to = if self.quick || self.baseline { 1 } else { 2 };
         let mut tests: Vec<Test> = self
             .tests
@@ -148,7 +149,7 @@ impl LabArgs {
             (_, true) => vec![LabSwitch::LinuxBridge],
             _ => vec![LabSwitch::Ringway],
         };
-        Ok(Plan {
+        Plan {
             given: Choices {
                 queues: self.queues,
                 mtus: self.mtu,
@@ -170,13 +171,13 @@ impl LabArgs {
             scenarios: Scenario::expand(&self.scenario),
             accel: self.accel,
             programs: Programs {
-                ringwayd: self.ringwayd.map_or_else(|| beside("ringwayd"), Ok)?,
-                ringway: self.ringway.map_or_else(|| beside("ringway"), Ok)?,
+                ringwayd: self.ringwayd.unwrap_or_else(|| sibling("ringwayd")),
+                ringway: self.ringway.unwrap_or_else(|| sibling("ringway")),
                 worker_cpus: self.worker_cpus.unwrap_or_else(last_cpu),
             },
             json: self.json,
             keep_logs: self.keep_logs,
-        })
+        }
     }
 }
 
@@ -222,15 +223,12 @@ fn or<'a, T>(given: &'a [T], default: &'a [T]) -> &'a [T] {
     if given.is_empty() { default } else { given }
 }
 
-fn beside(name: &str) -> Result<PathBuf> {
-    let own = std::env::current_exe().context("finding this program's folder")?;
-    Ok(own.with_file_name(name))
-}
-
-/// Guests prefer the first CPUs no more than the last; the kernel's own work prefers CPU 0.
+/// The last CPU that is allowed: guests prefer it no more than the first ones, and the kernel's own work
+/// prefers CPU 0.
 fn last_cpu() -> String {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    (cpus - 1).to_string()
+    let allowed = CpuList::allowed().ok();
+    let last = allowed.and_then(|cpus| cpus.highest()).unwrap_or(0);
+    last.to_string()
 }
 
 #[cfg(test)]
@@ -251,7 +249,6 @@ mod tests {
             .expect("valid options")
             .args
             .plan()
-            .expect("a plan")
     }
 
     #[test]

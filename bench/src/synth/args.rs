@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
+use ringway_control::config::CpuList;
 use ringway_guest::Layout;
 
 use super::frame::{MAX_FLOWS, MAX_FRAME, MAX_PLAIN, MIN_FRAME, MIN_STAMPED, Style};
 use super::guest::Shape;
-use super::load::{LoadConfig, allowed_cpus};
+use super::load::LoadConfig;
 use crate::hint::hinted;
 
 /// IMIX: 7 small, 4 medium, 1 large.
@@ -197,7 +198,8 @@ impl LoadArgs {
 
     /// CPUs of switch and load.
     pub(crate) fn cpus(&self) -> Result<(usize, usize)> {
-        let allowed = allowed_cpus().context("can't tell which CPUs are allowed")?;
+        let allowed = CpuList::allowed().context("can't tell which CPUs are allowed")?;
+        let allowed = allowed.as_slice();
         let pick = |wanted: Option<usize>, taken: Option<usize>| {
             let free = |cpu: &usize| Some(*cpu) != taken;
             wanted.or_else(|| allowed.iter().copied().rev().find(free))

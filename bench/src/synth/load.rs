@@ -4,8 +4,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ringway_guest::Frontend;
-use rustix::process::Pid;
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::error::LoadError;
 use super::frame::{Route, Stamp, Style, Template, guest_mac};
@@ -260,19 +258,4 @@ impl Load {
         }
         Ok(())
     }
-}
-
-/// Pins the calling thread to a CPU.
-pub(crate) fn pin(cpu: usize) -> std::io::Result<()> {
-    let mut set = CpuSet::new();
-    set.set(cpu);
-    Ok(sched_setaffinity(None::<Pid>, &set)?)
-}
-
-/// CPUs that this process may run on.
-pub(crate) fn allowed_cpus() -> std::io::Result<Vec<usize>> {
-    let set = sched_getaffinity(None::<Pid>)?;
-    Ok((0..CpuSet::MAX_CPU)
-        .filter(|cpu| set.is_set(*cpu))
-        .collect())
 }

@@ -84,7 +84,7 @@ pub(crate) struct NicLoad {
 
 impl NicLoad {
     /// Connects the guest and waits until frames go both ways. To be called beside the NIC.
-    pub(crate) fn connect(config: &LoadConfig, wire: &VethPair, way: NicWay) -> Result<Self> {
+    pub(crate) fn connect(config: &LoadConfig, veth: &VethPair, way: NicWay) -> Result<Self> {
         let to_guest = config.templates(1).swap_remove(0);
         let frame = to_guest.for_flow(0)[NET_HEADER_BYTES..].to_vec();
         let refused = "the kernel refused the XDP program that makes frames";
@@ -93,7 +93,7 @@ impl NicLoad {
             way,
             call: u32::from(config.shape.slots() / 2),
             templates: config.templates(0),
-            source: FrameSource::new(wire.far, frame).context(refused)?,
+            source: FrameSource::new(veth.far, frame).context(refused)?,
         };
         load.teach(&to_guest)?;
         Ok(load)

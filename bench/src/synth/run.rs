@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use serde::Serialize;
 
 use super::args::{FrameClass, FrameSize, LoadArgs, LoadPlace};
 use super::huge::{HugePages, free_pages, pages_of_load};
-use super::load::{Load, LoadConfig, pin};
+use super::load::{Load, LoadConfig};
 use super::report::{Environment, Limit, Percentiles, Shares};
 use super::switch::{RunningSwitch, SwitchKind, SwitchSetup};
 use crate::interrupt;
@@ -198,7 +199,9 @@ fn memory(args: &RunArgs, guests: u16) -> Result<(Option<HugePages>, bool)> {
 /// Runs something on a thread of its own that is pinned to a CPU.
 pub(crate) fn on_cpu<T: Send>(cpu: usize, work: impl FnOnce() -> T + Send) -> Result<T> {
     let pinned = || -> Result<T> {
-        pin(cpu).with_context(|| format!("can't run on CPU {cpu}"))?;
+        let mut set = CpuSet::new();
+        set.set(cpu);
+        sched_setaffinity(None, &set).with_context(|| format!("can't run on CPU {cpu}"))?;
         Ok(work())
     };
     thread::scope(|scope| scope.spawn(pinned).join())

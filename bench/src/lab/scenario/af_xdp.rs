@@ -82,9 +82,12 @@ impl ShapeRun<'_> {
             if offloads.segments() {
                 expected.push("tso4");
             }
-            for field in ["rx_offloads", "tx_offloads"] {
-                let value = self.network.daemon()?.port_field(name, field)?;
-                let has = |offload: &&str| names(&value).contains(offload);
+            let shown = self.network.control()?.port(name)?;
+            for (field, offloads) in [
+                ("rx_offloads", shown.rx_offloads),
+                ("tx_offloads", shown.tx_offloads),
+            ] {
+                let has = |wanted: &&str| offloads.iter().any(|offload| offload == wanted);
                 let found: Vec<_> = ["checksum", "tso4"].into_iter().filter(has).collect();
                 self.findings.require(found == expected, || {
                     format!("guest {name} {field} {found:?} instead of {expected:?}")
@@ -171,15 +174,22 @@ impl ShapeRun<'_> {
     /// What guest a left to others was done by ringwayd, and only that.
     fn work_of_ringwayd(&mut self) -> Result<()> {
         let [a, b] = self.shape.offloads.0;
-        let expected = [
-            (HOST_PORT, "tx_csum_completed", a.checksums()),
-            (HOST_PORT, "tx_gso_frames", a.segments()),
-            ("b", "tx_gso_frames", a.segments() && !b.segments()),
-        ];
-        for (port, field, expected) in expected {
-            let value = self.network.daemon()?.port_field(port, field)?;
-            let count = value.as_u64().unwrap_or(0);
-            self.findings.require((count > 0) == expected, || {
+        let control = self.network.control()?;
+        let of_host = control.port(HOST_PORT)?.port.counters;
+        let of_b = control.port("b")?.port.counters;
+        let (completed, cut) = ("tx_csum_completed", "tx_gso_frames");
+        let b_needs_segments = a.segments() && !b.segments();
+        for (port, field, count, is_expected) in [
+            (
+                HOST_PORT,
+                completed,
+                of_host.tx_csum_completed,
+                a.checksums(),
+            ),
+            (HOST_PORT, cut, of_host.tx_gso_frames, a.segments()),
+            ("b", cut, of_b.tx_gso_frames, b_needs_segments),
+        ] {
+            self.findings.require((count > 0) == is_expected, || {
                 format!("{field} of {port} is {count}")
             });
             let key = format!("{port}_{field}");
@@ -204,10 +214,4 @@ impl ShapeRun<'_> {
         findings.words.push(format!("{tag}: {}", words.join(", ")));
         findings.figures.insert(tag, Value::from(figures));
     }
-}
-
-fn names(list: &Value) -> Vec<&str> {
-    list.as_array()
-        .map(|list| list.iter().filter_map(Value::as_str).collect())
-        .unwrap_or_default()
 }

@@ -72,18 +72,18 @@ fn one_shape(
 
 /// Adds and deletes one port: a tap, or a vhost-user socket, in turns.
 fn cycle(network: &LabNetwork, number: u32) -> Result<()> {
-    let daemon = network.daemon()?;
+    let control = network.control()?;
     let socket = network.port_socket(PORT);
     let socket = socket.to_string_lossy();
     let kind = match number % 2 {
         0 => ["tap", "--ifname", TAP],
         _ => ["vhost-user", "--listen", &*socket],
     };
-    daemon.ringway(&[&["port", "add", PORT][..], &kind].concat())?;
+    control.ringway(&[&["port", "add", PORT][..], &kind].concat())?;
     if number.is_multiple_of(2) {
         network.namespace.ip(&["link", "set", TAP, "up"])?;
     }
-    daemon.ringway(&["port", "del", PORT])?;
+    control.ringway(&["port", "del", PORT])?;
     Ok(())
 }
 

@@ -95,10 +95,10 @@ pub(super) fn idle(stage: &Stage<'_>) -> Result<Findings> {
 /// Milliseconds from a send on the host's interface to the arrival at a second tap. Guests have no part
 /// in it, so that this is the time of ringwayd and of the host's own stack.
 fn first_frames(network: &LabNetwork) -> Result<Vec<f64>> {
-    let daemon = network.daemon()?;
+    let control = network.control()?;
     let far = NetNs::create("probe")?;
     let mtu = network.shape.mtu_bytes.to_string();
-    daemon.ringway(&[
+    control.ringway(&[
         "port", "add", PROBE_PORT, "tap", "--ifname", PROBE_TAP, "--queues", "1", "--mtu", &mtu,
     ])?;
     network
@@ -113,7 +113,7 @@ fn first_frames(network: &LabNetwork) -> Result<Vec<f64>> {
     ])?;
     far.ip(&["link", "set", PROBE_TAP, "up"])?;
     let times = send_probes(network, &far);
-    daemon.ringway(&["port", "del", PROBE_PORT])?;
+    control.ringway(&["port", "del", PROBE_PORT])?;
     times
 }
 

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use ringway_control::api::PortState;
 
 use super::super::guest::address;
 use super::super::measure::{Peer, SLACK, client_command, start_server};
@@ -126,10 +127,8 @@ pub(super) fn guest_kill(stage: &Stage<'_>) -> Result<Findings> {
     network.start_guest(1)?;
     network.wait_guest(1)?;
     traffic_passes(&mut network, &mut findings, "before")?;
-    let mapped = network.daemon()?.port_field("b", "mapped_bytes")?;
-    findings.require(mapped.as_u64() > Some(0), || {
-        format!("mapped_bytes is {mapped} while up")
-    });
+    let mapped = network.control()?.port("b")?.mapped_bytes;
+    findings.require(mapped > 0, || format!("mapped_bytes is {mapped} while up"));
     let files_up = network.daemon()?.open_files()?;
 
     network.guest(1)?.kill();
@@ -137,11 +136,14 @@ pub(super) fn guest_kill(stage: &Stage<'_>) -> Result<Findings> {
     let killed = Instant::now();
     let mut seen = String::new();
     let given_back = holds_within(NOTICE, || {
-        let state = daemon.port_field("b", "state")?;
-        let mapped = daemon.port_field("b", "mapped_bytes")?;
+        let shown = daemon.control.port("b")?;
+        let (state, mapped) = (shown.port.state, shown.mapped_bytes);
         let files = daemon.open_files()?;
-        seen = format!("state {state}, mapped_bytes {mapped}, {files} files");
-        Ok(state == "down" && mapped == 0 && files == files_before)
+        seen = format!(
+            "state {}, mapped_bytes {mapped}, {files} files",
+            state.as_str()
+        );
+        Ok(state == PortState::Down && mapped == 0 && files == files_before)
     })?;
     let took = killed.elapsed();
     findings.require(given_back, || {

@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use ringway_control::api::PortShowResult;
 use serde_json::{Map, Value};
 
 use super::super::accel::Accel;
-use super::super::daemon::find_field;
 use super::super::guest::{GuestNic, GuestSpec, HOST_ADDRESS, QemuGuest, address};
 use super::super::image;
 use super::super::image::{Image, prepare_zero_copy};
@@ -238,9 +238,10 @@ impl NicGuest {
         let text = self
             .guest
             .run(&format!("{RINGWAY} -j port show nic"), SLACK)?;
-        let shown: Value = serde_json::from_str(&text).context("`port show` is no JSON")?;
-        let in_effect = find_field(&shown, "af_xdp").and_then(|xdp| find_field(xdp, "mode"));
-        if in_effect.and_then(Value::as_str) != Some(wanted) {
+        let shown: PortShowResult =
+            serde_json::from_str(&text).context("reading `ringway -j port show`")?;
+        let in_effect = shown.af_xdp.map(|af_xdp| af_xdp.mode.as_str());
+        if in_effect != Some(wanted) {
             bail!("mode {mode}: `port show` says {in_effect:?}");
         }
         let sockets = self.guest.run("ss -H --xdp -e", SLACK)?;

@@ -131,7 +131,7 @@ impl TrialSetting<'_> {
         let config = self.config(frame, switch)?;
         let mut load = on_cpu(self.load_cpu, || self.warm_load(&config, switch))??;
         let since = switch.begin_account()?;
-        let place = switch.wire().ok();
+        let place = switch.veth().ok();
         on_cpu(self.load_cpu, || -> Result<MaxResult> {
             place.map_or(Ok(()), VethPair::enter)?;
             load.run_max(self.duration)
@@ -203,9 +203,9 @@ impl TrialSetting<'_> {
         let Some(way) = self.path.way() else {
             return Ok(AnyLoad::Guests(warm_load(config)?));
         };
-        let wire = switch.wire()?;
-        wire.enter()?;
-        let mut load = NicLoad::connect(config, wire, way)?;
+        let veth = switch.veth()?;
+        veth.enter()?;
+        let mut load = NicLoad::connect(config, veth, way)?;
         load.warm_up(WARM_UP)?;
         Ok(AnyLoad::Nic(load))
     }

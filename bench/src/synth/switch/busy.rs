@@ -3,12 +3,12 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use anyhow::{Context, Result};
+use ringway_control::api::{NoParams, WorkerList};
 
 use crate::interrupt;
-use crate::process::{ProcessError, run_ok};
 
-use super::{COMMAND_TIMEOUT, RunningSwitch, SwitchKind, ringway};
+use super::{RunningSwitch, SwitchKind};
 
 /// A turn of a poll-mode thread, also if it loses its core in it.
 const TURN: Duration = Duration::from_millis(20);
@@ -32,7 +32,7 @@ pub(crate) struct BusyTime {
 
 impl RunningSwitch {
     /// Begins to account. testpmd is slower by about a percent while it does.
-    pub(crate) fn begin_account(&mut self) -> Result<BusySince, ProcessError> {
+    pub(crate) fn begin_account(&mut self) -> Result<BusySince> {
         Ok(match self.kind {
             SwitchKind::Ringway => BusySince::Ringway(self.ask_ringway()?),
             SwitchKind::Testpmd | SwitchKind::TestpmdMac => {
@@ -51,7 +51,7 @@ impl RunningSwitch {
     }
 
     /// The share of time since then in which it had work; `None` if it doesn't tell.
-    pub(crate) fn end_account(&mut self, since: BusySince) -> Result<Option<f64>, ProcessError> {
+    pub(crate) fn end_account(&mut self, since: BusySince) -> Result<Option<f64>> {
         Ok(match since {
             BusySince::Ringway(before) => {
                 let now = self.ask_ringway()?;
@@ -75,30 +75,19 @@ impl RunningSwitch {
         })
     }
 
-    fn ask_ringway(&self) -> Result<BusyTime, ProcessError> {
-        let mut list = ringway(&self.path("control.sock"));
-        let said = run_ok(list.args(["-j", "worker", "list"]), COMMAND_TIMEOUT)?;
-        Ok(ringway_shares(&said).unwrap_or(BusyTime {
+    /// The time of all workers together.
+    fn ask_ringway(&self) -> Result<BusyTime> {
+        let control = self.control.as_ref().context("there is no ringwayd")?;
+        let mut sum = BusyTime {
             busy: 0.0,
             total: 0.0,
-        }))
+        };
+        for worker in control.call::<WorkerList>(&NoParams {})?.workers {
+            sum.busy += worker.busy_ns as f64;
+            sum.total += (worker.busy_ns + worker.polling_ns + worker.asleep_ns) as f64;
+        }
+        Ok(sum)
     }
-}
-
-/// Of `ringway -j worker list`.
-fn ringway_shares(json: &str) -> Option<BusyTime> {
-    let json: Value = serde_json::from_str(json).ok()?;
-    let mut shares = BusyTime {
-        busy: 0.0,
-        total: 0.0,
-    };
-    for worker in json["workers"].as_array()? {
-        let of = |field: &str| worker[field].as_f64();
-        let busy = of("busy_ns")?;
-        shares.busy += busy;
-        shares.total += busy + of("polling_ns")? + of("asleep_ns")?;
-    }
-    Some(shares)
 }
 
 /// Of testpmd's forward statistics, which count the cycles of bursts that held frames:
@@ -137,10 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_switchs_account_is_read() {
-        let ringway = r#"{"workers":[{"busy_ns":60,"polling_ns":30,"asleep_ns":10}]}"#;
-        let shares = ringway_shares(ringway).unwrap();
-        assert_eq!((shares.busy, shares.total), (60.0, 100.0));
+    fn what_peers_print_of_their_account_is_read() {
         let testpmd = "  CPU cycles/packet=30.10 (total cycles=2800000 / total TX packets=100) \
                        at 2800 MHz Clock\n";
         assert_eq!(testpmd_busy_seconds(testpmd), Some(0.001));
@@ -152,7 +138,6 @@ mod tests {
 
     #[test]
     fn an_account_that_is_not_there_is_none() {
-        assert_eq!(ringway_shares("{}"), None);
         assert_eq!(testpmd_busy_seconds("testpmd>"), None);
         assert_eq!(ovs_shares("main thread:"), None);
     }

@@ -5,8 +5,7 @@ mod busy;
 mod ovs;
 
 use std::io;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -17,8 +16,9 @@ use tempfile::TempDir;
 use super::args::{FrameClass, LoadPlace};
 use super::frame::guest_mac;
 use super::nic::{self, VethPair};
+use crate::daemon::{ControlSocket, Daemon, Programs};
 use crate::interrupt;
-use crate::process::{Origin, Process, ProcessError, find, run_ok, sibling};
+use crate::process::{Origin, Process, ProcessError, find, sibling};
 
 pub(crate) use busy::testpmd_busy_seconds;
 
@@ -124,15 +124,17 @@ pub(crate) struct RunningSwitch {
     version: String,
     /// It connects to its sockets instead.
     connects: bool,
+    /// That of ringwayd.
+    control: Option<ControlSocket>,
     /// The NIC that it has; goes after its processes.
-    wire: Option<VethPair>,
+    veth: Option<VethPair>,
 }
 
 impl RunningSwitch {
     /// Starts one and waits until all its sockets listen. To be called from the main thread.
-    pub(crate) fn start(kind: SwitchKind, place: SwitchSetup) -> Result<Self> {
+    pub(crate) fn start(kind: SwitchKind, setup: SwitchSetup) -> Result<Self> {
         let dir = TempDir::with_prefix("ringway-bench-").context("can't make a directory")?;
-        let sockets = (0..place.ports)
+        let sockets = (0..setup.ports)
             .map(|port| dir.path().join(format!("p{port}")))
             .collect();
         let mut switch = Self {
@@ -142,17 +144,18 @@ impl RunningSwitch {
             dir,
             version: String::new(),
             connects: false,
-            wire: place
+            control: None,
+            veth: setup
                 .nic
                 .then(|| VethPair::create(kind.name()))
                 .transpose()?,
         };
         match kind {
-            SwitchKind::Ringway => switch.start_ringway(place)?,
-            SwitchKind::Testpmd => switch.start_testpmd(place, "io")?,
-            SwitchKind::TestpmdMac => switch.start_testpmd(place, "mac")?,
-            SwitchKind::OvsDpdk => switch.start_ovs(place, false)?,
-            SwitchKind::OvsDpdkFlow => switch.start_ovs(place, true)?,
+            SwitchKind::Ringway => switch.start_ringway(setup)?,
+            SwitchKind::Testpmd => switch.start_testpmd(setup, "io")?,
+            SwitchKind::TestpmdMac => switch.start_testpmd(setup, "mac")?,
+            SwitchKind::OvsDpdk => switch.start_ovs(setup, false)?,
+            SwitchKind::OvsDpdkFlow => switch.start_ovs(setup, true)?,
         }
         Ok(switch)
     }
@@ -177,8 +180,8 @@ impl RunningSwitch {
     }
 
     /// The NIC that it has.
-    pub(crate) fn wire(&self) -> Result<&VethPair> {
-        self.wire.as_ref().context("the switch has no NIC")
+    pub(crate) fn veth(&self) -> Result<&VethPair> {
+        self.veth.as_ref().context("the switch has no NIC")
     }
 
     /// Its sockets, by port.
@@ -214,7 +217,7 @@ impl RunningSwitch {
     /// Starts a process of the switch.
     fn spawn(&mut self, command: &Command) -> Result<(), ProcessError> {
         let log = self.path(&format!("log{}", self.processes.len()));
-        let namespace = self.wire.as_ref().map(VethPair::namespace);
+        let namespace = self.veth.as_ref().map(VethPair::namespace);
         let process = Process::spawn(self.kind.name(), command, namespace, &log)?;
         self.processes.push(process);
         Ok(())
@@ -250,38 +253,28 @@ impl RunningSwitch {
         })
     }
 
-    fn start_ringway(&mut self, place: SwitchSetup) -> Result<(), ProcessError> {
-        let control = self.path("control.sock");
-        let program = find(sibling("ringwayd"), Origin::Workspace)?;
-        self.version = run_ok(Command::new(&program).arg("--version"), COMMAND_TIMEOUT)?
-            .trim()
-            .to_owned();
-        let mut daemon = Command::new(program);
-        daemon
-            .arg("--control")
-            .arg(&control)
-            .args(["--worker-cpus", &place.cpu.to_string()]);
-        self.spawn(&daemon)?;
-        self.wait_until("did not open its control socket", |_| {
-            UnixStream::connect(&control).is_ok()
-        })?;
-        for (port, socket) in self.sockets.clone().iter().enumerate() {
-            let mut add = ringway(&control);
-            add.args(["port", "add", &format!("p{port}"), "vhost-user", "--listen"])
-                .arg(socket)
-                .args(["--queues", &place.queues.to_string()]);
-            run_ok(&mut add, COMMAND_TIMEOUT)?;
+    fn start_ringway(&mut self, setup: SwitchSetup) -> Result<(), ProcessError> {
+        let programs = Programs::installed(setup.cpu.to_string())?;
+        self.version = programs.version()?;
+        let namespace = self.veth.as_ref().map(VethPair::namespace);
+        let daemon = Daemon::start(self.kind.name(), &programs, namespace, self.dir.path())?;
+        self.processes.push(daemon.process);
+        let control = self.control.insert(daemon.control);
+        let queues = setup.queues.to_string();
+        for (port, socket) in self.sockets.iter().enumerate() {
+            let (name, socket) = (format!("p{port}"), socket.to_string_lossy());
+            let kind = ["vhost-user", "--listen", &socket, "--queues", &queues];
+            control.ringway(&[&["port", "add", &name][..], &kind].concat())?;
         }
-        if place.nic {
-            let add = ["port", "add", "nic", "af-xdp", "--ifname", nic::IFNAME];
-            run_ok(ringway(&control).args(add), COMMAND_TIMEOUT)?;
+        if setup.nic {
+            control.ringway(&["port", "add", "nic", "af-xdp", "--ifname", nic::IFNAME])?;
         }
         self.wait_for_sockets()
     }
 
-    fn start_testpmd(&mut self, place: SwitchSetup, mode: &str) -> Result<(), ProcessError> {
-        let mut command = testpmd(place.other_cpu, place.cpu, place.huge)?;
-        let (queues, tso) = (place.queues, u8::from(place.tso));
+    fn start_testpmd(&mut self, setup: SwitchSetup, mode: &str) -> Result<(), ProcessError> {
+        let mut command = testpmd(setup.other_cpu, setup.cpu, setup.huge)?;
+        let (queues, tso) = (setup.queues, u8::from(setup.tso));
         for (port, socket) in self.sockets.iter().enumerate() {
             // With `legacy-ol-flags` the virtio-net header of a large frame passes through; else
             // it arrives without, too large for its receiver.
@@ -290,7 +283,7 @@ impl RunningSwitch {
                 socket.display()
             ));
         }
-        if place.nic {
+        if setup.nic {
             // Its busy polling, on by default, is slower on a veth: each look at an empty ring is a
             // system call.
             let ifname = nic::IFNAME;
@@ -306,7 +299,7 @@ impl RunningSwitch {
             .arg(format!("--forward-mode={mode}"))
             .arg("--auto-start");
         if self.kind.rewrites_macs() {
-            for port in 0..place.ports {
+            for port in 0..setup.ports {
                 let mac = guest_mac(port).map(|byte| format!("{byte:02x}")).join(":");
                 command.arg(format!("--eth-peer={port},{mac}"));
             }
@@ -334,13 +327,6 @@ pub(crate) fn testpmd(main_cpu: usize, cpu: usize, huge: bool) -> Result<Command
         command.args(["-m", &MEGABYTES_NO_HUGE.to_string()]);
     }
     Ok(command)
-}
-
-/// The `ringway` tool for this daemon.
-fn ringway(control: &Path) -> Command {
-    let mut command = Command::new(sibling("ringway"));
-    command.arg("-s").arg(control);
-    command
 }
 
 /// What stands in single quotes behind `key`.

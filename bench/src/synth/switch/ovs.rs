@@ -21,8 +21,8 @@ const DATABASE_SECONDS: u32 = 5;
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 
 impl RunningSwitch {
-    pub(super) fn start_ovs(&mut self, place: SwitchSetup, flow: bool) -> Result<(), ProcessError> {
-        if !place.huge {
+    pub(super) fn start_ovs(&mut self, setup: SwitchSetup, flow: bool) -> Result<(), ProcessError> {
+        if !setup.huge {
             return Err(ProcessError::Failed {
                 name: self.kind.name().to_owned(),
                 what: "can't do without hugepages: it runs DPDK with --in-memory, which excludes \
@@ -49,7 +49,7 @@ impl RunningSwitch {
         self.spawn(&server)?;
         self.wait_until("did not open its database", |_| socket.exists())?;
         self.vsctl(&["--no-wait", "init"])?;
-        let settings = settings(place);
+        let settings = settings(setup);
         let mut words = vec!["--no-wait", "set", "Open_vSwitch", "."];
         words.extend(settings.iter().map(String::as_str));
         self.vsctl(&words)?;
@@ -61,10 +61,10 @@ impl RunningSwitch {
         self.wait_until("did not open its control socket", |switch| {
             switch.ovs_control().exists()
         })?;
-        self.add_ovs_ports(place)?;
+        self.add_ovs_ports(setup)?;
         self.wait_until("did not open its ports", Self::has_ovs_ports)?;
         if flow {
-            self.add_ovs_flows(place)?;
+            self.add_ovs_flows(setup)?;
         }
         if self.connects {
             return Ok(());
@@ -72,12 +72,12 @@ impl RunningSwitch {
         self.wait_for_sockets()
     }
 
-    fn add_ovs_ports(&mut self, place: SwitchSetup) -> Result<(), ProcessError> {
+    fn add_ovs_ports(&mut self, setup: SwitchSetup) -> Result<(), ProcessError> {
         // Ports that listen never offer segmentation offload.
-        self.connects = place.tso;
+        self.connects = setup.tso;
         let datapath = ["--", "set", "bridge", "br0", "datapath_type=netdev"];
         self.vsctl(&[&["--no-wait", "add-br", "br0"][..], &datapath].concat())?;
-        for port in 0..place.ports {
+        for port in 0..setup.ports {
             let name = format!("p{port}");
             let add = [
                 "--no-wait",
@@ -99,7 +99,7 @@ impl RunningSwitch {
             } else {
                 words.push("type=dpdkvhostuser");
             }
-            if place.class == FrameClass::Jumbo {
+            if setup.class == FrameClass::Jumbo {
                 words.push("mtu_request=9000");
             }
             self.vsctl(&words)?;
@@ -118,9 +118,9 @@ impl RunningSwitch {
     }
 
     /// From each port to its partner, in place of learning.
-    fn add_ovs_flows(&mut self, place: SwitchSetup) -> Result<(), ProcessError> {
+    fn add_ovs_flows(&mut self, setup: SwitchSetup) -> Result<(), ProcessError> {
         let bridge = format!("unix:{}", self.path("br0.mgmt").display());
-        for port in 1..=place.ports {
+        for port in 1..=setup.ports {
             let partner = ((port - 1) ^ 1) + 1;
             let flow = format!("in_port={port},actions=output:{partner}");
             let mut add = self.ovs("ovs-ofctl")?;
@@ -176,19 +176,19 @@ pub(super) fn vswitchd() -> &'static str {
 }
 
 /// What is set in the database before the daemon reads it.
-fn settings(place: SwitchSetup) -> Vec<String> {
+fn settings(setup: SwitchSetup) -> Vec<String> {
     let mask = |cpu: usize| 1u128 << cpu;
     let memory = |what, megabytes| format!("other_config:dpdk-socket-{what}={megabytes}");
     vec![
         memory("mem", MEGABYTES),
         memory("limit", MOST_MEGABYTES),
         "other_config:dpdk-init=true".to_owned(),
-        format!("other_config:pmd-cpu-mask={:#x}", mask(place.cpu)),
-        format!("other_config:dpdk-lcore-mask={:#x}", mask(place.other_cpu)),
+        format!("other_config:pmd-cpu-mask={:#x}", mask(setup.cpu)),
+        format!("other_config:dpdk-lcore-mask={:#x}", mask(setup.other_cpu)),
         "other_config:vhost-sock-dir=.".to_owned(),
         // Else one pool of 262,144 packet buffers takes what ports with jumbo frames would need.
         "other_config:per-port-memory=true".to_owned(),
         "other_config:dpdk-extra=--no-pci --no-telemetry --in-memory".to_owned(),
-        format!("other_config:userspace-tso-enable={}", place.tso),
+        format!("other_config:userspace-tso-enable={}", setup.tso),
     ]
 }
