@@ -11,13 +11,19 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use ringway_control::api::{NoParams, PortList};
+use ringway_control::rpc::Client;
 use ringway_guest::{Frontend, encode, features};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 use tempfile::TempDir;
 use vhost::vhost_user::message::FrontendReq;
 
 /// How long anything here may take.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Between two looks at what a daemon did.
+const LOOK: Duration = Duration::from_millis(5);
 /// Times that a run is tried whose switch stalled.
 const TRIES: u32 = 5;
 /// A run that is still going when the test is over.
@@ -89,16 +95,14 @@ fn left_in(folder: &Path) -> Vec<PathBuf> {
     entries.flatten().map(|entry| entry.path()).collect()
 }
 
-/// Waits for a condition, with a bound.
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "{what} within {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(5));
-    }
+/// Whether a process ends in time, or has.
+fn ends_within(pid: u32, time: Duration) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let Ok(pidfd) = pidfd_open(pid.expect("a pid"), PidfdFlags::empty()) else {
+        return true;
+    };
+    let time = Timespec::try_from(time).expect("a time that the kernel takes");
+    poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&time)) == Ok(1)
 }
 
 /// A run that goes on until it is ended, and the pid of its ringwayd, through which frames pass.
@@ -115,18 +119,30 @@ fn started_run(folder: &TempDir, arguments: &[&str]) -> (Child, u32) {
         .spawn()
         .expect("the bench starts");
     // Guests are connected once its worker has taken frames.
-    let daemon = until("frames pass", || {
-        let said = ringway(folder, &["-j", "port", "list"])?;
-        let json: Value = serde_json::from_slice(&said.stdout).ok()?;
-        let frames = json["ports"][0]["counters"]["rx_frames"].as_u64()?;
-        (frames > 1000).then(|| child_of(bench.id())).flatten()
-    });
+    let deadline = Instant::now() + PATIENCE;
+    while frames_taken(folder) <= Some(1000) {
+        assert!(!ends_within(bench.id(), LOOK), "the bench ended");
+        assert!(Instant::now() < deadline, "no frames within {PATIENCE:?}");
+    }
+    let daemon = child_of(bench.id()).expect("the bench has a daemon");
     (bench, daemon)
+}
+
+/// Where the daemon that a run in this folder started listens.
+fn control_socket(folder: &TempDir) -> Option<PathBuf> {
+    Some(left_in(folder.path()).first()?.join("control.sock"))
+}
+
+/// Frames that the daemon has taken from its first port, if there is one.
+fn frames_taken(folder: &TempDir) -> Option<u64> {
+    let mut client = Client::connect(&control_socket(folder)?, PATIENCE).ok()?;
+    let listed = client.call::<PortList>(&NoParams {}).ok()?;
+    Some(listed.ports.first()?.counters.rx_frames)
 }
 
 /// The tool, for the daemon that a run in this folder started.
 fn ringway(folder: &TempDir, arguments: &[&str]) -> Option<Output> {
-    let socket = left_in(folder.path()).first()?.join("control.sock");
+    let socket = control_socket(folder)?;
     let tool = Path::new(env!("CARGO_BIN_EXE_ringway-bench")).with_file_name("ringway");
     let mut command = Command::new(tool);
     command.arg("-s").arg(socket).args(arguments).output().ok()
@@ -390,10 +406,7 @@ fn a_run_that_is_killed_takes_its_switch_along() {
     let (mut bench, daemon) = endless_run(&folder);
     bench.kill().expect("it is killed");
     bench.wait().expect("it ends");
-    until("the daemon ends", || {
-        let stat = std::fs::read_to_string(format!("/proc/{daemon}/stat")).unwrap_or_default();
-        (stat.is_empty() || stat.contains(") Z ")).then_some(())
-    });
+    assert!(ends_within(daemon, PATIENCE), "the daemon goes on");
 }
 
 #[test]

@@ -136,7 +136,7 @@ impl TrialSetting<'_> {
             place.map_or(Ok(()), VethPair::enter)?;
             load.run_max(self.duration)
         })??;
-        Ok(switch.end_account(since)?)
+        switch.end_account(since)
     }
 
     /// A switch at full rate with stamped frames, in frames per second.
