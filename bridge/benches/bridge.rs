@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ringway_bridge::{
-    Bridge, BridgeConfig, Burst, Decisions, FrameHead, MacAddr, Members, PortId, Run, Tick,
+    Bridge, BridgeConfig, Burst, Decisions, FrameHead, FrameSet, MacAddr, Members, PortId, Run,
+    Tick,
 };
 
 const FRAMES: u32 = 32;
@@ -60,7 +61,7 @@ fn forward(criterion: &mut Criterion) {
     let all = u64::from(u32::MAX);
     let run = |frames, to, from| Run {
         head: head(to, from),
-        frames,
+        frames: FrameSet::from_bits(frames),
     };
     let flows = (0..).zip(known.iter().zip(&source));
     let cases = [

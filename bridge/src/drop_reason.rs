@@ -44,8 +44,11 @@ pub enum DropReason {
 }
 
 impl DropReason {
+    /// How many reasons there are.
+    pub const COUNT: usize = 17;
+
     /// Every reason, in declaration order.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; Self::COUNT] = [
         Self::Runt,
         Self::TooLong,
         Self::BadSource,

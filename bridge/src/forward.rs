@@ -1,8 +1,8 @@
-//! Forwarding of bursts: from frame heads to one mask of frames per destination.
+//! Forwarding of bursts: from frame heads to one set of frames per destination.
 
 use crate::fdb::{FdbConfig, Probe};
 use crate::frame::{is_group, is_link_local, is_station};
-use crate::{DropReason, Fdb, FrameHead, Learned, MAX_BURST, MAX_PORTS, PortId, Tick};
+use crate::{DropReason, Fdb, FrameHead, FrameSet, Learned, MAX_BURST, MAX_PORTS, PortId, Tick};
 
 /// What a bridge is made from: that of its forwarding database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub struct Run {
     pub head: FrameHead,
     /// Bit i is frame i of the burst, and bit i of all results. Frames in no run, runts for example,
     /// are in no result.
-    pub frames: u64,
+    pub frames: FrameSet,
 }
 
 impl Bridge {
@@ -65,9 +65,9 @@ impl Bridge {
     /// Learns the sources of a burst and decides where each frame goes; replaces what is in `out`.
     ///
     /// The result is that of one frame after the other. Each valid frame ends up
-    /// - in the mask of one destination, or
-    /// - in [`Decisions::flooded`] and the masks of all members but `burst.in_port`, or
-    /// - in the mask of one drop.
+    /// - in the set of one destination, or
+    /// - in [`Decisions::flooded`] and the sets of all members but `burst.in_port`, or
+    /// - in the set of one drop.
     ///
     /// Destinations are members, and never `burst.in_port`. The source of a dropped
     /// [`DropReason::LinkLocal`] frame is not learned.
@@ -82,9 +82,9 @@ impl Bridge {
         };
         for run in probed.iter() {
             match self.decide(run, burst.in_port, now, &mut previous, &mut result.learned) {
-                Ok(Some(port)) if members.contains(port) => result.deliver(port, run.mask),
-                Ok(_) => result.flood(members, burst.in_port, run.mask),
-                Err(reason) => result.drop(reason, run.mask),
+                Ok(Some(port)) if members.contains(port) => result.deliver(port, run.frames),
+                Ok(_) => result.flood(members, burst.in_port, run.frames),
+                Err(reason) => result.drop(reason, run.frames),
             }
         }
         result.finish();
@@ -94,12 +94,12 @@ impl Bridge {
     /// first look-up waits for one.
     #[inline]
     fn probe_all(&self, runs: &[Run], probed: &mut Vec<Probed>) {
-        debug_assert!(runs.len() <= MAX_BURST, "frames beyond the masks");
+        debug_assert!(runs.len() <= MAX_BURST, "more runs than frames");
         let mut touched = 0;
         let mut last = Probed {
             src: Probe::unhashed(0),
             dst: Probe::unhashed(0),
-            mask: 0,
+            frames: FrameSet::EMPTY,
         };
         for run in &runs[..runs.len().min(MAX_BURST)] {
             let head = &run.head;
@@ -113,7 +113,7 @@ impl Bridge {
                 last.dst = self.fdb.probe(head.dst);
                 touched ^= self.fdb.touch(last.dst);
             }
-            last.mask = run.frames;
+            last.frames = run.frames;
             probed.push(last);
         }
         std::hint::black_box(touched);
@@ -165,7 +165,7 @@ struct Probed {
     src: Probe,
     /// Not hashed for a group.
     dst: Probe,
-    mask: u64,
+    frames: FrameSet,
 }
 
 /// What the run before found out: no address is `u64::MAX`.
@@ -256,14 +256,14 @@ pub struct Decisions {
     result: Lists,
 }
 
-/// Lists of masks. Between bursts all of `masks` is zero.
+/// Sets of frames. Between bursts all of `by_port` are empty.
 #[derive(Debug)]
 struct Lists {
     /// By port: the frames that go to it alone.
-    masks: Box<[u64]>,
-    destinations: Vec<(PortId, u64)>,
-    drops: Vec<(DropReason, u64)>,
-    flooded: u64,
+    by_port: Box<[FrameSet]>,
+    destinations: Vec<(PortId, FrameSet)>,
+    drops: Vec<(DropReason, FrameSet)>,
+    flooded: FrameSet,
     learned: LearnCounts,
 }
 
@@ -274,29 +274,29 @@ impl Decisions {
         Self {
             probed: Vec::with_capacity(MAX_BURST),
             result: Lists {
-                masks: vec![0; MAX_PORTS].into_boxed_slice(),
+                by_port: vec![FrameSet::EMPTY; MAX_PORTS].into_boxed_slice(),
                 destinations: Vec::with_capacity(MAX_PORTS),
                 drops: Vec::with_capacity(DropReason::ALL.len()),
-                flooded: 0,
+                flooded: FrameSet::EMPTY,
                 learned: LearnCounts::default(),
             },
         }
     }
 
-    /// The ports that frames go to and the frames of each (never 0), in the order of first
+    /// The ports that frames go to and the frames of each (never none), in the order of first
     /// appearance.
-    pub fn destinations(&self) -> &[(PortId, u64)] {
+    pub fn destinations(&self) -> &[(PortId, FrameSet)] {
         &self.result.destinations
     }
 
-    /// The reasons for which frames are dropped and the frames of each (never 0), in the order of
+    /// The reasons for which frames are dropped and the frames of each (never none), in the order of
     /// first appearance.
-    pub fn drops(&self) -> &[(DropReason, u64)] {
+    pub fn drops(&self) -> &[(DropReason, FrameSet)] {
         &self.result.drops
     }
 
     /// The frames that go to all members but the one that they came from.
-    pub fn flooded(&self) -> u64 {
+    pub fn flooded(&self) -> FrameSet {
         self.result.flooded
     }
 
@@ -310,7 +310,7 @@ impl Decisions {
         self.probed.clear();
         self.result.destinations.clear();
         self.result.drops.clear();
-        self.result.flooded = 0;
+        self.result.flooded = FrameSet::EMPTY;
         self.result.learned = LearnCounts::default();
     }
 }
@@ -323,42 +323,42 @@ impl Default for Decisions {
 
 impl Lists {
     #[inline]
-    fn deliver(&mut self, port: PortId, frames: u64) {
-        let mask = &mut self.masks[port.index()];
+    fn deliver(&mut self, port: PortId, frames: FrameSet) {
+        let listed = &mut self.by_port[port.index()];
         // Once a frame is flooded, every member is listed.
-        if *mask == 0 && self.flooded == 0 {
-            self.destinations.push((port, 0));
+        if listed.is_empty() && self.flooded.is_empty() {
+            self.destinations.push((port, FrameSet::EMPTY));
         }
-        *mask |= frames;
+        *listed |= frames;
     }
 
-    /// Lists the members on the first flooded frame of the burst; their masks get the flooded frames
+    /// Lists the members on the first flooded frame of the burst; their sets get the flooded frames
     /// in the end, since all that is listed then is flooded to.
-    fn flood(&mut self, members: &Members, in_port: PortId, frames: u64) {
+    fn flood(&mut self, members: &Members, in_port: PortId, frames: FrameSet) {
         if members.len() == usize::from(members.contains(in_port)) {
             return self.drop(DropReason::NoDestination, frames);
         }
-        if self.flooded == 0 {
+        if self.flooded.is_empty() {
             for port in members.iter().filter(|port| *port != in_port) {
-                if self.masks[port.index()] == 0 {
-                    self.destinations.push((port, 0));
+                if self.by_port[port.index()].is_empty() {
+                    self.destinations.push((port, FrameSet::EMPTY));
                 }
             }
         }
         self.flooded |= frames;
     }
 
-    fn drop(&mut self, reason: DropReason, frames: u64) {
+    fn drop(&mut self, reason: DropReason, frames: FrameSet) {
         match self.drops.iter_mut().find(|(listed, _)| *listed == reason) {
-            Some((_, mask)) => *mask |= frames,
+            Some((_, listed)) => *listed |= frames,
             None => self.drops.push((reason, frames)),
         }
     }
 
     #[inline]
     fn finish(&mut self) {
-        for (port, mask) in &mut self.destinations {
-            *mask = std::mem::take(&mut self.masks[port.index()]) | self.flooded;
+        for (port, frames) in &mut self.destinations {
+            *frames = std::mem::take(&mut self.by_port[port.index()]) | self.flooded;
         }
     }
 }

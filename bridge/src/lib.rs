@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  first bytes --FrameHead::parse--> runs --Bridge::forward--> Decisions
-//!                                              |        ^         destinations (port, mask)
-//!                                        learn |        | look up drops (reason, mask)
+//!                                              |        ^         destinations (port, frames)
+//!                                        learn |        | look up drops (reason, frames)
 //!                                              v        |
 //!                                             Fdb (shared by all workers)
 //! ```
@@ -16,10 +16,12 @@ mod drop_reason;
 mod fdb;
 mod forward;
 mod frame;
+mod frame_set;
 mod types;
 
 pub use drop_reason::{DropCounts, DropReason};
 pub use fdb::{Fdb, FdbConfig, FdbError, Learned, MAX_FDB_CAPACITY};
 pub use forward::{Bridge, BridgeConfig, Burst, Decisions, LearnCounts, Members, Run};
 pub use frame::{FrameHead, Headers, L4Protocol, MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS};
+pub use frame_set::FrameSet;
 pub use types::{MAX_BURST, MAX_PORTS, MacAddr, ParseMacError, PortId, Tick};

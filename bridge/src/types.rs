@@ -8,7 +8,7 @@ use std::time::Duration;
 /// leaves the forwarding database 16 bits for a port.
 pub const MAX_PORTS: usize = 4096;
 
-/// Most frames in a burst: one bit each in the `u64` masks that are the per-destination lists.
+/// Most frames in a burst: one bit each in a [`crate::FrameSet`].
 pub const MAX_BURST: usize = 64;
 
 /// A port's slot in the bridge, below [`MAX_PORTS`].

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 
 use proptest::prelude::*;
 use ringway_bridge::{
-    Bridge, BridgeConfig, Burst, Decisions, DropReason, FrameHead, MacAddr, Members, PortId, Run,
-    Tick,
+    Bridge, BridgeConfig, Burst, Decisions, DropReason, FrameHead, FrameSet, MacAddr, Members,
+    PortId, Run, Tick,
 };
 
 const AGEING: u32 = 10;
@@ -84,18 +84,14 @@ fn runs(heads: &[FrameHead], valid: u64) -> Vec<Run> {
     for (i, head) in heads.iter().enumerate() {
         match runs.last_mut() {
             _ if valid >> i & 1 == 0 => {}
-            Some(run) if run.head == *head => run.frames |= 1 << i,
+            Some(run) if run.head == *head => run.frames |= FrameSet::one(i),
             _ => runs.push(Run {
                 head: *head,
-                frames: 1 << i,
+                frames: FrameSet::one(i),
             }),
         }
     }
     runs
-}
-
-fn mask_of(frames: impl Iterator<Item = usize>) -> u64 {
-    frames.fold(0, |mask, i| mask | 1 << i)
 }
 
 proptest! {
@@ -128,44 +124,45 @@ proptest! {
             bridge.forward(&members, Tick(now), &burst, &mut out);
 
             let with = |wanted: Fate| {
-                mask_of(fates.iter().filter(|(_, fate)| *fate == wanted).map(|(i, _)| *i))
+                fates.iter().filter(|(_, fate)| *fate == wanted).map(|(i, _)| *i).collect::<FrameSet>()
             };
             prop_assert_eq!(out.flooded(), with(Fate::Flooded));
             for reason in DropReason::ALL {
-                let dropped = out.drops().iter().find(|(r, _)| *r == reason).map_or(0, |d| d.1);
+                let dropped = out.drops().iter().find(|(r, _)| *r == reason);
+                let dropped = dropped.map_or(FrameSet::EMPTY, |d| d.1);
                 prop_assert_eq!(dropped, with(Fate::Dropped(reason)), "{:?}", reason);
             }
             for port in (0..5).map(port) {
-                let sent = out.destinations().iter().find(|(p, _)| *p == port).map_or(0, |d| d.1);
+                let sent = out.destinations().iter().find(|(p, _)| *p == port);
+                let sent = sent.map_or(FrameSet::EMPTY, |d| d.1);
                 let is_flooded_to = port != in_port && member_ports.contains(&port);
-                let flooded = if is_flooded_to { with(Fate::Flooded) } else { 0 };
+                let flooded = if is_flooded_to { with(Fate::Flooded) } else { FrameSet::EMPTY };
                 prop_assert_eq!(sent, with(Fate::To(port)) | flooded, "{:?}", port);
             }
-            check_conservation(&out, mask_of(fates.iter().map(|(i, _)| *i)))?;
+            check_conservation(&out, fates.iter().map(|(i, _)| *i).collect())?;
 
-            let first_of = |mask: u64| mask.trailing_zeros();
-            let order: Vec<_> = out.destinations().iter().map(|(_, mask)| first_of(*mask)).collect();
+                        let order: Vec<_> = out.destinations().iter().map(|(_, frames)| frames.first()).collect();
             prop_assert!(order.is_sorted(), "order of first appearance: {:?}", order);
-            let order: Vec<_> = out.drops().iter().map(|(_, mask)| first_of(*mask)).collect();
+            let order: Vec<_> = out.drops().iter().map(|(_, frames)| frames.first()).collect();
             prop_assert!(order.is_sorted(), "order of first appearance: {:?}", order);
         }
     }
 }
 
 /// Every frame is delivered once, flooded or dropped once; every list has an element once.
-fn check_conservation(out: &Decisions, frames: u64) -> Result<(), TestCaseError> {
+fn check_conservation(out: &Decisions, frames: FrameSet) -> Result<(), TestCaseError> {
     let mut accounted = out.flooded();
     let unicast = out
         .destinations()
         .iter()
-        .map(|(_, mask)| mask & !out.flooded());
-    for mask in unicast.chain(out.drops().iter().map(|(_, mask)| *mask)) {
-        prop_assert_eq!(accounted & mask, 0, "accounted twice");
-        accounted |= mask;
+        .map(|(_, sent)| *sent - out.flooded());
+    for set in unicast.chain(out.drops().iter().map(|(_, dropped)| *dropped)) {
+        prop_assert!((accounted & set).is_empty(), "accounted twice");
+        accounted |= set;
     }
     prop_assert_eq!(accounted, frames);
-    for (i, (port, mask)) in out.destinations().iter().enumerate() {
-        prop_assert_ne!(*mask, 0);
+    for (i, (port, sent)) in out.destinations().iter().enumerate() {
+        prop_assert!(!sent.is_empty());
         prop_assert!(
             out.destinations()[..i]
                 .iter()
@@ -196,8 +193,8 @@ fn a_full_burst_uses_all_64_bits() {
         runs: &runs(&[head; 64], u64::MAX),
     };
     bridge.forward(&members, Tick(0), &burst, &mut out);
-    assert_eq!(out.destinations(), [(port(2), u64::MAX)]);
-    assert_eq!((out.flooded(), out.learned().new), (u64::MAX, 1));
+    assert_eq!(out.destinations(), [(port(2), FrameSet::ALL)]);
+    assert_eq!((out.flooded(), out.learned().new), (FrameSet::ALL, 1));
 }
 
 #[test]
@@ -221,7 +218,7 @@ fn a_limit_keeps_a_source_from_being_learned_but_not_its_frames_from_going() {
         runs: &runs(&[head; 3], 0b101),
     };
     bridge.forward(&members, Tick(0), &burst, &mut out);
-    assert_eq!(out.destinations(), [(port(2), 0b101)]);
+    assert_eq!(out.destinations(), [(port(2), FrameSet::from_bits(0b101))]);
     assert_eq!(out.learned().limit_reached, 1);
     assert!(bridge.fdb().is_empty());
 }

@@ -1,7 +1,7 @@
 //! The data path's copy routine next to the language's own, in the cache as far as both sides fit.
 
 // The source itself: it stands alone, and the library need not show it.
-#[path = "../src/copy.rs"]
+#[path = "../src/memory/copy.rs"]
 #[allow(dead_code, reason = "the library uses the rest")]
 mod copy;
 

@@ -21,13 +21,13 @@ fn checksum(c: &mut Criterion) {
     let mut group = c.benchmark_group("checksum");
     for bytes in [64, 1448, 65_536] {
         let data = pattern(bytes);
-        let mut target = vec![0; bytes];
+        let (mut source, mut target) = (data.clone(), vec![0; bytes]);
         group.throughput(Throughput::Bytes(bytes as u64));
         group.bench_with_input(BenchmarkId::new("ours", bytes), &data, |b, data| {
             b.iter(|| internet_checksum(black_box(data)));
         });
-        group.bench_with_input(BenchmarkId::new("ours_copying", bytes), &data, |b, data| {
-            b.iter(|| copy_and_checksum(black_box(&mut target), black_box(data)));
+        group.bench_function(BenchmarkId::new("ours_copying", bytes), |b| {
+            b.iter(|| copy_and_checksum(black_box(&mut target), black_box(&mut source)));
         });
         let mut target = vec![0; bytes];
         group.bench_with_input(BenchmarkId::new("copy_only", bytes), &data, |b, data| {

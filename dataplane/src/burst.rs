@@ -4,7 +4,7 @@
 //!   source buffers            Burst (private to the worker)
 //!   +--------+-----------+    snapshots[i]: header 12 B + the frame's first bytes, copied once
 //!   | header | frame ... | -> frames[i]:    ring entry, first buffer, length
-//!   +--------+-----------+    details[i], segments[..]: of frames that are not plain
+//!   +--------+-----------+    details[i], buffers[..]: of frames that are not plain
 //! ```
 //! Decisions are taken on the snapshot, and it is the snapshot that is delivered: the source may
 //! rewrite its buffer at any time, and no byte of it is read twice for one destination.
@@ -13,13 +13,10 @@
 //! [`PLAIN_BYTES`] long, which is all that the bridge looks at; of the others it is up to
 //! [`SNAPSHOT_BYTES`], and up to [`MAX_SNAPSHOT_BYTES`] if they are to be segmented.
 
-use ringway_bridge::{DropReason, FrameHead, MAX_BURST, Run};
+use ringway_bridge::{DropReason, FrameHead, FrameSet, MAX_BURST, Run};
 
-use crate::copy::copy;
 use crate::isa::for_this_cpu;
-use crate::memory::Segment;
-use crate::offload::Pieces;
-use crate::ring::{Entry, Single};
+use crate::memory::{GuestSlice, HEAD_BYTES, HEAD_LEN, Hold, Kept, List, Pieces};
 use crate::wire::Offloads;
 use crate::wire::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES};
 
@@ -35,7 +32,7 @@ pub(crate) const MAX_SNAPSHOT_BYTES: u32 = 256;
 const SNAPSHOT_LEN: usize = MAX_SNAPSHOT_BYTES as usize;
 
 /// Bytes of a plain frame's snapshot: header, addresses, EtherType and six more.
-pub(crate) const PLAIN_BYTES: u32 = 32;
+const PLAIN_BYTES: u32 = HEAD_BYTES;
 
 /// Longest frame with its header.
 const MAX_TOTAL_BYTES: u32 = MAX_FRAME_BYTES + HEADER_BYTES;
@@ -44,105 +41,176 @@ const MAX_TOTAL_BYTES: u32 = MAX_FRAME_BYTES + HEADER_BYTES;
 /// writev (IOV_MAX) take too.
 pub(crate) const MAX_CHAIN: usize = 1024;
 
-/// Room for the pieces of a burst: at least one longest chain, and 64 frames of 64 KiB in pages.
-const MAX_SEGMENTS: usize = 2 * MAX_CHAIN;
+/// Room for the buffers of a burst's chains: at least one longest chain, and 64 frames of 64 KiB in
+/// pages.
+const MAX_BUFFERS: usize = 2 * MAX_CHAIN;
 
 /// A header and the frame's first bytes.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 struct Snapshot([u8; SNAPSHOT_LEN]);
 
+/// A chain of a virtqueue, as it is completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Head of the chain (split) or buffer id (packed).
+    pub(crate) id: u16,
+    /// What it takes of the ring: an avail entry (split), or so many descriptors (packed).
+    pub(crate) slots: u16,
+}
+
+impl Entry {
+    /// A chain that takes one.
+    #[inline(always)]
+    pub(crate) const fn single(id: u16) -> Self {
+        Self { id, slots: 1 }
+    }
+}
+
+/// A frame, or room for one: a chain with its first buffer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Frame<'m> {
+    /// The first buffer, and the only one of a plain frame.
+    pub(crate) buffer: GuestSlice<'m>,
+    pub(crate) entry: Entry,
+    /// Bytes of header and frame, in all buffers.
+    pub(crate) len: u32,
+}
+
+impl<'m> Frame<'m> {
+    /// A chain of one buffer.
+    #[inline(always)]
+    pub(crate) fn direct(buffer: GuestSlice<'m>, entry: Entry) -> Self {
+        let len = buffer.len();
+        Self { buffer, entry, len }
+    }
+}
+
+/// Lists of [`Frame`]s.
+#[derive(Debug)]
+pub(crate) enum Frames {}
+
+impl Hold for Frames {
+    type For<'m> = Frame<'m>;
+}
+
+/// Lists of buffers.
+#[derive(Debug)]
+pub(crate) enum Buffers {}
+
+impl Hold for Buffers {
+    type For<'m> = GuestSlice<'m>;
+}
+
 /// What is to be known of a frame that is not plain.
 #[derive(Clone, Copy, Debug)]
 struct Details {
     /// Bytes in the snapshot.
     snapshot_bytes: u32,
-    /// What lies behind the snapshot: the first piece, of length 0 if there is nothing,
-    rest: Segment,
-    /// and further ones, as indices into the burst's segments.
-    more: (u32, u32),
+    /// Bytes by which its header is shorter than [`HEADER_BYTES`].
+    gap: u32,
+    /// Where its buffers are in the burst's list; nowhere if it has one only.
+    buffers: (u32, u32),
     header: Checked,
 }
 
-/// The frames of one turn of one source queue. Allocated once per worker.
+/// Storage for bursts, allocated once per worker. Each turn of a queue has a [`Burst`] in it.
 #[derive(Debug)]
-pub(crate) struct Burst {
+pub(crate) struct BurstStorage {
     snapshots: Box<[Snapshot; MAX_BURST]>,
-    /// Ring entry, first buffer, and the length of header and frame.
-    frames: Box<[Single; MAX_BURST]>,
+    frames: Kept<Frames>,
     details: Box<[Details; MAX_BURST]>,
-    len: usize,
-    /// Frames in several pieces.
-    scattered: u64,
-    /// Frames in one piece that ask nothing of their destination.
-    plain: u64,
-    /// Frames that passed their checks, by what they begin with.
+    buffers: Kept<Buffers>,
     runs: Vec<Run>,
-    /// Frames that did not, by reason.
-    pub(crate) rejected: Vec<(DropReason, u64)>,
-    segments: Vec<Segment>,
+    rejected: Vec<(DropReason, FrameSet)>,
 }
 
-// SAFETY: the segments are pointers that are used only while the source queue's lock is held, by
-// whichever thread runs the worker.
-unsafe impl Send for Burst {}
-
-impl Burst {
+impl BurstStorage {
     pub(crate) fn new() -> Self {
         const NOTHING: Details = Details {
             snapshot_bytes: 0,
-            rest: Segment::EMPTY,
-            more: (0, 0),
+            gap: 0,
+            buffers: (0, 0),
             header: Checked::NONE,
         };
         Self {
             snapshots: Box::new([Snapshot([0; SNAPSHOT_LEN]); MAX_BURST]),
-            frames: Box::new([Single::EMPTY; MAX_BURST]),
+            frames: Kept::new(MAX_BURST),
             details: Box::new([NOTHING; MAX_BURST]),
-            len: 0,
-            scattered: 0,
-            plain: 0,
+            buffers: Kept::new(MAX_BUFFERS),
             runs: Vec::with_capacity(MAX_BURST),
-            rejected: Vec::with_capacity(DropReason::ALL.len()),
-            segments: Vec::with_capacity(MAX_SEGMENTS),
+            rejected: Vec::with_capacity(DropReason::COUNT),
         }
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.len = 0;
-        self.scattered = 0;
-        self.plain = 0;
+    /// An empty burst, of frames that lie in memory which is valid during `'m`.
+    #[inline]
+    pub(crate) fn begin<'m>(&'m mut self) -> Burst<'m> {
         self.runs.clear();
         self.rejected.clear();
-        self.segments.clear();
+        Burst {
+            snapshots: &mut self.snapshots,
+            frames: self.frames.list(),
+            details: &mut self.details,
+            buffers: self.buffers.list(),
+            scattered: FrameSet::EMPTY,
+            plain: FrameSet::EMPTY,
+            runs: &mut self.runs,
+            rejected: &mut self.rejected,
+        }
     }
+}
 
+/// The frames of one turn of one source queue.
+#[derive(Debug)]
+pub(crate) struct Burst<'m> {
+    snapshots: &'m mut [Snapshot; MAX_BURST],
+    frames: List<'m, Frame<'m>>,
+    details: &'m mut [Details; MAX_BURST],
+    buffers: List<'m, GuestSlice<'m>>,
+    /// Frames in several buffers.
+    scattered: FrameSet,
+    /// Frames in one buffer that ask nothing of their destination.
+    plain: FrameSet,
+    /// Frames that passed their checks, by what they begin with.
+    runs: &'m mut Vec<Run>,
+    /// Frames that did not, by reason.
+    rejected: &'m mut Vec<(DropReason, FrameSet)>,
+}
+
+impl<'m> Burst<'m> {
+    #[inline]
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.frames.len()
     }
 
     /// The frames that passed their checks, for the bridge.
     pub(crate) fn runs(&self) -> &[Run] {
-        &self.runs
+        self.runs
+    }
+
+    /// The frames that did not, by reason.
+    pub(crate) fn rejected(&self) -> &[(DropReason, FrameSet)] {
+        self.rejected
     }
 
     /// The frames that are plain.
-    pub(crate) fn plain(&self) -> u64 {
+    #[inline(always)]
+    pub(crate) fn plain(&self) -> FrameSet {
         self.plain
     }
 
-    /// The ring entries of all frames, and their lengths.
+    /// All frames, in order.
     #[inline]
-    pub(crate) fn frames(&self) -> &[Single] {
-        &self.frames[..self.len]
+    pub(crate) fn frames(&self) -> &[Frame<'m>] {
+        &self.frames
     }
 
-    /// Plain frame `index` with its whole buffer, of at least [`PLAIN_BYTES`], whose first bytes are
-    /// to be taken from the snapshot. Of indices past the last some older frame.
+    /// Plain frame `index`: what is delivered in place of its first bytes, and its whole buffer.
     #[inline(always)]
-    pub(crate) fn plain_at(&self, index: usize) -> (&Single, *const u8) {
-        let index = index % MAX_BURST;
-        (&self.frames[index], self.snapshots[index].0.as_ptr())
+    pub(crate) fn plain_at(&self, index: usize) -> (&[u8; HEAD_LEN], GuestSlice<'m>) {
+        let head = &self.snapshots[index % MAX_BURST].0.as_chunks().0[0];
+        (head, self.frames[index].buffer)
     }
 
     /// Header and frame.
@@ -159,7 +227,7 @@ impl Burst {
 
     /// What frame `index`'s header asks for.
     pub(crate) fn header(&self, index: usize) -> Checked {
-        if self.is_plain(index) {
+        if self.plain.contains(index) {
             Checked {
                 wire_bytes: self.l2_bytes(index),
                 ..Checked::NONE
@@ -177,106 +245,73 @@ impl Burst {
 
     /// Bytes in frame `index`'s snapshot.
     pub(crate) fn snapshot_bytes(&self, index: usize) -> u32 {
-        if self.is_plain(index) {
+        if self.plain.contains(index) {
             PLAIN_BYTES
         } else {
             self.details[index].snapshot_bytes
         }
     }
 
-    /// What lies behind frame `index`'s snapshot.
+    /// What lies behind the first `bytes` of frame `index` and its header, which are in the snapshot.
     #[inline]
-    pub(crate) fn body(&self, index: usize) -> Pieces<'_> {
-        if self.is_plain(index) {
-            return Pieces::new(self.frames[index].buffer().skip(PLAIN_BYTES), &[]);
+    pub(crate) fn body(&self, index: usize, bytes: u32) -> Pieces<'_> {
+        if self.plain.contains(index) {
+            return Pieces::one(self.frames[index].buffer.skip(bytes));
         }
-        let details = &self.details[index];
-        let (from, to) = details.more;
-        let more = &self.segments[from as usize..to as usize];
-        Pieces::new(details.rest, more)
+        self.pieces(index).skip(bytes - self.details[index].gap)
     }
 
-    /// What lies behind the first `bytes` of header and frame, which are in the snapshot.
-    pub(crate) fn body_from(&self, index: usize, bytes: usize) -> Pieces<'_> {
-        let seen = &self.snapshots[index].0[bytes..self.snapshot_bytes(index) as usize];
-        self.body(index).behind(Segment {
-            ptr: seen.as_ptr().cast_mut(),
-            len: u32::try_from(seen.len()).unwrap_or(0),
-        })
-    }
-
-    /// Frame `index`'s buffers, before the snapshots are taken.
-    #[cfg(test)]
-    pub(crate) fn pieces(&self, index: usize) -> Vec<Segment> {
-        let (from, to) = self.details[index].more;
-        let (first, more) = if self.scattered >> index & 1 == 0 {
-            (self.frames[index].buffer(), [].as_slice())
+    /// Frame `index`'s buffers.
+    pub(crate) fn pieces(&self, index: usize) -> Pieces<'_> {
+        if self.scattered.contains(index) {
+            let (from, to) = self.details[index].buffers;
+            Pieces::new(&self.buffers[from as usize..to as usize])
         } else {
-            let more = &self.segments[from as usize..to as usize];
-            (self.details[index].rest, more)
-        };
-        let first = (first.len > 0).then_some(first);
-        first.into_iter().chain(more.iter().copied()).collect()
+            Pieces::one(self.frames[index].buffer)
+        }
     }
 
-    fn is_plain(&self, index: usize) -> bool {
-        self.plain >> index & 1 != 0
+    /// Appends frames of one buffer each, `most` of them or as many as `next` gives. Returns how many.
+    #[inline(always)]
+    pub(crate) fn extend(&mut self, most: usize, next: impl FnMut() -> Option<Frame<'m>>) -> usize {
+        self.frames.extend(most, next)
     }
 
     /// Starts a chain: returns a mark for [`Burst::add`], or `None` if the burst is full or a
     /// longest chain might not fit any more.
     #[inline]
     pub(crate) fn begin(&self) -> Option<usize> {
-        let from = self.segments.len();
-        (self.len < MAX_BURST && from + MAX_CHAIN <= MAX_SEGMENTS).then_some(from)
+        let fits = self.frames.room() > 0 && self.buffers.room() >= MAX_CHAIN;
+        fits.then_some(self.buffers.len())
     }
 
-    /// Appends a piece to the chain that was begun; false if it has [`MAX_CHAIN`] already.
+    /// Appends a buffer to the chain that was begun; false if it has [`MAX_CHAIN`] already.
     #[inline]
-    pub(crate) fn push(&mut self, mark: usize, segment: Segment) -> bool {
-        let fits = self.segments.len() - mark < MAX_CHAIN;
-        if fits {
-            self.segments.push(segment);
-        }
-        fits
+    pub(crate) fn push(&mut self, mark: usize, buffer: GuestSlice<'m>) -> bool {
+        self.buffers.len() - mark < MAX_CHAIN && self.buffers.push(buffer)
     }
 
-    /// Drops the pieces of a chain that turned out to be bad.
+    /// Drops the buffers of a chain that turned out to be bad.
     pub(crate) fn abandon(&mut self, mark: usize) {
-        self.segments.truncate(mark);
+        self.buffers.truncate(mark);
     }
 
-    /// Ends a chain: it becomes the burst's next frame, of `total_bytes` in all pieces.
+    /// Ends a chain: it becomes the burst's next frame, of `total_bytes` in all buffers.
     pub(crate) fn add(&mut self, mark: usize, entry: Entry, total_bytes: u32) {
-        let first = self.segments.get(mark).copied().unwrap_or(Segment::EMPTY);
-        let end = self.segments.len();
-        let more = (mark + 1).min(end)..end;
-        if !more.is_empty() {
-            self.scattered |= 1 << self.len;
+        let index = self.frames.len();
+        let buffers = &self.buffers[mark..];
+        let first = buffers.first().copied().unwrap_or(GuestSlice::EMPTY);
+        if buffers.len() > 1 {
+            self.scattered |= FrameSet::one(index);
         }
-        self.details[self.len].rest = first;
-        #[expect(clippy::cast_possible_truncation, reason = "at most MAX_SEGMENTS")]
-        let more = (more.start as u32, more.end as u32);
-        self.details[self.len].more = more;
-        self.frames[self.len] = Single {
-            ptr: first.ptr,
-            len: total_bytes,
+        #[expect(clippy::cast_possible_truncation, reason = "at most MAX_BUFFERS")]
+        let buffers = (mark as u32, self.buffers.len() as u32);
+        self.details[index].buffers = buffers;
+        self.frames.push(Frame {
+            buffer: first,
             entry,
-        };
-        self.len += 1;
-    }
-
-    /// Room for further frames of one buffer each: the first `n` that are filled in are to be
-    /// announced by [`Burst::added`].
-    #[inline]
-    pub(crate) fn spare(&mut self) -> &mut [Single] {
-        &mut self.frames[self.len..]
-    }
-
-    /// Adds the frames that were put into the first `count` places of [`Burst::spare`].
-    #[inline]
-    pub(crate) fn added(&mut self, count: usize) {
-        self.len = (self.len + count).min(MAX_BURST);
+            len: total_bytes,
+        });
     }
 
     /// Takes the snapshots of all frames, whose headers have `header_bytes` (10 or 12), and checks
@@ -289,45 +324,44 @@ impl Burst {
     #[inline(always)]
     fn take_all(&mut self, header_bytes: u32, allowed: Offloads) {
         let whole = if header_bytes == HEADER_BYTES {
-            !self.scattered
+            FrameSet::ALL - self.scattered
         } else {
-            0
+            FrameSet::EMPTY
         };
-        let mut plain = 0;
-        let (mut head, mut mask) = (Head::NONE, 0);
-        for index in 0..self.len.min(MAX_BURST) {
-            let bit = 1 << index;
+        let mut plain = FrameSet::EMPTY;
+        let (mut head, mut like_head) = (Head::NONE, FrameSet::EMPTY);
+        for index in 0..self.frames.len().min(MAX_BURST) {
+            let one = FrameSet::one(index);
             let frame = self.frames[index];
             let mut seen = Head::NONE;
-            if whole & bit != 0 && (PLAIN_BYTES..=MAX_TOTAL_BYTES).contains(&frame.len) {
-                // SAFETY: the buffer is valid for its length, which is no less.
-                seen = unsafe { Head::read(frame.ptr) };
+            if whole.contains(index) && frame.len <= MAX_TOTAL_BYTES {
+                seen = frame.buffer.read_head().map_or(Head::NONE, Head);
             }
             if seen.asks_nothing() {
                 seen.write_clean(&mut self.snapshots[index].0);
-                plain |= bit;
+                plain |= one;
             } else {
                 match self.take_any(index, header_bytes, allowed) {
                     Ok(taken) => seen = taken,
                     Err(reason) => {
-                        self.reject(reason, bit);
+                        self.reject(reason, one);
                         continue;
                     }
                 }
             }
             if !seen.is_like(&head) {
-                self.add_run(head, mask);
-                (head, mask) = (seen, 0);
+                self.add_run(head, like_head);
+                (head, like_head) = (seen, FrameSet::EMPTY);
             }
-            mask |= bit;
+            like_head |= one;
         }
-        self.add_run(head, mask);
+        self.add_run(head, like_head);
         self.plain = plain;
     }
 
     #[inline]
-    fn add_run(&mut self, head: Head, frames: u64) {
-        if frames != 0 {
+    fn add_run(&mut self, head: Head, frames: FrameSet) {
+        if !frames.is_empty() {
             self.runs.push(Run {
                 head: head.parse(),
                 frames,
@@ -343,36 +377,60 @@ impl Burst {
         header_bytes: u32,
         allowed: Offloads,
     ) -> Result<Head, DropReason> {
-        let frame = &mut self.frames[index];
+        let gap = HEADER_BYTES - header_bytes;
+        let chain_bytes = self.frames[index].len;
+        // The longest frame fits, so nothing below overflows.
+        if chain_bytes > MAX_FRAME_BYTES + header_bytes {
+            return Err(DropReason::TooLong);
+        }
+        let total_bytes = (chain_bytes + gap).max(HEADER_BYTES);
+        self.frames[index].len = total_bytes;
+        if chain_bytes < header_bytes {
+            return Err(DropReason::BadHeader);
+        }
+        let mut seen_bytes = total_bytes.min(SNAPSHOT_BYTES);
+        self.read_snapshot(index, gap, gap..seen_bytes);
+        if gap > 0 {
+            // A legacy header without num_buffers: move it to the front.
+            let snapshot = &mut self.snapshots[index].0;
+            snapshot.copy_within(gap as usize..HEADER_LEN, 0);
+        }
+        if net_header::wants_segmentation(&self.snapshots[index].0) {
+            let more = total_bytes.min(MAX_SNAPSHOT_BYTES);
+            self.read_snapshot(index, gap, seen_bytes..more);
+            seen_bytes = more;
+        }
         let snapshot = &mut self.snapshots[index].0;
+        FrameHead::parse(&snapshot[HEADER_LEN..seen_bytes as usize])?;
+        let l2_bytes = total_bytes - HEADER_BYTES;
         let details = &mut self.details[index];
-        if self.scattered >> index & 1 == 0 {
-            details.rest = frame.buffer();
-            details.more = (0, 0);
-        }
-        take_pieces(frame, details, snapshot, &self.segments, header_bytes)?;
-        if net_header::wants_segmentation(snapshot) {
-            let wanted = frame.len.min(MAX_SNAPSHOT_BYTES);
-            take_up_to(wanted, details, snapshot, &self.segments);
-        }
-        let l2_bytes = frame.len - HEADER_BYTES;
-        let seen = &snapshot[HEADER_LEN..details.snapshot_bytes as usize];
-        FrameHead::parse(seen)?;
-        details.header = net_header::check(snapshot, details.snapshot_bytes, l2_bytes, allowed)?;
+        details.snapshot_bytes = seen_bytes;
+        details.gap = gap;
+        details.header = net_header::check(snapshot, seen_bytes, l2_bytes, allowed)?;
         Ok(Head::of(snapshot))
     }
 
+    /// Reads a range of header and frame into the snapshot of frame `index`, whose chain begins `gap`
+    /// bytes behind the snapshot.
+    fn read_snapshot(&mut self, index: usize, gap: u32, range: std::ops::Range<u32>) {
+        let mut seen = [0; SNAPSHOT_LEN];
+        let seen = &mut seen[..range.len()];
+        self.pieces(index).skip(range.start - gap).read(seen);
+        let to = range.start as usize..range.end as usize;
+        self.snapshots[index].0[to].copy_from_slice(seen);
+    }
+
     #[cold]
-    fn reject(&mut self, reason: DropReason, mask: u64) {
+    fn reject(&mut self, reason: DropReason, frames: FrameSet) {
         match self.rejected.iter_mut().find(|(known, _)| *known == reason) {
-            Some((_, frames)) => *frames |= mask,
-            None => self.rejected.push((reason, mask)),
+            Some((_, rejected)) => *rejected |= frames,
+            None => self.rejected.push((reason, frames)),
         }
     }
 }
 
 for_this_cpu! {
-    fn take_snapshots(burst: &mut Burst, header_bytes: u32, allowed: Offloads) = Burst::take_all;
+    fn take_snapshots(burst: &mut Burst<'_>, header_bytes: u32, allowed: Offloads) = Burst::take_all;
 }
 
 /// The first [`PLAIN_BYTES`] of header and frame, in registers.
@@ -390,24 +448,9 @@ impl Head {
     /// Asks for something, and is like no frame's: such a header's flags are never let through.
     const NONE: Self = Self([u64::MAX; 4]);
 
-    /// # Safety
-    /// `from` is valid for reading [`PLAIN_BYTES`].
-    #[inline(always)]
-    unsafe fn read(from: *const u8) -> Self {
-        // Packed, since buffers may lie anywhere.
-        #[repr(C, packed)]
-        struct Word(u64);
-        let from = from.cast::<Word>();
-        Self([0, 1, 2, 3].map(|word| {
-            // SAFETY: the caller's promise. The guest may write meanwhile: any mix of old and new
-            // will do, and volatile reads are done once.
-            u64::from_le(unsafe { from.wrapping_add(word).read_volatile() }.0)
-        }))
-    }
-
     fn of(snapshot: &[u8; SNAPSHOT_LEN]) -> Self {
-        // SAFETY: a snapshot is longer.
-        unsafe { Self::read(snapshot.as_ptr()) }
+        let words = snapshot.as_chunks().0;
+        Self([0, 1, 2, 3].map(|word| u64::from_le_bytes(words[word])))
     }
 
     /// Whether neither a flag that means anything nor a segmentation is set.
@@ -425,12 +468,9 @@ impl Head {
             self.0[2],
             self.0[3],
         ];
-        // SAFETY: a snapshot is longer.
-        unsafe {
-            snapshot
-                .as_mut_ptr()
-                .cast::<[u64; 4]>()
-                .write_unaligned(words.map(u64::to_le));
+        let to = snapshot.as_chunks_mut().0;
+        for (to, word) in to.iter_mut().zip(words) {
+            *to = word.to_le_bytes();
         }
     }
 
@@ -448,57 +488,6 @@ impl Head {
             dst: dst.swap_bytes() >> 16,
             src: (self.0[2] >> 16).swap_bytes() >> 16,
             ether_type: u16::from_be_bytes([high, low]),
-        }
-    }
-}
-
-/// Takes the snapshot of a frame in any number of pieces, with a header of either length.
-fn take_pieces(
-    frame: &mut Single,
-    details: &mut Details,
-    snapshot: &mut [u8; SNAPSHOT_LEN],
-    segments: &[Segment],
-    header_bytes: u32,
-) -> Result<(), DropReason> {
-    let chain_bytes = frame.len;
-    let gap = HEADER_BYTES - header_bytes;
-    // The longest frame fits, so nothing below overflows.
-    if chain_bytes > MAX_FRAME_BYTES + header_bytes {
-        return Err(DropReason::TooLong);
-    }
-    frame.len = (chain_bytes + gap).max(HEADER_BYTES);
-    if chain_bytes < header_bytes {
-        return Err(DropReason::BadHeader);
-    }
-    details.snapshot_bytes = gap;
-    take_up_to(frame.len.min(SNAPSHOT_BYTES), details, snapshot, segments);
-    if gap > 0 {
-        // A legacy header without num_buffers: move it to the front.
-        snapshot.copy_within(gap as usize..HEADER_LEN, 0);
-    }
-    Ok(())
-}
-
-/// Goes on with a snapshot until it has `wanted` bytes, no more than the frame has with its header.
-fn take_up_to(
-    wanted: u32,
-    details: &mut Details,
-    snapshot: &mut [u8; SNAPSHOT_LEN],
-    segments: &[Segment],
-) {
-    while details.snapshot_bytes < wanted {
-        let part = details.rest.len.min(wanted - details.snapshot_bytes);
-        let from = details.rest.ptr;
-        let target = snapshot[details.snapshot_bytes as usize..].as_mut_ptr();
-        // SAFETY: the piece is valid for its length and `part` is within it; the snapshot has room
-        // for `wanted` bytes; private and guest memory are distinct.
-        unsafe { copy(target, from, part as usize) };
-        details.snapshot_bytes += part;
-        details.rest = details.rest.skip(part);
-        if details.snapshot_bytes < wanted {
-            // The lengths of the pieces sum up to the frame's, so there is one.
-            details.rest = segments[details.more.0 as usize];
-            details.more.0 += 1;
         }
     }
 }

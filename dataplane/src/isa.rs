@@ -30,16 +30,17 @@ pub fn isa_level() -> &'static str {
 macro_rules! for_this_cpu {
     (
         $(#[$meta:meta])*
-        $vis:vis fn $name:ident $(<$ring:ident: $bound:ident>)? ($($arg:ident: $type:ty),* $(,)?)
+        $vis:vis fn $name:ident $(<$($life:lifetime,)? $ring:ident: $bound:ident>)? ($($arg:ident: $type:ty),* $(,)?)
             $(-> $result:ty)? = $body:path;
     ) => {
         $(#[$meta])*
         #[inline]
-        $vis fn $name $(<$ring: $bound>)? ($($arg: $type),*) $(-> $result)? {
+        #[allow(unsafe_code, reason = "the processor is asked before; this macro is in one place")]
+        $vis fn $name $(<$($life,)? $ring: $bound>)? ($($arg: $type),*) $(-> $result)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,movbe")]
-                fn v3 $(<$ring: $bound>)? ($($arg: $type),*) $(-> $result)? {
+                fn v3 $(<$($life,)? $ring: $bound>)? ($($arg: $type),*) $(-> $result)? {
                     $body($($arg),*)
                 }
                 if crate::isa::is_v3() {
@@ -48,7 +49,7 @@ macro_rules! for_this_cpu {
                 }
             }
             #[inline(never)]
-            fn baseline $(<$ring: $bound>)? ($($arg: $type),*) $(-> $result)? {
+            fn baseline $(<$($life,)? $ring: $bound>)? ($($arg: $type),*) $(-> $result)? {
                 $body($($arg),*)
             }
             baseline($($arg),*)

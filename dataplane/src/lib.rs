@@ -22,7 +22,6 @@
 
 mod burst;
 mod burst_lock;
-mod copy;
 mod housekeeping;
 mod info;
 mod isa;

@@ -11,7 +11,6 @@ const LAYERS: &[&str] = &[
     // Leaves: of the processor, or pure functions.
     "burst_lock",
     "isa",
-    "copy",
     "info",
     "placement",
     "topology",
@@ -27,20 +26,6 @@ const LAYERS: &[&str] = &[
     "worker",
     "housekeeping",
     "switch",
-];
-
-/// Imports against the order that are still there: (module, what it imports). To be shortened only.
-const KNOWN_IMPORTS: &[(&str, &str)] =
-    &[("burst", "offload"), ("burst", "ring"), ("ring", "offload")];
-
-/// Files with `unsafe` that are to do without, and so are not in the table of docs/architecture.md. To be
-/// shortened only.
-const KNOWN_UNSAFE: &[&str] = &[
-    "dataplane/src/burst.rs",
-    "dataplane/src/offload/parcel.rs",
-    "dataplane/src/offload/pieces.rs",
-    "dataplane/src/ring/rx_chain.rs",
-    "dataplane/src/wire/checksum.rs",
 ];
 
 /// A line of a source file, without its comment.
@@ -132,7 +117,6 @@ fn modules_import_only_those_below_them() {
     let src = root().join("dataplane/src");
     let rank = |module: &str| LAYERS.iter().position(|layer| *layer == module);
     let mut wrong = Vec::new();
-    let mut unused: BTreeSet<_> = KNOWN_IMPORTS.iter().copied().collect();
     for Line { file, number, code } in product_code(&src) {
         let path = module_path(&src, &file);
         if path == ["lib"] {
@@ -146,14 +130,9 @@ fn modules_import_only_those_below_them() {
         for name in names_at_root(&code, path.len()) {
             match rank(name) {
                 Some(other) if other <= own => {}
-                Some(_) => match KNOWN_IMPORTS.iter().find(|known| **known == (module, name)) {
-                    Some(known) => {
-                        unused.remove(known);
-                    }
-                    None => wrong.push(format!(
-                        "{place}: {module} imports {name}, which is above it"
-                    )),
-                },
+                Some(_) => wrong.push(format!(
+                    "{place}: {module} imports {name}, which is above it"
+                )),
                 None => wrong.push(format!(
                     "{place}: {name} is no module: import it from where it is"
                 )),
@@ -171,10 +150,6 @@ fn modules_import_only_those_below_them() {
         wrong.is_empty(),
         "against the order of LAYERS:\n{}",
         wrong.join("\n")
-    );
-    assert!(
-        unused.is_empty(),
-        "no longer there, strike from KNOWN_IMPORTS: {unused:?}"
     );
 }
 
@@ -220,9 +195,7 @@ fn unsafe_is_only_where_the_architecture_says() {
         })
         .collect();
     let leave = files_with_leave();
-    let known: BTreeSet<_> = KNOWN_UNSAFE.iter().map(ToString::to_string).collect();
-    let allowed: BTreeSet<_> = leave.union(&known).cloned().collect();
-    let wrong: Vec<_> = found.difference(&allowed).collect();
+    let wrong: Vec<_> = found.difference(&leave).collect();
     assert!(
         wrong.is_empty(),
         "not in docs/architecture.md, \"Files with `unsafe`\": {wrong:#?}"
@@ -231,15 +204,5 @@ fn unsafe_is_only_where_the_architecture_says() {
     assert!(
         gone.is_empty(),
         "without `unsafe`, strike from docs/architecture.md: {gone:#?}"
-    );
-    let unused: Vec<_> = known.difference(&found).collect();
-    assert!(
-        unused.is_empty(),
-        "no longer there, strike from KNOWN_UNSAFE: {unused:#?}"
-    );
-    let both: Vec<_> = known.intersection(&leave).collect();
-    assert!(
-        both.is_empty(),
-        "in the table and in KNOWN_UNSAFE: {both:#?}"
     );
 }

@@ -1,18 +1,24 @@
 //! Guest memory: regions mapped from the front-end's files, and the one way to reach into them.
 //!
 //! The contract, on which every `unsafe` block of the data path rests:
-//! - A guest address becomes a host pointer only through [`GuestMemory::translate`] (or
-//!   [`GuestMemory::translate_user`] for rings), which checks the *whole* range against the
-//!   regions and yields pieces that each lie in one mapping.
-//! - No reference to guest memory is ever formed, since the guest writes it at any time: raw
-//!   copies, volatile reads and atomics only.
-//! - A mapping lives as long as its [`Region`]; whoever holds pointers holds the
-//!   [`Arc<GuestMemory>`] too, and workers use pointers only while they hold the queue's lock,
-//!   under which that `Arc` is replaced.
+//! - A guest address becomes a [`GuestSlice`] only through [`MemoryView::translate`] and its hint
+//!   (a ring's areas through [`GuestMemory::translate_user`]), which check the *whole* range against
+//!   the regions and yield slices that each lie in one mapping.
+//! - A slice borrows the view, so it can't outlive the mapping; a ring's areas are kept by the
+//!   [`Arc<GuestMemory>`] beside them, which is replaced under the queue's lock.
+//! - No Rust reference to the bytes of guest memory is ever formed, since the guest writes them at any
+//!   time: raw copies, volatile reads, and atomics for the words of a ring.
 //! - A file that shrinks under its mapping raises SIGBUS; [`sigbus`] replaces the region by
 //!   private zero pages and marks it broken, and the port goes down.
 
+mod copy;
+mod iovec;
+mod kept;
+mod pieces;
 mod sigbus;
+mod slice;
+mod sum;
+mod view;
 
 use std::fs::File;
 use std::io;
@@ -21,7 +27,13 @@ use std::sync::Arc;
 
 use vm_memory::{FileOffset, MmapRegion};
 
+pub(crate) use iovec::IoVecs;
+pub(crate) use kept::{Hold, Kept, List};
+pub(crate) use pieces::{Pieces, Run};
 pub(crate) use sigbus::breaks;
+pub(crate) use slice::{GuestSlice, HEAD_BYTES, HEAD_LEN};
+pub(crate) use sum::{fold, sum_of};
+pub(crate) use view::{MemoryView, RegionHint};
 
 /// Most regions of one guest: what GET_MAX_MEM_SLOTS promises (QEMU's own limit for x86).
 pub(crate) const MAX_REGIONS: usize = 509;
@@ -161,62 +173,6 @@ fn page_size(file: &OwnedFd, stat: &rustix::fs::Stat) -> io::Result<u64> {
     Ok(if is_huge { block.max(base) } else { base })
 }
 
-/// A piece of guest memory in one mapping: valid for `len` bytes while its memory is held.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Segment {
-    pub(crate) ptr: *mut u8,
-    pub(crate) len: u32,
-}
-
-impl Segment {
-    /// Nothing, nowhere.
-    pub(crate) const EMPTY: Self = Self {
-        ptr: std::ptr::null_mut(),
-        len: 0,
-    };
-
-    /// What lies behind its first `bytes`, which are no more than it has.
-    #[inline(always)]
-    pub(crate) fn skip(self, bytes: u32) -> Self {
-        Self {
-            ptr: self.ptr.wrapping_add(bytes as usize),
-            len: self.len - bytes,
-        }
-    }
-}
-
-/// The region that served a translation last, held apart from the list of regions so that the next
-/// look-up follows no pointer. Belongs to one [`GuestMemory`] and must not outlive it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RegionHint {
-    guest_addr: u64,
-    size: u64,
-    host: *mut u8,
-}
-
-impl RegionHint {
-    /// No region: finds nothing.
-    pub(crate) const fn none() -> Self {
-        Self {
-            guest_addr: 0,
-            size: 0,
-            host: std::ptr::null_mut(),
-        }
-    }
-
-    /// The range, if it lies wholly in this region.
-    #[inline(always)]
-    pub(crate) fn find(&self, addr: u64, len: u32) -> Option<Segment> {
-        let offset = addr.wrapping_sub(self.guest_addr);
-        // The second comparison can't underflow, as the first comes before it.
-        if offset < self.size && u64::from(len) <= self.size - offset {
-            let ptr = self.host.wrapping_add(offset_in_host(offset)?);
-            return Some(Segment { ptr, len });
-        }
-        None
-    }
-}
-
 /// A guest's memory: regions that do not overlap.
 #[derive(Debug, Default)]
 pub(crate) struct GuestMemory {
@@ -269,62 +225,11 @@ impl GuestMemory {
         self.regions.iter().any(|region| region.is_broken())
     }
 
-    /// The pieces of the guest's range `addr..addr + len`, given to `piece` in order: several
-    /// where the range crosses from one region into an adjoining one. `hint` is the region that
-    /// served last and makes the common case two comparisons.
-    ///
-    /// Returns `None`, after any number of pieces, if the range is not wholly guest memory or
-    /// `piece` has no room (returns false).
-    #[inline]
-    pub(crate) fn translate(
-        &self,
-        addr: u64,
-        len: u32,
-        hint: &mut RegionHint,
-        mut piece: impl FnMut(Segment) -> bool,
-    ) -> Option<()> {
-        match hint.find(addr, len) {
-            Some(segment) => piece(segment).then_some(()),
-            None => self.translate_slow(addr, len, hint, &mut piece),
-        }
-    }
-
-    #[cold]
-    fn translate_slow(
-        &self,
-        mut addr: u64,
-        mut len: u32,
-        hint: &mut RegionHint,
-        piece: &mut dyn FnMut(Segment) -> bool,
-    ) -> Option<()> {
-        loop {
-            let index = self
-                .regions
-                .partition_point(|r| r.spec.guest_addr <= addr)
-                .checked_sub(1)?;
-            let region = self.regions.get(index)?;
-            let offset = addr - region.spec.guest_addr;
-            let room = region
-                .spec
-                .size
-                .checked_sub(offset)
-                .filter(|room| *room > 0)?;
-            let part = u32::try_from(room).map_or(len, |room| room.min(len));
-            let ptr = region.host.wrapping_add(offset_in_host(offset)?);
-            if !piece(Segment { ptr, len: part }) {
-                return None;
-            }
-            *hint = RegionHint {
-                guest_addr: region.spec.guest_addr,
-                size: region.spec.size,
-                host: region.host,
-            };
-            len -= part;
-            if len == 0 {
-                return Some(());
-            }
-            addr = addr.checked_add(u64::from(part))?;
-        }
+    /// The region in which a guest address lies.
+    fn region_of(&self, addr: u64) -> Option<&Region> {
+        let behind = self.regions.partition_point(|r| r.spec.guest_addr <= addr);
+        let region = self.regions.get(behind.checked_sub(1)?)?;
+        (addr - region.spec.guest_addr < region.spec.size).then_some(region)
     }
 
     /// The host address of the front-end's range `addr..addr + len`, if it lies in one region:
@@ -370,11 +275,14 @@ mod tests {
         Region::map(spec, memfd(size)).unwrap()
     }
 
-    fn pieces(memory: &GuestMemory, addr: u64, len: u32) -> Option<Vec<u32>> {
+    fn of(regions: Vec<Arc<Region>>) -> Arc<GuestMemory> {
+        Arc::new(GuestMemory::new(regions).unwrap())
+    }
+
+    fn pieces(memory: &Arc<GuestMemory>, addr: u64, len: u32) -> Option<Vec<u32>> {
         let mut lens = Vec::new();
-        let mut hint = RegionHint::none();
-        memory.translate(addr, len, &mut hint, |segment| {
-            lens.push(segment.len);
+        MemoryView::new(Arc::clone(memory)).translate(addr, len, |slice| {
+            lens.push(slice.len());
             true
         })?;
         Some(lens)
@@ -383,7 +291,7 @@ mod tests {
     // CVE-2018-1059: the whole range counts, not its first byte.
     #[test]
     fn a_range_that_leaves_its_region_is_refused() {
-        let memory = GuestMemory::new(vec![region(0, MIB), region(2 * MIB, MIB)]).unwrap();
+        let memory = of(vec![region(0, MIB), region(2 * MIB, MIB)]);
         assert_eq!(pieces(&memory, MIB - 1, 1), Some(vec![1]));
         assert_eq!(pieces(&memory, MIB - 1, 4096), None);
         assert_eq!(pieces(&memory, MIB, 1), None);
@@ -395,8 +303,7 @@ mod tests {
 
     #[test]
     fn a_range_over_adjoining_regions_comes_in_pieces() {
-        let memory =
-            GuestMemory::new(vec![region(MIB, MIB), region(0, MIB), region(2 * MIB, MIB)]).unwrap();
+        let memory = of(vec![region(MIB, MIB), region(0, MIB), region(2 * MIB, MIB)]);
         assert_eq!(pieces(&memory, MIB - 10, 30), Some(vec![10, 20]));
         let two_mib = u32::try_from(2 * MIB).unwrap();
         let one_mib = two_mib / 2;
@@ -408,12 +315,8 @@ mod tests {
 
     #[test]
     fn a_full_list_of_pieces_is_an_error_not_an_overrun() {
-        let memory = GuestMemory::new(vec![region(0, MIB)]).unwrap();
-        assert!(
-            memory
-                .translate(0, 1, &mut RegionHint::none(), |_| false)
-                .is_none()
-        );
+        let view = MemoryView::new(of(vec![region(0, MIB)]));
+        assert!(view.translate(0, 1, |_| false).is_none());
     }
 
     #[test]
@@ -492,14 +395,9 @@ mod tests {
             mmap_offset: 12345,
         };
         let region = Region::map(spec, fd).unwrap();
-        let memory = GuestMemory::new(vec![region]).unwrap();
         let mut bytes = [0; 4];
-        memory
-            .translate(0, 4, &mut RegionHint::none(), |segment| {
-                // SAFETY: the segment is valid for 4 bytes, and so is `bytes`.
-                unsafe { segment.ptr.copy_to_nonoverlapping(bytes.as_mut_ptr(), 4) };
-                true
-            })
+        MemoryView::new(of(vec![region]))
+            .translate(0, 4, |slice| slice.read(&mut bytes) == 4)
             .unwrap();
         assert_eq!(&bytes, b"here");
     }
@@ -515,19 +413,16 @@ mod tests {
             user_addr: 0,
             mmap_offset: 0,
         };
-        let memory = GuestMemory::new(vec![Region::map(spec, fd).unwrap()]).unwrap();
+        let memory = of(vec![Region::map(spec, fd).unwrap()]);
         ftruncate(&keep, 0).unwrap();
         assert!(!memory.is_broken());
         let before = breaks();
-        let mut value = 1;
-        memory
-            .translate(4096, 1, &mut RegionHint::none(), |segment| {
-                // SAFETY: the segment is valid for 1 byte: a fault is repaired by the handler.
-                value = unsafe { segment.ptr.read_volatile() };
-                true
-            })
+        let mut value = [1];
+        // A fault is repaired by the handler.
+        MemoryView::new(Arc::clone(&memory))
+            .translate(4096, 1, |slice| slice.read(&mut value) == 1)
             .unwrap();
-        assert_eq!(value, 0);
+        assert_eq!(value, [0]);
         assert!(memory.is_broken());
         assert!(breaks() > before);
     }

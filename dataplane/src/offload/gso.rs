@@ -1,4 +1,4 @@
-//! Software segmentation: the headers of the frames that one frame is cut into.
+//! Software segmentation: the headers of the segments that one frame becomes.
 //!
 //! The first bytes of the source's frame, in private memory, are the template; what differs from
 //! segment to segment is written over it: lengths, IPv4's identification and checksum, TCP's sequence
@@ -13,9 +13,9 @@ const OF_THE_LAST: u8 = tcp::FIN | tcp::PSH;
 /// What only the first keeps (virtio 1.3, 5.1.6.2.1; RFC 3168, 6.1.2: it answers one signal once).
 const OF_THE_FIRST: u8 = tcp::CWR;
 
-/// Cuts one frame.
+/// Segments one frame.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Cutter {
+pub(super) struct Segmenter {
     l3: usize,
     l4: usize,
     /// Where the payload begins.
@@ -34,9 +34,9 @@ pub(super) struct Cutter {
     flags: u8,
 }
 
-impl Cutter {
-    /// Cuts a frame of `frame_bytes` that begins with `frame`, its headers at least, into segments
-    /// of `segment_bytes` payload; `None` if the length that its IP header tells is not its length.
+impl Segmenter {
+    /// Segments a frame of `frame_bytes` that begins with `frame`, its headers at least, with
+    /// `segment_bytes` of payload each; `None` if the length that its IP header tells is not its length.
     pub(super) fn new(
         frame: &[u8],
         headers: &Headers,

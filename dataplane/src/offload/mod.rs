@@ -1,39 +1,37 @@
 //! Offloads that never mismatch: what a frame needs and its destination does not take is done here.
 //!
 //! ```text
-//!   source frame                      parcels, one or more
-//!   +----------+------------------+   +------+ private: virtio-net header, and the frame's headers
-//!   | snapshot | rest, in pieces  |-> | head | or snapshot
-//!   +----------+------------------+   +------+---+
-//!                                     | body     | so many bytes of the source's pieces
-//!                                     +----------+
-//!                                     | open     | the checksum that is to be completed, if any
-//!                                     +----------+
+//!   source frame                      out frames, one or more
+//!   +----------+------------------+   +---------+ private: virtio-net header, and the frame's
+//!   | snapshot | its buffers      |-> | head    | headers or snapshot
+//!   +----------+------------------+   +---------+
+//!                                     | body    | so many bytes of the source's buffers
+//!                                     +---------+
+//!                                     | pending | the checksum that is to be completed, if any
+//!                                     +---------+
 //! ```
-//! Any destination can take a [`Parcel`]: one that copies has it written into its buffers
-//! ([`Parcel::write_to`], which sums what it copies), one that gathers gets its pieces
-//! ([`Parcel::seal`]).
+//! Any destination can take an [`OutFrame`]: one that copies has it written into its buffers
+//! ([`OutFrame::write_to`], which sums what it copies), one that gathers gets its parts
+//! ([`OutFrame::gather`]).
 //!
 //! No byte decides anything here that is still in guest memory: headers are those of the snapshot.
 //! A source that rewrites its payload meanwhile spoils the checksum of its own frame, and nothing
 //! else.
 
+mod gro;
 mod gso;
-mod parcel;
-mod pieces;
+mod out_frame;
 #[cfg(test)]
 mod tests;
-mod train;
 
 use crate::wire::Offloads;
 
-pub(crate) use parcel::{Parcel, Parcels, Tally, Workbench};
-pub(crate) use pieces::Pieces;
-pub(crate) use train::{Train, is_checksum_right};
+pub(crate) use gro::{GroFrame, is_checksum_right};
+pub(crate) use out_frame::{GsoScratch, OutFrame, OutFrames};
 
-/// Most frames that one frame is cut into: 64 KiB with segments of 128 bytes. Smaller ones, which no
-/// MTU in use has, would make a worker build headers for others' money.
-pub(crate) const MAX_PARCELS: u32 = 512;
+/// Most segments that one frame becomes: 64 KiB with segments of 128 bytes. Smaller ones, which no
+/// MTU in use has, would make a worker build headers at the expense of others.
+pub(crate) const MAX_GSO_SEGMENTS: u32 = 512;
 
 /// What is done to a frame's headers on its way, by the offloads that its destination lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,9 +40,9 @@ pub(crate) enum Action {
     Pass,
     /// The checksum is completed.
     Complete,
-    /// The frame is cut into segments, whose checksums stay partial.
+    /// The frame is segmented; the segments' checksums stay partial.
     Segment,
-    /// The frame is cut into segments, whose checksums are completed.
+    /// The frame is segmented, and the segments' checksums are completed.
     SegmentAndComplete,
 }
 

@@ -1,13 +1,15 @@
-//! Parcels against etherparse: each is parsed and judged, and together they are the original.
+//! Out frames against etherparse: each is parsed and judged, and together they are the original.
+
+use std::io::Read;
+use std::os::fd::AsFd;
 
 use proptest::prelude::*;
 use ringway_bridge::{DropReason, Headers};
 
 use self::packet::{GSO_ECN, Packet, complete, judge, pattern, plain_sum};
-use super::{Action, MAX_PARCELS, Parcels, Train, Workbench, is_checksum_right};
-use crate::burst::Burst;
-use crate::memory::Segment;
-use crate::ring::Entry;
+use super::{Action, GroFrame, GsoScratch, MAX_GSO_SEGMENTS, OutFrames, is_checksum_right};
+use crate::burst::{Burst, BurstStorage, Entry};
+use crate::memory::{GuestSlice, IoVecs};
 use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
 use crate::wire::{Features, Offloads, find_open_checksum};
 
@@ -17,30 +19,34 @@ mod packet;
 const SEGMENTATION: Offloads = Offloads::ALL.without(Offloads::CSUM);
 
 /// A message in pieces, as a guest's buffers have it.
-fn burst(message: &mut [u8], cuts: &[prop::sample::Index]) -> Burst {
+fn burst<'m>(
+    storage: &'m mut BurstStorage,
+    message: &'m mut [u8],
+    cuts: &[prop::sample::Index],
+) -> Burst<'m> {
     let mut ends: Vec<_> = cuts
         .iter()
         .map(|cut| cut.index(message.len() + 1))
         .collect();
     ends.extend([0, message.len()]);
     ends.sort_unstable();
-    let mut burst = Burst::new();
+    let mut burst = storage.begin();
     let mark = burst.begin().unwrap();
     let total = u32::try_from(message.len()).unwrap();
+    let message = GuestSlice::of(message);
     for pair in ends.windows(2) {
-        let part = &mut message[pair[0]..pair[1]];
-        let (ptr, len) = (part.as_mut_ptr(), u32::try_from(part.len()).unwrap());
-        assert!(burst.push(mark, Segment { ptr, len }));
+        let [from, to] = [pair[0], pair[1]].map(|at| u32::try_from(at).unwrap());
+        assert!(burst.push(mark, message.skip(from).first(to - from)));
     }
     burst.add(mark, Entry::single(0), total);
     burst.take_snapshots(HEADER_BYTES, Offloads::ALL);
     burst
 }
 
-/// A parcel as it arrives in buffers of these sizes, then larger ones.
-fn written(parcels: &mut Parcels<'_>, sizes: &[u32], gap: u32) -> Option<Vec<u8>> {
-    let mut parcel = parcels.next()?;
-    let needed = parcel.total_bytes() - gap;
+/// An out frame as it arrives in buffers of these sizes, then larger ones.
+fn written(frames: &mut OutFrames<'_>, sizes: &[u32], gap: u32) -> Option<Vec<u8>> {
+    let mut frame = frames.next()?;
+    let needed = frame.total_bytes() - gap;
     let mut buffers = Vec::new();
     let mut room = 0;
     for size in sizes.iter().copied().chain(std::iter::repeat(700)) {
@@ -52,12 +58,9 @@ fn written(parcels: &mut Parcels<'_>, sizes: &[u32], gap: u32) -> Option<Vec<u8>
     }
     let to: Vec<_> = buffers
         .iter_mut()
-        .map(|buffer| Segment {
-            ptr: buffer.as_mut_ptr(),
-            len: u32::try_from(buffer.len()).unwrap(),
-        })
+        .map(|buffer| GuestSlice::of(buffer))
         .collect();
-    parcel.write_to(gap, 1, &to);
+    frame.write_to(gap, 1, &to);
     let mut all = buffers.concat();
     assert!(
         all[needed as usize..].iter().all(|b| *b == 0xa5),
@@ -67,18 +70,20 @@ fn written(parcels: &mut Parcels<'_>, sizes: &[u32], gap: u32) -> Option<Vec<u8>
     Some(all)
 }
 
-/// A parcel as it is given to a tap.
-fn sealed(parcels: &mut Parcels<'_>) -> Option<Vec<u8>> {
-    let mut parcel = parcels.next()?;
-    let mut pieces = Vec::new();
-    parcel.seal(|piece| pieces.push(piece));
-    let mut all = Vec::new();
-    for piece in pieces {
-        // SAFETY: pieces are valid as long as the parcel.
-        let bytes = unsafe { std::slice::from_raw_parts(piece.ptr, piece.len as usize) };
-        all.extend_from_slice(bytes);
-    }
-    Some(all)
+/// An out frame as it is given to a tap.
+fn gathered(frames: &mut OutFrames<'_>) -> Option<Vec<u8>> {
+    let mut frame = frames.next()?;
+    let mut parts = IoVecs::new();
+    frame.gather(&mut parts);
+    // As long as a write to a tap may be, a pipe's reader takes it meanwhile.
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let read = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).map(|_| all)
+    });
+    parts.write_to(writer.as_fd()).unwrap();
+    drop(writer);
+    Some(read.join().unwrap().unwrap())
 }
 
 fn packets() -> impl Strategy<Value = Packet> {
@@ -189,22 +194,23 @@ proptest! {
     ) {
         let mut message = [packet.header(gso_size), packet.open()].concat();
         let original = message.clone();
-        let burst = burst(&mut message, &cuts);
-        prop_assert!(burst.rejected.is_empty(), "{:?}", burst.rejected);
+        let mut storage = BurstStorage::new();
+        let burst = burst(&mut storage, &mut message, &cuts);
+        prop_assert!(burst.rejected().is_empty(), "{:?}", burst.rejected());
         let needs = burst.header(0).needs;
-        let mut bench = Workbench::new();
+        let mut scratch = GsoScratch::new();
         let count = packet.payload.len().div_ceil(gso_size.into()).max(1);
         let action = Action::between(needs, taken);
-        let mut parcels = match bench.parcels(&burst, 0, taken, u32::MAX) {
+        let mut frames = match scratch.frames(&burst, 0, taken, u32::MAX) {
             Ok(parcels) => parcels,
             Err(reason) => {
                 prop_assert_eq!(reason, DropReason::TooManySegments);
-                prop_assert!(count > MAX_PARCELS as usize && action != Action::Pass);
+                prop_assert!(count > MAX_GSO_SEGMENTS as usize && action != Action::Pass);
                 return Ok(());
             }
         };
         let mut parts = Vec::new();
-        while let Some(mut part) = written(&mut parcels, &sizes, if legacy { 2 } else { 0 }) {
+        while let Some(mut part) = written(&mut frames, &sizes, if legacy { 2 } else { 0 }) {
             if legacy {
                 part.splice(10..10, [1, 0]);
             }
@@ -219,11 +225,11 @@ proptest! {
             check_segments(&packet, gso_size, taken, &parts);
         }
         // Those who gather get the same.
-        let mut parcels = bench.parcels(&burst, 0, taken, u32::MAX).unwrap();
+        let mut frames = scratch.frames(&burst, 0, taken, u32::MAX).unwrap();
         for part in &parts {
-            prop_assert_eq!(&sealed(&mut parcels).unwrap(), part);
+            prop_assert_eq!(&gathered(&mut frames).unwrap(), part);
         }
-        prop_assert!(sealed(&mut parcels).is_none());
+        prop_assert!(gathered(&mut frames).is_none());
     }
 
     #[test]
@@ -247,15 +253,16 @@ proptest! {
             expected[at..at + 2].copy_from_slice(&[0xff, 0xff]);
         }
         let mut message = [header, bytes].concat();
-        let burst = burst(&mut message, &cuts);
-        prop_assert!(burst.rejected.is_empty(), "{:?}", burst.rejected);
-        let mut bench = Workbench::new();
-        let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
-        let part = written(&mut parcels, &sizes, 0).unwrap();
+        let mut storage = BurstStorage::new();
+        let burst = burst(&mut storage, &mut message, &cuts);
+        prop_assert!(burst.rejected().is_empty(), "{:?}", burst.rejected());
+        let mut scratch = GsoScratch::new();
+        let mut frames = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+        let part = written(&mut frames, &sizes, 0).unwrap();
         prop_assert_eq!(&part[..HEADER_LEN], &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
         prop_assert_eq!(&part[HEADER_LEN..], &expected);
-        let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
-        let part = sealed(&mut parcels).unwrap();
+        let mut frames = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+        let part = gathered(&mut frames).unwrap();
         prop_assert_eq!(&part[HEADER_LEN..], &expected);
     }
 
@@ -275,18 +282,19 @@ proptest! {
         let bytes = frame.len();
         let mut message = [packet.header(gso_size.max(1)), frame].concat();
         message[4..6].copy_from_slice(&gso_size.to_le_bytes());
-        let burst = burst(&mut message, &[]);
-        let mut bench = Workbench::new();
-        if !burst.rejected.is_empty() {
+        let mut storage = BurstStorage::new();
+    let burst = burst(&mut storage, &mut message, &[]);
+        let mut scratch = GsoScratch::new();
+        if !burst.rejected().is_empty() {
             return Ok(());
         }
-        let Ok(mut parcels) = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX) else {
+        let Ok(mut frames) = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX) else {
             return Ok(());
         };
-        let count = parcels.count();
-        prop_assert!(count <= MAX_PARCELS);
+        let count = frames.count();
+        prop_assert!(count <= MAX_GSO_SEGMENTS);
         let (mut made, mut sum) = (0, 0);
-        while let Some(part) = written(&mut parcels, &[], 0) {
+        while let Some(part) = written(&mut frames, &[], 0) {
             made += 1;
             sum += part.len() - HEADER_LEN;
         }
@@ -340,9 +348,10 @@ fn nothing_is_offloaded_without_checksums() {
 /// Why a frame is not delivered to a destination that takes `taken`.
 fn refusal(packet: &Packet, gso_size: u16, taken: Offloads, max_bytes: u32) -> Option<DropReason> {
     let mut message = [packet.header(gso_size), packet.open()].concat();
-    let burst = burst(&mut message, &[]);
-    assert!(burst.rejected.is_empty());
-    Workbench::new().parcels(&burst, 0, taken, max_bytes).err()
+    let mut storage = BurstStorage::new();
+    let burst = burst(&mut storage, &mut message, &[]);
+    assert!(burst.rejected().is_empty());
+    GsoScratch::new().frames(&burst, 0, taken, max_bytes).err()
 }
 
 #[test]
@@ -374,10 +383,11 @@ fn ip_lengths_that_are_not_the_frames_are_refused() {
             let field = &mut message[HEADER_LEN + at..][..2];
             let told = u16::from_be_bytes([field[0], field[1]]);
             field.copy_from_slice(&told.wrapping_add_signed(wrong).to_be_bytes());
-            let burst = burst(&mut message, &[]);
-            assert!(burst.rejected.is_empty());
-            let mut bench = Workbench::new();
-            let refused = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).err();
+            let mut storage = BurstStorage::new();
+            let burst = burst(&mut storage, &mut message, &[]);
+            assert!(burst.rejected().is_empty());
+            let mut scratch = GsoScratch::new();
+            let refused = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).err();
             assert_eq!(refused, Some(DropReason::OffloadUnsupported));
         }
     }
@@ -405,17 +415,18 @@ fn congestion_is_told_once_even_if_the_header_does_not_say_ecn() {
     assert_eq!(header[1] & GSO_ECN, GSO_ECN);
     header[1] &= !GSO_ECN;
     let mut message = [header, packet.open()].concat();
-    let burst = burst(&mut message, &[]);
-    let mut bench = Workbench::new();
-    let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+    let mut storage = BurstStorage::new();
+    let burst = burst(&mut storage, &mut message, &[]);
+    let mut scratch = GsoScratch::new();
+    let mut frames = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
     let mut parts = Vec::new();
-    while let Some(part) = written(&mut parcels, &[], 0) {
+    while let Some(part) = written(&mut frames, &[], 0) {
         parts.push(part);
     }
     check_segments(&packet, 1000, Offloads::NONE, &parts);
     let taken = Offloads::CSUM.with(SEGMENTATION.without(Offloads::ECN));
     assert_eq!(
-        bench.parcels(&burst, 0, taken, u32::MAX).unwrap().count(),
+        scratch.frames(&burst, 0, taken, u32::MAX).unwrap().count(),
         1
     );
 }
@@ -467,30 +478,31 @@ fn fragments_and_other_protocols_have_no_open_checksum() {
 /// Frames joined for as long as they follow one another: what they became, and how many.
 fn joined(frames: &[Vec<u8>]) -> (Vec<u8>, usize) {
     let headers = Headers::parse(&frames[0]).unwrap();
-    let Some(mut train) = Train::begin(&frames[0], &headers, length(&frames[0])) else {
+    let Some(mut gro) = GroFrame::begin(&frames[0], &headers, length(&frames[0])) else {
         return (frames[0].clone(), 1);
     };
     let mut payload = frames[0][headers.payload_offset..].to_vec();
     for frame in &frames[1..] {
-        if !train.takes(frame, length(frame)) {
+        if !gro.takes(frame, length(frame)) {
             break;
         }
-        train.add(frame, length(frame));
+        gro.add(frame, length(frame));
         payload.extend(&frame[headers.payload_offset..]);
     }
-    let mut all = vec![0; HEADER_LEN + train.headers_bytes()];
-    train.write_headers(&mut all);
+    let mut all = vec![0; HEADER_LEN + gro.headers_bytes()];
+    gro.write_headers(&mut all);
     all.extend(payload);
-    (all, train.segments().into())
+    (all, gro.segments().into())
 }
 
 /// The segments of a packet, cut and completed by ourselves.
 fn segments(packet: &Packet, gso_size: u16) -> Vec<Vec<u8>> {
     let mut message = [packet.header(gso_size), packet.open()].concat();
-    let burst = burst(&mut message, &[]);
-    let mut bench = Workbench::new();
-    let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
-    std::iter::from_fn(|| written(&mut parcels, &[], 0))
+    let mut storage = BurstStorage::new();
+    let burst = burst(&mut storage, &mut message, &[]);
+    let mut scratch = GsoScratch::new();
+    let mut frames = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+    std::iter::from_fn(|| written(&mut frames, &[], 0))
         .map(|all| all[HEADER_LEN..].to_vec())
         .collect()
 }

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ringway_bridge::{DropCounts, DropReason};
 
+use super::deliver::{Account, Outcome};
+
 /// A count. Relaxed throughout: counters order nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
@@ -47,15 +49,25 @@ pub(crate) struct QueueCounters {
     pub(crate) contended: Counter,
 }
 
+impl QueueCounters {
+    /// Counts what was delivered, by the only thread that writes.
+    #[inline]
+    pub(crate) fn count_owned(&self, outcome: &Outcome, account: &Account) {
+        self.frames
+            .add_owned(u64::from(outcome.sent.len()) + account.extra_delivered());
+        self.bytes.add_owned(outcome.sent_bytes);
+    }
+}
+
 /// What was done to frames for a port, by any of several workers.
 #[derive(Debug, Default)]
 pub(crate) struct OffloadCounters {
     /// Frames whose checksum was completed.
-    pub(crate) completed: Counter,
-    /// Frames that were cut,
-    pub(crate) cut: Counter,
-    /// and frames that they became.
-    pub(crate) segments: Counter,
+    pub(crate) csum_completed: Counter,
+    /// Frames that were segmented,
+    pub(crate) gso_frames: Counter,
+    /// and segments that they became.
+    pub(crate) gso_segments: Counter,
 }
 
 /// A count per reason.

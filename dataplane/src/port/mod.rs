@@ -4,6 +4,7 @@
 mod af_xdp;
 mod call;
 mod counters;
+mod deliver;
 mod tap;
 mod vhost;
 
@@ -13,11 +14,12 @@ use std::sync::Arc;
 use ringway_api::PortName;
 use ringway_bridge::PortId;
 
-pub(crate) use af_xdp::{AfXdpPort, Merged, Sent, Transmitter};
+pub(crate) use af_xdp::{AfXdpPort, Merged};
 pub(crate) use call::interrupt_stuck_calls;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
+pub(crate) use deliver::{Job, Outcome, Tools};
 pub(crate) use tap::{TapPort, TapReader};
-pub(crate) use vhost::{VhostPort, VhostQueue};
+pub(crate) use vhost::VhostPort;
 
 use crate::info::{PortCounters, PortState, QueueInfo};
 use crate::wire::Offloads;
@@ -67,6 +69,25 @@ impl Port {
         }
     }
 
+    /// Delivers frames to the port, in order, as far as there is room.
+    #[inline]
+    pub(crate) fn deliver(&self, job: &Job<'_, '_>, tools: &mut Tools) -> Outcome {
+        match self {
+            Self::VhostUser(port) => port.deliver(job, tools),
+            Self::Tap(port) => port.deliver(job, tools),
+            Self::AfXdp(port) => port.deliver(job, tools),
+        }
+    }
+
+    /// Has the kernel send what it had no room for before; true if some is left.
+    #[cold]
+    pub(crate) fn send_again(&self, pair: u16) -> bool {
+        match self {
+            Self::AfXdp(port) => port.send_again(pair),
+            Self::VhostUser(_) | Self::Tap(_) => false,
+        }
+    }
+
     /// Queue pairs that workers poll.
     pub(crate) fn queue_pairs(&self) -> u16 {
         match self {
@@ -103,9 +124,9 @@ impl Port {
             rx_bytes: injected.bytes.get(),
             rx_drops: self.base().rx_drops.read(),
             tx_drops: self.base().tx_drops.read(),
-            tx_csum_completed: self.base().tx_offloads.completed.get(),
-            tx_gso_frames: self.base().tx_offloads.cut.get(),
-            tx_gso_segments: self.base().tx_offloads.segments.get(),
+            tx_csum_completed: self.base().tx_offloads.csum_completed.get(),
+            tx_gso_frames: self.base().tx_offloads.gso_frames.get(),
+            tx_gso_segments: self.base().tx_offloads.gso_segments.get(),
             ..PortCounters::default()
         };
         for pair in 0..self.queue_pairs() {

@@ -13,12 +13,12 @@ use ringway_bridge::{DropReason, MAX_BURST};
 use rustix::io::Errno;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
-use super::{PortBase, QueueCounters};
-use crate::burst::{Burst, MAX_CHAIN};
+use super::deliver::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
+use super::{PortBase, QueueCounters, max_l2_bytes};
+use crate::burst::{Burst, Entry, Frame};
 use crate::info::{PortState, QueueInfo};
-use crate::memory::Segment;
-use crate::offload::Parcel;
-use crate::ring::Entry;
+use crate::memory::{GuestSlice, IoVecs};
+use crate::offload::OutFrame;
 use crate::wire::Offloads;
 use crate::wire::net_header::{HEADER_BYTES, MAX_FRAME_BYTES};
 
@@ -170,48 +170,43 @@ impl TapPort {
         source_queue % self.pairs()
     }
 
-    /// Gives a parcel to the kernel.
-    ///
-    /// # Errors
-    /// The kernel did not take it.
-    pub(crate) fn deliver(
-        &self,
-        queue: u16,
-        parcel: &mut Parcel<'_, '_>,
-    ) -> Result<(), DropReason> {
-        const MOST: usize = 1 + MAX_CHAIN;
-        let mut pieces = [const {
-            libc::iovec {
-                iov_base: std::ptr::null_mut(),
-                iov_len: 0,
-            }
-        }; MOST];
-        let mut count = 0;
-        parcel.seal(|segment| {
-            if segment.len == 0 {
-                return;
-            }
-            if let Some(piece) = pieces.get_mut(count) {
-                *piece = libc::iovec {
-                    iov_base: segment.ptr.cast(),
-                    iov_len: segment.len as usize,
-                };
-            }
-            count += 1;
-        });
-        if count > MOST {
-            return Err(DropReason::HostError);
-        }
-        let count = i32::try_from(count).map_err(|_| DropReason::HostError)?;
-        let fd = self.fd(queue).as_raw_fd();
-        // SAFETY: the first `count` pieces are valid for their lengths: private ones as long as the
-        // parcel, the others were translated under the source queue's lock, which is held. More
-        // pieces than IOV_MAX are refused by the kernel.
-        let written = unsafe { libc::writev(fd, pieces.as_ptr(), count) };
-        if written >= 0 {
-            Ok(())
-        } else {
-            Err(DropReason::HostError)
+    /// Delivers frames to the kernel, one call each: it has no other way.
+    pub(crate) fn deliver(&self, job: &Job<'_, '_>, tools: &mut Tools) -> Outcome {
+        let queue = self.transmit_queue(job.source_queue);
+        let mut tx = TapTx {
+            fd: self.fd(queue),
+            limits: Limits {
+                offloads: self.offloads,
+                max_bytes: max_l2_bytes(self.configured_mtu()),
+            },
+        };
+        let outcome = deliver(&mut tx, job, &mut tools.gso, &mut tools.account);
+        // Several workers may write to one tap queue.
+        let counters = self.queue_counters(queue).1;
+        let frames = u64::from(outcome.sent.len()) + tools.account.extra_delivered();
+        counters.frames.add(frames);
+        counters.bytes.add(outcome.sent_bytes);
+        outcome
+    }
+}
+
+/// The writing side of a tap's queue.
+struct TapTx<'a> {
+    fd: BorrowedFd<'a>,
+    limits: Limits,
+}
+
+impl TxQueue for TapTx<'_> {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn put(&mut self, frame: &mut OutFrame<'_>) -> Result<(), Refusal> {
+        let mut parts = IoVecs::new();
+        frame.gather(&mut parts);
+        match parts.write_to(self.fd) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Refusal::Drop(DropReason::HostError)),
         }
     }
 }
@@ -223,7 +218,7 @@ pub(crate) struct TapReader {
     /// [`READS_PER_TURN`] buffers; their pages are touched as frames fill them.
     buffers: Vec<u8>,
     lens: [u32; READS_PER_TURN],
-    /// Frames given back: the last `pending.1` of `pending.0` that were read.
+    /// Frames that were read and are still to be taken.
     kept: std::ops::Range<usize>,
 }
 
@@ -241,7 +236,11 @@ impl TapReader {
     ///
     /// # Errors
     /// The interface is gone (EBADFD) or broken; being down (EIO) counts as silence.
-    pub(crate) fn gather(&mut self, fd: BorrowedFd<'_>, burst: &mut Burst) -> Result<(), Errno> {
+    pub(crate) fn gather<'m>(
+        &'m mut self,
+        fd: BorrowedFd<'_>,
+        burst: &mut Burst<'m>,
+    ) -> Result<(), Errno> {
         if self.kept.is_empty() {
             self.kept = 0..0;
             for slot in 0..READS_PER_TURN {
@@ -256,18 +255,14 @@ impl TapReader {
                 self.kept.end = slot + 1;
             }
         }
-        for slot in self.kept.clone() {
-            let Some(mark) = burst.begin() else { break };
-            let ptr = self.buffers.as_mut_ptr().wrapping_add(slot * BUFFER_BYTES);
-            burst.push(
-                mark,
-                Segment {
-                    ptr,
-                    len: self.lens[slot],
-                },
-            );
-            burst.add(mark, Entry::single(0), self.lens[slot]);
-            self.kept.start = slot + 1;
+        let slots = self.buffers.chunks_exact_mut(BUFFER_BYTES).zip(self.lens);
+        for (buffer, len) in slots.take(self.kept.end).skip(self.kept.start) {
+            let frame = GuestSlice::of(buffer).first(len);
+            let entry = Entry::single(0);
+            if burst.extend(1, || Some(Frame::direct(frame, entry))) == 0 {
+                break;
+            }
+            self.kept.start += 1;
         }
         Ok(())
     }

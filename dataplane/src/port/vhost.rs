@@ -4,6 +4,9 @@
 //! to start, stop, move or enable the ring, so what it replaces is out of use when its call returns.
 
 mod device;
+mod tx;
+
+pub(crate) use tx::RxScratch;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};

@@ -53,6 +53,10 @@ pub(crate) struct Areas {
     pub(crate) device: *mut u8,
 }
 
+// SAFETY: the pointers are used by whoever has the ring that they are of, and the guest's accesses
+// are met with atomics and volatile reads.
+unsafe impl Send for Areas {}
+
 /// Areas that were found to lie in a guest's memory, aligned and long enough for a ring of this
 /// layout and size. [`Layout::place`] alone makes them.
 #[derive(Debug)]

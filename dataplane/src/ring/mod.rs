@@ -4,63 +4,59 @@
 //! written once, over [`DeviceRing`], and compiled for each layout.
 
 mod chain;
-mod gather;
 mod layout;
 mod packed;
-mod rx_chain;
 mod split;
 
 use std::sync::Arc;
 
-use crate::burst::Burst;
-use crate::memory::{GuestMemory, Segment};
+use ringway_bridge::MAX_BURST;
+
+use crate::burst::{Burst, Entry, Frame};
+use crate::memory::{GuestMemory, GuestSlice, MemoryView, RegionHint};
 use crate::wire::Features;
 use crate::wire::net_header::HEADER_BYTES;
 
-pub(crate) use chain::{Direction, prefetch_more};
+use self::chain::F_WRITE;
+use crate::isa::for_this_cpu;
 pub(crate) use layout::{Areas, Layout, PlaceError, PlacedAreas, RingAddresses};
 pub(crate) use packed::PackedRing;
-pub(crate) use rx_chain::{Deliver, RxScratch};
 pub(crate) use split::SplitRing;
 
-/// A chain, as it is completed.
+/// Which way a chain's buffers go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    /// Head of the chain (split) or buffer id (packed).
-    pub(crate) id: u16,
-    /// What it takes of the ring: an avail entry (split), or so many descriptors (packed).
-    pub(crate) slots: u16,
+pub(crate) enum Direction {
+    /// The guest transmits: all its buffers are device-readable.
+    FromGuest,
+    /// The guest receives: all its buffers are device-writable.
+    ToGuest,
 }
 
-impl Entry {
-    /// A chain that takes one.
+impl Direction {
+    /// The flag that a buffer of this direction has.
     #[inline(always)]
-    pub(crate) const fn single(id: u16) -> Self {
-        Self { id, slots: 1 }
+    pub(super) fn flag(self) -> u16 {
+        match self {
+            Self::FromGuest => 0,
+            Self::ToGuest => F_WRITE,
+        }
     }
-}
 
-/// A chain of one buffer: the common case, whose buffer is checked and translated.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Single {
-    /// The buffer, valid while the ring's lock is held.
-    pub(crate) ptr: *mut u8,
-    pub(crate) len: u32,
-    pub(crate) entry: Entry,
-}
-
-impl Single {
-    pub(crate) const EMPTY: Self = Self {
-        ptr: std::ptr::null_mut(),
-        len: 0,
-        entry: Entry::single(0),
-    };
-
+    /// How many of a buffer's `bytes` the device has written.
     #[inline(always)]
-    pub(crate) fn buffer(&self) -> Segment {
-        Segment {
-            ptr: self.ptr,
-            len: self.len,
+    pub(super) fn written(self, bytes: u32) -> u32 {
+        match self {
+            Self::FromGuest => 0,
+            Self::ToGuest => bytes,
+        }
+    }
+
+    /// Has the first lines of a buffer on the way into the cache, to be read or to be written.
+    #[inline(always)]
+    pub(super) fn prefetch(self, buffer: GuestSlice<'_>) {
+        match self {
+            Self::FromGuest => buffer.prefetch_to_read(),
+            Self::ToGuest => buffer.prefetch_to_write(),
         }
     }
 }
@@ -98,24 +94,29 @@ pub(crate) trait DeviceRing {
     /// Takes so many slots.
     fn take(&mut self, slots: u16);
 
-    /// Reads the next chains into `to`, for as long as they are the common case: one direct
-    /// descriptor of the right direction, whose buffer lies in the region that served last. Returns
-    /// how many; that it ends says nothing about the chain there, not even that there is one or
-    /// that it is good. Nothing is taken; the buffers are on the way into the cache.
-    fn singles(&self, direction: Direction, to: &mut [Single]) -> usize;
+    /// Gives the next chains, one at each call, for as long as they are the common case: one direct
+    /// descriptor of the right direction, whose buffer lies in the region that served last. That it
+    /// ends says nothing about the chain there, not even that there is one or that it is good.
+    /// Nothing is taken; the buffers are on the way into the cache.
+    fn direct<'m>(
+        &self,
+        hint: RegionHint<'m>,
+        direction: Direction,
+    ) -> impl FnMut() -> Option<Frame<'m>>;
 
-    /// Gives the pieces of the chain at a place to `piece` and returns the chain and its length;
+    /// Gives the slices of the chain at a place to `piece` and returns the chain and its length;
     /// `None` if there is none. At most `limit` slots and [`crate::burst::MAX_CHAIN`] descriptors
     /// are followed, whatever the guest links.
     ///
     /// # Errors
-    /// The rule that the chain breaks; pieces may have been given before.
-    fn chain(
-        &mut self,
+    /// The rule that the chain breaks; slices may have been given before.
+    fn chain<'m>(
+        &self,
         place: Self::Place,
         limit: usize,
         direction: Direction,
-        piece: impl FnMut(Segment) -> bool,
+        memory: &'m MemoryView,
+        piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<Option<(Entry, u32)>, RingFault>;
 
     /// Completes a chain that was taken; the driver sees it after [`DeviceRing::publish`].
@@ -123,7 +124,7 @@ pub(crate) trait DeviceRing {
 
     /// Completes chains in their order, likewise; of each `len` bytes were written if it is
     /// [`Direction::ToGuest`].
-    fn complete_all(&mut self, chains: &[Single], direction: Direction);
+    fn complete_all(&mut self, chains: &[Frame<'_>], direction: Direction);
 
     /// Whether the driver takes chains back in the order in which it made them available.
     fn in_order(&self) -> bool;
@@ -132,9 +133,17 @@ pub(crate) trait DeviceRing {
     fn publish(&mut self) -> bool;
 }
 
-/// Device side of one virtqueue. Its owner holds the queue's lock.
+/// Device side of one virtqueue, and the guest's memory that it leads to. Its owner holds the queue's
+/// lock.
 #[derive(Debug)]
-pub(crate) enum Ring {
+pub(crate) struct Ring {
+    memory: MemoryView,
+    rings: AnyRing,
+}
+
+/// A ring of either layout.
+#[derive(Debug)]
+pub(crate) enum AnyRing {
     Split(SplitRing),
     Packed(PackedRing),
 }
@@ -143,8 +152,8 @@ pub(crate) enum Ring {
 macro_rules! each {
     ($ring:expr, $name:ident => $body:expr) => {
         match $ring {
-            Ring::Split($name) => $body,
-            Ring::Packed($name) => $body,
+            AnyRing::Split($name) => $body,
+            AnyRing::Packed($name) => $body,
         }
     };
 }
@@ -162,23 +171,24 @@ impl Ring {
         if layout != Layout::of(features) {
             return None;
         }
-        match layout {
+        let rings = match layout {
             Layout::Split => {
                 #[expect(
                     clippy::cast_possible_truncation,
                     reason = "split rings use the low half"
                 )]
                 let next_avail = base as u16;
-                // SAFETY: `Layout::place` found the areas of a ring of this size in this memory.
-                let ring = unsafe { SplitRing::new(size, at, next_avail, features, memory) };
-                Some(Self::Split(ring))
+                // SAFETY: `Layout::place` found the areas of a ring of this size in this memory, which
+                // is kept beside the ring.
+                AnyRing::Split(unsafe { SplitRing::new(size, at, next_avail, features) })
             }
             Layout::Packed => {
                 // SAFETY: likewise.
-                let ring = unsafe { PackedRing::new(size, at, base, features, memory) };
-                ring.map(Self::Packed)
+                AnyRing::Packed(unsafe { PackedRing::new(size, at, base, features) }?)
             }
-        }
+        };
+        let memory = MemoryView::new(memory);
+        Some(Self { memory, rings })
     }
 
     /// Puts the ring, with the same content, into other memory.
@@ -191,40 +201,67 @@ impl Ring {
         memory: &Arc<GuestMemory>,
     ) -> Result<(), PlaceError> {
         let PlacedAreas { at, memory, .. } = self.layout().place(self.size(), addresses, memory)?;
-        // SAFETY: `Layout::place` found the areas of a ring of this layout and size in this memory.
-        each!(self, ring => unsafe { ring.relocate(at, memory) });
+        // SAFETY: `Layout::place` found the areas of a ring of this layout and size in this memory,
+        // which is kept beside the ring.
+        each!(&mut self.rings, ring => unsafe { ring.relocate(at) });
+        self.memory = MemoryView::new(memory);
         Ok(())
     }
 
+    /// The memory, from which slices are borrowed, and the ring that tells where.
+    #[inline(always)]
+    pub(crate) fn parts(&mut self) -> (&MemoryView, &mut AnyRing) {
+        (&self.memory, &mut self.rings)
+    }
+
     pub(crate) fn layout(&self) -> Layout {
-        match self {
-            Self::Split(_) => Layout::Split,
-            Self::Packed(_) => Layout::Packed,
+        match &self.rings {
+            AnyRing::Split(_) => Layout::Split,
+            AnyRing::Packed(_) => Layout::Packed,
         }
     }
 
     /// Entries.
     pub(crate) fn size(&self) -> u16 {
-        each!(self, ring => ring.size())
+        each!(&self.rings, ring => ring.size())
     }
 
     /// Where it stands, for GET_VRING_BASE. Nothing must be taken and not completed.
     pub(crate) fn base(&self) -> u32 {
-        match self {
-            Self::Split(ring) => ring.next_avail().into(),
-            Self::Packed(ring) => ring.base(),
+        match &self.rings {
+            AnyRing::Split(ring) => ring.next_avail().into(),
+            AnyRing::Packed(ring) => ring.base(),
         }
-    }
-
-    /// Bytes of the header in front of each frame: 10 for legacy drivers, else 12.
-    #[inline]
-    pub(crate) fn header_bytes(&self) -> u32 {
-        each!(self, ring => ring.header_bytes())
     }
 
     /// Whether the memory behind the ring was cut off.
     pub(crate) fn is_broken(&self) -> bool {
-        each!(self, ring => ring.is_broken())
+        self.memory.is_broken()
+    }
+
+    /// Shows the driver all completed chains, and returns whether it wants a call for them.
+    #[inline]
+    pub(crate) fn publish(&mut self) -> bool {
+        each!(&mut self.rings, ring => ring.publish())
+    }
+
+    /// Tells the driver not to kick, while the ring is polled.
+    pub(crate) fn disarm(&mut self) {
+        each!(&mut self.rings, ring => ring.disarm());
+    }
+
+    /// Asks the driver for a kick and returns whether the ring is still empty, so that waiting for
+    /// the kick can't miss a frame.
+    pub(crate) fn arm(&mut self) -> bool {
+        each!(&mut self.rings, ring => ring.arm())
+    }
+}
+
+impl AnyRing {
+    /// Bytes of the header in front of each frame: 10 for legacy drivers, else 12.
+    #[inline]
+    pub(crate) fn header_bytes(&self) -> u32 {
+        each!(self, ring => ring.header_bytes())
     }
 
     /// Takes up to `max` chains of a transmit ring into `burst`. A chain that breaks the rules
@@ -233,20 +270,25 @@ impl Ring {
     /// # Errors
     /// The rule that the guest broke.
     #[inline]
-    pub(crate) fn gather(&mut self, max: usize, burst: &mut Burst) -> Result<(), RingFault> {
-        each!(self, ring => gather::gather(ring, max, burst))
+    pub(crate) fn gather<'m>(
+        &mut self,
+        max: usize,
+        memory: &'m MemoryView,
+        burst: &mut Burst<'m>,
+    ) -> Result<(), RingFault> {
+        each!(self, ring => gather(ring, max, memory, burst))
     }
 
     /// Completes frames that were gathered, in their order, and returns their L2 bytes; the driver
     /// sees it after [`Ring::publish`].
     #[inline]
-    pub(crate) fn complete_gathered(&mut self, frames: &[Single]) -> u64 {
+    pub(crate) fn complete_gathered(&mut self, frames: &[Frame<'_>]) -> u64 {
         each!(self, ring => complete_gathered(ring, frames))
     }
 
     /// Gives back the last frames that were gathered: they will be taken, read and checked again.
     #[inline]
-    pub(crate) fn give_back(&mut self, frames: &[Single]) {
+    pub(crate) fn give_back(&mut self, frames: &[Frame<'_>]) {
         if !frames.is_empty() {
             // A ring holds no more than 32,768.
             let slots = frames
@@ -255,28 +297,81 @@ impl Ring {
             each!(self, ring => ring.give_back(slots));
         }
     }
+}
 
-    /// Shows the driver all completed chains, and returns whether it wants a call for them.
-    #[inline]
-    pub(crate) fn publish(&mut self) -> bool {
-        each!(self, ring => ring.publish())
+for_this_cpu! {
+    /// Takes up to `max` chains into `burst`; see [`AnyRing::gather`].
+    fn gather<'m, R: DeviceRing>(
+        ring: &mut R,
+        max: usize,
+        memory: &'m MemoryView,
+        burst: &mut Burst<'m>,
+    ) -> Result<(), RingFault> = gather_burst;
+}
+
+#[inline(always)]
+fn gather_burst<'m, R: DeviceRing>(
+    ring: &mut R,
+    max: usize,
+    memory: &'m MemoryView,
+    burst: &mut Burst<'m>,
+) -> Result<(), RingFault> {
+    debug_assert!(max <= MAX_BURST && burst.len() == 0);
+    let available = ring.available()?;
+    // How many chains may be taken: each further descriptor of one is a chain less.
+    let mut most = usize::from(available);
+    let mut taken = 0;
+    while taken < most.min(max) {
+        let wanted = most.min(max) - taken;
+        let direct = burst.extend(wanted, ring.direct(memory.hint(), Direction::FromGuest));
+        #[expect(clippy::cast_possible_truncation, reason = "at most MAX_BURST")]
+        ring.take(direct as u16);
+        taken += direct;
+        if direct < wanted {
+            let Some(slots) = gather_chain(ring, most - taken, memory, burst)? else {
+                break;
+            };
+            most -= usize::from(slots) - 1;
+            taken += 1;
+        }
     }
+    Ok(())
+}
 
-    /// Tells the driver not to kick, while the ring is polled.
-    pub(crate) fn disarm(&mut self) {
-        each!(self, ring => ring.disarm());
-    }
-
-    /// Asks the driver for a kick and returns whether the ring is still empty, so that waiting for
-    /// the kick can't miss a frame.
-    pub(crate) fn arm(&mut self) -> bool {
-        each!(self, ring => ring.arm())
+/// Takes the next chain, of at most `limit` descriptors of the ring, and returns of how many it
+/// is; `None` if there is no chain or no room for it in the burst.
+#[cold]
+fn gather_chain<'m, R: DeviceRing>(
+    ring: &mut R,
+    limit: usize,
+    memory: &'m MemoryView,
+    burst: &mut Burst<'m>,
+) -> Result<Option<u16>, RingFault> {
+    let Some(mark) = burst.begin() else {
+        return Ok(None);
+    };
+    let direction = Direction::FromGuest;
+    let found = ring.chain(ring.place(), limit, direction, memory, |buffer| {
+        direction.prefetch(buffer);
+        burst.push(mark, buffer)
+    });
+    match found {
+        Ok(Some((entry, bytes))) => {
+            burst.add(mark, entry, bytes);
+            ring.take(entry.slots);
+            Ok(Some(entry.slots))
+        }
+        Ok(None) => Ok(None),
+        Err(fault) => {
+            burst.abandon(mark);
+            Err(fault)
+        }
     }
 }
 
 #[inline(always)]
-fn complete_gathered<R: DeviceRing>(ring: &mut R, frames: &[Single]) -> u64 {
-    let l2_bytes = |frame: &Single| u64::from(frame.len - HEADER_BYTES);
+fn complete_gathered<R: DeviceRing>(ring: &mut R, frames: &[Frame<'_>]) -> u64 {
+    let l2_bytes = |frame: &Frame<'_>| u64::from(frame.len - HEADER_BYTES);
     if let (true, Some(last)) = (ring.in_order(), frames.last()) {
         // One used entry is enough for all of them: the last's, in the place of the first's (2.7.9,
         // 2.8.9).
@@ -325,4 +420,4 @@ pub(crate) enum RingFault {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -11,13 +11,14 @@
 //! once the first of them does. Used descriptors are therefore written as they come, but for the
 //! first of a burst: that one is held back until the burst is published, and hides the others.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
-use super::chain::{Chains, DESC_BYTES, F_INDIRECT, F_NEXT, F_WRITE, event_passed, prefetch};
-use super::{Areas, DeviceRing, Direction, Entry, RingFault, Single};
-use crate::burst::MAX_CHAIN;
-use crate::memory::{GuestMemory, Segment};
+use super::chain::{
+    ChainRules, DESC_BYTES, F_INDIRECT, F_NEXT, F_WRITE, add_buffer, event_passed, read_descriptor,
+};
+use super::{Areas, DeviceRing, Direction, RingFault};
+use crate::burst::{Entry, Frame, MAX_CHAIN};
+use crate::memory::{GuestSlice, MemoryView, RegionHint};
 use crate::wire::Features;
 
 /// VIRTQ_DESC_F_AVAIL.
@@ -129,9 +130,7 @@ impl Tail {
 /// Device side of one packed ring. Its owner holds the queue's lock.
 #[derive(Debug)]
 pub(crate) struct PackedRing {
-    desc: *mut u8,
-    driver_event: *mut u8,
-    device_event: *mut u8,
+    areas: Areas,
     size: u16,
     /// The next descriptor to take.
     next_avail: Place,
@@ -145,12 +144,8 @@ pub(crate) struct PackedRing {
     call_known: bool,
     event_idx: bool,
     in_order: bool,
-    chains: Chains,
+    rules: ChainRules,
 }
-
-// SAFETY: the pointers lead into the memory that `chains` holds; whoever has `&mut` to the ring is
-// its only user on our side, and the guest's accesses are met with atomics.
-unsafe impl Send for PackedRing {}
 
 impl PackedRing {
     /// A ring that goes on at `base`: avail slot and wrap counter in the low half, used in the
@@ -158,21 +153,13 @@ impl PackedRing {
     /// taken was used. `None` if there are no such slots.
     ///
     /// # Safety
-    /// The areas are those of a ring of `size` entries, 1 to 32,768; they lie in `memory` and are
-    /// aligned as [`super::Layout::place`] demands.
+    /// The areas are those of a ring of `size` entries, 1 to 32,768, as [`super::Layout::place`] finds
+    /// them; they are valid as long as the ring is used.
     #[expect(clippy::cast_possible_truncation, reason = "the halves of the base")]
-    pub(crate) unsafe fn new(
-        size: u16,
-        at: Areas,
-        base: u32,
-        features: Features,
-        memory: Arc<GuestMemory>,
-    ) -> Option<Self> {
+    pub(crate) unsafe fn new(size: u16, at: Areas, base: u32, features: Features) -> Option<Self> {
         let (avail, used) = (base as u16, (base >> 16) as u16);
         Some(Self {
-            desc: at.desc,
-            driver_event: at.driver,
-            device_event: at.device,
+            areas: at,
             size,
             next_avail: Place::from_bits(avail, size)?,
             next_used: Place::from_bits(if used == 0 { avail } else { used }, size)?,
@@ -181,7 +168,7 @@ impl PackedRing {
             call_known: false,
             event_idx: features.contains(Features::VIRTIO_F_EVENT_IDX),
             in_order: features.contains(Features::VIRTIO_F_IN_ORDER),
-            chains: Chains::new(features, memory),
+            rules: ChainRules::new(features),
         })
     }
 
@@ -189,11 +176,8 @@ impl PackedRing {
     ///
     /// # Safety
     /// As for [`PackedRing::new`].
-    pub(super) unsafe fn relocate(&mut self, at: Areas, memory: Arc<GuestMemory>) {
-        self.desc = at.desc;
-        self.driver_event = at.driver;
-        self.device_event = at.device;
-        self.chains.relocate(memory);
+    pub(super) unsafe fn relocate(&mut self, at: Areas) {
+        self.areas = at;
     }
 
     /// Entries.
@@ -204,11 +188,6 @@ impl PackedRing {
     /// Where it stands, for GET_VRING_BASE.
     pub(super) fn base(&self) -> u32 {
         u32::from(self.next_avail.bits()) | u32::from(self.next_used.bits()) << 16
-    }
-
-    /// Whether the memory behind the ring was cut off.
-    pub(super) fn is_broken(&self) -> bool {
-        self.chains.is_broken()
     }
 
     /// Gives back the last `slots` that were taken and not completed.
@@ -239,23 +218,24 @@ impl PackedRing {
 
     /// Follows the chain that begins with `tail` at `place`, whose last descriptor has the id.
     #[cold]
-    fn walk(
-        &mut self,
+    fn walk<'m>(
+        &self,
         mut place: Place,
-        mut tail: Tail,
         limit: usize,
         direction: Direction,
-        mut piece: impl FnMut(Segment) -> bool,
+        memory: &'m MemoryView,
+        mut piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<(Entry, u32), RingFault> {
+        let mut tail = self.read_tail(place);
         if tail.flags & F_INDIRECT != 0 {
-            let bytes = self.walk_table(self.read_addr(place), tail, direction, piece)?;
+            let bytes = self.walk_table(self.read_addr(place), tail, direction, memory, piece)?;
             return Ok((Entry::single(tail.id), bytes));
         }
         let max = limit.min(MAX_CHAIN);
         let mut bytes = 0;
         for slots in 1.. {
             let buffer = (self.read_addr(place), tail.len, tail.flags);
-            bytes = self.chains.add(buffer, direction, bytes, &mut piece)?;
+            bytes = add_buffer(memory, buffer, direction, bytes, &mut piece)?;
             if tail.flags & F_NEXT == 0 {
                 return Ok((Entry { id: tail.id, slots }, bytes));
             }
@@ -282,14 +262,15 @@ impl PackedRing {
 
     /// All descriptors of an indirect table. Of their flags only WRITE counts, and their ids do
     /// not (2.8.7).
-    fn walk_table(
-        &mut self,
+    fn walk_table<'m>(
+        &self,
         addr: u64,
         tail: Tail,
         direction: Direction,
-        mut piece: impl FnMut(Segment) -> bool,
+        memory: &'m MemoryView,
+        mut piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<u32, RingFault> {
-        let table = self.chains.table(addr, tail.len)?;
+        let table = self.rules.table(memory, addr, tail.len)?;
         if tail.flags & F_NEXT != 0 {
             return Err(RingFault::Indirect {
                 rule: "it is part of a chain (virtio 1.3, 2.8.19)",
@@ -297,12 +278,12 @@ impl PackedRing {
         }
         let mut bytes = 0;
         // Tables have at most MAX_CHAIN descriptors.
-        for index in (0..).take(table.len as usize) {
-            let bits = table.read(index)?;
+        for index in (0..).take((table.len() / DESC_BYTES) as usize) {
+            let bits = read_descriptor(table, index)?;
             #[expect(clippy::cast_possible_truncation, reason = "fields of a packed struct")]
             let (addr, desc) = (bits as u64, Tail::from_bits((bits >> 64) as u64));
             let buffer = (addr, desc.len, desc.flags & F_WRITE);
-            bytes = self.chains.add(buffer, direction, bytes, &mut piece)?;
+            bytes = add_buffer(memory, buffer, direction, bytes, &mut piece)?;
         }
         Ok(bytes)
     }
@@ -338,25 +319,26 @@ impl PackedRing {
     #[inline(always)]
     fn word(&self, slot: u16, half: usize) -> &AtomicU64 {
         let at = self
+            .areas
             .desc
-            .wrapping_add(DESC_BYTES * usize::from(slot) + 8 * half);
-        // SAFETY: slots of places are less than the size, so this is guest memory that
-        // `self.chains` holds, aligned to 8 bytes as the ring is to 16; our side accesses it by
+            .wrapping_add(16 * usize::from(slot) + 8 * half);
+        // SAFETY: slots of places are less than the size, so this is in the ring, which is valid as
+        // long as it is used, aligned to 8 bytes as the ring is to 16; our side accesses it by
         // atomics only.
         unsafe { AtomicU64::from_ptr(at.cast()) }
     }
 
     /// Offset, wrap counter and flags at once, so that the driver never sees half of it.
     fn set_device_event(&self, bits: u32) {
-        // SAFETY: the area is guest memory that `self.chains` holds, of 4 bytes and aligned to
-        // them; our side accesses it by atomics only.
-        let event = unsafe { AtomicU32::from_ptr(self.device_event.cast()) };
+        // SAFETY: the area is valid as long as the ring is used, of 4 bytes and aligned to them;
+        // our side accesses it by atomics only.
+        let event = unsafe { AtomicU32::from_ptr(self.areas.device.cast()) };
         event.store(bits.to_le(), Ordering::Relaxed);
     }
 
     fn driver_event(&self) -> u32 {
         // SAFETY: as for `set_device_event`.
-        let event = unsafe { AtomicU32::from_ptr(self.driver_event.cast()) };
+        let event = unsafe { AtomicU32::from_ptr(self.areas.driver.cast()) };
         u32::from_le(event.load(Ordering::Relaxed))
     }
 }
@@ -366,11 +348,11 @@ impl DeviceRing for PackedRing {
 
     #[inline(always)]
     fn header_bytes(&self) -> u32 {
-        self.chains.header_bytes
+        self.rules.header_bytes
     }
 
     fn mergeable(&self) -> bool {
-        self.chains.mergeable
+        self.rules.mergeable
     }
 
     #[inline(always)]
@@ -405,43 +387,37 @@ impl DeviceRing for PackedRing {
     }
 
     #[inline(always)]
-    fn singles(&self, direction: Direction, to: &mut [Single]) -> usize {
-        let region = self.chains.hint();
+    fn direct<'m>(
+        &self,
+        hint: RegionHint<'m>,
+        direction: Direction,
+    ) -> impl FnMut() -> Option<Frame<'m>> {
         let mut place = self.next_avail;
-        let mut count = 0;
-        for single in to {
+        move || {
             let tail = self.read_tail(place);
             if tail.flags != place.available_flags() | direction.flag() || tail.len == 0 {
-                break;
+                return None;
             }
-            let Some(buffer) = region.find(self.read_addr(place), tail.len) else {
-                break;
-            };
-            prefetch(buffer, direction);
-            *single = Single {
-                ptr: buffer.ptr,
-                len: buffer.len,
-                entry: Entry::single(tail.id),
-            };
+            let buffer = hint.find(self.read_addr(place), tail.len)?;
+            direction.prefetch(buffer);
             place = place.forward(1, self.size);
-            count += 1;
+            Some(Frame::direct(buffer, Entry::single(tail.id)))
         }
-        count
     }
 
     #[inline]
-    fn chain(
-        &mut self,
+    fn chain<'m>(
+        &self,
         place: Place,
         limit: usize,
         direction: Direction,
-        piece: impl FnMut(Segment) -> bool,
+        memory: &'m MemoryView,
+        piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<Option<(Entry, u32)>, RingFault> {
-        let tail = self.read_tail(place);
-        if limit == 0 || !place.is_available(tail.flags) {
+        if limit == 0 || !self.is_offered(place) {
             return Ok(None);
         }
-        self.walk(place, tail, limit, direction, piece).map(Some)
+        self.walk(place, limit, direction, memory, piece).map(Some)
     }
 
     #[inline]
@@ -460,9 +436,9 @@ impl DeviceRing for PackedRing {
     }
 
     #[inline(always)]
-    fn complete_all(&mut self, chains: &[Single], direction: Direction) {
+    fn complete_all(&mut self, chains: &[Frame<'_>], direction: Direction) {
         let mut chains = chains.iter();
-        let written = |chain: &Single| (chain.entry, direction.written(chain.len));
+        let written = |chain: &Frame<'_>| (chain.entry, direction.written(chain.len));
         if self.held.is_none()
             && let Some((entry, bytes)) = chains.next().map(written)
         {

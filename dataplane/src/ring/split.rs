@@ -9,13 +9,14 @@
 //! The indices run freely modulo 65,536; an entry's place is the index modulo the size.
 //! Descriptors are read once, into a local copy, which is checked and then used.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use super::chain::{Chains, F_INDIRECT, F_NEXT, Table, event_passed, prefetch};
-use super::{Areas, DeviceRing, Direction, Entry, RingFault, Single};
-use crate::burst::MAX_CHAIN;
-use crate::memory::{GuestMemory, Segment};
+use super::chain::{
+    ChainRules, DESC_BYTES, F_INDIRECT, F_NEXT, add_buffer, event_passed, read_descriptor,
+};
+use super::{Areas, DeviceRing, Direction, RingFault};
+use crate::burst::{Entry, Frame, MAX_CHAIN};
+use crate::memory::{GuestSlice, MemoryView, RegionHint};
 use crate::wire::Features;
 
 /// avail.flags: the driver wants no calls (2.7.7).
@@ -48,9 +49,7 @@ impl Descriptor {
 /// Device side of one split ring. Its owner holds the queue's lock.
 #[derive(Debug)]
 pub(crate) struct SplitRing {
-    desc: Table,
-    avail: *mut u8,
-    used: *mut u8,
+    areas: Areas,
     size: u16,
     /// Index of the next avail entry to take.
     next_avail: u16,
@@ -62,34 +61,19 @@ pub(crate) struct SplitRing {
     call_known: bool,
     event_idx: bool,
     in_order: bool,
-    chains: Chains,
+    rules: ChainRules,
 }
-
-// SAFETY: the pointers lead into the memory that `chains` holds; whoever has `&mut` to the ring is
-// its only user on our side, and the guest's accesses are met with atomics and volatile reads.
-unsafe impl Send for SplitRing {}
 
 impl SplitRing {
     /// A ring that goes on at avail index `next_avail`, and at the used index that is in memory.
     ///
     /// # Safety
-    /// The areas are those of a ring of `size` entries, a power of two; they lie in `memory` and
-    /// are aligned as [`super::Layout::place`] demands.
-    pub(crate) unsafe fn new(
-        size: u16,
-        at: Areas,
-        next_avail: u16,
-        features: Features,
-        memory: Arc<GuestMemory>,
-    ) -> Self {
+    /// The areas are those of a ring of `size` entries, a power of two, as [`super::Layout::place`]
+    /// finds them; they are valid as long as the ring is used.
+    pub(crate) unsafe fn new(size: u16, at: Areas, next_avail: u16, features: Features) -> Self {
         debug_assert!(size.is_power_of_two());
         let mut ring = Self {
-            desc: Table {
-                base: at.desc,
-                len: u32::from(size),
-            },
-            avail: at.driver,
-            used: at.device,
+            areas: at,
             size,
             next_avail,
             next_used: 0,
@@ -97,7 +81,7 @@ impl SplitRing {
             call_known: false,
             event_idx: features.contains(Features::VIRTIO_F_EVENT_IDX),
             in_order: features.contains(Features::VIRTIO_F_IN_ORDER),
-            chains: Chains::new(features, memory),
+            rules: ChainRules::new(features),
         };
         ring.published = ring.used_u16(2).load(Ordering::Relaxed);
         ring.next_used = ring.published;
@@ -108,11 +92,8 @@ impl SplitRing {
     ///
     /// # Safety
     /// As for [`SplitRing::new`].
-    pub(crate) unsafe fn relocate(&mut self, at: Areas, memory: Arc<GuestMemory>) {
-        self.desc.base = at.desc;
-        self.avail = at.driver;
-        self.used = at.device;
-        self.chains.relocate(memory);
+    pub(crate) unsafe fn relocate(&mut self, at: Areas) {
+        self.areas = at;
     }
 
     /// Entries.
@@ -125,19 +106,14 @@ impl SplitRing {
         self.next_avail
     }
 
-    /// Whether the memory behind the ring was cut off.
-    pub(super) fn is_broken(&self) -> bool {
-        self.chains.is_broken()
-    }
-
     /// Gives back the last `count` chains that were taken and not completed: they will be taken,
     /// read and checked again.
     pub(crate) fn give_back(&mut self, count: u16) {
         self.next_avail = self.next_avail.wrapping_sub(count);
     }
 
-    /// What the driver put at avail index `index`: the head of a chain, unless [`Table::read`] finds
-    /// no such descriptor.
+    /// What the driver put at avail index `index`: the head of a chain, unless [`read_descriptor`]
+    /// finds none.
     #[inline]
     fn avail_entry(&self, index: u16) -> u16 {
         let slot = usize::from(index & (self.size - 1));
@@ -145,24 +121,32 @@ impl SplitRing {
         u16::from_le(self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed))
     }
 
-    /// Gives the pieces of the chain at `head` to `piece` and returns their length. At most
+    /// The descriptor table.
+    #[inline(always)]
+    fn table(&self) -> GuestSlice<'_> {
+        // SAFETY: the area has as many descriptors, and is valid as long as the ring is used.
+        unsafe { GuestSlice::new(self.areas.desc, DESC_BYTES * u32::from(self.size)) }
+    }
+
+    /// Gives the slices of the chain at `head` to `piece` and returns their length. At most
     /// [`MAX_CHAIN`] descriptors are followed, whatever the guest links.
     ///
     /// # Errors
-    /// The rule that the chain breaks; pieces may have been given before.
+    /// The rule that the chain breaks; slices may have been given before.
     #[inline]
-    fn walk(
-        &mut self,
+    fn walk<'m>(
+        &self,
         head: u16,
         direction: Direction,
-        mut piece: impl FnMut(Segment) -> bool,
+        memory: &'m MemoryView,
+        mut piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<u32, RingFault> {
-        let mut table = self.desc;
+        let mut table = self.table();
         let mut index = head;
         let mut is_indirect = false;
         let mut bytes: u32 = 0;
         for _ in 0..=MAX_CHAIN {
-            let desc = Descriptor::from_bits(table.read(index)?);
+            let desc = Descriptor::from_bits(read_descriptor(table, index)?);
             if desc.flags & F_INDIRECT != 0 {
                 if is_indirect {
                     return Err(RingFault::Indirect {
@@ -174,13 +158,13 @@ impl SplitRing {
                         rule: "it has a next descriptor (virtio 1.3, 2.7.5.3.1)",
                     });
                 }
-                table = self.chains.table(desc.addr, desc.len)?;
+                table = self.rules.table(memory, desc.addr, desc.len)?;
                 is_indirect = true;
                 index = 0;
                 continue;
             }
             let buffer = (desc.addr, desc.len, desc.flags);
-            bytes = self.chains.add(buffer, direction, bytes, &mut piece)?;
+            bytes = add_buffer(memory, buffer, direction, bytes, &mut piece)?;
             if desc.flags & F_NEXT == 0 {
                 return Ok(bytes);
             }
@@ -220,8 +204,8 @@ impl SplitRing {
     fn write_used(&self, index: u16, id: u16, written_bytes: u32) {
         let slot = usize::from(index & (self.size - 1));
         let bits = u64::from(id) | u64::from(written_bytes) << 32;
-        let at = self.used.wrapping_add(4 + 8 * slot).cast::<u64>();
-        // SAFETY: the slot is in the used ring, which lies in guest memory that we hold; entries
+        let at = self.areas.device.wrapping_add(4 + 8 * slot).cast::<u64>();
+        // SAFETY: the slot is in the used ring, which is valid as long as the ring is used; entries
         // are aligned to 4 bytes only, hence unaligned.
         unsafe { at.write_unaligned(bits.to_le()) };
     }
@@ -229,9 +213,9 @@ impl SplitRing {
     /// The u16 at `offset` of the avail area. Offsets are even and within the area.
     #[inline(always)]
     fn avail_u16(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: the area is guest memory that `self.memory` holds, aligned to 2 bytes, and
+        // SAFETY: the area is valid as long as the ring is used, aligned to 2 bytes, and
         // `offset` is even and within it; our side accesses it by atomics only.
-        unsafe { AtomicU16::from_ptr(self.avail.wrapping_add(offset).cast()) }
+        unsafe { AtomicU16::from_ptr(self.areas.driver.wrapping_add(offset).cast()) }
     }
 
     /// The u16 at `offset` of the used area: flags, idx or avail_event.
@@ -239,7 +223,7 @@ impl SplitRing {
     fn used_u16(&self, offset: usize) -> &AtomicU16 {
         // SAFETY: as for `avail_u16`; used entries, which are written without atomics, do not
         // overlap these fields.
-        unsafe { AtomicU16::from_ptr(self.used.wrapping_add(offset).cast()) }
+        unsafe { AtomicU16::from_ptr(self.areas.device.wrapping_add(offset).cast()) }
     }
 }
 
@@ -248,11 +232,11 @@ impl DeviceRing for SplitRing {
     type Place = u16;
 
     fn header_bytes(&self) -> u32 {
-        self.chains.header_bytes
+        self.rules.header_bytes
     }
 
     fn mergeable(&self) -> bool {
-        self.chains.mergeable
+        self.rules.mergeable
     }
 
     #[inline]
@@ -300,45 +284,40 @@ impl DeviceRing for SplitRing {
     }
 
     #[inline(always)]
-    fn singles(&self, direction: Direction, to: &mut [Single]) -> usize {
-        let (table, region) = (self.desc, self.chains.hint());
+    fn direct<'m>(
+        &self,
+        hint: RegionHint<'m>,
+        direction: Direction,
+    ) -> impl FnMut() -> Option<Frame<'m>> {
+        let table = self.table();
         let mut index = self.next_avail;
-        let mut count = 0;
-        for single in to {
+        move || {
             let head = self.avail_entry(index);
-            let Ok(bits) = table.read(head) else { break };
-            let desc = Descriptor::from_bits(bits);
+            let desc = Descriptor::from_bits(table.read_descriptor(head)?);
             if desc.flags != direction.flag() || desc.len == 0 {
-                break;
+                return None;
             }
-            let Some(buffer) = region.find(desc.addr, desc.len) else {
-                break;
-            };
-            prefetch(buffer, direction);
-            *single = Single {
-                ptr: buffer.ptr,
-                len: buffer.len,
-                entry: Entry::single(head),
-            };
+            let buffer = hint.find(desc.addr, desc.len)?;
+            direction.prefetch(buffer);
             index = index.wrapping_add(1);
-            count += 1;
+            Some(Frame::direct(buffer, Entry::single(head)))
         }
-        count
     }
 
     #[inline]
-    fn chain(
-        &mut self,
+    fn chain<'m>(
+        &self,
         place: u16,
         limit: usize,
         direction: Direction,
-        piece: impl FnMut(Segment) -> bool,
+        memory: &'m MemoryView,
+        piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<Option<(Entry, u32)>, RingFault> {
         if limit == 0 {
             return Ok(None);
         }
         let head = self.avail_entry(place);
-        let bytes = self.walk(head, direction, piece)?;
+        let bytes = self.walk(head, direction, memory, piece)?;
         Ok(Some((Entry::single(head), bytes)))
     }
 
@@ -349,7 +328,7 @@ impl DeviceRing for SplitRing {
     }
 
     #[inline(always)]
-    fn complete_all(&mut self, chains: &[Single], direction: Direction) {
+    fn complete_all(&mut self, chains: &[Frame<'_>], direction: Direction) {
         let mut index = self.next_used;
         for chain in chains {
             let written_bytes = direction.written(chain.len);

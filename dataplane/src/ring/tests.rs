@@ -11,11 +11,9 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-use super::gather::gather;
 use super::*;
-use crate::burst::Burst;
-use crate::memory::{GuestMemory, Region, RegionSpec};
-use crate::offload::Workbench;
+use crate::burst::{Burst, BurstStorage};
+use crate::memory::{GuestMemory, Pieces, Region, RegionSpec};
 use crate::wire::{Features, Offloads};
 
 const BASE: u64 = 1 << 32;
@@ -24,21 +22,21 @@ const DESC: u64 = BASE;
 const AVAIL: u64 = BASE + 0x1000;
 const USED: u64 = BASE + 0x2000;
 const TABLES: u64 = BASE + 0x4000;
-const BUFFERS: u64 = BASE + 0x10000;
+pub(crate) const BUFFERS: u64 = BASE + 0x10000;
 const SIZE: u16 = 64;
-const INDIRECT: Features = Features::VIRTIO_F_INDIRECT_DESC;
-const VERSION_1: Features = Features::VIRTIO_F_VERSION_1;
-const MERGEABLE: Features = Features::VIRTIO_NET_F_MRG_RXBUF;
+pub(crate) const INDIRECT: Features = Features::VIRTIO_F_INDIRECT_DESC;
+pub(crate) const VERSION_1: Features = Features::VIRTIO_F_VERSION_1;
+pub(crate) const MERGEABLE: Features = Features::VIRTIO_NET_F_MRG_RXBUF;
 const EVENT_IDX: Features = Features::VIRTIO_F_EVENT_IDX;
 
 /// One guest's memory, twice mapped: as the data path has it, and for the crate.
-struct Machine {
+pub(crate) struct Machine {
     ours: Arc<GuestMemory>,
-    theirs: GuestMemoryMmap<()>,
+    pub(crate) theirs: GuestMemoryMmap<()>,
 }
 
 impl Machine {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let file = memfd_create("ring-test", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, BYTES).unwrap();
         let spec = RegionSpec {
@@ -62,17 +60,21 @@ impl Machine {
         self.ours.translate_user(addr, 1).unwrap()
     }
 
-    fn ring(&self, base: u16, features: Features) -> SplitRing {
+    pub(crate) fn ring(&self, base: u16, features: Features) -> SplitRing {
         let at = Areas {
             desc: self.host(DESC),
             driver: self.host(AVAIL),
             device: self.host(USED),
         };
         // SAFETY: the areas are aligned, do not overlap and hold a ring of SIZE entries.
-        unsafe { SplitRing::new(SIZE, at, base, features, Arc::clone(&self.ours)) }
+        unsafe { SplitRing::new(SIZE, at, base, features) }
     }
 
-    fn queue(&self, base: u16) -> Queue {
+    pub(crate) fn view(&self) -> MemoryView {
+        MemoryView::new(Arc::clone(&self.ours))
+    }
+
+    pub(crate) fn queue(&self, base: u16) -> Queue {
         let mut queue = Queue::new(SIZE).unwrap();
         queue.set_size(SIZE);
         let halves = |addr: u64| {
@@ -93,7 +95,7 @@ impl Machine {
         queue
     }
 
-    fn write(&self, addr: u64, bytes: &[u8]) {
+    pub(crate) fn write(&self, addr: u64, bytes: &[u8]) {
         self.theirs.write_slice(bytes, GuestAddress(addr)).unwrap();
     }
 
@@ -110,7 +112,7 @@ impl Machine {
     }
 
     /// All of memory.
-    fn image(&self) -> Vec<u8> {
+    pub(crate) fn image(&self) -> Vec<u8> {
         let mut bytes = vec![0; usize::try_from(BYTES).unwrap()];
         self.theirs
             .read_slice(&mut bytes, GuestAddress(BASE))
@@ -125,7 +127,7 @@ impl Machine {
 
     /// Writes chains, their descriptors taken in the order of `places`, and makes them available
     /// behind index `base`. The used ring stands at `base`, too.
-    fn publish(&self, chains: &[Chain], places: &[u16], base: u16, writable: bool) {
+    pub(crate) fn publish(&self, chains: &[Chain], places: &[u16], base: u16, writable: bool) {
         let mut free = places.iter().copied();
         let mut next_table = TABLES;
         let mut buffer = BUFFERS;
@@ -187,29 +189,34 @@ fn desc(addr: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
 
 /// Lengths of a chain's buffers.
 #[derive(Clone, Debug)]
-struct Chain {
+pub(crate) struct Chain {
     lens: Vec<u32>,
     indirect: bool,
 }
 
-fn chains(longest: u32) -> impl Strategy<Value = Vec<Chain>> {
+pub(crate) fn chains(longest: u32) -> impl Strategy<Value = Vec<Chain>> {
     let lens = prop::collection::vec(prop_oneof![1..20_u32, 1..longest], 1..4);
     let chain = (lens, any::<bool>()).prop_map(|(lens, indirect)| Chain { lens, indirect });
     // At most 3 descriptors each, so that all fit into the table.
     prop::collection::vec(chain, 1..20)
 }
 
-fn places() -> impl Strategy<Value = Vec<u16>> {
+pub(crate) fn places() -> impl Strategy<Value = Vec<u16>> {
     Just((0..SIZE).collect::<Vec<_>>()).prop_shuffle()
 }
 
 /// An index that is often about to wrap.
-fn bases() -> impl Strategy<Value = u16> {
+pub(crate) fn bases() -> impl Strategy<Value = u16> {
     prop_oneof![any::<u16>(), 65_500..=u16::MAX]
 }
 
+/// A frame's slices.
+fn slices<'m>(mut pieces: Pieces<'m>) -> impl Iterator<Item = GuestSlice<'m>> {
+    std::iter::from_fn(move || Some(pieces.take(u32::MAX)).filter(|slice| slice.len() > 0))
+}
+
 /// Head and buffers of each chain that the crate pops.
-fn popped(machine: &Machine, queue: &mut Queue) -> Vec<(u16, Vec<(u64, u32)>)> {
+pub(crate) fn popped(machine: &Machine, queue: &mut Queue) -> Vec<(u16, Vec<(u64, u32)>)> {
     let mut all = Vec::new();
     while let Some(chain) = queue.pop_descriptor_chain(&machine.theirs) {
         let head = chain.head_index();
@@ -237,20 +244,19 @@ proptest! {
         let mut queue = reference.queue(base);
         let expected = popped(&reference, &mut queue);
         let mut ring = machine.ring(base, VERSION_1 | INDIRECT);
-        let mut burst = Burst::new();
+        let view = machine.view();
+        let mut storage = BurstStorage::new();
         let mut found = Vec::new();
         loop {
-            burst.clear();
-            prop_assert_eq!(gather(&mut ring, max, &mut burst), Ok(()));
+            let mut burst = storage.begin();
+            prop_assert_eq!(gather(&mut ring, max, &view, &mut burst), Ok(()));
             prop_assert!(burst.len() <= max);
             if burst.len() == 0 {
                 break;
             }
             for (index, frame) in burst.frames().iter().enumerate() {
-                let pieces: Vec<_> = burst
-                    .pieces(index)
-                    .into_iter()
-                    .map(|piece| (machine.guest(piece.ptr), piece.len))
+                let pieces: Vec<_> = slices(burst.pieces(index))
+                    .map(|slice| (machine.guest(slice.as_ptr()), slice.len()))
                     .collect();
                 prop_assert_eq!(frame.len, pieces.iter().map(|p| p.1).sum::<u32>());
                 found.push((frame.entry.id, pieces));
@@ -277,96 +283,18 @@ proptest! {
         let machine = Machine::new();
         machine.publish(&chains, &places, base, false);
         let mut ring = machine.ring(base, VERSION_1 | INDIRECT);
-        let entries = |burst: &Burst| burst.frames().iter().map(|f| f.entry.id).collect::<Vec<_>>();
-        let mut burst = Burst::new();
-        gather(&mut ring, 64, &mut burst).unwrap();
+        let entries = |burst: &Burst<'_>| burst.frames().iter().map(|f| f.entry.id).collect::<Vec<_>>();
+        let view = machine.view();
+        let mut storage = BurstStorage::new();
+        let mut burst = storage.begin();
+        gather(&mut ring, 64, &view, &mut burst).unwrap();
         let all = entries(&burst);
         let back = back.min(all.len());
         ring.give_back(u16::try_from(back).unwrap());
-        burst.clear();
-        gather(&mut ring, 64, &mut burst).unwrap();
+        let mut burst = storage.begin();
+        gather(&mut ring, 64, &view, &mut burst).unwrap();
         prop_assert_eq!(entries(&burst), &all[all.len() - back..]);
         prop_assert_eq!(machine.read_u16(USED + 2), base);
-    }
-
-    // Frames of any lengths into chains of any shapes: the crate's chains, filled front to back by
-    // its own writer, give the same memory, so neither tails nor other buffers are touched.
-    #[test]
-    fn frames_are_delivered_as_into_the_chains_that_virtio_queue_pops(
-        chains in chains(1500),
-        places in places(),
-        base in bases(),
-        mergeable in any::<bool>(),
-        legacy in any::<bool>(),
-        frames in prop::collection::vec((14..1600_u32, any::<u8>()), 1..8),
-    ) {
-        let header: u32 = if legacy && !mergeable { 10 } else { 12 };
-        let features = INDIRECT
-            | if legacy { Features::empty() } else { VERSION_1 }
-            | if mergeable { MERGEABLE } else { Features::empty() };
-        let [machine, reference] = [Machine::new(), Machine::new()];
-        for machine in [&machine, &reference] {
-            machine.write(BUFFERS, &vec![0xa5; 200_000]);
-            machine.publish(&chains, &places, base, true);
-        }
-        let mut queue = reference.queue(base);
-        let mut free = popped(&reference, &mut queue).into_iter().peekable();
-        let mut ring = machine.ring(base, features);
-        let mut scratch = RxScratch::new();
-        let mut bench = Workbench::new();
-        let mut available = ring.available().unwrap();
-        let mut taken = 0;
-        for (length, fill) in frames {
-            let source = Source::new(length, fill);
-            let burst = source.burst();
-            let mut parcels = bench.parcels(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
-            let mut parcel = parcels.next().unwrap();
-            let delivered = ring.deliver(&mut parcel, &mut available, &mut scratch).unwrap();
-            let needed = length + header;
-            let capacity = |chain: &(u16, Vec<(u64, u32)>)| chain.1.iter().map(|b| b.1).sum::<u32>();
-            let mut rooms = free.clone().map(|chain| capacity(&chain));
-            let expected = if mergeable {
-                let all: u32 = rooms.sum();
-                if all >= needed { Ok(()) } else { Err(ringway_bridge::DropReason::RingFull) }
-            } else {
-                match rooms.next() {
-                    None => Err(ringway_bridge::DropReason::RingFull),
-                    Some(room) if room < needed => Err(ringway_bridge::DropReason::BufferTooSmall),
-                    Some(_) => Ok(()),
-                }
-            };
-            prop_assert_eq!(delivered, expected);
-            if delivered.is_err() {
-                continue;
-            }
-            let mut used = Vec::new();
-            let mut left = needed;
-            while left > 0 {
-                let chain = free.next().unwrap();
-                let part = left.min(capacity(&chain));
-                left -= part;
-                used.push((chain, part));
-            }
-            let buffers = u16::try_from(used.len()).unwrap();
-            let mut message = vec![0; 10];
-            if header == 12 {
-                message.extend(buffers.to_le_bytes());
-            }
-            message.extend(&source.frame);
-            let mut rest = message.as_slice();
-            for ((head, pieces), part) in used {
-                for (addr, len) in pieces {
-                    let (now, later) = rest.split_at(rest.len().min(len as usize));
-                    reference.write(addr, now);
-                    rest = later;
-                }
-                queue.add_used(&reference.theirs, head, part).unwrap();
-                taken += 1;
-            }
-        }
-        ring.publish();
-        prop_assert!(machine.image() == reference.image(), "memory differs");
-        prop_assert_eq!(ring.next_avail(), base.wrapping_add(taken));
     }
 
     // 2.7.7.2: with EVENT_IDX a call is due if one of the entries just used has the index
@@ -440,13 +368,13 @@ proptest! {
 }
 
 /// A frame in a memory of its own, with the burst that a worker would make of it.
-struct Source {
-    machine: Machine,
-    frame: Vec<u8>,
+pub(crate) struct Source {
+    pub(crate) machine: Machine,
+    pub(crate) frame: Vec<u8>,
 }
 
 impl Source {
-    fn new(length: u32, fill: u8) -> Self {
+    pub(crate) fn new(length: u32, fill: u8) -> Self {
         let machine = Machine::new();
         let mut frame: Vec<u8> = (0..length).map(|i| (i % 251) as u8 ^ fill).collect();
         // A station's address, not a group's.
@@ -464,10 +392,14 @@ impl Source {
         Self { machine, frame }
     }
 
-    fn burst(&self) -> Burst {
+    pub(crate) fn burst<'m>(
+        &self,
+        storage: &'m mut BurstStorage,
+        view: &'m MemoryView,
+    ) -> Burst<'m> {
         let mut ring = self.machine.ring(0, VERSION_1);
-        let mut burst = Burst::new();
-        gather(&mut ring, 1, &mut burst).unwrap();
+        let mut burst = storage.begin();
+        gather(&mut ring, 1, view, &mut burst).unwrap();
         burst.take_snapshots(ring.header_bytes(), Offloads::NONE);
         assert_eq!(burst.runs().len(), 1);
         burst
@@ -491,8 +423,10 @@ fn an_in_order_driver_gets_one_used_entry_for_a_burst() {
     };
     let before = [untouched(0xffff), untouched(0)];
     let mut ring = machine.ring(base, VERSION_1 | Features::VIRTIO_F_IN_ORDER);
-    let mut burst = Burst::new();
-    gather(&mut ring, 32, &mut burst).unwrap();
+    let view = machine.view();
+    let mut storage = BurstStorage::new();
+    let mut burst = storage.begin();
+    gather(&mut ring, 32, &view, &mut burst).unwrap();
     assert_eq!(complete_gathered(&mut ring, burst.frames()), 3 * 88);
     ring.publish();
     assert_eq!(machine.read_u16(USED + 2), base.wrapping_add(3));

@@ -1,19 +1,6 @@
 //! The Internet checksum (RFC 1071), over private bytes and over bytes on their way.
-//!
-//! Sums are taken of 32-bit words in the machine's own order, in lanes that the compiler turns into
-//! vectors, and folded at the end: the ones' complement sum does not depend on the order of bytes
-//! until it is written (RFC 1071, 2).
 
-use crate::copy::copy;
-use crate::isa::for_this_cpu;
-use crate::memory::Segment;
-
-/// Words of a block: two vectors of four, which keeps the adders busy.
-const WORDS: usize = 8;
-
-const BLOCK: usize = 8 * WORDS;
-
-type Block = [u64; WORDS];
+use crate::memory::{GuestSlice, fold, sum_of};
 
 /// A sum that grows piece by piece, of any lengths.
 #[derive(Clone, Copy, Debug, Default)]
@@ -26,30 +13,23 @@ pub(crate) struct Sum {
 impl Sum {
     /// Adds bytes of our own.
     pub(crate) fn add(&mut self, bytes: &[u8]) {
-        let piece = Segment {
-            ptr: bytes.as_ptr().cast_mut(),
-            len: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
-        };
-        self.note(piece.len, sum_piece(piece));
+        self.note(bytes.len(), sum_of(bytes));
     }
 
     /// Adds a piece of the source.
-    ///
-    /// # Safety
-    /// It is valid for its length.
-    pub(crate) unsafe fn add_piece(&mut self, piece: Segment) {
-        self.note(piece.len, sum_piece(piece));
+    pub(crate) fn add_piece(&mut self, piece: GuestSlice<'_>) {
+        self.note(piece.len() as usize, piece.sum());
     }
 
-    /// Copies a piece of the source to `to`, and adds it: each byte is read once.
-    ///
-    /// # Safety
-    /// It is valid for its length and `to` for writing as many bytes, and they do not overlap.
-    pub(crate) unsafe fn add_copied(&mut self, to: *mut u8, piece: Segment) {
-        self.note(piece.len, copy_piece(to, piece));
+    /// Copies as much of a piece of the source as `to` has room for, adds that, and returns how much
+    /// it was: each byte is read once.
+    pub(crate) fn add_copied(&mut self, to: GuestSlice<'_>, piece: GuestSlice<'_>) -> u32 {
+        let (bytes, sum) = to.copy_summed(piece);
+        self.note(bytes as usize, sum);
+        bytes
     }
 
-    fn note(&mut self, bytes: u32, sum: u64) {
+    fn note(&mut self, bytes: usize, sum: u64) {
         let mut sum = u64::from(fold(sum));
         if self.is_odd {
             // Each byte is in the other half of its word.
@@ -84,92 +64,10 @@ pub fn internet_checksum(bytes: &[u8]) -> [u8; 2] {
 
 /// Copies `from` to as many bytes at `to`, and returns their checksum: for benches.
 #[doc(hidden)]
-pub fn copy_and_checksum(to: &mut [u8], from: &[u8]) -> [u8; 2] {
-    let len = to.len().min(from.len());
-    let piece = Segment {
-        ptr: from.as_ptr().cast_mut(),
-        len: u32::try_from(len).unwrap_or(u32::MAX),
-    };
+pub fn copy_and_checksum(to: &mut [u8], from: &mut [u8]) -> [u8; 2] {
     let mut sum = Sum::default();
-    // SAFETY: both are slices, no shorter, and distinct.
-    unsafe { sum.add_copied(to.as_mut_ptr(), piece) };
+    sum.add_copied(GuestSlice::of(to), GuestSlice::of(from));
     sum.finish()
-}
-
-/// Folds a sum of words to 16 bits.
-fn fold(sum: u64) -> u16 {
-    let sum = (sum >> 32) + (sum & 0xffff_ffff);
-    let sum = (sum >> 16) + (sum & 0xffff);
-    let sum = (sum >> 16) + (sum & 0xffff);
-    let sum = (sum >> 16) + (sum & 0xffff);
-    #[expect(clippy::cast_possible_truncation, reason = "folded")]
-    let sum = sum as u16;
-    sum
-}
-
-for_this_cpu! {
-    /// The sum of a piece, which the caller knows to be valid.
-    fn sum_piece(piece: Segment) -> u64 = sum_blocks;
-}
-
-for_this_cpu! {
-    /// Copies a piece, which the caller knows to be valid, to where the caller knows that there is
-    /// room, and returns its sum.
-    fn copy_piece(to: *mut u8, piece: Segment) -> u64 = copy_blocks;
-}
-
-#[inline(always)]
-fn sum_blocks(piece: Segment) -> u64 {
-    each_block(piece, |_, _, _| {})
-}
-
-#[inline(always)]
-fn copy_blocks(to: *mut u8, piece: Segment) -> u64 {
-    each_block(piece, |at, block, bytes| {
-        // SAFETY: `at + bytes` is within the piece, for which there is room; the block is private
-        // and no shorter.
-        unsafe { copy(to.wrapping_add(at), block.as_ptr().cast(), bytes) };
-    })
-}
-
-/// Reads a piece block by block into registers, shows each with its offset and length, and returns
-/// the sum of all.
-#[inline(always)]
-fn each_block(piece: Segment, mut show: impl FnMut(usize, &Block, usize)) -> u64 {
-    let len = piece.len as usize;
-    let (mut low, mut high) = ([0; WORDS], [0; WORDS]);
-    let mut at = 0;
-    while len - at >= BLOCK {
-        let from = piece.ptr.wrapping_add(at).cast::<Block>();
-        // SAFETY: a whole block lies within the piece.
-        let block = unsafe { from.read_unaligned() };
-        show(at, &block, BLOCK);
-        add_block(&mut low, &mut high, &block);
-        at += BLOCK;
-    }
-    if at < len {
-        let mut block = [0; WORDS];
-        let from = piece.ptr.wrapping_add(at);
-        // SAFETY: so many bytes lie within the piece, and within the block.
-        unsafe {
-            block
-                .as_mut_ptr()
-                .cast::<u8>()
-                .copy_from_nonoverlapping(from, len - at);
-        };
-        show(at, &block, len - at);
-        add_block(&mut low, &mut high, &block);
-    }
-    low.iter().chain(&high).sum()
-}
-
-/// Adds the halves of each word to lanes that are wide enough for all carries.
-#[inline(always)]
-fn add_block(low: &mut Block, high: &mut Block, block: &Block) {
-    for word in 0..WORDS {
-        low[word] += block[word] & 0xffff_ffff;
-        high[word] += block[word] >> 32;
-    }
 }
 
 #[cfg(test)]
@@ -209,24 +107,19 @@ mod tests {
             mut cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..6),
             ones: bool,
         ) {
-            let bytes = if ones { vec![0xff; bytes.len()] } else { bytes };
+            let mut bytes = if ones { vec![0xff; bytes.len()] } else { bytes };
             let mut at: Vec<_> = cuts.drain(..).map(|cut| cut.index(bytes.len() + 1)).collect();
             at.extend([0, bytes.len()]);
             at.sort_unstable();
             let (mut added, mut read, mut copied) = (Sum::default(), Sum::default(), Sum::default());
             let mut target = vec![0xee; bytes.len() + 2];
             for ends in at.windows(2) {
-                let part = &bytes[ends[0]..ends[1]];
+                let part = &mut bytes[ends[0]..ends[1]];
                 added.add(part);
-                let piece = Segment {
-                    ptr: part.as_ptr().cast_mut(),
-                    len: u32::try_from(part.len()).unwrap(),
-                };
-                // SAFETY: the piece is a slice.
-                unsafe { read.add_piece(piece) };
-                let to = target.as_mut_ptr().wrapping_add(1 + ends[0]);
-                // SAFETY: the target is longer than all pieces, and distinct.
-                unsafe { copied.add_copied(to, piece) };
+                let piece = GuestSlice::of(part);
+                read.add_piece(piece);
+                // The target is longer than all pieces.
+                copied.add_copied(GuestSlice::of(&mut target[1 + ends[0]..]), piece);
             }
             let expected = plainly(&bytes).to_be_bytes();
             for sum in [added, read, copied] {

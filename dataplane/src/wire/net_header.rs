@@ -215,19 +215,14 @@ pub(crate) fn clear(snapshot: &mut [u8]) {
 }
 
 /// Makes a header ask for nothing but its checksum.
-pub(crate) fn ask_for_checksum(snapshot: &mut [u8], csum_start: u16, csum_offset: u16) {
+pub(crate) fn set_needs_csum(snapshot: &mut [u8], csum_start: u16, csum_offset: u16) {
     let header = clean(FLAG_NEEDS_CSUM, 0, 0, 0, [csum_start, csum_offset]);
     snapshot[..HEADER_LEN].copy_from_slice(&header);
 }
 
 /// Makes a header ask for TCP's segmentation, which asks for its checksum too. `lengths` are those of all
 /// headers and of a segment.
-pub(crate) fn ask_for_tcp_segmentation(
-    header: &mut [u8],
-    is_ipv4: bool,
-    lengths: (u16, u16),
-    csum_start: u16,
-) {
+pub(crate) fn set_gso_tcp(header: &mut [u8], is_ipv4: bool, lengths: (u16, u16), csum_start: u16) {
     let gso_type = if is_ipv4 { GSO_TCPV4 } else { GSO_TCPV6 };
     let csum = [csum_start, checksum_offset(L4Protocol::Tcp)];
     let clean = clean(FLAG_NEEDS_CSUM, gso_type, lengths.0, lengths.1, csum);

@@ -12,7 +12,6 @@
 mod allowance;
 mod forward;
 mod pairs;
-mod parcels;
 mod sharing;
 mod turn;
 

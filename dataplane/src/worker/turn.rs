@@ -15,7 +15,7 @@ use super::allowance::Allowance;
 use super::forward::{Forwarder, Now};
 use super::sharing::Sharing;
 use super::{Inbox, WorkerHandle};
-use crate::burst::Burst;
+use crate::burst::BurstStorage;
 use crate::memory::breaks;
 use crate::port::{Port, TapReader};
 use crate::wake::{Events, Token};
@@ -99,7 +99,7 @@ pub(crate) struct Worker {
     by_token: HashMap<Token, usize>,
     /// Indices of the sources that are polled each turn.
     active: Vec<usize>,
-    burst: Burst,
+    burst: BurstStorage,
     events: Events,
     idle: IdleConfig,
     now_ns: u64,
@@ -122,7 +122,7 @@ impl Worker {
             sources: Vec::new(),
             by_token: HashMap::new(),
             active: Vec::new(),
-            burst: Burst::new(),
+            burst: BurstStorage::new(),
             events: Events::with_capacity(MAX_EVENTS),
             idle,
             now_ns: 0,
@@ -217,7 +217,7 @@ impl Worker {
         let took_ns = self.read_clock();
         let stats = &self.handle.stats;
         stats.turns.add_owned(1);
-        stats.contended.set(self.forwarder.contended);
+        stats.contended.set(*self.forwarder.contended());
         if frames > 0 {
             stats.frames.add_owned(frames);
             stats.bursts.add_owned(bursts);

@@ -24,7 +24,7 @@ use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::MutexGuard;
 
 pub(crate) use receive::{Merged, Receiver};
-pub(crate) use transmit::{Sent, Transmitter};
+pub(crate) use transmit::Transmitter;
 
 use ringway_api::XdpMode;
 

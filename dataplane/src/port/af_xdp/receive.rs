@@ -9,10 +9,9 @@ use xsk_rs::umem::FillQueue;
 use xsk_rs::umem::frame::FrameDesc;
 
 use super::umem::Chunks;
-use crate::burst::Burst;
-use crate::memory::Segment;
-use crate::offload::{Train, is_checksum_right};
-use crate::ring::Entry;
+use crate::burst::{Burst, Entry, MAX_SNAPSHOT_BYTES};
+use crate::memory::GuestSlice;
+use crate::offload::{GroFrame, is_checksum_right};
 use crate::wire::net_header::{self, HEADER_BYTES, HEADER_LEN};
 use crate::wire::{Offloads, find_open_checksum};
 
@@ -103,18 +102,25 @@ impl Receiver {
     /// Puts up to `limit` frames into the burst, each with a virtio-net header: one that asks for
     /// nothing, but where the sender left a checksum open, or where TCP segments are joined to a
     /// frame that its destination will take. `takes` tells what that takes.
-    pub(crate) fn gather(
-        &mut self,
+    pub(crate) fn gather<'m>(
+        &'m mut self,
         limit: usize,
-        burst: &mut Burst,
+        burst: &mut Burst<'m>,
         takes: impl Fn(&[u8]) -> Offloads,
     ) {
         if self.end - self.start < limit {
             self.take_more(if self.gro { MAX_DESCS } else { 2 * limit });
         }
+        let waiting = Waiting {
+            chunks: &self.chunks,
+            descs: &self.descs[..self.end],
+            open_checksums: self.open_checksums,
+        };
         let mut at = self.start;
         for index in 0..limit {
-            let Some(frame) = self.frame(at) else { break };
+            let Some(frame) = waiting.frame(at) else {
+                break;
+            };
             let Some(mark) = burst.begin() else { break };
             let headers = if self.gro || self.open_checksums {
                 Headers::parse(frame.head)
@@ -123,14 +129,14 @@ impl Receiver {
             };
             let joined = headers
                 .filter(|_| self.gro)
-                .and_then(|headers| self.join(at, &frame, &headers, &takes));
+                .and_then(|headers| waiting.join(at, &frame, &headers, &takes));
             let (end, bytes, merged) = match joined {
-                Some((train, end)) => {
-                    let bytes = self.push_train(&train, at..end, burst, mark);
-                    (end, bytes, Merged::of(&train))
+                Some((gro, end)) => {
+                    let bytes = waiting.push_gro(&gro, at..end, burst, mark);
+                    (end, bytes, Merged::of(&gro))
                 }
                 None => {
-                    let bytes = self.push_frame(&frame, headers.as_ref(), at, burst, mark);
+                    let bytes = waiting.push_frame(&frame, headers.as_ref(), at, burst, mark);
                     (frame.end, bytes, Merged::default())
                 }
             };
@@ -139,148 +145,6 @@ impl Receiver {
             self.merged[index] = merged;
             at = end;
         }
-    }
-
-    /// The frame whose descriptors begin at `at`, if all of them are there.
-    #[inline]
-    fn frame(&self, at: usize) -> Option<Frame<'_>> {
-        let waiting = &self.descs[at..self.end];
-        let last = waiting.iter().position(|desc| !desc.has_more_frames())?;
-        let mut pieces = waiting[..=last]
-            .iter()
-            .map(|desc| self.chunks.received(desc));
-        let head = pieces.next().flatten().unwrap_or(Segment::EMPTY);
-        let bytes = pieces.try_fold(head.len, |sum, piece| Some(sum + piece?.len));
-        Some(Frame {
-            // SAFETY: the piece is valid for its length, and the kernel does not write to it before
-            // it is given back.
-            head: unsafe { bytes_of(head) },
-            bytes: bytes.unwrap_or(0),
-            end: at + last + 1,
-        })
-    }
-
-    /// Pushes a frame as it is. Returns its length with its header; 0 if it is not one, which the
-    /// burst rejects.
-    #[inline]
-    fn push_frame(
-        &self,
-        frame: &Frame<'_>,
-        headers: Option<&Headers>,
-        at: usize,
-        burst: &mut Burst,
-        mark: usize,
-    ) -> u32 {
-        let descs = &self.descs[at..frame.end];
-        let Some(front) = self.chunks.front(&descs[0], HEADER_LEN) else {
-            return 0;
-        };
-        let open = headers
-            .filter(|_| self.open_checksums)
-            .and_then(|headers| find_open_checksum(frame.head, headers, frame.bytes));
-        // SAFETY: these bytes are in front of the frame in its chunk, which is ours since the kernel
-        // gave it.
-        let header = unsafe { bytes_of_mut(front) };
-        match open {
-            Some(open) => net_header::ask_for_checksum(header, open.start, open.offset),
-            None => header.fill(0),
-        }
-        for (piece, desc) in descs.iter().enumerate() {
-            let segment = match self.chunks.received(desc) {
-                Some(segment) if piece == 0 => Segment {
-                    ptr: front.ptr,
-                    len: segment.len + HEADER_BYTES,
-                },
-                Some(segment) => segment,
-                None => Segment::EMPTY,
-            };
-            if segment.len == 0 || !burst.push(mark, segment) {
-                burst.abandon(mark);
-                return 0;
-            }
-        }
-        frame.bytes + HEADER_BYTES
-    }
-
-    /// The train that the frame at `at` is the first of, and where its descriptors end.
-    fn join<'a>(
-        &'a self,
-        at: usize,
-        first: &Frame<'a>,
-        headers: &Headers,
-        takes: impl Fn(&[u8]) -> Offloads,
-    ) -> Option<(Train<'a>, usize)> {
-        let mut train = Train::begin(first.head, headers, first.bytes)?;
-        let mut end = first.end;
-        while let Some(next) = self.frame(end) {
-            if !train.takes(next.head, next.bytes) {
-                break;
-            }
-            if train.segments() == 1 {
-                let is_wanted = train.needs().within(takes(first.head));
-                let bytes = HEADER_LEN + train.headers_bytes();
-                let has_room = self.chunks.front(&self.descs[at], bytes).is_some();
-                if !is_wanted || !has_room || !self.is_right(first, at, headers) {
-                    return None;
-                }
-            }
-            if !self.is_right(&next, end, headers) {
-                break;
-            }
-            train.add(next.head, next.bytes);
-            end = next.end;
-        }
-        (train.segments() > 1).then_some((train, end))
-    }
-
-    /// Whether a frame's TCP checksum is right, or open.
-    fn is_right(&self, frame: &Frame<'_>, at: usize, headers: &Headers) -> bool {
-        if self.open_checksums && find_open_checksum(frame.head, headers, frame.bytes).is_some() {
-            return true;
-        }
-        let pieces = self.descs[at..frame.end]
-            .iter()
-            .filter_map(|desc| self.chunks.received(desc))
-            // SAFETY: as for the frame's head.
-            .map(|piece| unsafe { bytes_of(piece) });
-        is_checksum_right(frame.head, headers, frame.bytes, pieces)
-    }
-
-    /// Pushes a train's headers, which are written in front of its first frame, and its payload.
-    /// Returns its length with its header.
-    fn push_train(
-        &self,
-        train: &Train<'_>,
-        descs: std::ops::Range<usize>,
-        burst: &mut Burst,
-        mark: usize,
-    ) -> u32 {
-        let headers_bytes = train.headers_bytes();
-        let descs = &self.descs[descs];
-        let Some(front) = self.chunks.front(&descs[0], HEADER_LEN + headers_bytes) else {
-            return 0;
-        };
-        // SAFETY: these bytes are in front of the frame in its chunk, which is ours since the kernel
-        // gave it.
-        train.write_headers(unsafe { bytes_of_mut(front) });
-        let mut bytes = front.len;
-        let mut is_whole = burst.push(mark, front);
-        let mut begins = true;
-        for desc in descs {
-            let piece = self.chunks.received(desc).unwrap_or(Segment::EMPTY);
-            let skipped = if begins { headers_bytes } else { 0 };
-            let piece = piece.skip(u32::try_from(skipped).unwrap_or(u32::MAX));
-            if piece.len > 0 {
-                is_whole &= burst.push(mark, piece);
-                bytes += piece.len;
-            }
-            begins = !desc.has_more_frames();
-        }
-        if !is_whole {
-            burst.abandon(mark);
-            return 0;
-        }
-        bytes
     }
 
     /// Gives the chunks of the last burst's first `count` frames back to the kernel; the others are
@@ -356,33 +220,154 @@ impl Receiver {
     }
 }
 
+/// Descriptors that were taken from the ring, and how what they lead to is handed on.
+struct Waiting<'m> {
+    chunks: &'m Chunks,
+    descs: &'m [FrameDesc],
+    open_checksums: bool,
+}
+
+impl<'m> Waiting<'m> {
+    /// The frame whose descriptors begin at `at`, if all of them are there.
+    #[inline]
+    fn frame(&self, at: usize) -> Option<Frame<'m>> {
+        let waiting = self.descs.get(at..)?;
+        let last = waiting.iter().position(|desc| !desc.has_more_frames())?;
+        let mut pieces = waiting[..=last]
+            .iter()
+            .map(|desc| self.chunks.received(desc));
+        let bytes = pieces.try_fold(0, |sum, piece| Some(sum + piece?.len()));
+        Some(Frame {
+            head: self.chunks.bytes(&waiting[0]).unwrap_or_default(),
+            bytes: bytes.unwrap_or(0),
+            end: at + last + 1,
+        })
+    }
+
+    /// Pushes a frame as it is. Returns its length with its header; 0 if it is not one, which the
+    /// burst rejects.
+    #[inline]
+    fn push_frame(
+        &self,
+        frame: &Frame<'_>,
+        headers: Option<&Headers>,
+        at: usize,
+        burst: &mut Burst<'m>,
+        mark: usize,
+    ) -> u32 {
+        let descs = &self.descs[at..frame.end];
+        let Some(front) = self.chunks.front(&descs[0], HEADER_LEN) else {
+            return 0;
+        };
+        let open = headers
+            .filter(|_| self.open_checksums)
+            .and_then(|headers| find_open_checksum(frame.head, headers, frame.bytes));
+        let mut header = [0; HEADER_LEN];
+        if let Some(open) = open {
+            net_header::set_needs_csum(&mut header, open.start, open.offset);
+        }
+        front.write(&header);
+        for (piece, desc) in descs.iter().enumerate() {
+            let lead = if piece == 0 { HEADER_LEN } else { 0 };
+            let slice = self.chunks.received_from(desc, lead);
+            let slice = slice.unwrap_or(GuestSlice::EMPTY);
+            if slice.len() == 0 || !burst.push(mark, slice) {
+                burst.abandon(mark);
+                return 0;
+            }
+        }
+        frame.bytes + HEADER_BYTES
+    }
+
+    /// The frame that the one at `at` and those behind it become, and where its descriptors end.
+    fn join(
+        &self,
+        at: usize,
+        first: &Frame<'m>,
+        headers: &Headers,
+        takes: impl Fn(&[u8]) -> Offloads,
+    ) -> Option<(GroFrame<'m>, usize)> {
+        let mut gro = GroFrame::begin(first.head, headers, first.bytes)?;
+        let mut end = first.end;
+        while let Some(next) = self.frame(end) {
+            if !gro.takes(next.head, next.bytes) {
+                break;
+            }
+            if gro.segments() == 1 {
+                let is_wanted = gro.needs().within(takes(first.head));
+                let bytes = HEADER_LEN + gro.headers_bytes();
+                let has_room = self.chunks.front(&self.descs[at], bytes).is_some();
+                if !is_wanted || !has_room || !self.is_right(first, at, headers) {
+                    return None;
+                }
+            }
+            if !self.is_right(&next, end, headers) {
+                break;
+            }
+            gro.add(next.head, next.bytes);
+            end = next.end;
+        }
+        (gro.segments() > 1).then_some((gro, end))
+    }
+
+    /// Whether a frame's TCP checksum is right, or open.
+    fn is_right(&self, frame: &Frame<'_>, at: usize, headers: &Headers) -> bool {
+        if self.open_checksums && find_open_checksum(frame.head, headers, frame.bytes).is_some() {
+            return true;
+        }
+        let pieces = self.descs[at..frame.end]
+            .iter()
+            .filter_map(|desc| self.chunks.bytes(desc));
+        is_checksum_right(frame.head, headers, frame.bytes, pieces)
+    }
+
+    /// Pushes the headers of merged frames, which are written in front of the first of them, and the
+    /// payload of all.
+    /// Returns its length with its header.
+    fn push_gro(
+        &self,
+        gro: &GroFrame<'_>,
+        descs: std::ops::Range<usize>,
+        burst: &mut Burst<'m>,
+        mark: usize,
+    ) -> u32 {
+        let headers_bytes = gro.headers_bytes();
+        let descs = &self.descs[descs];
+        let front = self.chunks.front(&descs[0], HEADER_LEN + headers_bytes);
+        let Some(front) = front.filter(|front| front.len() <= MAX_SNAPSHOT_BYTES) else {
+            return 0;
+        };
+        let mut headers = [0; MAX_SNAPSHOT_BYTES as usize];
+        let headers = &mut headers[..front.len() as usize];
+        gro.write_headers(headers);
+        front.write(headers);
+        let mut bytes = front.len();
+        let mut is_whole = burst.push(mark, front);
+        let mut begins = true;
+        for desc in descs {
+            let piece = self.chunks.received(desc).unwrap_or(GuestSlice::EMPTY);
+            let skipped = if begins { headers_bytes } else { 0 };
+            let piece = piece.skip(u32::try_from(skipped).unwrap_or(u32::MAX));
+            if piece.len() > 0 {
+                is_whole &= burst.push(mark, piece);
+                bytes += piece.len();
+            }
+            begins = !desc.has_more_frames();
+        }
+        if !is_whole {
+            burst.abandon(mark);
+            return 0;
+        }
+        bytes
+    }
+}
+
 impl Merged {
-    fn of(train: &Train<'_>) -> Self {
-        let frames = u64::from(train.segments()) - 1;
+    fn of(gro: &GroFrame<'_>) -> Self {
+        let frames = u64::from(gro.segments()) - 1;
         Self {
             frames,
-            bytes: frames * train.headers_bytes() as u64,
+            bytes: frames * gro.headers_bytes() as u64,
         }
     }
-}
-
-/// The bytes of a piece.
-///
-/// # Safety
-/// It is valid for its length, and nobody writes to it during `'a`.
-unsafe fn bytes_of<'a>(piece: Segment) -> &'a [u8] {
-    if piece.len == 0 {
-        return &[];
-    }
-    // SAFETY: the caller's promise.
-    unsafe { std::slice::from_raw_parts(piece.ptr, piece.len as usize) }
-}
-
-/// The bytes of a piece, to write to.
-///
-/// # Safety
-/// It is valid for its length, and nobody else uses it during `'a`.
-unsafe fn bytes_of_mut<'a>(piece: Segment) -> &'a mut [u8] {
-    // SAFETY: the caller's promise.
-    unsafe { std::slice::from_raw_parts_mut(piece.ptr, piece.len as usize) }
 }

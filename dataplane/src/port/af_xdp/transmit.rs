@@ -4,17 +4,20 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use xsk_rs::socket::TxQueue;
+use ringway_bridge::{DropReason, FrameSet};
+use xsk_rs::socket::TxQueue as TxRing;
 use xsk_rs::umem::frame::FrameDesc;
 use xsk_rs::umem::{CompQueue, Umem};
 
+use super::AfXdpPort;
 use super::interface::set_option;
 use super::umem::Chunks;
-use crate::burst::{Burst, PLAIN_BYTES};
-use crate::copy::copy;
-use crate::isa::for_this_cpu;
-use crate::memory::Segment;
-use crate::offload::Parcel;
+use crate::burst::{Buffers, Burst};
+use crate::memory::{HEAD_BYTES, Kept};
+use crate::offload::OutFrame;
+use crate::port::deliver::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
+use crate::port::max_l2_bytes;
+use crate::wire::Offloads;
 use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
 
 /// Completions taken at a time.
@@ -28,13 +31,6 @@ const MAX_TX_SKB_BUDGET: libc::c_int = 9;
 
 /// Descriptors that one call sends in copy mode, unless the kernel can be told otherwise.
 const KERNEL_BATCH: u32 = 32;
-
-/// Where a frame goes.
-#[derive(Debug)]
-struct Room(Vec<Segment>);
-
-// SAFETY: the segments are used only within one call of `put`.
-unsafe impl Send for Room {}
 
 /// How an attempt to have frames sent ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +46,7 @@ pub(crate) enum Sent {
 /// Gives frames to the kernel.
 #[derive(Debug)]
 pub(crate) struct Transmitter {
-    ring: TxQueue,
+    ring: TxRing,
     completions: CompQueue,
     umem: Umem,
     chunks: Chunks,
@@ -62,7 +58,7 @@ pub(crate) struct Transmitter {
     /// Filled and not submitted yet.
     batch: Vec<FrameDesc>,
     /// The chunks of one frame.
-    room: Room,
+    room: Kept<Buffers>,
     /// The driver sends from the ring by itself, once woken.
     is_zero_copy: bool,
     /// The last attempt to send failed.
@@ -71,7 +67,7 @@ pub(crate) struct Transmitter {
 
 impl Transmitter {
     pub(super) fn new(
-        ring: TxQueue,
+        ring: TxRing,
         completions: CompQueue,
         (umem, chunks, room_bytes): (Umem, Chunks, u32),
         free: Vec<FrameDesc>,
@@ -88,7 +84,7 @@ impl Transmitter {
             room_bytes,
             size,
             batch: Vec::with_capacity(free.len()),
-            room: Room(Vec::with_capacity(free.len())),
+            room: Kept::new(free.len()),
             free,
             is_zero_copy,
             is_failing: false,
@@ -101,87 +97,14 @@ impl Transmitter {
         !self.is_failing || self.send() != Sent::Failed
     }
 
-    /// Whether `count` frames of up to `l2_bytes` had better wait for more free chunks, which there
-    /// will be.
-    pub(crate) fn should_wait_for(&self, count: u32, l2_bytes: u32) -> bool {
-        let needed = u64::from(count) * u64::from(self.chunks_of(l2_bytes));
-        needed > self.free.len() as u64 && needed <= u64::from(self.size / 2)
-    }
-
-    /// Copies the frames of `mask` into free chunks, in order, for as long as they are of the common
-    /// kind: plain ones of at most `max_bytes` L2 bytes that one chunk holds. Returns those that were
-    /// and their L2 bytes; the others are left to [`Transmitter::put`].
-    pub(crate) fn put_plain(&mut self, burst: &Burst, mask: u64, max_bytes: u32) -> (u64, u64) {
-        put_plain(self, burst, mask, max_bytes)
-    }
-
-    #[inline(always)]
-    fn put_plain_frames(&mut self, burst: &Burst, mask: u64, max_bytes: u32) -> (u64, u64) {
-        // In order: up to the first that is not plain.
-        let odd = mask & !burst.plain();
-        let plain = mask & (odd & odd.wrapping_neg()).wrapping_sub(1);
-        let limit = max_bytes.min(self.room_bytes);
-        let (mut left, mut bytes) = (plain, 0);
-        while left != 0 {
-            let (frame, snapshot) = burst.plain_at(left.trailing_zeros() as usize);
-            let l2_bytes = frame.len - HEADER_BYTES;
-            if l2_bytes > limit {
-                break;
-            }
-            let Some(desc) = self.free.pop() else { break };
-            let (to, head) = (self.chunks.room(&desc), PLAIN_BYTES as usize - HEADER_LEN);
-            // SAFETY: the snapshot holds these bytes behind the header, the chunk is free, hence
-            // ours, and has room for the whole frame, which is no shorter.
-            unsafe { to.copy_from_nonoverlapping(snapshot.wrapping_add(HEADER_LEN), head) };
-            let from = frame.ptr.wrapping_add(PLAIN_BYTES as usize);
-            let rest = (frame.len - PLAIN_BYTES) as usize;
-            // SAFETY: the frame's buffer holds all of it, and the chunk has room for it; UMEM is
-            // nobody's memory but the kernel's and ours.
-            unsafe { copy(to.wrapping_add(head), from, rest) };
-            self.add(desc, l2_bytes, false);
-            bytes += u64::from(l2_bytes);
-            left &= left - 1;
-        }
-        (plain & !left, bytes)
-    }
-
-    /// Copies a frame into free chunks, to be sent by [`Transmitter::submit`]; false if there are not
-    /// enough.
-    pub(crate) fn put(&mut self, parcel: &mut Parcel<'_, '_>) -> bool {
-        let l2_bytes = parcel.l2_bytes();
-        let Some(kept) = self
-            .free
-            .len()
-            .checked_sub(self.chunks_of(l2_bytes) as usize)
-        else {
-            return false;
-        };
-        self.room.0.clear();
-        let mut left = l2_bytes;
-        while let Some(desc) = (self.free.len() > kept).then(|| self.free.pop()).flatten() {
-            let bytes = left.min(self.room_bytes);
-            left -= bytes;
-            // Of a chunk that is free, hence ours, and of the UMEM, which is nobody's memory but the
-            // kernel's and ours.
-            self.room.0.push(Segment {
-                ptr: self.chunks.room(&desc),
-                len: bytes,
-            });
-            self.add(desc, bytes, left > 0);
-        }
-        // The wire has no virtio-net header.
-        parcel.write_to(HEADER_BYTES, 1, &self.room.0);
-        true
-    }
-
     /// Adds a chunk with so many bytes of a frame to those to be submitted.
     #[inline]
-    fn add(&mut self, mut desc: FrameDesc, bytes: u32, is_continued: bool) {
-        desc.set_options(if is_continued { CONTINUED } else { 0 });
+    fn add(umem: &Umem, batch: &mut Vec<FrameDesc>, mut desc: FrameDesc, bytes: u32, more: bool) {
+        desc.set_options(if more { CONTINUED } else { 0 });
         // SAFETY: the chunk is ours. The view is used for the length alone.
-        let mut view = unsafe { self.umem.data_mut(&mut desc) };
+        let mut view = unsafe { umem.data_mut(&mut desc) };
         view.cursor().set_pos(bytes as usize);
-        self.batch.push(desc);
+        batch.push(desc);
     }
 
     /// Chunks that a frame takes.
@@ -263,11 +186,120 @@ impl Transmitter {
     }
 }
 
-for_this_cpu! {
-    fn put_plain(
-        transmitter: &mut Transmitter,
-        burst: &Burst,
-        mask: u64,
-        max_bytes: u32,
-    ) -> (u64, u64) = Transmitter::put_plain_frames;
+impl AfXdpPort {
+    /// Delivers frames to one of its queues, with one call to the kernel.
+    pub(crate) fn deliver(&self, job: &Job<'_, '_>, tools: &mut Tools) -> Outcome {
+        let pair = self.transmit_queue(job.source_queue, job.owned);
+        let queue = self.queue(pair);
+        let Some(mut transmitter) = tools.lock(&queue.tx, || queue.try_transmitter()) else {
+            return tools.refuse_all(job);
+        };
+        if !transmitter.begin() {
+            return tools.drop_all(job, DropReason::HostError);
+        }
+        let mut tx = NicTx {
+            max_bytes: max_l2_bytes(Some(self.mtu())),
+            transmitter: &mut transmitter,
+        };
+        let mut outcome = deliver(&mut tx, job, &mut tools.gso, &mut tools.account);
+        // Also if nothing was put: what fills the ring may be what the kernel had no room for.
+        if transmitter.submit() == Sent::Later {
+            outcome.unsent = Some(pair);
+        }
+        queue.tx.count_owned(&outcome, &tools.account);
+        outcome
+    }
+
+    /// Has the kernel send what it had no room for before; true if some is left.
+    pub(crate) fn send_again(&self, pair: u16) -> bool {
+        pair < self.pairs()
+            && self
+                .queue(pair)
+                .try_transmitter()
+                .is_none_or(|mut transmitter| transmitter.send() == Sent::Later)
+    }
+}
+
+/// The transmit ring of a queue. The wire has no virtio-net header to leave anything undone in.
+struct NicTx<'a> {
+    transmitter: &'a mut Transmitter,
+    max_bytes: u32,
+}
+
+impl TxQueue for NicTx<'_> {
+    fn limits(&self) -> Limits {
+        Limits {
+            offloads: Offloads::NONE,
+            max_bytes: self.max_bytes,
+        }
+    }
+
+    /// Copies frames into a free chunk each.
+    #[inline(always)]
+    fn put_plain(&mut self, burst: &Burst<'_>, frames: FrameSet) -> (FrameSet, u64) {
+        let plain = frames.leading(burst.plain());
+        let Transmitter {
+            umem,
+            chunks,
+            room_bytes,
+            free,
+            batch,
+            ..
+        } = self.transmitter;
+        let limit = self.max_bytes.min(*room_bytes);
+        let (mut left, mut bytes) = (plain, 0);
+        while let Some(index) = left.first() {
+            let (head, frame) = burst.plain_at(index);
+            let l2_bytes = frame.len() - HEADER_BYTES;
+            if l2_bytes > limit {
+                break;
+            }
+            let Some(desc) = free.pop() else { break };
+            let to = chunks.room(&desc, l2_bytes);
+            let head = &head[HEADER_LEN..];
+            to.write(head);
+            to.skip(HEAD_BYTES - HEADER_BYTES)
+                .copy_from(frame.skip(HEAD_BYTES));
+            Transmitter::add(umem, batch, desc, l2_bytes, false);
+            bytes += u64::from(l2_bytes);
+            left = left.without_first();
+        }
+        (plain - left, bytes)
+    }
+
+    fn should_wait_for(&mut self, count: u32, total_bytes: u32) -> Result<bool, Refusal> {
+        let transmitter = &self.transmitter;
+        let chunks = transmitter.chunks_of(total_bytes - HEADER_BYTES);
+        let needed = u64::from(count) * u64::from(chunks);
+        let free = transmitter.free.len() as u64;
+        Ok(needed > free && needed <= u64::from(transmitter.size / 2))
+    }
+
+    /// Copies a frame into as many free chunks as it takes.
+    fn put(&mut self, frame: &mut OutFrame<'_>) -> Result<(), Refusal> {
+        let l2_bytes = frame.l2_bytes();
+        let needed = self.transmitter.chunks_of(l2_bytes) as usize;
+        let Transmitter {
+            umem,
+            chunks,
+            room_bytes,
+            free,
+            batch,
+            room,
+            ..
+        } = self.transmitter;
+        let Some(kept) = free.len().checked_sub(needed) else {
+            return Err(Refusal::Full);
+        };
+        let mut room = room.list();
+        let mut left = l2_bytes;
+        for desc in free.drain(kept..).rev() {
+            let bytes = left.min(*room_bytes);
+            left -= bytes;
+            room.push(chunks.room(&desc, bytes));
+            Transmitter::add(umem, batch, desc, bytes, left > 0);
+        }
+        frame.write_to(HEADER_BYTES, 1, &room);
+        Ok(())
+    }
 }

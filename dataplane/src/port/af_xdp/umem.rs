@@ -17,7 +17,7 @@ use xsk_rs::config::{FrameSize, QueueSize, UmemConfig};
 use xsk_rs::umem::Umem;
 use xsk_rs::umem::frame::FrameDesc;
 
-use crate::memory::Segment;
+use crate::memory::GuestSlice;
 use crate::wire::net_header::HEADER_BYTES;
 
 /// Bytes that the kernel keeps free in front of a frame (XDP_PACKET_HEADROOM).
@@ -130,35 +130,58 @@ impl SharedMemory {
 }
 
 impl Chunks {
-    /// The bytes of a descriptor that the kernel gave, if they lie in one chunk.
+    /// The frame, or part of one, in a chunk that the kernel gave, if it lies in one chunk.
     #[inline]
-    pub(super) fn received(&self, desc: &FrameDesc) -> Option<Segment> {
+    pub(super) fn received(&self, desc: &FrameDesc) -> Option<GuestSlice<'_>> {
         let (at, len) = (desc.addr(), desc.lengths().data());
-        let in_chunk = at & (self.chunk_bytes - 1);
-        let fits = at < self.total_bytes && len <= self.chunk_bytes - in_chunk;
-        fits.then(|| Segment {
-            ptr: self.base.wrapping_add(at),
-            #[expect(clippy::cast_possible_truncation, reason = "no more than a chunk")]
-            len: len as u32,
-        })
+        self.slice(at, len)
+    }
+
+    /// The same with `lead` bytes in front of it, if there is room for them.
+    #[inline]
+    pub(super) fn received_from(&self, desc: &FrameDesc, lead: usize) -> Option<GuestSlice<'_>> {
+        let (at, len) = (desc.addr(), desc.lengths().data());
+        let fits = at & (self.chunk_bytes - 1) >= lead;
+        fits.then(|| self.slice(at - lead, len + lead)).flatten()
     }
 
     /// So many bytes in front of a frame, if there is room for them.
     #[inline]
-    pub(super) fn front(&self, desc: &FrameDesc, bytes: usize) -> Option<Segment> {
-        let frame = self.received(desc)?;
-        let fits = desc.addr() & (self.chunk_bytes - 1) >= bytes;
-        fits.then(|| Segment {
-            ptr: frame.ptr.wrapping_sub(bytes),
-            #[expect(clippy::cast_possible_truncation, reason = "less than a chunk")]
-            len: bytes as u32,
-        })
+    pub(super) fn front(&self, desc: &FrameDesc, bytes: usize) -> Option<GuestSlice<'_>> {
+        let at = desc.addr();
+        let fits = at & (self.chunk_bytes - 1) >= bytes;
+        fits.then(|| self.slice(at - bytes, bytes)).flatten()
     }
 
-    /// Where the frame's bytes of a free chunk begin.
+    /// So many of the bytes for a frame in a free chunk, or as many as it has.
     #[inline]
-    pub(super) fn room(&self, desc: &FrameDesc) -> *mut u8 {
-        self.base.wrapping_add(desc.addr())
+    pub(super) fn room(&self, desc: &FrameDesc, bytes: u32) -> GuestSlice<'_> {
+        let at = desc.addr();
+        let room = self.chunk_bytes - (at & (self.chunk_bytes - 1));
+        let room = self.slice(at, room.min(bytes as usize));
+        room.unwrap_or(GuestSlice::EMPTY)
+    }
+
+    /// The bytes of what is [received](Self::received), for as long as its chunk is not given back.
+    #[inline]
+    pub(super) fn bytes(&self, desc: &FrameDesc) -> Option<&[u8]> {
+        let piece = self.received(desc).filter(|piece| piece.len() > 0)?;
+        // SAFETY: the bytes are in the UMEM, and neither the kernel nor the worker writes to them
+        // before the chunk is given back; the worker's headers are in front of them.
+        Some(unsafe { std::slice::from_raw_parts(piece.as_ptr(), piece.len() as usize) })
+    }
+
+    #[inline]
+    fn slice(&self, at: usize, len: usize) -> Option<GuestSlice<'_>> {
+        let in_chunk = at & (self.chunk_bytes - 1);
+        if at >= self.total_bytes || len > self.chunk_bytes - in_chunk {
+            return None;
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "no more than a chunk")]
+        let len = len as u32;
+        // SAFETY: the range lies in one chunk of the UMEM, which is mapped as long as the sockets are
+        // open that these chunks belong to.
+        Some(unsafe { GuestSlice::new(self.base.wrapping_add(at), len) })
     }
 }
 
@@ -232,8 +255,8 @@ mod tests {
         assert!(in_chunk >= HEADER_LEN, "{in_chunk}");
         let frame = chunks.received(desc).unwrap();
         let front = chunks.front(desc, HEADER_LEN).unwrap();
-        assert_eq!(front.len, HEADER_BYTES);
-        assert_eq!(front.ptr, frame.ptr.wrapping_sub(HEADER_LEN));
+        assert_eq!(front.len(), HEADER_BYTES);
+        assert_eq!(front.as_ptr(), frame.as_ptr().wrapping_sub(HEADER_LEN));
         assert!(chunks.front(desc, in_chunk).is_some());
         assert!(
             chunks.front(desc, in_chunk + 1).is_none(),

@@ -2,6 +2,7 @@
 //! and slots and wrap counters are what division makes of that.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -13,10 +14,9 @@ use ringway_guest::features::{
 use ringway_guest::{DriverMemory, PackedArea, PackedDesc};
 
 use super::*;
-use crate::burst::Burst;
-use crate::memory::{Region, RegionHint, RegionSpec};
-use crate::ring::complete_gathered;
-use crate::ring::gather::gather;
+use crate::burst::BurstStorage;
+use crate::memory::{GuestMemory, Pieces, Region, RegionSpec};
+use crate::ring::{complete_gathered, gather};
 use crate::wire::Offloads;
 
 const FEATURES: u64 = VIRTIO_F_VERSION_1
@@ -75,6 +75,7 @@ struct Bench {
     features: u64,
     driver: Arc<DriverMemory>,
     memory: Arc<GuestMemory>,
+    view: Rc<MemoryView>,
     area: PackedArea,
     ring: PackedRing,
     size: u64,
@@ -107,15 +108,7 @@ impl Bench {
         let at = areas(&memory, &area);
         let base = area.place().base;
         // SAFETY: the areas are those of a ring of this size in this memory.
-        let ring = unsafe {
-            PackedRing::new(
-                size,
-                at,
-                base,
-                Features::from_bits_retain(features),
-                Arc::clone(&memory),
-            )
-        };
+        let ring = unsafe { PackedRing::new(size, at, base, Features::from_bits_retain(features)) };
         Self {
             direction,
             features,
@@ -123,6 +116,7 @@ impl Bench {
             tables: driver.alloc(64 * 16 * MAX_BUFFERS as u64, 16).unwrap(),
             slots: vec![PackedDesc::default(); usize::from(size)],
             driver,
+            view: Rc::new(MemoryView::new(Arc::clone(&memory))),
             memory,
             area,
             ring: ring.unwrap(),
@@ -215,20 +209,16 @@ impl Bench {
     }
 
     /// What the device must have found of the first chains.
-    fn assert_found(&self, chain: &Offered, entry: Entry, pieces: &[Segment]) {
+    fn assert_found(&self, chain: &Offered, entry: Entry, pieces: Pieces<'_>) {
         assert_eq!((entry.id, entry.slots), (chain.id, chain.slots));
-        let expected = chain.buffers.iter().map(|(addr, len)| {
-            let mut found = Segment::EMPTY;
-            let mut hint = RegionHint::none();
-            let keep = |segment| {
-                found = segment;
-                true
-            };
-            self.memory.translate(*addr, *len, &mut hint, keep).unwrap();
-            (found.ptr, found.len)
-        });
-        let pieces: Vec<_> = pieces.iter().map(|p| (p.ptr, p.len)).collect();
-        assert_eq!(pieces, expected.collect::<Vec<_>>());
+        let expected = chain
+            .buffers
+            .iter()
+            .map(|(addr, len)| (host(&self.memory, *addr, *len), *len));
+        let mut pieces = pieces;
+        let found = std::iter::from_fn(|| Some(pieces.take(u32::MAX)).filter(|p| p.len() > 0));
+        let found: Vec<_> = found.map(|p| (p.as_ptr(), p.len())).collect();
+        assert_eq!(found, expected.collect::<Vec<_>>());
     }
 
     fn consume(&mut self, max: usize, given_back: usize, written: u32, event: Event) {
@@ -257,12 +247,14 @@ impl Bench {
     }
 
     fn transmit(&mut self, max: usize, count: usize, kept: usize) {
-        let mut burst = Burst::new();
-        gather(&mut self.ring, max, &mut burst).unwrap();
+        let view = Rc::clone(&self.view);
+        let mut storage = BurstStorage::new();
+        let mut burst = storage.begin();
+        gather(&mut self.ring, max, &view, &mut burst).unwrap();
         let frames = burst.frames();
         assert_eq!(frames.len(), count);
         for (index, chain) in (0..frames.len()).zip(&self.pending) {
-            self.assert_found(chain, frames[index].entry, &burst.pieces(index));
+            self.assert_found(chain, frames[index].entry, burst.pieces(index));
         }
         burst.take_snapshots(12, Offloads::ALL);
         let (done, again) = burst.frames().split_at(kept);
@@ -293,19 +285,22 @@ impl Bench {
     fn receive(&mut self, count: usize, kept: usize, written: u32) {
         let mut place = self.ring.place();
         let mut entries = Vec::new();
-        let mut singles = vec![Single::EMPTY; count + 1];
-        let ready = self.ring.singles(self.direction, &mut singles);
+        let view = Rc::clone(&self.view);
+        let next = self.ring.direct(view.hint(), self.direction);
+        let direct: Vec<_> = std::iter::from_fn(next).take(count + 1).collect();
+        let ready = direct.len();
         for (index, chain) in self.pending.iter().take(count).enumerate() {
             let mut pieces = Vec::new();
-            let found = self.ring.chain(place, 64, self.direction, |piece| {
+            let keep = |piece| {
                 pieces.push(piece);
                 true
-            });
+            };
+            let found = self.ring.chain(place, 64, self.direction, &view, keep);
             let (entry, bytes) = found.unwrap().unwrap();
-            self.assert_found(chain, entry, &pieces);
+            self.assert_found(chain, entry, Pieces::new(&pieces));
             assert_eq!(bytes, chain.buffers.iter().map(|b| b.1).sum::<u32>());
             if index < ready {
-                assert_eq!(singles[index].entry, entry);
+                assert_eq!(direct[index].entry, entry);
                 assert!(!chain.indirect && chain.slots == 1);
             }
             place = self.ring.after(place, entry.slots);
@@ -313,7 +308,7 @@ impl Bench {
         }
         if count == self.pending.len() && self.offered < self.used + self.size {
             assert!(ready <= count);
-            let none = self.ring.chain(place, 64, self.direction, |_| true);
+            let none = self.ring.chain(place, 64, self.direction, &view, |_| true);
             assert_eq!(none, Ok(None));
         }
         let first = self.slot(self.used);
@@ -368,17 +363,9 @@ impl Bench {
         let base = self.ring.base();
         let base = if whole { base } else { base & 0xffff };
         let (size, at) = (self.ring.size(), areas(&self.memory, &self.area));
-        let memory = Arc::clone(&self.memory);
         // SAFETY: the areas are those of a ring of this size in this memory.
-        let ring = unsafe {
-            PackedRing::new(
-                size,
-                at,
-                base,
-                Features::from_bits_retain(self.features),
-                memory,
-            )
-        };
+        let ring =
+            unsafe { PackedRing::new(size, at, base, Features::from_bits_retain(self.features)) };
         self.ring = ring.unwrap();
         self.called = false;
         self.assert_memory();
@@ -399,18 +386,22 @@ impl Bench {
     }
 }
 
-fn areas(memory: &GuestMemory, area: &PackedArea) -> Areas {
-    let place = area.place();
-    let host = |addr, len| {
-        let mut ptr = std::ptr::null_mut();
-        let mut hint = RegionHint::none();
-        let keep = |segment: Segment| {
-            ptr = segment.ptr;
-            true
-        };
-        memory.translate(addr, len, &mut hint, keep).unwrap();
-        ptr
+/// Where a range begins that lies in one region.
+fn host(memory: &Arc<GuestMemory>, addr: u64, len: u32) -> *mut u8 {
+    let mut ptr = std::ptr::null_mut();
+    let keep = |slice: GuestSlice<'_>| {
+        ptr = slice.as_ptr();
+        slice.len() == len
     };
+    MemoryView::new(Arc::clone(memory))
+        .translate(addr, len, keep)
+        .unwrap();
+    ptr
+}
+
+fn areas(memory: &Arc<GuestMemory>, area: &PackedArea) -> Areas {
+    let place = area.place();
+    let host = |addr, len| host(memory, addr, len);
     Areas {
         desc: host(place.desc, 16 * u32::from(place.size)),
         driver: host(place.driver, 4),
@@ -483,8 +474,10 @@ fn used_descriptors_are_hidden_until_the_burst_is_published() {
             id,
         });
     }
-    let mut burst = Burst::new();
-    gather(&mut bench.ring, 32, &mut burst).unwrap();
+    let view = MemoryView::new(Arc::clone(&bench.memory));
+    let mut storage = BurstStorage::new();
+    let mut burst = storage.begin();
+    gather(&mut bench.ring, 32, &view, &mut burst).unwrap();
     bench
         .ring
         .complete_all(burst.frames(), Direction::FromGuest);
@@ -500,9 +493,9 @@ fn used_descriptors_are_hidden_until_the_burst_is_published() {
 fn a_base_without_a_used_half_means_that_all_was_used() {
     let bench = Bench::new(8, Direction::FromGuest, FEATURES);
     let start = |base| {
-        let (at, memory) = (areas(&bench.memory, &bench.area), Arc::clone(&bench.memory));
+        let at = areas(&bench.memory, &bench.area);
         // SAFETY: the areas are those of a ring of this size in this memory.
-        unsafe { PackedRing::new(8, at, base, Features::from_bits_retain(FEATURES), memory) }
+        unsafe { PackedRing::new(8, at, base, Features::from_bits_retain(FEATURES)) }
             .map(|ring| ring.base())
     };
     assert_eq!(start(0x0000_8000), Some(0x8000_8000));

@@ -1,8 +1,10 @@
 //! A turn of a queue of an AF_XDP port.
 
+use super::poll::count_taken;
 use super::{Polled, Worker};
 use crate::port::{AfXdpPort, Merged, Port};
 use crate::wire::Offloads;
+use crate::wire::net_header::HEADER_BYTES;
 
 impl Worker {
     pub(super) fn poll_af_xdp(
@@ -17,17 +19,20 @@ impl Worker {
             queue.rx.contended.add_owned(1);
             return Polled::Waiting(0);
         };
-        self.burst.clear();
-        let now = self.now().tick;
+        let now = self.now();
+        let mut burst = self.burst.begin();
         let forwarder = &self.forwarder;
-        let takes = |frame: &[u8]| forwarder.takes(port, frame, now);
-        receiver.gather(limit, &mut self.burst, takes);
-        let count = self.burst.len();
+        let takes = |frame: &[u8]| forwarder.takes(port, frame, now.tick);
+        receiver.gather(limit, &mut burst, takes);
+        let count = burst.len();
         if count == 0 {
             return Polled::Empty;
         }
         // The headers are the receiver's own.
-        let taken = self.forward_gathered(port, pair, Offloads::ALL, &queue.rx);
+        burst.take_snapshots(HEADER_BYTES, Offloads::ALL);
+        let pairs = &self.handle.pairs;
+        let taken = count - self.forwarder.forward(port, pair, &burst, pairs, now);
+        count_taken(&burst, taken, &queue.rx);
         let merged = receiver.give_back(taken);
         if merged != Merged::default() {
             queue.rx.frames.add_owned(merged.frames);

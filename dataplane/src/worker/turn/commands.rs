@@ -6,9 +6,9 @@ use ringway_bridge::PortId;
 use tracing::debug;
 
 use super::{Source, Worker};
-use crate::memory::{Segment, breaks};
+use crate::burst::{Entry, Frame};
+use crate::memory::{GuestSlice, breaks};
 use crate::port::Port;
-use crate::ring::Entry;
 use crate::wake::{Request, Token};
 use crate::wire::Offloads;
 use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
@@ -126,26 +126,15 @@ impl Worker {
         };
         let mut bytes = vec![0; HEADER_LEN];
         bytes.extend_from_slice(frame);
-        let Ok(len) = u32::try_from(bytes.len()) else {
-            return;
-        };
-        self.burst.clear();
-        if let Some(mark) = self.burst.begin() {
-            self.burst.push(
-                mark,
-                Segment {
-                    ptr: bytes.as_mut_ptr(),
-                    len,
-                },
-            );
-            self.burst.add(mark, Entry::single(0), len);
-        }
-        self.burst.take_snapshots(HEADER_BYTES, Offloads::NONE);
+        let frame_with_header = Frame::direct(GuestSlice::of(&mut bytes), Entry::single(0));
         let now = self.now();
+        let mut burst = self.burst.begin();
+        burst.extend(1, || Some(frame_with_header));
+        burst.take_snapshots(HEADER_BYTES, Offloads::NONE);
         // It has no ring to wait in.
         let patience_ns = std::mem::replace(&mut self.forwarder.patience_ns, 0);
         self.forwarder
-            .forward(&port, 0, &mut self.burst, &self.handle.pairs, now);
+            .forward(&port, 0, &burst, &self.handle.pairs, now);
         self.forwarder.patience_ns = patience_ns;
         let counters = &port.base().injected;
         counters.frames.add(1);

@@ -4,8 +4,8 @@ use ringway_bridge::DropReason;
 use tracing::warn;
 
 use super::{Polled, Worker};
+use crate::burst::Burst;
 use crate::port::{Port, QueueCounters, TapPort, TapReader, VhostPort};
-use crate::wire::Offloads;
 use crate::wire::net_header::HEADER_BYTES;
 use crate::worker::allowance::Allowance;
 
@@ -39,26 +39,25 @@ impl Worker {
         let queue = guest.transmit_queue(pair);
         let Some(mut state) = queue.try_lock() else {
             queue.counters.contended.add_owned(1);
-            self.forwarder.contended += 1;
+            *self.forwarder.contended() += 1;
             return Polled::Waiting(0);
         };
         let Some(started) = &mut state.started else {
             return Polled::Stopped;
         };
-        self.burst.clear();
+        let now = self.now();
+        let (memory, ring) = started.ring.parts();
+        let mut burst = self.burst.begin();
         let limit = limit.min(allowance.frames());
-        let gathered = started.ring.gather(limit, &mut self.burst);
-        let count = self.burst.len();
+        let gathered = ring.gather(limit, memory, &mut burst);
+        let count = burst.len();
         if count == 0 && gathered.is_ok() {
             return Polled::Empty;
         }
-        self.burst
-            .take_snapshots(started.ring.header_bytes(), started.offloads);
+        burst.take_snapshots(ring.header_bytes(), started.offloads);
         let given_back = if started.enabled {
-            let now = self.now();
             let pairs = &self.handle.pairs;
-            self.forwarder
-                .forward(port, pair, &mut self.burst, pairs, now)
+            self.forwarder.forward(port, pair, &burst, pairs, now)
         } else {
             guest
                 .base
@@ -67,9 +66,9 @@ impl Worker {
             0
         };
         let taken = count - given_back;
-        let (done, again) = self.burst.frames().split_at(taken);
-        let bytes = started.ring.complete_gathered(done);
-        started.ring.give_back(again);
+        let (done, again) = burst.frames().split_at(taken);
+        let bytes = ring.complete_gathered(done);
+        ring.give_back(again);
         queue.counters.frames.add_owned(taken as u64);
         queue.counters.bytes.add_owned(bytes);
         allowance.note(taken, bytes);
@@ -90,40 +89,29 @@ impl Worker {
         pair: u16,
         reader: &mut TapReader,
     ) -> Polled {
-        self.burst.clear();
-        if let Err(error) = reader.gather(tap.fd(pair), &mut self.burst) {
+        let now = self.now();
+        let mut burst = self.burst.begin();
+        if let Err(error) = reader.gather(tap.fd(pair), &mut burst) {
             warn!(port = %tap.base.name, queue = pair, "tap queue failed: {error}");
             return Polled::Stopped;
         }
-        let count = self.burst.len();
+        let count = burst.len();
         if count == 0 {
             return Polled::Empty;
         }
         let counters = tap.queue_counters(pair).0;
-        let taken = self.forward_gathered(port, pair, tap.offloads(), counters);
-        reader.give_back(count - taken);
-        Polled::of(taken, count)
-    }
-
-    /// Forwards the burst that was gathered from a queue of the host, whose frames may ask for
-    /// `allowed`, and counts it. Returns how many were taken; those behind wait.
-    pub(super) fn forward_gathered(
-        &mut self,
-        port: &Port,
-        pair: u16,
-        allowed: Offloads,
-        counters: &QueueCounters,
-    ) -> usize {
-        self.burst.take_snapshots(HEADER_BYTES, allowed);
-        let now = self.now();
+        burst.take_snapshots(HEADER_BYTES, tap.offloads());
         let pairs = &self.handle.pairs;
-        let given_back = self
-            .forwarder
-            .forward(port, pair, &mut self.burst, pairs, now);
-        let taken = self.burst.len() - given_back;
-        let bytes = (0..taken).map(|i| u64::from(self.burst.l2_bytes(i))).sum();
-        counters.frames.add_owned(taken as u64);
-        counters.bytes.add_owned(bytes);
-        taken
+        let given_back = self.forwarder.forward(port, pair, &burst, pairs, now);
+        count_taken(&burst, count - given_back, counters);
+        reader.give_back(given_back);
+        Polled::of(count - given_back, count)
     }
+}
+
+/// Counts the first `taken` frames of a burst from a queue of the host.
+pub(super) fn count_taken(burst: &Burst<'_>, taken: usize, counters: &QueueCounters) {
+    let bytes = (0..taken).map(|i| u64::from(burst.l2_bytes(i))).sum();
+    counters.frames.add_owned(taken as u64);
+    counters.bytes.add_owned(bytes);
 }

@@ -1,12 +1,13 @@
-//! Copies between guest memory and private memory.
+//! Copies between memories that others may write at the same time.
 //!
 //! Both sides are raw pointers: the guest may write its buffer while it is read, so what arrives is
-//! any mix of old and new bytes, and no reference to it ever exists.
+//! any mix of old and new bytes, and no reference to it ever exists. Each routine reads before it
+//! writes or moves bytes in order, so ranges that overlap are no more than such a mix, too.
 
 /// Copies `len` bytes, inline for the sizes of headers and small frames.
 ///
 /// # Safety
-/// `src` is valid for reading and `dst` for writing `len` bytes, and the ranges do not overlap.
+/// `src` is valid for reading and `dst` for writing `len` bytes.
 #[inline(always)]
 pub(crate) unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
     match len {
@@ -17,7 +18,7 @@ pub(crate) unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
         // SAFETY: the caller vouches for the ranges.
         4096.. => unsafe { move_string(dst, src, len) },
         // SAFETY: the caller vouches for the ranges.
-        _ => unsafe { dst.copy_from_nonoverlapping(src, len) },
+        _ => unsafe { dst.copy_from(src, len) },
     }
 }
 
@@ -42,7 +43,7 @@ unsafe fn move_string(dst: *mut u8, src: *const u8, len: usize) {
     #[cfg(not(target_arch = "x86_64"))]
     // SAFETY: the caller vouches for the ranges.
     unsafe {
-        dst.copy_from_nonoverlapping(src, len);
+        dst.copy_from(src, len);
     };
 }
 
@@ -54,10 +55,10 @@ unsafe fn move_string(dst: *mut u8, src: *const u8, len: usize) {
 unsafe fn ends<const N: usize>(dst: *mut u8, src: *const u8, len: usize) {
     let tail = len.wrapping_sub(N);
     // SAFETY: the first N of `len` bytes lie in both ranges.
-    unsafe { dst.copy_from_nonoverlapping(src, N) };
+    unsafe { dst.copy_from(src, N) };
     let (dst, src) = (dst.wrapping_add(tail), src.wrapping_add(tail));
     // SAFETY: the last N of `len` bytes lie in both ranges.
-    unsafe { dst.copy_from_nonoverlapping(src, N) };
+    unsafe { dst.copy_from(src, N) };
 }
 
 #[cfg(test)]
@@ -67,7 +68,7 @@ mod tests {
         let source: Vec<u8> = (0..=255).cycle().take(5000).collect();
         for len in (0..300).chain([511, 512, 1372, 4096]) {
             let mut target = vec![0xee; 5002];
-            // SAFETY: 4,096 bytes from index 1 lie within both vectors, which are distinct.
+            // SAFETY: 4,096 bytes from index 1 lie within both vectors.
             unsafe { super::copy(target.as_mut_ptr().wrapping_add(1), source.as_ptr(), len) };
             assert_eq!(&target[1..=len], &source[..len]);
             assert_eq!(target[0], 0xee);

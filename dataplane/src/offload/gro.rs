@@ -1,4 +1,4 @@
-//! Trains: TCP segments that follow one another, joined into one frame to be segmented again.
+//! GroFrames: TCP segments that follow one another, joined into one frame to be segmented again.
 //!
 //! ```text
 //!   segments  | headers | payload 1 | | headers | payload 2 | | headers | payload 3 |
@@ -7,7 +7,7 @@
 //! ```
 //! What a receiver that takes such frames makes of them is what it would have made of the segments:
 //! all that they have in their headers is the same in all, or can be told from the first: that is
-//! what [`Train::takes`] looks for, in the manner of GRO. The rest is left as it came.
+//! what [`GroFrame::takes`] looks for, in the manner of GRO. The rest is left as it came.
 
 use ringway_bridge::{Headers, L4Protocol};
 
@@ -25,7 +25,7 @@ const MAX_PACKET_BYTES: u32 = 65_535;
 
 /// A segment, and those behind it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Train<'a> {
+pub(crate) struct GroFrame<'a> {
     /// The first segment's frame, its headers at least.
     frame: &'a [u8],
     headers: Headers,
@@ -39,7 +39,7 @@ pub(crate) struct Train<'a> {
     is_over: bool,
 }
 
-impl<'a> Train<'a> {
+impl<'a> GroFrame<'a> {
     /// A train of one frame of `l2_bytes` that begins with `frame`, if others could follow.
     pub(crate) fn begin(frame: &'a [u8], headers: &Headers, l2_bytes: u32) -> Option<Self> {
         if headers.l4_protocol != L4Protocol::Tcp {
@@ -151,7 +151,7 @@ impl<'a> Train<'a> {
         let sum = pseudo_sum(frame, &self.headers, l4_bytes);
         put(frame, checksum_at(L4Protocol::Tcp, l4), sum);
         let offset = |bytes: usize| u16::try_from(bytes).unwrap_or(u16::MAX);
-        net_header::ask_for_tcp_segmentation(
+        net_header::set_gso_tcp(
             header,
             is_ipv4,
             (offset(end), fitting(self.segment_bytes)),

@@ -1,0 +1,106 @@
+//! Delivery into chains of any shapes against the `virtio-queue` crate.
+
+use proptest::prelude::*;
+use virtio_queue::QueueT;
+
+use super::*;
+use crate::burst::BurstStorage;
+use crate::ring::tests::{
+    BUFFERS, INDIRECT, MERGEABLE, Machine, Source, VERSION_1, bases, chains, places, popped,
+};
+use crate::wire::{Features, Offloads};
+
+proptest! {
+    // Frames of any lengths into chains of any shapes: the crate's chains, filled front to back by
+    // its own writer, give the same memory, so neither tails nor other buffers are touched.
+    #[test]
+    fn frames_are_delivered_as_into_the_chains_that_virtio_queue_pops(
+        chains in chains(1500),
+        places in places(),
+        base in bases(),
+        mergeable in any::<bool>(),
+        legacy in any::<bool>(),
+        frames in prop::collection::vec((14..1600_u32, any::<u8>()), 1..8),
+    ) {
+        let header: u32 = if legacy && !mergeable { 10 } else { 12 };
+        let features = INDIRECT
+            | if legacy { Features::empty() } else { VERSION_1 }
+            | if mergeable { MERGEABLE } else { Features::empty() };
+        let [machine, reference] = [Machine::new(), Machine::new()];
+        for machine in [&machine, &reference] {
+            machine.write(BUFFERS, &vec![0xa5; 200_000]);
+            machine.publish(&chains, &places, base, true);
+        }
+        let mut queue = reference.queue(base);
+        let mut free = popped(&reference, &mut queue).into_iter().peekable();
+        let mut ring = machine.ring(base, features);
+        let view = machine.view();
+        let mut tools = Tools::new();
+        let limits = Limits { offloads: Offloads::NONE, max_bytes: u32::MAX };
+        let mut taken = 0;
+        for (length, fill) in frames {
+            let source = Source::new(length, fill);
+            let (source_view, mut storage) = (source.machine.view(), BurstStorage::new());
+            let burst = source.burst(&mut storage, &source_view);
+            let job = Job {
+                burst: &burst,
+                frames: FrameSet::one(0),
+                no_wait: FrameSet::EMPTY,
+                source_queue: 0,
+                owned: 0,
+            };
+            let (outcome, fault) = deliver_into(&mut ring, &view, limits, &job, &mut tools);
+            prop_assert_eq!(fault, None);
+            let account = std::mem::take(&mut tools.account);
+            let delivered = match account.drops.nonzero().next() {
+                Some((reason, _)) => Err(reason),
+                None if outcome.refused.is_empty() => Ok(()),
+                None => Err(outcome.refusal),
+            };
+            let needed = length + header;
+            let capacity = |chain: &(u16, Vec<(u64, u32)>)| chain.1.iter().map(|b| b.1).sum::<u32>();
+            let mut rooms = free.clone().map(|chain| capacity(&chain));
+            let expected = if mergeable {
+                let all: u32 = rooms.sum();
+                if all >= needed { Ok(()) } else { Err(DropReason::RingFull) }
+            } else {
+                match rooms.next() {
+                    None => Err(DropReason::RingFull),
+                    Some(room) if room < needed => Err(DropReason::BufferTooSmall),
+                    Some(_) => Ok(()),
+                }
+            };
+            prop_assert_eq!(delivered, expected);
+            if delivered.is_err() {
+                continue;
+            }
+            let mut used = Vec::new();
+            let mut left = needed;
+            while left > 0 {
+                let chain = free.next().unwrap();
+                let part = left.min(capacity(&chain));
+                left -= part;
+                used.push((chain, part));
+            }
+            let buffers = u16::try_from(used.len()).unwrap();
+            let mut message = vec![0; 10];
+            if header == 12 {
+                message.extend(buffers.to_le_bytes());
+            }
+            message.extend(&source.frame);
+            let mut rest = message.as_slice();
+            for ((head, pieces), part) in used {
+                for (addr, len) in pieces {
+                    let (now, later) = rest.split_at(rest.len().min(len as usize));
+                    reference.write(addr, now);
+                    rest = later;
+                }
+                queue.add_used(&reference.theirs, head, part).unwrap();
+                taken += 1;
+            }
+        }
+        ring.publish();
+        prop_assert!(machine.image() == reference.image(), "memory differs");
+        prop_assert_eq!(ring.next_avail(), base.wrapping_add(taken));
+    }
+}
