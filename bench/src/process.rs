@@ -140,22 +140,22 @@ pub(crate) struct Output {
 /// It can't start, or is still running after `timeout` (it is killed then).
 pub(crate) fn run(command: &mut Command, timeout: Duration) -> Result<Output, ProcessError> {
     let name = describe(command);
+    let no_file = || ProcessError::system(format!("can't keep what {name} prints"));
     // Files take output of any length without being read meanwhile.
-    let file = || tempfile::tempfile().map_err(ProcessError::system("can't make a file"));
-    let (mut stdout, mut stderr) = (file()?, file()?);
-    let clone = |file: &File| {
-        file.try_clone()
-            .map_err(ProcessError::system("can't use a file"))
+    let mut files = || -> io::Result<(File, File)> {
+        let (stdout, stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
+        command
+            .stdin(Stdio::null())
+            .stdout(stdout.try_clone()?)
+            .stderr(stderr.try_clone()?);
+        Ok((stdout, stderr))
     };
-    command
-        .stdin(Stdio::null())
-        .stdout(clone(&stdout)?)
-        .stderr(clone(&stderr)?);
+    let (stdout, stderr) = files().map_err(no_file())?;
     let mut child = OwnedChild::spawn(command, &name)?;
     let status = child.wait(Instant::now() + timeout)?;
-    let reading = format!("can't read what {name} printed");
-    let contents = |file| contents(file).map_err(ProcessError::system(&*reading));
-    let (stdout, stderr) = (contents(&mut stdout)?, contents(&mut stderr)?);
+    let (stdout, stderr) = contents(stdout)
+        .and_then(|stdout| Ok((stdout, contents(stderr)?)))
+        .map_err(no_file())?;
     match status {
         Some(status) => Ok(Output {
             status,
@@ -432,7 +432,7 @@ pub(crate) fn behind(program: impl AsRef<Path>, words: &[&str], command: &Comman
     wrapped
 }
 
-fn contents(file: &mut File) -> io::Result<String> {
+fn contents(mut file: File) -> io::Result<String> {
     let mut bytes = Vec::new();
     file.rewind()?;
     file.read_to_end(&mut bytes)?;

@@ -6,10 +6,13 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use ringway_control::config::CpuList;
 use ringway_guest::Layout;
+use serde::Serialize;
 
 use super::frame::{MAX_FLOWS, MAX_FRAME, MAX_PLAIN, MIN_FRAME, MIN_STAMPED, Style};
 use super::guest::Shape;
+use super::huge::{HugePages, free_pages, pages_of_load};
 use super::load::LoadConfig;
+use super::switch::SwitchSetup;
 use crate::hint::hinted;
 
 /// IMIX: 7 small, 4 medium, 1 large.
@@ -26,10 +29,10 @@ pub(crate) struct LoadArgs {
         value_delimiter = ',',
         default_value = "64,512,1500"
     )]
-    frames: Vec<FrameSize>,
+    pub(crate) frames: Vec<FrameSize>,
     /// Layout of the guests' rings
     #[arg(long, value_enum, default_value = "split")]
-    layout: LayoutArg,
+    pub(crate) layout: LayoutArg,
     /// Without VIRTIO_NET_F_MRG_RXBUF
     #[arg(long)]
     no_mergeable: bool,
@@ -56,10 +59,10 @@ pub(crate) struct LoadArgs {
     no_huge: bool,
     /// Entries of each ring, a power of two; the default is QEMU's
     #[arg(long, value_name = "N", default_value_t = 256)]
-    queue_size: u16,
+    pub(crate) queue_size: u16,
     /// Queue pairs of each guest
     #[arg(long, value_name = "N", default_value_t = 1)]
-    queues: u16,
+    pub(crate) queues: u16,
     /// UDP flows of each guest
     #[arg(long, value_name = "N", default_value_t = 1)]
     flows: u16,
@@ -71,11 +74,12 @@ pub(crate) struct LoadArgs {
     switch_cpu: Option<usize>,
     /// Compare the bytes of what arrives: all in open loop, else those of 0.2 s after the measurement
     #[arg(long)]
-    verify: bool,
+    pub(crate) verify: bool,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum LayoutArg {
+#[derive(Clone, Copy, Debug, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum LayoutArg {
     Split,
     Packed,
 }
@@ -143,47 +147,29 @@ impl FrameSize {
 }
 
 impl LoadArgs {
-    /// The sizes to measure.
-    pub(crate) fn frames(&self) -> &[FrameSize] {
-        &self.frames
-    }
-
-    /// Queue pairs of each guest.
-    pub(crate) fn queues(&self) -> u16 {
-        self.queues
-    }
-
-    /// As in reports.
-    pub(crate) fn layout_name(&self) -> &'static str {
-        match self.layout {
-            LayoutArg::Split => "split",
-            LayoutArg::Packed => "packed",
-        }
-    }
-
-    /// Entries of each ring.
-    pub(crate) fn queue_size(&self) -> u16 {
-        self.queue_size
-    }
-
-    /// True if hugepages are wanted.
-    pub(crate) fn huge(&self) -> bool {
-        !self.no_huge
-    }
-
     /// True if offloads are wanted.
     pub(crate) fn offloads(&self) -> bool {
         self.checksum || self.tso
     }
 
-    /// True if bytes are to be compared.
-    pub(crate) fn verify(&self) -> bool {
-        self.verify
-    }
-
-    /// True if segmentation offload is wanted for all sizes.
-    pub(crate) fn tso(&self) -> bool {
-        self.tso
+    /// What a switch is started with for frames of this class.
+    pub(crate) fn switch_setup(
+        &self,
+        class: FrameClass,
+        (cpu, other_cpu): (usize, usize),
+        ports: u16,
+        nic: bool,
+    ) -> SwitchSetup {
+        SwitchSetup {
+            cpu,
+            other_cpu,
+            ports,
+            nic,
+            queues: self.queues,
+            class,
+            tso: self.tso || class == FrameClass::Segmented,
+            huge: !self.no_huge,
+        }
     }
 
     /// Fails if frames of this size have no room for a sequence number.
@@ -265,16 +251,27 @@ impl LoadArgs {
         })
     }
 
-    /// Bytes of memory that so many guests need for the largest load.
-    pub(crate) fn memory_bytes(&self, guests: u16) -> Result<u64> {
-        let bytes = |size: &FrameSize| {
+    /// Hugepages for programs that can't do without so many and, as far as there are any, for the
+    /// guests of the largest load; whether the guests have them. Guests alone take what is free.
+    pub(crate) fn huge_pages(
+        &self,
+        programs: u64,
+        guests: u16,
+    ) -> Result<(Option<HugePages>, bool)> {
+        if self.no_huge {
+            return Ok((None, false));
+        }
+        let mut most_bytes = 0;
+        for size in &self.frames {
             let config = self.config(*size, &[], LoadPlace::default())?;
-            Ok(config.memory_bytes(guests))
-        };
-        self.frames
-            .iter()
-            .map(bytes)
-            .try_fold(0, |most, bytes| bytes.map(|bytes: u64| bytes.max(most)))
+            most_bytes = most_bytes.max(config.memory_bytes(guests));
+        }
+        let of_guests = pages_of_load(most_bytes);
+        if programs == 0 {
+            return Ok((None, of_guests.is_some_and(|pages| free_pages() >= pages)));
+        }
+        let pages = HugePages::reserve(programs + of_guests.unwrap_or(0))?;
+        Ok((Some(pages), of_guests.is_some()))
     }
 }
 

@@ -10,11 +10,10 @@ use clap::{Args, ValueEnum};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use serde::Serialize;
 
-use super::args::{FrameClass, FrameSize, LoadArgs, LoadPlace};
-use super::huge::{HugePages, free_pages, pages_of_load};
+use super::args::{FrameSize, LoadArgs, LoadPlace};
 use super::load::{Load, LoadConfig};
 use super::report::{Environment, Limit, Percentiles, Shares};
-use super::switch::{RunningSwitch, SwitchKind, SwitchSetup};
+use super::switch::{RunningSwitch, SwitchKind};
 use crate::interrupt;
 
 /// Unmeasured time at full rate before each measurement.
@@ -76,45 +75,54 @@ pub(crate) struct RunArgs {
 #[derive(Debug, Serialize)]
 #[serde(tag = "mode", rename_all = "snake_case")]
 enum Row {
-    Max {
-        frame: String,
-        frames_per_second: f64,
-        bits_per_second: f64,
-        frames_sent: u64,
-        frames_received: u64,
-        load_busy_share: f64,
-        /// By its own account; null if it has none.
-        switch_busy_share: Option<f64>,
-        load_ns_per_frame: f64,
-        /// Over the best 2 ms.
-        best_frames_per_second: f64,
-        best_load_ns_per_frame: f64,
-        frames_per_turn: f64,
-        /// Share of time that the load was kept off its CPU by others.
-        load_disturbed_share: f64,
-        in_order: bool,
-        limit: Limit,
-    },
-    Rate {
-        frame: String,
-        frames_offered: u64,
-        frames_sent: u64,
-        frames_received: u64,
-        frames_lost: u64,
-        frames_duplicated: u64,
-        frames_reordered: u64,
-        /// So late that they can't be told from duplicates; counted as lost.
-        frames_too_late: u64,
-        frames_foreign: u64,
-        load_busy_share: f64,
-        load_disturbed_share: f64,
-        latency_ns: Percentiles,
-    },
-    Rr {
-        frame: String,
-        transactions_per_second: f64,
-        round_trip_ns: Percentiles,
-    },
+    Max(MaxRow),
+    Rate(RateRow),
+    Rr(RrRow),
+}
+
+#[derive(Debug, Serialize)]
+struct MaxRow {
+    frame: String,
+    frames_per_second: f64,
+    bits_per_second: f64,
+    frames_sent: u64,
+    frames_received: u64,
+    load_busy_share: f64,
+    /// By its own account; null if it has none.
+    switch_busy_share: Option<f64>,
+    load_ns_per_frame: f64,
+    /// Over the best 2 ms.
+    best_frames_per_second: f64,
+    best_load_ns_per_frame: f64,
+    frames_per_turn: f64,
+    /// Share of time that the load was kept off its CPU by others.
+    load_disturbed_share: f64,
+    in_order: bool,
+    limit: Limit,
+}
+
+#[derive(Debug, Serialize)]
+struct RateRow {
+    frame: String,
+    frames_offered: u64,
+    frames_sent: u64,
+    frames_received: u64,
+    frames_lost: u64,
+    frames_duplicated: u64,
+    frames_reordered: u64,
+    /// So late that they can't be told from duplicates; counted as lost.
+    frames_too_late: u64,
+    frames_foreign: u64,
+    load_busy_share: f64,
+    load_disturbed_share: f64,
+    latency_ns: Percentiles,
+}
+
+#[derive(Debug, Serialize)]
+struct RrRow {
+    frame: String,
+    transactions_per_second: f64,
+    round_trip_ns: Percentiles,
 }
 
 /// Runs the load and prints what it measured.
@@ -129,24 +137,20 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
         args.load.check_stamps()?;
     }
     let guests = args.pairs.max(1) * 2;
-    let (_pages, huge) = memory(args, guests)?;
+    let programs = match args.socket_a {
+        Some(_) => 0,
+        None => args.switch.huge_pages(),
+    };
+    let (_pages, huge) = args.load.huge_pages(programs, guests)?;
     let mut switch = None;
     let sockets = match (&args.socket_a, &args.socket_b) {
         (Some(a), Some(b)) => vec![a.clone(), b.clone()],
         _ => {
-            let classes = args.load.frames().iter().map(|frame| frame.class());
+            let classes = args.load.frames.iter().map(|frame| frame.class());
             let class = classes.max().context("no frame size")?;
-            let place = SwitchSetup {
-                cpu: switch_cpu,
-                other_cpu: load_cpu,
-                ports: guests,
-                nic: false,
-                queues: args.load.queues(),
-                class,
-                tso: args.load.tso() || class == FrameClass::Segmented,
-                huge: args.load.huge(),
-            };
-            let started = switch.insert(RunningSwitch::start(args.switch, place)?);
+            let cpus = (switch_cpu, load_cpu);
+            let setup = args.load.switch_setup(class, cpus, guests, false);
+            let started = switch.insert(RunningSwitch::start(args.switch, setup)?);
             started.sockets().to_vec()
         }
     };
@@ -155,7 +159,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
         .map_or(LoadPlace::default(), RunningSwitch::load_place);
     let place = LoadPlace { huge, ..place };
     let mut rows = Vec::new();
-    for size in args.load.frames() {
+    for size in &args.load.frames {
         let config = args.load.config(*size, &sockets, place)?;
         let outcome = measure(args, *size, &config, load_cpu, switch.as_mut());
         // A switch that died tells more than the load that misses it.
@@ -164,7 +168,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
         }
         let row = outcome.with_context(|| format!("frames of {size} bytes"))?;
         if !args.json {
-            print_row(&row);
+            println!("{row}");
         }
         rows.push(row);
     }
@@ -173,9 +177,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
             "environment": Environment::here(),
             "switch": switch.as_ref().map(|switch| switch.kind().name()),
             "switch_version": switch.as_ref().map(RunningSwitch::version),
-            "layout": args.load.layout_name(),
-            "queue_size": args.load.queue_size(),
-            "queues": args.load.queues(),
+            "layout": args.load.layout,
+            "queue_size": args.load.queue_size,
+            "queues": args.load.queues,
             "guests": guests,
             "hugepages": huge,
             "results": rows,
@@ -183,17 +187,6 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
         println!("{report}");
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Hugepages for the guests and for a switch that can't do without; guests alone take what is free.
-fn memory(args: &RunArgs, guests: u16) -> Result<(Option<HugePages>, bool)> {
-    let load = pages_of_load(args.load.memory_bytes(guests)?).filter(|_| args.load.huge());
-    let of_switch = args.switch.huge_pages();
-    if args.socket_a.is_none() && of_switch > 0 && args.load.huge() {
-        let pages = HugePages::reserve(of_switch + load.unwrap_or(0))?;
-        return Ok((Some(pages), load.is_some()));
-    }
-    Ok((None, load.is_some_and(|pages| free_pages() >= pages)))
 }
 
 /// Runs something on a thread of its own that is pinned to a CPU.
@@ -227,11 +220,11 @@ fn measure(
         }
         Mode::Rr => on_cpu(cpu, || {
             let result = Load::connect(config)?.run_echo(duration)?;
-            Ok(Row::Rr {
+            Ok(Row::Rr(RrRow {
                 frame,
                 transactions_per_second: result.transactions as f64 / result.elapsed.as_secs_f64(),
                 round_trip_ns: Percentiles::of(&result.round_trip),
-            })
+            }))
         })?,
     }
 }
@@ -267,7 +260,7 @@ fn max_row(
         load_disturbed: result.disturbed_share(),
         switch_busy: switch_busy_share,
     };
-    Ok(Row::Max {
+    Ok(Row::Max(MaxRow {
         frame,
         frames_per_second: result.pps(),
         bits_per_second: result.bits_per_second(),
@@ -282,14 +275,14 @@ fn max_row(
         frames_per_turn: result.received as f64 / full_turns as f64,
         in_order: load.guests.iter().all(|guest| guest.in_order),
         limit: Limit::of(shares),
-    })
+    }))
 }
 
 fn rate_row(frame: String, config: &LoadConfig, rate: f64, duration: Duration) -> Result<Row> {
     let mut load = Load::connect(config)?;
     load.run_rate(rate, WARM_UP, false)?;
     let result = load.run_rate(rate, duration, config.verify)?;
-    Ok(Row::Rate {
+    Ok(Row::Rate(RateRow {
         frame,
         frames_offered: result.offered,
         frames_sent: result.sent,
@@ -302,65 +295,67 @@ fn rate_row(frame: String, config: &LoadConfig, rate: f64, duration: Duration) -
         load_busy_share: result.busy_share(),
         load_disturbed_share: result.disturbed_share(),
         latency_ns: Percentiles::of(&result.latency),
-    })
+    }))
 }
 
-fn print_row(row: &Row) {
-    match row {
-        Row::Max {
-            frame,
-            frames_per_second,
-            bits_per_second,
-            frames_sent,
-            frames_received,
-            load_busy_share,
-            switch_busy_share,
-            load_ns_per_frame,
-            best_frames_per_second,
-            best_load_ns_per_frame,
-            load_disturbed_share,
-            limit,
-            ..
-        } => println!(
-            "{frame:>5} B  {:8.3} Mpps {:8.2} Gbit/s  lost {:.3} %  best 2 ms {:.3} Mpps; busy: \
-             load {:.0} %{}; {load_ns_per_frame:.1} ns of load per frame (best \
-             {best_load_ns_per_frame:.1}), disturbed {:.0} %: {}",
-            frames_per_second / 1e6,
-            bits_per_second / 1e9,
-            100.0 * frames_sent.saturating_sub(*frames_received) as f64
-                / (*frames_sent).max(1) as f64,
-            best_frames_per_second / 1e6,
-            100.0 * load_busy_share,
-            switch_busy_share.map_or(String::new(), |share| format!(
-                ", switch {:.0} %",
-                100.0 * share
-            )),
-            100.0 * load_disturbed_share,
-            limit.name()
-        ),
-        Row::Rate {
-            frame,
-            frames_offered,
-            frames_sent,
-            frames_lost,
-            frames_duplicated,
-            frames_reordered,
-            frames_foreign,
-            load_busy_share,
-            load_disturbed_share,
-            latency_ns,
-            ..
-        } => println!(
-            "{frame:>5} B  offered {frames_offered} sent {frames_sent} lost {frames_lost} \
-             duplicated {frames_duplicated} reordered {frames_reordered} foreign {frames_foreign}; \
-             {latency_ns}; load busy {:.0} %, disturbed {:.0} %",
-            100.0 * load_busy_share,
-            100.0 * load_disturbed_share,
-        ),
-        Row::Rr {
-            frame,
-            transactions_per_second,
-            round_trip_ns,
-        } => println!("{frame:>5} B  {transactions_per_second:.0} transactions/s; {round_trip_ns}"),
+impl std::fmt::Display for Row {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Max(row) => row.fmt(out),
+            Self::Rate(row) => row.fmt(out),
+            Self::Rr(row) => write!(
+                out,
+                "{:>5} B  {:.0} transactions/s; {}",
+                row.frame, row.transactions_per_second, row.round_trip_ns
+            ),
+        }
+    }
+}
+
+impl std::fmt::Display for MaxRow {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let lost = self.frames_sent.saturating_sub(self.frames_received);
+        let lost_percent = 100.0 * lost as f64 / self.frames_sent.max(1) as f64;
+        write!(
+            out,
+            "{:>5} B  {:8.3} Mpps {:8.2} Gbit/s  lost {lost_percent:.3} %  best 2 ms {:.3} Mpps; \
+             busy: load {:.0} %",
+            self.frame,
+            self.frames_per_second / 1e6,
+            self.bits_per_second / 1e9,
+            self.best_frames_per_second / 1e6,
+            100.0 * self.load_busy_share,
+        )?;
+        if let Some(share) = self.switch_busy_share {
+            write!(out, ", switch {:.0} %", 100.0 * share)?;
+        }
+        write!(
+            out,
+            "; {:.1} ns of load per frame (best {:.1}), disturbed {:.0} %: {}",
+            self.load_ns_per_frame,
+            self.best_load_ns_per_frame,
+            100.0 * self.load_disturbed_share,
+            self.limit.name()
+        )
+    }
+}
+
+impl std::fmt::Display for RateRow {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            out,
+            "{:>5} B  offered {} sent {} lost {} duplicated {} reordered {} foreign {}; {}; load \
+             busy {:.0} %, disturbed {:.0} %",
+            self.frame,
+            self.frames_offered,
+            self.frames_sent,
+            self.frames_lost,
+            self.frames_duplicated,
+            self.frames_reordered,
+            self.frames_foreign,
+            self.latency_ns,
+            100.0 * self.load_busy_share,
+            100.0 * self.load_disturbed_share,
+        )
     }
 }

@@ -17,9 +17,8 @@ use anyhow::{Result, ensure};
 use clap::ValueEnum;
 
 use super::args::{FrameClass, FrameSize};
-use super::huge::{HugePages, free_pages, pages_of_load};
 use super::report::Environment;
-use super::switch::{SwitchKind, SwitchSetup, TESTPMD_HUGE_PAGES};
+use super::switch::{SwitchKind, TESTPMD_HUGE_PAGES};
 use crate::hint::hint_of;
 use crate::interrupt;
 use crate::netns::NetNs;
@@ -56,7 +55,12 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
         NetNs::remove_stale();
     }
     let (kinds, missing) = contenders(args)?;
-    let (_pages, huge) = memory(args, &kinds)?;
+    let of_load = match args.driver {
+        LoadDriver::Synth => 0,
+        LoadDriver::VirtioUser => TESTPMD_HUGE_PAGES,
+    };
+    let programs = kinds.iter().map(|kind| kind.huge_pages()).sum::<u64>() + of_load;
+    let (_pages, huge) = args.load.huge_pages(programs, 2)?;
     let setting = TrialSetting {
         path: FramePath::GuestGuest,
         driver: args.driver,
@@ -71,7 +75,7 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
         println!("{environment}");
     }
     let mut report = Comparison::default();
-    for class in classes(args.load.frames()) {
+    for class in classes(&args.load.frames) {
         for nic in [false, true] {
             measure_class(args, setting, (class, nic), &kinds, &mut report)?;
         }
@@ -81,9 +85,9 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
             "environment": environment,
             "versions": report.versions,
             "load": args.driver.to_possible_value().map(|value| value.get_name().to_owned()),
-            "layout": args.load.layout_name(),
-            "queue_size": args.load.queue_size(),
-            "queues": args.load.queues(),
+            "layout": args.load.layout,
+            "queue_size": args.load.queue_size,
+            "queues": args.load.queues,
             "hugepages": huge,
             "pairs": args.pairs,
             "missing": missing,
@@ -140,25 +144,6 @@ fn contenders(args: &CompareArgs) -> Result<(Vec<SwitchKind>, Vec<&'static str>)
     Ok((kinds, missing))
 }
 
-/// Hugepages for DPDK programs and, where there are any, the guests. All switches are measured with
-/// guests of the same kind.
-fn memory(args: &CompareArgs, kinds: &[SwitchKind]) -> Result<(Option<HugePages>, bool)> {
-    if !args.load.huge() {
-        return Ok((None, false));
-    }
-    let load = pages_of_load(args.load.memory_bytes(2)?);
-    let of_load = match args.driver {
-        LoadDriver::Synth => 0,
-        LoadDriver::VirtioUser => TESTPMD_HUGE_PAGES,
-    };
-    let programs = kinds.iter().map(|kind| kind.huge_pages()).sum::<u64>() + of_load;
-    if programs == 0 {
-        return Ok((None, load.is_some_and(|pages| free_pages() >= pages)));
-    }
-    let pages = HugePages::reserve(programs + load.unwrap_or(0))?;
-    Ok((Some(pages), load.is_some()))
-}
-
 /// The set-ups that these sizes want, each once.
 fn classes(frames: &[FrameSize]) -> Vec<FrameClass> {
     let mut classes: Vec<FrameClass> = frames.iter().map(|frame| frame.class()).collect();
@@ -180,16 +165,10 @@ fn measure_class(
     if paths.is_empty() {
         return Ok(());
     }
-    let setup = SwitchSetup {
-        cpu: setting.switch_cpu,
-        other_cpu: setting.load_cpu,
-        ports: if nic { 1 } else { 2 },
-        nic,
-        queues: args.load.queues(),
-        class,
-        tso: args.load.tso() || class == FrameClass::Segmented,
-        huge: args.load.huge(),
-    };
+    let cpus = (setting.switch_cpu, setting.load_cpu);
+    let setup = args
+        .load
+        .switch_setup(class, cpus, if nic { 1 } else { 2 }, nic);
     let mut contenders = Vec::new();
     for kind in kinds.iter().filter(|kind| !nic || kind.takes_nic()) {
         let contender = Contender::start(*kind, setup, contenders.is_empty())?;
@@ -198,7 +177,7 @@ fn measure_class(
         report.versions.extend(version);
         contenders.push(contender);
     }
-    let frames = args.load.frames().iter();
+    let frames = args.load.frames.iter();
     for frame in frames.filter(|frame| frame.class() == class) {
         for path in &paths {
             let setting = TrialSetting {

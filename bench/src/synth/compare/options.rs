@@ -101,9 +101,9 @@ impl CompareArgs {
 
     /// Fails if something is wanted that there is between guests only.
     pub(super) fn check_nic(&self) -> Result<()> {
-        let frames = self.load.frames().iter();
+        let frames = self.load.frames.iter();
         let longest = frames.flat_map(|frame| frame.sizes()).max();
-        let is_mixed = self.load.frames().contains(&FrameSize::Imix);
+        let is_mixed = self.load.frames.contains(&FrameSize::Imix);
         let refusals = [
             (
                 longest > Some(nic::MAX_FRAME),
@@ -121,12 +121,12 @@ impl CompareArgs {
                 "leave out --checksum and --tso",
             ),
             (
-                self.load.queues() > 1,
+                self.load.queues > 1,
                 "the NIC has one queue",
                 "leave out --queues",
             ),
             (
-                self.latency || self.load.verify(),
+                self.latency || self.load.verify,
                 "latency and bytes are checked between guests only",
                 "leave out --latency and --verify, or paths with a NIC",
             ),
