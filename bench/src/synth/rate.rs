@@ -124,11 +124,102 @@ pub(crate) struct EchoResult {
 
 /// The sending side of a route: one guest's queues in turn.
 #[derive(Clone, Debug, Default)]
-struct Source {
+struct RateSource {
     sent: u64,
     queue: usize,
     /// Frames sent by each queue.
     by_queue: Vec<u64>,
+}
+
+/// A run at an offered rate while it goes on.
+#[derive(Debug)]
+struct RateRun {
+    number: u8,
+    /// Frames per second that each guest offers; infinite if as many as are taken.
+    per_guest: f64,
+    duration: Duration,
+    start: Instant,
+    /// By guest.
+    sources: Vec<RateSource>,
+    /// By receiving guest and sending queue.
+    trackers: Vec<Vec<Tracker>>,
+    foreign: u64,
+    latency: Histogram<u64>,
+}
+
+impl RateRun {
+    fn start(number: u8, rate: f64, duration: Duration, (guests, queues): (usize, usize)) -> Self {
+        let source = RateSource {
+            by_queue: vec![0; queues],
+            ..RateSource::default()
+        };
+        Self {
+            number,
+            per_guest: rate / guests as f64,
+            duration,
+            start: Instant::now(),
+            sources: vec![source; guests],
+            trackers: vec![vec![Tracker::default(); queues]; guests],
+            foreign: 0,
+            latency: histogram(),
+        }
+    }
+
+    /// Frames that each guest should have sent by now; at an endless rate none once the run is over.
+    fn due(&self, now: Duration) -> u64 {
+        if self.per_guest.is_finite() || now < self.duration {
+            whole(now.min(self.duration).as_secs_f64() * self.per_guest)
+        } else {
+            0
+        }
+    }
+
+    /// Notes a frame that arrived at a guest, at this time of the run in nanoseconds. Stragglers of
+    /// an earlier run don't count.
+    fn arrived(&mut self, guest: usize, stamp: Stamp, arrival_ns: u64) {
+        let (queue, of_run, number) = split_sequence(stamp.sequence);
+        if of_run != self.number {
+            return;
+        }
+        let Some(tracker) = self.trackers[guest].get_mut(queue) else {
+            self.foreign += 1;
+            return;
+        };
+        tracker.arrived(number);
+        let took = arrival_ns.saturating_sub(stamp.due_ns);
+        self.latency.saturating_record(took.max(1));
+    }
+
+    /// Whether a guest has not sent yet what is due.
+    fn is_behind(&self, due: u64) -> bool {
+        self.sources.iter().any(|source| source.sent < due)
+    }
+
+    fn sent(&self) -> u64 {
+        self.sources.iter().map(|source| source.sent).sum()
+    }
+
+    fn sum(&self, of: fn(&Tracker) -> u64) -> u64 {
+        self.trackers.iter().flatten().map(of).sum()
+    }
+
+    /// What became of the frames; how long it took is for the caller to tell.
+    fn end(self) -> RateResult {
+        let per_guest = whole(self.duration.as_secs_f64() * self.per_guest);
+        RateResult {
+            offered: per_guest.saturating_mul(self.sources.len() as u64),
+            sent: self.sent(),
+            received: self.sum(|t| t.unique),
+            duplicated: self.sum(|t| t.duplicated),
+            reordered: self.sum(|t| t.reordered),
+            ancient: self.sum(|t| t.ancient),
+            foreign: self.foreign,
+            latency: self.latency,
+            elapsed: Duration::ZERO,
+            busy: Duration::ZERO,
+            waited_for_cpu: Duration::ZERO,
+        }
+    }
 }
 
 /// An empty histogram of nanoseconds, three digits.
@@ -157,61 +248,25 @@ impl Load {
         duration: Duration,
         verify: bool,
     ) -> Result<RateResult, LoadError> {
-        let guests = self.guests.len();
-        let per_guest = rate / guests as f64;
-        let queues = self.guests[0].pairs.len();
-        let source = Source {
-            by_queue: vec![0; queues],
-            ..Source::default()
-        };
-        let mut sources = vec![source; guests];
-        let mut trackers = vec![vec![Tracker::default(); queues]; guests];
-        let (mut latency, mut foreign, mut turns) = (histogram(), 0, 0u32);
         self.runs = self.runs.wrapping_add(1);
-        let run = self.runs;
+        let queues = self.guests[0].pairs.len();
+        let mut run = RateRun::start(self.runs, rate, duration, (self.guests.len(), queues));
         let waited = cpu_wait();
-        let start = Instant::now();
         let mut busy = Duration::ZERO;
         let (mut now, mut quiet_since) = (Duration::ZERO, Duration::ZERO);
-        let mut missing = true;
+        let (mut missing, mut turns) = (true, 0u32);
         while now < duration || (missing && now - quiet_since < LATE) {
-            now = start.elapsed();
-            let due = if rate.is_finite() || now < duration {
-                whole(now.min(duration).as_secs_f64() * per_guest)
-            } else {
-                0
-            };
-            let mut moved = false;
-            for (guest, source) in sources.iter_mut().enumerate() {
-                moved |= self.send_due(guest, source, due, per_guest)? > 0;
-                let arrival = nanos(start.elapsed());
-                let came = self.take_stamped(guest, verify, |stamp| {
-                    let (queue, of_run, number) = split_sequence(stamp.sequence);
-                    if of_run != run {
-                        return;
-                    }
-                    let Some(tracker) = trackers[guest].get_mut(queue) else {
-                        foreign += 1;
-                        return;
-                    };
-                    tracker.arrived(number);
-                    let took = arrival.saturating_sub(stamp.due_ns);
-                    latency.saturating_record(took.max(1));
-                })?;
-                foreign += came.foreign;
-                moved |= came.frames > 0;
-            }
+            now = run.start.elapsed();
+            let due = run.due(now);
+            let moved = self.rate_turn(&mut run, due, verify)?;
             if moved {
-                busy += start.elapsed() - now;
+                busy += run.start.elapsed() - now;
             }
-            if moved || sources.iter().any(|source| source.sent < due) {
+            if moved || run.is_behind(due) {
                 quiet_since = now;
             }
             if now >= duration {
-                let unique = |of: &[Tracker]| of.iter().map(|t| t.unique).sum::<u64>();
-                let sent: u64 = sources.iter().map(|source| source.sent).sum();
-                let arrived: u64 = trackers.iter().map(|of| unique(of)).sum();
-                missing = arrived < sent || sources.iter().any(|source| source.sent < due);
+                missing = run.is_behind(due) || run.sum(|t| t.unique) < run.sent();
             }
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(CHECK_EVERY_TURNS) {
@@ -222,20 +277,27 @@ impl Load {
             }
         }
         self.check_alive()?;
-        let sum = |of: fn(&Tracker) -> u64| trackers.iter().flatten().map(of).sum();
         Ok(RateResult {
-            offered: whole(duration.as_secs_f64() * per_guest).saturating_mul(guests as u64),
-            sent: sources.iter().map(|source| source.sent).sum(),
-            received: sum(|t| t.unique),
-            duplicated: sum(|t| t.duplicated),
-            reordered: sum(|t| t.reordered),
-            ancient: sum(|t| t.ancient),
-            foreign,
-            latency,
             elapsed: now,
             busy,
             waited_for_cpu: cpu_wait().saturating_sub(waited),
+            ..run.end()
         })
+    }
+
+    /// Has each guest send what is due and take what arrived; whether any frame moved.
+    fn rate_turn(&mut self, run: &mut RateRun, due: u64, verify: bool) -> Result<bool, LoadError> {
+        let mut moved = false;
+        for guest in 0..self.guests.len() {
+            moved |= self.send_due(guest, &mut run.sources[guest], due, run.per_guest)? > 0;
+            let arrival = nanos(run.start.elapsed());
+            let came = self.take_stamped(guest, verify, |stamp| {
+                run.arrived(guest, stamp, arrival);
+            })?;
+            run.foreign += came.foreign;
+            moved |= came.frames > 0;
+        }
+        Ok(moved)
     }
 
     /// Sends one frame at a time from the first guest of each pair and back from the second, for
@@ -285,7 +347,7 @@ impl Load {
     fn send_due(
         &mut self,
         guest: usize,
-        source: &mut Source,
+        source: &mut RateSource,
         due: u64,
         per_guest: f64,
     ) -> Result<u16, LoadError> {
@@ -399,6 +461,29 @@ mod tests {
         let sequence = 3 << QUEUE_SHIFT | 5 << RUN_SHIFT | 77;
         assert_eq!(split_sequence(sequence), (3, 5, 77));
         assert_eq!(split_sequence(u64::MAX), (0xffff, 0xff, (1 << 40) - 1));
+    }
+
+    #[test]
+    fn frames_of_this_run_count_by_queue_and_others_do_not() {
+        let mut run = RateRun::start(5, 100.0, Duration::from_secs(1), (2, 2));
+        for (queue, number_of_run) in [(0, 5), (1, 5), (0, 4), (2, 5)] {
+            let sequence = queue << QUEUE_SHIFT | number_of_run << RUN_SHIFT | 7;
+            let due_ns = 1_000;
+            run.arrived(1, Stamp { sequence, due_ns }, 2_000);
+        }
+        let result = run.end();
+        assert_eq!((result.received, result.foreign), (2, 1));
+        assert_eq!((result.offered, result.latency.max()), (100, 1_000));
+    }
+
+    #[test]
+    fn what_is_due_ends_with_the_run() {
+        let second = Duration::from_secs(1);
+        let due = |rate, now| RateRun::start(0, rate, second, (2, 1)).due(now);
+        assert_eq!(due(100.0, second / 2), 25);
+        assert_eq!(due(100.0, second * 2), 50);
+        assert_eq!(due(f64::INFINITY, second / 2), u64::MAX);
+        assert_eq!(due(f64::INFINITY, second), 0);
     }
 
     #[test]
