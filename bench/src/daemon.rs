@@ -66,12 +66,12 @@ impl Programs {
 
 /// A daemon's control socket, and the operator's tool for it.
 #[derive(Debug)]
-pub(crate) struct ControlSocket {
+pub(crate) struct RingwayControl {
     path: PathBuf,
     ringway: PathBuf,
 }
 
-impl ControlSocket {
+impl RingwayControl {
     /// Calls a method of the control API.
     pub(crate) fn call<M: Method>(&self, params: &M::Params) -> Result<M::Result, CallError> {
         Client::connect(&self.path, CALL_TIMEOUT)?.call::<M>(params)
@@ -95,7 +95,7 @@ impl ControlSocket {
 #[derive(Debug)]
 pub(crate) struct Daemon {
     pub(crate) process: Process,
-    pub(crate) control: ControlSocket,
+    pub(crate) control: RingwayControl,
 }
 
 impl Daemon {
@@ -119,7 +119,7 @@ impl Daemon {
         let ringway = programs.ringway.clone();
         Ok(Self {
             process,
-            control: ControlSocket { path, ringway },
+            control: RingwayControl { path, ringway },
         })
     }
 

@@ -128,7 +128,7 @@ pub(crate) fn sibling(program: &str) -> PathBuf {
 
 /// What a program printed until its end.
 #[derive(Debug)]
-pub(crate) struct Output {
+pub(crate) struct ProgramOutput {
     pub(crate) status: ExitStatus,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
@@ -138,7 +138,7 @@ pub(crate) struct Output {
 ///
 /// # Errors
 /// It can't start, or is still running after `timeout` (it is killed then).
-pub(crate) fn run(command: &mut Command, timeout: Duration) -> Result<Output, ProcessError> {
+pub(crate) fn run(command: &mut Command, timeout: Duration) -> Result<ProgramOutput, ProcessError> {
     let name = describe(command);
     let no_file = || ProcessError::system(format!("can't keep what {name} prints"));
     // Files take output of any length without being read meanwhile.
@@ -157,7 +157,7 @@ pub(crate) fn run(command: &mut Command, timeout: Duration) -> Result<Output, Pr
         .and_then(|stdout| Ok((stdout, contents(stderr)?)))
         .map_err(no_file())?;
     match status {
-        Some(status) => Ok(Output {
+        Some(status) => Ok(ProgramOutput {
             status,
             stdout,
             stderr,

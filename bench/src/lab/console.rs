@@ -28,7 +28,7 @@ const MAX_OUTPUT_BYTES: usize = 4 << 20;
 
 /// What a command printed, and its exit status.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Answer {
+pub(crate) struct CommandAnswer {
     /// Standard output and standard error, as they came.
     pub(crate) text: String,
     /// Exit status of the shell.
@@ -70,7 +70,7 @@ impl Console {
     pub(crate) fn poll_ready(&mut self) -> Result<bool> {
         self.fill()?;
         while let Some(event) = self.decoder.next_event() {
-            if event == Event::Ready {
+            if event == ConsoleEvent::Ready {
                 return Ok(true);
             }
         }
@@ -90,23 +90,23 @@ impl Console {
     }
 
     /// Runs a command by the guest's `sh -c` and waits for its end.
-    pub(crate) fn run(&mut self, command: &str, timeout: Duration) -> Result<Answer> {
+    pub(crate) fn run(&mut self, command: &str, timeout: Duration) -> Result<CommandAnswer> {
         let deadline = Instant::now() + timeout;
         let id = self.send(command)?;
         loop {
             match self.next_event(deadline) {
-                Ok(Event::Answer {
+                Ok(ConsoleEvent::Answer {
                     id: answered,
                     answer,
                 }) if answered == id => return Ok(answer),
-                Ok(Event::Ready) => bail!("the guest rebooted during `{command}`"),
-                Ok(Event::Answer { .. }) => {}
+                Ok(ConsoleEvent::Ready) => bail!("the guest rebooted during `{command}`"),
+                Ok(ConsoleEvent::Answer { .. }) => {}
                 Err(error) => return Err(error.context(format!("guest command `{command}`"))),
             }
         }
     }
 
-    fn next_event(&mut self, deadline: Instant) -> Result<Event> {
+    fn next_event(&mut self, deadline: Instant) -> Result<ConsoleEvent> {
         loop {
             if let Some(event) = self.decoder.next_event() {
                 return Ok(event);
@@ -142,11 +142,11 @@ impl Console {
 
 /// Something the guest said.
 #[derive(Debug, PartialEq, Eq)]
-enum Event {
+enum ConsoleEvent {
     /// The shell loop started.
     Ready,
     /// A command ended.
-    Answer { id: u32, answer: Answer },
+    Answer { id: u32, answer: CommandAnswer },
 }
 
 /// The protocol without I/O.
@@ -167,7 +167,7 @@ impl Decoder {
         Ok(())
     }
 
-    fn next_event(&mut self) -> Option<Event> {
+    fn next_event(&mut self) -> Option<ConsoleEvent> {
         while let Some(end) = self.buffer.iter().position(|&byte| byte == b'\n') {
             let line: Vec<u8> = self.buffer.drain(..=end).collect();
             if let Some(event) = self.line(&line) {
@@ -177,11 +177,11 @@ impl Decoder {
         None
     }
 
-    fn line(&mut self, line: &[u8]) -> Option<Event> {
+    fn line(&mut self, line: &[u8]) -> Option<ConsoleEvent> {
         match Marker::parse(line) {
             Some(Marker::Ready) => {
                 self.open = None;
-                Some(Event::Ready)
+                Some(ConsoleEvent::Ready)
             }
             Some(Marker::Begin(id)) => {
                 self.open = Some((id, Vec::new()));
@@ -194,9 +194,9 @@ impl Decoder {
                 }
                 output.pop(); // the protocol's own line feed
                 let text = String::from_utf8_lossy(&output).into_owned();
-                Some(Event::Answer {
+                Some(ConsoleEvent::Answer {
                     id,
-                    answer: Answer { text, status },
+                    answer: CommandAnswer { text, status },
                 })
             }
             None => {
@@ -236,7 +236,7 @@ impl Marker {
 mod tests {
     use super::*;
 
-    fn decode(input: &[u8], chunk: usize) -> Vec<Event> {
+    fn decode(input: &[u8], chunk: usize) -> Vec<ConsoleEvent> {
         let mut decoder = Decoder::default();
         let mut events = Vec::new();
         for part in input.chunks(chunk) {
@@ -248,10 +248,10 @@ mod tests {
         events
     }
 
-    fn answer(id: u32, text: &str, status: i32) -> Event {
-        Event::Answer {
+    fn answer(id: u32, text: &str, status: i32) -> ConsoleEvent {
+        ConsoleEvent::Answer {
             id,
-            answer: Answer {
+            answer: CommandAnswer {
                 text: text.into(),
                 status,
             },
@@ -266,7 +266,11 @@ mod tests {
             let events = decode(input, chunk);
             assert_eq!(
                 events,
-                [Event::Ready, answer(1, "one\ntwo\n", 0), answer(2, "", 127)]
+                [
+                    ConsoleEvent::Ready,
+                    answer(1, "one\ntwo\n", 0),
+                    answer(2, "", 127)
+                ]
             );
         }
     }
@@ -286,7 +290,7 @@ mod tests {
     #[test]
     fn a_reboot_discards_the_open_command() {
         let input = b"@@ringway begin 3@@\nhalf\n@@ringway ready@@\n";
-        assert_eq!(decode(input, 4), [Event::Ready]);
+        assert_eq!(decode(input, 4), [ConsoleEvent::Ready]);
     }
 
     #[test]

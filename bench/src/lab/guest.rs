@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::accel::Accel;
-use super::console::{Answer, Console};
+use super::console::{CommandAnswer, Console};
 use super::image::Image;
 use super::shape::OffloadSet;
 use crate::netns::NetNs;
@@ -149,7 +149,7 @@ impl QemuGuest {
     }
 
     /// Runs a command whatever its exit status.
-    pub(crate) fn try_run(&mut self, command: &str, timeout: Duration) -> Result<Answer> {
+    pub(crate) fn try_run(&mut self, command: &str, timeout: Duration) -> Result<CommandAnswer> {
         self.console.run(command, timeout)
     }
 

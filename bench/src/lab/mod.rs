@@ -36,9 +36,9 @@ use crate::process::{Origin, find, run_ok};
 
 use measure::measure;
 use network::{Base, LabNetwork, LabSwitch};
-use options::Plan;
+use options::LabPlan;
 use progress::Progress;
-use report::{LabMachine, LabReport, Sample};
+use report::{LabMachine, LabReport, LabSample};
 use shape::NetworkShape;
 
 /// Runs the lab. The exit code is that of a failure when a measurement or a scenario failed.
@@ -74,7 +74,7 @@ pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
 }
 
 /// Whether everything passed.
-fn run_in(plan: &Plan, folder: &Path) -> Result<bool> {
+fn run_in(plan: &LabPlan, folder: &Path) -> Result<bool> {
     let started = Instant::now();
     let progress = Progress::new(plan.steps());
     find(guest::QEMU, Origin::LabPackages)?;
@@ -120,11 +120,11 @@ fn run_in(plan: &Plan, folder: &Path) -> Result<bool> {
 /// Boots the guests on every switch and runs all tests, alternating between the switches. Those
 /// that don't run are booted and silent.
 fn measure_shape(
-    plan: &Plan,
+    plan: &LabPlan,
     shape: NetworkShape,
     base: &Base,
     progress: &Progress,
-    samples: &mut Vec<Sample>,
+    samples: &mut Vec<LabSample>,
 ) -> Result<()> {
     let mut sets = Vec::new();
     for &switch in &plan.switches {
@@ -149,7 +149,7 @@ fn measure_shape(
                 ));
                 let outcome = measure(network, test, plan.effort);
                 interrupt::check()?;
-                let sample = Sample::new(network.switch, shape, test, pair, outcome);
+                let sample = LabSample::new(network.switch, shape, test, pair, outcome);
                 progress.say(&sample.line());
                 samples.push(sample);
             }

@@ -16,7 +16,7 @@ use super::accel::Accel;
 use super::guest::{self, GuestNic, GuestSpec, HOST_ADDRESS, HOST_MAC, QemuGuest};
 use super::image::Image;
 use super::shape::{HostPort, NetworkShape};
-use crate::daemon::{ControlSocket, Daemon, Programs};
+use crate::daemon::{Daemon, Programs, RingwayControl};
 use crate::netns::NetNs;
 
 /// The interface of the host on ringwayd, on whatever kind of port.
@@ -159,7 +159,7 @@ impl LabNetwork {
     }
 
     /// Its control socket.
-    pub(crate) fn control(&self) -> Result<&ControlSocket> {
+    pub(crate) fn control(&self) -> Result<&RingwayControl> {
         Ok(&self.daemon()?.control)
     }
 

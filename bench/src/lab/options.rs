@@ -118,7 +118,7 @@ pub(crate) struct Choices {
 
 /// What to do, with every default filled in.
 #[derive(Debug)]
-pub(crate) struct Plan {
+pub(crate) struct LabPlan {
     given: Choices,
     defaults: Choices,
     host: HostPort,
@@ -134,7 +134,7 @@ pub(crate) struct Plan {
 }
 
 impl LabArgs {
-    pub(crate) fn plan(self) -> Plan {
+    pub(crate) fn plan(self) -> LabPlan {
         let up_to = if self.quick || self.baseline { 1 } else { 2 };
         let mut tests: Vec<Test> = self
             .tests
@@ -149,7 +149,7 @@ impl LabArgs {
             (_, true) => vec![LabSwitch::LinuxBridge],
             _ => vec![LabSwitch::Ringway],
         };
-        Plan {
+        LabPlan {
             given: Choices {
                 queues: self.queues,
                 mtus: self.mtu,
@@ -181,13 +181,13 @@ impl LabArgs {
     }
 }
 
-impl Plan {
+impl LabPlan {
     /// Every combination of what was chosen, on the host's port that was chosen.
     pub(crate) fn shapes(&self) -> Vec<NetworkShape> {
         self.shapes_or(&self.defaults, self.host)
     }
 
-    /// As [`Plan::shapes`], with other defaults.
+    /// As [`LabPlan::shapes`], with other defaults.
     pub(crate) fn shapes_or(&self, defaults: &Choices, host: HostPort) -> Vec<NetworkShape> {
         let mut shapes = Vec::new();
         for &queue_pairs in or(&self.given.queues, &defaults.queues) {
@@ -243,7 +243,7 @@ mod tests {
         args: LabArgs,
     }
 
-    fn plan(words: &[&str]) -> Plan {
+    fn plan(words: &[&str]) -> LabPlan {
         let words = ["lab"].iter().chain(words);
         Cli::try_parse_from(words)
             .expect("valid options")

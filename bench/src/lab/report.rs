@@ -76,7 +76,7 @@ impl LabMachine {
 
 /// One measurement.
 #[derive(Debug, Serialize)]
-pub(crate) struct Sample {
+pub(crate) struct LabSample {
     switch: LabSwitch,
     #[serde(flatten)]
     shape: NetworkShape,
@@ -89,20 +89,20 @@ pub(crate) struct Sample {
     error: Option<String>,
 }
 
-impl Sample {
+impl LabSample {
     pub(crate) fn new(
         switch: LabSwitch,
         shape: NetworkShape,
         test: Test,
         pair: u32,
         outcome: Result<Figure>,
-    ) -> Sample {
+    ) -> LabSample {
         let (figure, error) = match outcome {
             Ok(figure) if figure.passed() => (Some(figure), None),
             Ok(figure) => (Some(figure), Some("no frame passed".to_owned())),
             Err(error) => (None, Some(with_hint(&error))),
         };
-        Sample {
+        LabSample {
             switch,
             shape,
             test,
@@ -148,13 +148,17 @@ struct Ratio {
 pub(crate) struct LabReport {
     machine: LabMachine,
     duration_seconds: f64,
-    samples: Vec<Sample>,
+    samples: Vec<LabSample>,
     /// ringway / Linux bridge; below 1 is better for ping, above 1 for the rest.
     ratios: Vec<Ratio>,
 }
 
 impl LabReport {
-    pub(crate) fn new(machine: LabMachine, samples: Vec<Sample>, duration: Duration) -> LabReport {
+    pub(crate) fn new(
+        machine: LabMachine,
+        samples: Vec<LabSample>,
+        duration: Duration,
+    ) -> LabReport {
         let ratios = ratios(&samples);
         LabReport {
             machine,
@@ -266,7 +270,7 @@ impl LabReport {
 }
 
 /// Shapes and tests in the order in which they first ran.
-fn cells(samples: &[Sample]) -> Vec<(NetworkShape, Test)> {
+fn cells(samples: &[LabSample]) -> Vec<(NetworkShape, Test)> {
     let mut cells = Vec::new();
     for sample in samples {
         if !cells.contains(&(sample.shape, sample.test)) {
@@ -276,7 +280,7 @@ fn cells(samples: &[Sample]) -> Vec<(NetworkShape, Test)> {
     cells
 }
 
-fn ratios(samples: &[Sample]) -> Vec<Ratio> {
+fn ratios(samples: &[LabSample]) -> Vec<Ratio> {
     let value = |switch, shape, test, pair| {
         samples
             .iter()
@@ -362,12 +366,12 @@ mod tests {
         offloads: OffloadsOfGuests::same(OffloadSet::All),
     };
 
-    fn sample(switch: LabSwitch, pair: u32, gbit: f64) -> Sample {
+    fn sample(switch: LabSwitch, pair: u32, gbit: f64) -> LabSample {
         let figure = Figure::Tcp {
             bits_per_second: gbit * 1e9,
             retransmits: 0,
         };
-        Sample::new(switch, SHAPE, Test::TcpAB, pair, Ok(figure))
+        LabSample::new(switch, SHAPE, Test::TcpAB, pair, Ok(figure))
     }
 
     #[test]

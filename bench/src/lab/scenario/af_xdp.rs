@@ -10,7 +10,7 @@ use super::super::measure::{Effort, Figure, Test, measure};
 use super::super::network::{HOST_INTERFACE, HOST_PORT, LabNetwork};
 use super::super::options::Choices;
 use super::super::shape::{HostPort, NetworkShape, OffloadSet, OffloadsOfGuests};
-use super::{Findings, Stage};
+use super::{Findings, ScenarioStage};
 use crate::interrupt;
 
 /// What runs beside a capture of what the host receives, and how many packets must have been
@@ -33,7 +33,7 @@ const MAX_LOST_PERCENT: f64 = 20.0;
 /// Ethernet header: what a frame is longer than its MTU.
 const ETHERNET_BYTES: u32 = 14;
 
-pub(super) fn af_xdp(stage: &Stage<'_>) -> Result<Findings> {
+pub(super) fn af_xdp(stage: &ScenarioStage<'_>) -> Result<Findings> {
     let defaults = Choices {
         queues: vec![2],
         mtus: vec![1500, 9000],
@@ -65,7 +65,7 @@ pub(super) fn af_xdp(stage: &Stage<'_>) -> Result<Findings> {
 
 /// All tests of one shape.
 struct ShapeRun<'a> {
-    stage: &'a Stage<'a>,
+    stage: &'a ScenarioStage<'a>,
     shape: NetworkShape,
     network: LabNetwork,
     findings: Findings,

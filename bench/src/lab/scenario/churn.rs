@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::super::measure::{Peer, SLACK, client_command, parse_report, start_server};
 use super::super::network::LabNetwork;
 use super::super::shape::NetworkShape;
-use super::{Findings, Stage};
+use super::{Findings, ScenarioStage};
 use crate::interrupt;
 
 /// Length of each of the two iperf3 runs, if not told to be longer.
@@ -20,7 +20,7 @@ const TAP: &str = "rwchurn";
 
 /// TCP between the guests, undisturbed and with a third port added and deleted all the time, for
 /// every shape.
-pub(super) fn churn(stage: &Stage<'_>) -> Result<Findings> {
+pub(super) fn churn(stage: &ScenarioStage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     for shape in stage.plan.shapes() {
         let label = shape.tag();
@@ -31,7 +31,7 @@ pub(super) fn churn(stage: &Stage<'_>) -> Result<Findings> {
 }
 
 fn one_shape(
-    stage: &Stage<'_>,
+    stage: &ScenarioStage<'_>,
     shape: NetworkShape,
     label: &str,
     findings: &mut Findings,

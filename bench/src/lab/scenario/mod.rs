@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use super::measure::{Effort, Test, measure};
 use super::network::{Base, LabNetwork, LabSwitch};
-use super::options::Plan;
+use super::options::LabPlan;
 use super::progress::Progress;
 use super::report::LabMachine;
 use super::shape::NetworkShape;
@@ -107,7 +107,7 @@ impl Findings {
 }
 
 #[derive(Serialize)]
-struct Outcome {
+struct ScenarioOutcome {
     scenario: Scenario,
     passed: bool,
     duration_seconds: f64,
@@ -118,17 +118,17 @@ struct Outcome {
 #[derive(Serialize)]
 struct Outcomes {
     machine: LabMachine,
-    scenarios: Vec<Outcome>,
+    scenarios: Vec<ScenarioOutcome>,
 }
 
 /// What scenarios work with.
-struct Stage<'a> {
-    plan: &'a Plan,
+struct ScenarioStage<'a> {
+    plan: &'a LabPlan,
     base: Base,
     progress: &'a Progress,
 }
 
-impl Stage<'_> {
+impl ScenarioStage<'_> {
     /// ringwayd with its ports; no guest yet.
     fn switch(&self, shape: NetworkShape) -> Result<LabNetwork> {
         LabNetwork::new(LabSwitch::Ringway, shape, &self.base)
@@ -153,7 +153,7 @@ impl Stage<'_> {
 
 /// Runs the scenarios one after the other, also after one failed. Whether all passed.
 pub(crate) fn run_all(
-    plan: &Plan,
+    plan: &LabPlan,
     base: &Base,
     machine: LabMachine,
     progress: &Progress,
@@ -166,7 +166,7 @@ pub(crate) fn run_all(
             folder,
             ..base.clone()
         };
-        let stage = Stage {
+        let stage = ScenarioStage {
             plan,
             base,
             progress,
@@ -188,7 +188,7 @@ pub(crate) fn run_all(
         } else {
             progress.print(&line);
         }
-        outcomes.push(Outcome {
+        outcomes.push(ScenarioOutcome {
             scenario,
             passed: findings.failures.is_empty(),
             duration_seconds: started.elapsed().as_secs_f64(),
@@ -207,7 +207,7 @@ pub(crate) fn run_all(
     Ok(passed)
 }
 
-fn run(scenario: Scenario, stage: &Stage<'_>) -> Result<Findings> {
+fn run(scenario: Scenario, stage: &ScenarioStage<'_>) -> Result<Findings> {
     match scenario {
         Scenario::Idle => quiet::idle(stage),
         Scenario::Rss => quiet::rss(stage),
@@ -232,7 +232,7 @@ const MATRIX_TESTS: [Test; 6] = [
     Test::TcpHostA,
 ];
 
-fn matrix(stage: &Stage<'_>) -> Result<Findings> {
+fn matrix(stage: &ScenarioStage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     for shape in stage.plan.shapes() {
         let label = shape.tag();

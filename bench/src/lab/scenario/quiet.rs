@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use super::super::guest::{HOST_ADDRESS, address};
 use super::super::measure::{Figure, ping};
 use super::super::network::LabNetwork;
-use super::{Findings, Stage, traffic_passes};
+use super::{Findings, ScenarioStage, traffic_passes};
 use crate::interrupt;
 use crate::netns::NetNs;
 use crate::stats::median;
@@ -38,7 +38,7 @@ const PROBE_PORT: &str = "probe";
 const PROBE_TAP: &str = "rwprobe";
 
 /// CPU of two silent guests' switch, then single frames into it.
-pub(super) fn idle(stage: &Stage<'_>) -> Result<Findings> {
+pub(super) fn idle(stage: &ScenarioStage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     let mut network = stage.guests(stage.shape()?)?;
     // Traffic first: idle after work is what counts, not idle that never began.
@@ -144,7 +144,7 @@ fn send_probes(network: &LabNetwork, far: &NetNs) -> Result<Vec<f64>> {
 }
 
 /// Memory of the daemon with two guests and the host, after traffic.
-pub(super) fn rss(stage: &Stage<'_>) -> Result<Findings> {
+pub(super) fn rss(stage: &ScenarioStage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     let mut network = stage.guests(stage.shape()?)?;
     traffic_passes(&mut network, &mut findings, "before")?;

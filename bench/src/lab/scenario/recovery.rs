@@ -8,7 +8,7 @@ use ringway_control::api::PortState;
 use super::super::guest::address;
 use super::super::measure::{Peer, SLACK, client_command, start_server};
 use super::super::network::LabNetwork;
-use super::{Findings, Stage, holds_within, traffic_passes};
+use super::{Findings, ScenarioStage, holds_within, traffic_passes};
 use crate::interrupt;
 use crate::stats::median;
 
@@ -28,7 +28,7 @@ const CALM: Duration = Duration::from_millis(700);
 const NOTICE: Duration = Duration::from_secs(2);
 
 /// Kills ringwayd under load and starts it again with the same ports.
-pub(super) fn daemon_kill(stage: &Stage<'_>) -> Result<Findings> {
+pub(super) fn daemon_kill(stage: &ScenarioStage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     let mut network = stage.guests(stage.shape()?)?;
     traffic_passes(&mut network, &mut findings, "before")?;
@@ -118,7 +118,7 @@ fn last_sequence(text: &str) -> Option<u64> {
 }
 
 /// Kills the QEMU of guest b: what it held must be given back; then boots it again.
-pub(super) fn guest_kill(stage: &Stage<'_>) -> Result<Findings> {
+pub(super) fn guest_kill(stage: &ScenarioStage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     let mut network = stage.switch(stage.shape()?)?;
     network.start_guest(0)?;
@@ -168,7 +168,7 @@ pub(super) fn guest_kill(stage: &Stage<'_>) -> Result<Findings> {
 }
 
 /// The three ways in which a driver starts anew.
-pub(super) fn reboot(stage: &Stage<'_>) -> Result<Findings> {
+pub(super) fn reboot(stage: &ScenarioStage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     let mut network = stage.guests(stage.shape()?)?;
     traffic_passes(&mut network, &mut findings, "before")?;

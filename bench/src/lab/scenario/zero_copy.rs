@@ -20,7 +20,7 @@ use super::super::measure::{
     Figure, Peer, SLACK, client_command, client_timeout, parse_ping, parse_tcp, start_host_server,
 };
 use super::super::shape::OffloadSet;
-use super::{Findings, Stage};
+use super::{Findings, ScenarioStage};
 use crate::hint::with_hint;
 use crate::interrupt;
 use crate::netns::NetNs;
@@ -81,7 +81,7 @@ const KINDS: [NicKind; 3] = [
 ];
 
 /// Every kind of NIC, one guest after the other.
-pub(super) fn zero_copy(stage: &Stage<'_>) -> Result<Findings> {
+pub(super) fn zero_copy(stage: &ScenarioStage<'_>) -> Result<Findings> {
     let mut findings = Findings::default();
     let programs = &stage.base.programs;
     let programs = [
@@ -130,7 +130,7 @@ struct NicGuest {
 }
 
 impl NicGuest {
-    fn boot(stage: &Stage<'_>, image: &Image, kind: &NicKind) -> Result<NicGuest> {
+    fn boot(stage: &ScenarioStage<'_>, image: &Image, kind: &NicKind) -> Result<NicGuest> {
         let folder = stage.base.folder.join(kind.name);
         std::fs::create_dir_all(&folder)?;
         let namespace = NetNs::create("zero-copy")?;

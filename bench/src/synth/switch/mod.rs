@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use super::args::{FrameClass, LoadPlace};
 use super::frame::guest_mac;
 use super::nic::{self, VethPair};
-use crate::daemon::{ControlSocket, Daemon, Programs};
+use crate::daemon::{Daemon, Programs, RingwayControl};
 use crate::interrupt;
 use crate::process::{Origin, Process, ProcessError, find, sibling};
 
@@ -125,7 +125,7 @@ pub(crate) struct RunningSwitch {
     /// It connects to its sockets instead.
     connects: bool,
     /// That of ringwayd.
-    control: Option<ControlSocket>,
+    control: Option<RingwayControl>,
     /// The NIC that it has; goes after its processes.
     veth: Option<VethPair>,
 }
