@@ -7,10 +7,9 @@ use std::sync::MutexGuard;
 
 use ringway_api::{AfXdpConfig, SwitchError};
 
-use super::{Counter, PortBase, QueueCounters};
+use super::{Counter, Job, Outcome, PortBase, QueueCounters, Tools};
 use crate::burst::Burst;
 use crate::info::{AfXdpInfo, PortState, QueueInfo};
-use crate::offload::Parcel;
 use crate::wire::Offloads;
 
 /// Queues of an interface: none.
@@ -33,21 +32,11 @@ pub(crate) struct AfXdpQueue {
 #[derive(Debug)]
 pub(crate) struct Receiver(Infallible);
 
-/// The transmitting half of a queue.
-#[derive(Debug)]
-pub(crate) struct Transmitter(Infallible);
-
 /// Frames that travel on as part of another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Merged {
     pub(crate) frames: u64,
     pub(crate) bytes: u64,
-}
-
-/// What became of frames to send.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Sent {
-    Later,
 }
 
 impl AfXdpPort {
@@ -91,7 +80,11 @@ impl AfXdpPort {
         match self.none {}
     }
 
-    pub(crate) fn transmit_queue(&self, _source_queue: u16, _owned: u64) -> u16 {
+    pub(crate) fn deliver(&self, _job: &Job<'_, '_>, _tools: &mut Tools) -> Outcome {
+        match self.none {}
+    }
+
+    pub(crate) fn send_again(&self, _pair: u16) -> bool {
         match self.none {}
     }
 
@@ -112,17 +105,13 @@ impl AfXdpQueue {
     pub(crate) fn try_receiver(&self) -> Option<MutexGuard<'_, Receiver>> {
         match self.none {}
     }
-
-    pub(crate) fn try_transmitter(&self) -> Option<MutexGuard<'_, Transmitter>> {
-        match self.none {}
-    }
 }
 
 impl Receiver {
     pub(crate) fn gather(
         &mut self,
         _limit: usize,
-        _burst: &mut Burst,
+        _burst: &mut Burst<'_>,
         _takes: impl Fn(&[u8]) -> Offloads,
     ) {
         match self.0 {}
@@ -133,32 +122,6 @@ impl Receiver {
     }
 
     pub(crate) fn arm(&mut self) -> bool {
-        match self.0 {}
-    }
-}
-
-impl Transmitter {
-    pub(crate) fn begin(&mut self) -> bool {
-        match self.0 {}
-    }
-
-    pub(crate) fn should_wait_for(&self, _count: u32, _l2_bytes: u32) -> bool {
-        match self.0 {}
-    }
-
-    pub(crate) fn put_plain(&mut self, _: &Burst, _mask: u64, _max_bytes: u32) -> (u64, u64) {
-        match self.0 {}
-    }
-
-    pub(crate) fn put(&mut self, _parcel: &mut Parcel<'_, '_>) -> bool {
-        match self.0 {}
-    }
-
-    pub(crate) fn submit(&mut self) -> Sent {
-        match self.0 {}
-    }
-
-    pub(crate) fn send(&mut self) -> Sent {
         match self.0 {}
     }
 }
