@@ -86,7 +86,7 @@ fn install() {
     action.sa_sigaction = entry as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART;
     // SAFETY: `action` is complete, and the handler is async-signal-safe: it uses atomics in
-    // static memory and the mmap, sigaction and raise system calls only.
+    // static memory, mmap and, to give up, signal.
     let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
     assert_eq!(result, 0, "SIGBUS handler: {}", io::Error::last_os_error());
 }
