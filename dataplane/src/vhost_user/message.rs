@@ -195,13 +195,13 @@ impl Request {
             fds,
         };
         Ok(match known {
-            FrontendReq::GET_FEATURES => message.empty()?.into(Self::GetFeatures),
+            FrontendReq::GET_FEATURES => message.empty(Self::GetFeatures)?,
             FrontendReq::SET_FEATURES => Self::SetFeatures(message.u64()?),
-            FrontendReq::SET_OWNER => message.empty()?.into(Self::SetOwner),
-            FrontendReq::RESET_OWNER => message.empty()?.into(Self::ResetOwner),
+            FrontendReq::SET_OWNER => message.empty(Self::SetOwner)?,
+            FrontendReq::RESET_OWNER => message.empty(Self::ResetOwner)?,
             FrontendReq::SET_MEM_TABLE => Self::SetMemTable(message.mem_table()?),
-            FrontendReq::SET_LOG_BASE => message.log_base()?.into(Self::SetLogBase),
-            FrontendReq::SET_LOG_FD => message.fields::<0>(1)?.into(Self::SetLogFd),
+            FrontendReq::SET_LOG_BASE => message.log_base()?,
+            FrontendReq::SET_LOG_FD => message.log_fd()?,
             FrontendReq::SET_VRING_NUM => {
                 let (index, num) = message.vring_state()?;
                 Self::SetVringNum { index, num }
@@ -218,14 +218,14 @@ impl Request {
             FrontendReq::SET_VRING_KICK => Self::SetVringKick(message.vring_fd()?),
             FrontendReq::SET_VRING_CALL => Self::SetVringCall(message.vring_fd()?),
             FrontendReq::SET_VRING_ERR => Self::SetVringErr(message.vring_fd()?),
-            FrontendReq::GET_PROTOCOL_FEATURES => message.empty()?.into(Self::GetProtocolFeatures),
+            FrontendReq::GET_PROTOCOL_FEATURES => message.empty(Self::GetProtocolFeatures)?,
             FrontendReq::SET_PROTOCOL_FEATURES => Self::SetProtocolFeatures(message.u64()?),
-            FrontendReq::GET_QUEUE_NUM => message.empty()?.into(Self::GetQueueNum),
+            FrontendReq::GET_QUEUE_NUM => message.empty(Self::GetQueueNum)?,
             FrontendReq::SET_VRING_ENABLE => message.vring_enable()?,
             FrontendReq::SEND_RARP => Self::SendRarp(message.mac()?),
             FrontendReq::NET_SET_MTU => Self::NetSetMtu(message.u64()?),
-            FrontendReq::RESET_DEVICE => message.empty()?.into(Self::ResetDevice),
-            FrontendReq::GET_MAX_MEM_SLOTS => message.empty()?.into(Self::GetMaxMemSlots),
+            FrontendReq::RESET_DEVICE => message.empty(Self::ResetDevice)?,
+            FrontendReq::GET_MAX_MEM_SLOTS => message.empty(Self::GetMaxMemSlots)?,
             FrontendReq::ADD_MEM_REG => {
                 let (spec, fd) = message.single_region(1..=1)?;
                 match fd {
@@ -235,7 +235,7 @@ impl Request {
             }
             FrontendReq::REM_MEM_REG => Self::RemMemReg(message.single_region(0..=1)?.0),
             FrontendReq::SET_STATUS => Self::SetStatus(message.status()?),
-            FrontendReq::GET_STATUS => message.empty()?.into(Self::GetStatus),
+            FrontendReq::GET_STATUS => message.empty(Self::GetStatus)?,
             _ => Self::Unknown(header.request),
         })
     }
@@ -256,40 +256,6 @@ impl Request {
                 | FrontendReq::CHECK_DEVICE_STATE
                 | FrontendReq::GET_SHMEM_CONFIG)
         )
-    }
-
-    /// The request's number on the wire.
-    pub(crate) fn id(&self) -> u32 {
-        let known = match self {
-            Self::Unknown(id) => return *id,
-            Self::GetFeatures => FrontendReq::GET_FEATURES,
-            Self::SetFeatures(_) => FrontendReq::SET_FEATURES,
-            Self::SetOwner => FrontendReq::SET_OWNER,
-            Self::ResetOwner => FrontendReq::RESET_OWNER,
-            Self::SetMemTable(_) => FrontendReq::SET_MEM_TABLE,
-            Self::SetLogBase => FrontendReq::SET_LOG_BASE,
-            Self::SetLogFd => FrontendReq::SET_LOG_FD,
-            Self::SetVringNum { .. } => FrontendReq::SET_VRING_NUM,
-            Self::SetVringAddr { .. } => FrontendReq::SET_VRING_ADDR,
-            Self::SetVringBase { .. } => FrontendReq::SET_VRING_BASE,
-            Self::GetVringBase { .. } => FrontendReq::GET_VRING_BASE,
-            Self::SetVringKick(_) => FrontendReq::SET_VRING_KICK,
-            Self::SetVringCall(_) => FrontendReq::SET_VRING_CALL,
-            Self::SetVringErr(_) => FrontendReq::SET_VRING_ERR,
-            Self::GetProtocolFeatures => FrontendReq::GET_PROTOCOL_FEATURES,
-            Self::SetProtocolFeatures(_) => FrontendReq::SET_PROTOCOL_FEATURES,
-            Self::GetQueueNum => FrontendReq::GET_QUEUE_NUM,
-            Self::SetVringEnable { .. } => FrontendReq::SET_VRING_ENABLE,
-            Self::SendRarp(_) => FrontendReq::SEND_RARP,
-            Self::NetSetMtu(_) => FrontendReq::NET_SET_MTU,
-            Self::ResetDevice => FrontendReq::RESET_DEVICE,
-            Self::GetMaxMemSlots => FrontendReq::GET_MAX_MEM_SLOTS,
-            Self::AddMemReg(..) => FrontendReq::ADD_MEM_REG,
-            Self::RemMemReg(_) => FrontendReq::REM_MEM_REG,
-            Self::SetStatus(_) => FrontendReq::SET_STATUS,
-            Self::GetStatus => FrontendReq::GET_STATUS,
-        };
-        known.into()
     }
 }
 
@@ -338,15 +304,6 @@ struct Parts<'a> {
     fds: Vec<OwnedFd>,
 }
 
-/// A message that turned out to hold nothing more.
-struct Checked;
-
-impl Checked {
-    fn into(self, request: Request) -> Request {
-        request
-    }
-}
-
 impl<'a> Parts<'a> {
     fn exact_body<const N: usize>(&self) -> Result<&'a [u8; N], CodecError> {
         self.body.try_into().map_err(|_| self.bad_size())
@@ -375,21 +332,24 @@ impl<'a> Parts<'a> {
         }
     }
 
-    /// A body of exactly `N` bytes that nobody reads, and `fds` fds that are closed.
-    fn fields<const N: usize>(self, fds: usize) -> Result<Checked, CodecError> {
-        self.exact_body::<N>()?;
-        self.expect_fds(fds)?;
-        Ok(Checked)
+    /// No body.
+    fn empty(self, request: Request) -> Result<Request, CodecError> {
+        self.exact_body::<0>()?;
+        self.expect_fds(0)?;
+        Ok(request)
     }
 
-    fn empty(self) -> Result<Checked, CodecError> {
-        self.fields::<0>(0)
+    /// An fd, which is closed.
+    fn log_fd(self) -> Result<Request, CodecError> {
+        self.exact_body::<0>()?;
+        self.expect_fds(1)?;
+        Ok(Request::SetLogFd)
     }
 
     /// Either a log description or, without LOG_SHMFD, an address.
-    fn log_base(self) -> Result<Checked, CodecError> {
+    fn log_base(self) -> Result<Request, CodecError> {
         match (self.body.len(), self.fds.len()) {
-            (8, 0) | (16, 0 | 1) => Ok(Checked),
+            (8, 0) | (16, 0 | 1) => Ok(Request::SetLogBase),
             (8 | 16, count) => Err(fd_count(self.request, count)),
             _ => Err(self.bad_size()),
         }

@@ -16,6 +16,7 @@ use tracing::Span;
 use super::device::Device;
 use super::endpoint::Endpoint;
 use super::log_limit::LogLimit;
+use super::message::Reply;
 use super::server::Command;
 use super::session::Session;
 use super::socket::{Connection, Message, Received};
@@ -463,12 +464,15 @@ impl<D: Device> Link<D> {
                     .map_err(|error| error.to_string())
             });
         match result {
-            Ok(Some(reply)) => self.connection.send(&reply).map_err(|e| e.to_string()),
+            Ok(Some(body)) => {
+                let sent = self.connection.send(&Reply { request: id, body });
+                sent.map_err(|error| error.to_string())
+            }
             Ok(None) => Ok(()),
             Err(reason) => {
-                if let Some(reply) = self.session.failure(id, need_reply) {
+                if let Some(body) = self.session.failure(id, need_reply) {
                     // The session ends anyway.
-                    let _ = self.connection.send(&reply);
+                    let _ = self.connection.send(&Reply { request: id, body });
                 }
                 Err(reason)
             }

@@ -11,7 +11,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use super::device::{Device, RingError};
 use super::log_limit::LogLimit;
-use super::message::{Reply, ReplyBody, Request, VringFd};
+use super::message::{ReplyBody, Request, VringFd};
 use super::vring::{Footing, Vring};
 use crate::memory::{GuestMemory, MemoryError, Region, RegionSpec};
 use crate::ring::Layout;
@@ -114,27 +114,25 @@ impl<D: Device> Session<D> {
         &mut self,
         request: Request,
         need_reply: bool,
-    ) -> Result<Option<Reply>, SessionError> {
-        let id = request.id();
-        if let Request::Unknown(_) = request
+    ) -> Result<Option<ReplyBody>, SessionError> {
+        if let Request::Unknown(request) = request
             && !self.wants_ack(need_reply)
-            && Request::unknown_expects_reply(id)
+            && Request::unknown_expects_reply(request)
         {
             let rule = "it is not supported here";
-            return Err(SessionError::NoReply { request: id, rule });
+            return Err(SessionError::NoReply { request, rule });
         }
-        let body = match self.apply(request)? {
-            Answer::Reply(body) => body,
+        Ok(match self.apply(request)? {
+            Answer::Reply(body) => Some(body),
             // Asked only now: SET_PROTOCOL_FEATURES itself may have negotiated REPLY_ACK.
-            Answer::Done if self.wants_ack(need_reply) => ReplyBody::U64(ACK),
-            Answer::Refused if self.wants_ack(need_reply) => ReplyBody::U64(NACK),
-            Answer::Done | Answer::Refused => return Ok(None),
-        };
-        Ok(Some(Reply { request: id, body }))
+            Answer::Done if self.wants_ack(need_reply) => Some(ReplyBody::U64(ACK)),
+            Answer::Refused if self.wants_ack(need_reply) => Some(ReplyBody::U64(NACK)),
+            Answer::Done | Answer::Refused => None,
+        })
     }
 
     /// The reply to a request that ended the session, if the front-end waits for one.
-    pub(crate) fn failure(&self, request: u32, need_reply: bool) -> Option<Reply> {
+    pub(crate) fn failure(&self, request: u32, need_reply: bool) -> Option<ReplyBody> {
         let own_reply = matches!(
             FrontendReq::try_from(request),
             Ok(FrontendReq::GET_FEATURES
@@ -144,10 +142,7 @@ impl<D: Device> Session<D> {
                 | FrontendReq::GET_MAX_MEM_SLOTS
                 | FrontendReq::GET_STATUS)
         );
-        (self.wants_ack(need_reply) && !own_reply).then_some(Reply {
-            request,
-            body: ReplyBody::U64(NACK),
-        })
+        (self.wants_ack(need_reply) && !own_reply).then_some(ReplyBody::U64(NACK))
     }
 
     /// Ends the session, with a reason if it was an error: stops all rings, empties the memory and
