@@ -63,8 +63,19 @@ unsafe impl Send for Areas {}
 pub(crate) struct PlacedAreas {
     pub(super) layout: Layout,
     pub(super) size: u16,
+    pub(super) addresses: RingAddresses,
     pub(super) at: Areas,
     pub(super) memory: Arc<GuestMemory>,
+}
+
+impl PlacedAreas {
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    pub(crate) fn addresses(&self) -> RingAddresses {
+        self.addresses
+    }
 }
 
 impl Layout {
@@ -123,6 +134,7 @@ impl Layout {
         Ok(PlacedAreas {
             layout: self,
             size,
+            addresses,
             at,
             memory: Arc::clone(memory),
         })

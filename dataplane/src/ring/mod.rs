@@ -167,6 +167,7 @@ impl Ring {
             size,
             at,
             memory,
+            ..
         } = placed;
         if layout != Layout::of(features) {
             return None;

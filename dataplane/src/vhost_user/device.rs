@@ -6,16 +6,14 @@ use std::sync::Arc;
 use ringway_bridge::MacAddr;
 
 use crate::memory::GuestMemory;
-use crate::ring::{PlaceError, RingAddresses};
+use crate::ring::{PlaceError, PlacedAreas};
 use crate::wire::{Features, ProtocolFeatures};
 
 /// All that a ring needs to start.
 #[derive(Debug)]
 pub(crate) struct RingStart {
-    /// Entries: 1 to 32768, a power of two for split rings (virtio 1.3, 2.7.1).
-    pub(crate) size: u16,
-    /// Where it lies.
-    pub(crate) addresses: RingAddresses,
+    /// Where it lies, in the memory that was set last, and its size.
+    pub(crate) placed: PlacedAreas,
     /// What SET_VRING_BASE told: for split rings the next avail index in the low 16 bits, for
     /// packed rings avail index and wrap counter in the low, used in the high 16 bits.
     pub(crate) base: u32,
@@ -79,7 +77,7 @@ pub(crate) trait Device: Send + Sync {
     /// Starts a ring that is stopped.
     ///
     /// # Errors
-    /// Addresses, size or fds that can't be used; the ring stays stopped.
+    /// A base or fds that can't be used, or memory that was cut off; the ring stays stopped.
     fn start_ring(&self, index: u16, start: RingStart) -> Result<(), RingError>;
 
     /// Stops a ring and returns where it stood, in the form of [`RingStart::base`]: now, or when the

@@ -1,5 +1,6 @@
 //! A device that writes down what a session does to it, and a front-end's end of a socket.
 
+use std::collections::HashMap;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -65,21 +66,21 @@ pub(super) struct TestDevice {
 
 #[derive(Default)]
 struct State {
-    /// Per ring: what it was started with and has been given since.
-    started: std::collections::HashMap<u16, RingStart>,
+    /// Rings that are started, and where they are.
+    started: HashMap<u16, u32>,
     memory: Arc<GuestMemory>,
     /// The next start of any ring fails.
     fail_start: bool,
     /// Rings that do not go on in the next memory.
     refused: Vec<u16>,
     /// Where rings were that the device stopped by itself.
-    stopped_at: std::collections::HashMap<u16, u32>,
+    stopped_at: HashMap<u16, u32>,
 }
 
 impl State {
     fn fail(&mut self, index: u16) {
-        let start = self.started.remove(&index).unwrap();
-        self.stopped_at.insert(index, start.base);
+        let base = self.started.remove(&index).unwrap();
+        self.stopped_at.insert(index, base);
     }
 }
 
@@ -98,7 +99,7 @@ impl TestDevice {
     /// Pretends that a started ring has moved on.
     pub(super) fn advance(&self, index: u16, base: u32) {
         let mut state = self.state.lock().unwrap();
-        state.started.get_mut(&index).unwrap().base = base;
+        *state.started.get_mut(&index).unwrap() = base;
     }
 
     pub(super) fn fail_next_start(&self) {
@@ -161,7 +162,7 @@ impl Device for TestDevice {
         assert!(!state.started.contains_key(&index), "started twice");
         self.note(Call::Start {
             index,
-            size: start.size,
+            size: start.placed.size(),
             base: start.base,
             features: start.features.bits(),
             enabled: start.enabled,
@@ -171,16 +172,15 @@ impl Device for TestDevice {
         if std::mem::take(&mut state.fail_start) {
             return Err(RingError::Broken);
         }
-        state.started.insert(index, start);
+        state.started.insert(index, start.base);
         Ok(())
     }
 
     fn stop_ring(&self, index: u16) -> Option<u32> {
         self.note(Call::Stop(index));
         let mut state = self.state.lock().unwrap();
-        let start = state.started.remove(&index);
-        let stopped_at = state.stopped_at.remove(&index);
-        start.map(|start| start.base).or(stopped_at)
+        let base = state.started.remove(&index);
+        base.or(state.stopped_at.remove(&index))
     }
 
     fn set_ring_enabled(&self, index: u16, enabled: bool) {
@@ -190,8 +190,7 @@ impl Device for TestDevice {
 
     fn set_ring_call(&self, index: u16, call: Option<Arc<OwnedFd>>) -> Result<(), RingError> {
         self.note(Call::Interrupt(index, call.is_some()));
-        let mut state = self.state.lock().unwrap();
-        state.started.get_mut(&index).unwrap().call = call;
+        assert!(self.is_started(index));
         Ok(())
     }
 

@@ -187,15 +187,14 @@ impl Vring {
         else {
             return Ok(());
         };
-        match layout.place(size, addresses, &on.memory) {
-            Ok(_) => {}
+        let placed = match layout.place(size, addresses, &on.memory) {
+            Ok(placed) => placed,
             // Its memory is still to come, or to come again.
             Err(PlaceError::Absent { .. }) => return Ok(()),
             Err(error) => return Err(error.into()),
-        }
+        };
         let start = RingStart {
-            size,
-            addresses,
+            placed,
             base,
             kick: kick.clone(),
             call: self.call.clone(),

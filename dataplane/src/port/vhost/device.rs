@@ -9,7 +9,7 @@ use tracing::info;
 
 use super::{CALL_BLOCKS, StartedRing, VhostPort};
 use crate::memory::GuestMemory;
-use crate::ring::{Layout, Ring};
+use crate::ring::Ring;
 use crate::vhost_user::{Device, RingError, RingStart};
 use crate::wire::rarp::rarp;
 use crate::wire::{Features, Offloads, ProtocolFeatures};
@@ -51,17 +51,15 @@ impl Device for VhostPort {
     }
 
     fn start_ring(&self, index: u16, start: RingStart) -> Result<(), RingError> {
-        let memory = Arc::clone(&self.memory.lock().unwrap_or_else(PoisonError::into_inner));
-        let (size, base, features) = (start.size, start.base, start.features);
-        let layout = Layout::of(features);
-        let placed = layout.place(size, start.addresses, &memory)?;
+        let (base, features, enabled) = (start.base, start.features, start.enabled);
+        let (size, addresses) = (start.placed.size(), start.placed.addresses());
         if let Some(kick) = &start.kick {
             check_eventfd("kick", kick)?;
         }
         if let Some(call) = &start.call {
             prepare_call(call)?;
         }
-        let mut ring = Ring::new(placed, base, features).ok_or(RingError::Base { base })?;
+        let mut ring = Ring::new(start.placed, base, features).ok_or(RingError::Base { base })?;
         ring.disarm();
         // Asked after the first access: a break from here on is found by the workers.
         if ring.is_broken() {
@@ -72,12 +70,12 @@ impl Device for VhostPort {
         } else {
             Offloads::to_guest(features)
         };
-        let enabled = start.enabled;
+        let layout = ring.layout();
         let started = StartedRing {
             ring,
             enabled,
             offloads,
-            addresses: start.addresses,
+            addresses,
             kick: start.kick,
             call: start.call,
         };
