@@ -99,8 +99,8 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Starts the daemon, called `name` in errors, in `namespace` if one is given, so that its taps are
-    /// made there, and waits until it listens. To be called from the main thread.
+    /// Starts the daemon, called `name` in errors, in `namespace` if one is given, so that its
+    /// taps are made there, and waits until it listens. To be called from the main thread.
     pub(crate) fn start(
         name: &str,
         programs: &Programs,

@@ -75,8 +75,8 @@ impl NetNs {
         run_ok(ip()?.args(["-n", &self.name]).args(arguments), IP_TIMEOUT)
     }
 
-    /// Makes a veth pair inside, each end with these options of `ip link add`, and gives the index of
-    /// the far end.
+    /// Makes a veth pair inside, each end with these options of `ip link add`, and gives the index
+    /// of the far end.
     pub(crate) fn add_veth(&self, near: &str, far: &str, options: &[&str]) -> Result<u32> {
         let near_words = [&["link", "add", near][..], options].concat();
         let far_words = [&["type", "veth", "peer", "name", far][..], options].concat();

@@ -1,7 +1,7 @@
 //! Programs of the host, run to their end with a deadline, or kept beside the bench with a log.
 //!
-//! Each is in a process group of its own: Ctrl-C is for the bench, which ends its children. One that is
-//! kept is also gone if the bench is killed with -9.
+//! Each is in a process group of its own: Ctrl-C is for the bench, which ends its children. One
+//! that is kept is also gone if the bench is killed with -9.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -66,11 +66,6 @@ impl ProcessError {
             Self::Failed { said, .. } if !said.is_empty() => Some(format!("it said: {said}")),
             _ => None,
         }
-    }
-
-    fn system(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
-        let what = what.into();
-        move |source| Self::System { what, source }
     }
 }
 
@@ -140,34 +135,36 @@ pub(crate) struct ProgramOutput {
 /// It can't start, or is still running after `timeout` (it is killed then).
 pub(crate) fn run(command: &mut Command, timeout: Duration) -> Result<ProgramOutput, ProcessError> {
     let name = describe(command);
-    let no_file = || ProcessError::system(format!("can't keep what {name} prints"));
-    // Files take output of any length without being read meanwhile.
-    let mut files = || -> io::Result<(File, File)> {
-        let (stdout, stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
-        command
-            .stdin(Stdio::null())
-            .stdout(stdout.try_clone()?)
-            .stderr(stderr.try_clone()?);
-        Ok((stdout, stderr))
+    let unkept = |source| ProcessError::System {
+        what: format!("can't keep what {name} prints"),
+        source,
     };
-    let (stdout, stderr) = files().map_err(no_file())?;
+    let (stdout, stderr) = capture_in_files(command).map_err(unkept)?;
     let mut child = OwnedChild::spawn(command, &name)?;
     let status = child.wait(Instant::now() + timeout)?;
-    let (stdout, stderr) = contents(stdout)
-        .and_then(|stdout| Ok((stdout, contents(stderr)?)))
-        .map_err(no_file())?;
-    match status {
-        Some(status) => Ok(ProgramOutput {
-            status,
-            stdout,
-            stderr,
-        }),
-        None => Err(ProcessError::Failed {
+    let stderr = contents(stderr).map_err(unkept)?;
+    let Some(status) = status else {
+        return Err(ProcessError::Failed {
             name,
             what: format!("did not end within {timeout:?}"),
             said: last_words(&stderr),
-        }),
-    }
+        });
+    };
+    Ok(ProgramOutput {
+        status,
+        stdout: contents(stdout).map_err(unkept)?,
+        stderr,
+    })
+}
+
+/// Has a command print into files, which take output of any length without being read meanwhile.
+fn capture_in_files(command: &mut Command) -> io::Result<(File, File)> {
+    let (stdout, stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
+    command
+        .stdin(Stdio::null())
+        .stdout(stdout.try_clone()?)
+        .stderr(stderr.try_clone()?);
+    Ok((stdout, stderr))
 }
 
 /// Runs a program to its end, which must be a good one, and gives what it printed.
@@ -196,9 +193,9 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts what `command` says (program, arguments, environment), in `namespace` if one is given;
-    /// all that it prints is appended to the log, line by line. To be called from the main thread: the
-    /// kernel kills the program when the thread that started it ends.
+    /// Starts what `command` says (program, arguments, environment), in `namespace` if one is
+    /// given; all that it prints is appended to the log, line by line. To be called from the main
+    /// thread: the kernel kills the program when the thread that started it ends.
     pub(crate) fn spawn(
         name: &str,
         command: &Command,
@@ -212,14 +209,14 @@ impl Process {
             Some(namespace) => namespace.inside(&tied)?,
             None => tied,
         };
-        let no_log = || ProcessError::system(format!("can't make a log for {name}"));
         let mut options = File::options();
-        let output = options.create(true).append(true).open(log);
-        let output = output.map_err(no_log())?;
-        command
-            .stdin(Stdio::piped())
-            .stdout(output.try_clone().map_err(no_log())?)
-            .stderr(output);
+        let log_file = options.create(true).append(true).open(log);
+        let files = log_file.and_then(|file| Ok((file.try_clone()?, file)));
+        let (stdout, stderr) = files.map_err(|source| ProcessError::System {
+            what: format!("can't make a log for {name}"),
+            source,
+        })?;
+        command.stdin(Stdio::piped()).stdout(stdout).stderr(stderr);
         Ok(Self {
             name: name.to_owned(),
             child: OwnedChild::spawn(&mut command, name)?,
@@ -361,8 +358,10 @@ struct OwnedChild(Child);
 impl OwnedChild {
     fn spawn(command: &mut Command, name: &str) -> Result<Self, ProcessError> {
         let child = command.process_group(0).spawn();
-        let child = child.map_err(ProcessError::system(format!("can't start {name}")))?;
-        Ok(Self(child))
+        child.map(Self).map_err(|source| ProcessError::System {
+            what: format!("can't start {name}"),
+            source,
+        })
     }
 
     fn pid(&self) -> Option<Pid> {

@@ -37,7 +37,8 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
     sorted
 }
 
-/// The value below which this share of the sorted samples lies, interpolated between the two nearest.
+/// The value below which this share of the sorted samples lies, interpolated between the nearest
+/// two.
 fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
     let position = share * sorted.len().checked_sub(1)? as f64;
     let sample = |index: f64| {

@@ -1,8 +1,8 @@
 //! `ringway-bench run` and `compare` from outside: what they print, and how they end.
 //!
-//! One at a time, and not beside the lab's guests: several polling loads on two CPUs would stall each
-//! other for so long that trials count as broken. Needs two CPUs, and the daemon and its tool built by the same command. Peers are not needed:
-//! what is checked is function, never figures.
+//! One at a time, and not beside the lab's guests: several polling loads on two CPUs would stall
+//! each other for so long that trials count as broken. Needs two CPUs, and the daemon and its tool
+//! built by the same command. Peers are not needed: what is checked is function, never figures.
 
 use std::fs::File;
 use std::os::unix::net::UnixListener;

@@ -220,53 +220,53 @@ fn arguments(command: &mut Command, spec: &GuestSpec, image: &Image, sockets: &S
     ));
     command.args(["-device", "virtio-serial-pci"]);
     command.args(["-device", "virtserialport,chardev=commands,name=ringway"]);
-    let netdev = match &spec.nic {
-        GuestNic::None => None,
-        GuestNic::VhostUser { socket } => {
-            command.arg("-chardev").arg(format!(
-                "socket,id=backend,path={},reconnect-ms={RECONNECT_MS}",
-                socket.display()
-            ));
-            Some(format!("vhost-user,id=net,chardev=backend,queues={pairs}"))
-        }
-        GuestNic::Tap { interface } => Some(tap(interface, pairs)),
-        GuestNic::Device {
-            interface,
-            queues,
-            device,
-        } => {
-            command.arg("-netdev").arg(tap(interface, *queues));
-            let mac = mac(spec.index);
-            command
-                .arg("-device")
-                .arg(format!("{device},netdev=net,mac={mac},romfile="));
-            None
-        }
-    };
     let mut line = "console=ttyS0 quiet panic=0 mitigations=off ipv6.disable=1".to_owned();
-    if matches!(spec.nic, GuestNic::Device { .. }) {
-        // virtio_net in zero-copy sends a header from its module's memory and takes the wrong physical
-        // address for it: one without RAM, which reads as zeros, unless the kernel is laid out anew.
-        line += " nokaslr";
-    }
-    if let Some(netdev) = netdev {
-        command.arg("-netdev").arg(netdev);
-        command.arg("-device").arg(format!(
-            "virtio-net-pci,netdev=net,mac={},mq={},vectors={},host_mtu={},romfile={}",
-            mac(spec.index),
-            if pairs > 1 { "on" } else { "off" },
-            2 * pairs + 2,
-            spec.mtu,
-            spec.offloads.qemu_properties()
-        ));
-        line += &format!(" rw.ip={}/24 rw.mtu={}", address(spec.index), spec.mtu);
-    }
+    line += &add_nic(command, spec);
     command
         .arg("-kernel")
         .arg(&image.kernel)
         .arg("-initrd")
         .arg(&image.initramfs);
     command.arg("-append").arg(line);
+}
+
+/// Adds the guest's NIC; gives what the kernel's command line has to say of it.
+fn add_nic(command: &mut Command, spec: &GuestSpec) -> String {
+    let (pairs, mac) = (spec.queue_pairs, mac(spec.index));
+    let netdev = match &spec.nic {
+        GuestNic::None => return String::new(),
+        GuestNic::VhostUser { socket } => {
+            command.arg("-chardev").arg(format!(
+                "socket,id=backend,path={},reconnect-ms={RECONNECT_MS}",
+                socket.display()
+            ));
+            format!("vhost-user,id=net,chardev=backend,queues={pairs}")
+        }
+        GuestNic::Tap { interface } => tap(interface, pairs),
+        GuestNic::Device {
+            interface,
+            queues,
+            device,
+        } => {
+            command.arg("-netdev").arg(tap(interface, *queues));
+            command
+                .arg("-device")
+                .arg(format!("{device},netdev=net,mac={mac},romfile="));
+            // virtio_net in zero-copy sends a header from its module's memory and takes the wrong
+            // physical address for it: one without RAM, which reads as zeros, unless the kernel is
+            // laid out anew.
+            return " nokaslr".to_owned();
+        }
+    };
+    command.arg("-netdev").arg(netdev);
+    command.arg("-device").arg(format!(
+        "virtio-net-pci,netdev=net,mac={mac},mq={},vectors={},host_mtu={},romfile={}",
+        if pairs > 1 { "on" } else { "off" },
+        2 * pairs + 2,
+        spec.mtu,
+        spec.offloads.qemu_properties()
+    ));
+    format!(" rw.ip={}/24 rw.mtu={}", address(spec.index), spec.mtu)
 }
 
 fn tap(interface: &str, queues: u16) -> String {

@@ -223,8 +223,8 @@ fn or<'a, T>(given: &'a [T], default: &'a [T]) -> &'a [T] {
     if given.is_empty() { default } else { given }
 }
 
-/// The last CPU that is allowed: guests prefer it no more than the first ones, and the kernel's own work
-/// prefers CPU 0.
+/// The last CPU that is allowed: guests prefer it no more than the first ones, and the kernel's own
+/// work prefers CPU 0.
 fn last_cpu() -> String {
     let allowed = CpuList::allowed().ok();
     let last = allowed.and_then(|cpus| cpus.highest()).unwrap_or(0);

@@ -165,7 +165,8 @@ impl RateRun {
         }
     }
 
-    /// Frames that each guest should have sent by now; at an endless rate none once the run is over.
+    /// Frames that each guest should have sent by now; at an endless rate none once the run is
+    /// over.
     fn due(&self, now: Duration) -> u64 {
         if self.per_guest.is_finite() || now < self.duration {
             whole(now.min(self.duration).as_secs_f64() * self.per_guest)

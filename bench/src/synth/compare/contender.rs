@@ -148,8 +148,8 @@ fn try_trial(
     }
 }
 
-/// Trials at full rate, in turns: a subject for each contender in order, and behind them one for the
-/// copy loop where copying matters.
+/// Trials at full rate, in turns: a subject for each contender in order, and behind them one for
+/// the copy loop where copying matters.
 pub(super) fn full_rate(
     rounds: u32,
     setting: TrialSetting<'_>,

@@ -39,19 +39,8 @@ const LATENCY_ROUNDS: u32 = 5;
 pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
     interrupt::install()?;
     let (switch_cpu, load_cpu) = args.load.cpus()?;
-    ensure!(
-        args.duration > 0.0 && args.pairs > 0,
-        "a comparison takes trials and time"
-    );
-    if args.latency {
-        ensure!(
-            args.driver == LoadDriver::Synth,
-            "the virtio-user load can't measure latency"
-        );
-        args.load.check_stamps()?;
-    }
+    args.check()?;
     if args.has_nic() {
-        args.check_nic()?;
         NetNs::remove_stale();
     }
     let (kinds, missing) = contenders(args)?;

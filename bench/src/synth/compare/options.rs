@@ -1,6 +1,6 @@
 //! What to compare, as the command line tells.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
@@ -99,8 +99,27 @@ impl CompareArgs {
         self.paths.iter().any(|path| path.way().is_some())
     }
 
+    /// Fails if this can't be measured.
+    pub(super) fn check(&self) -> Result<()> {
+        ensure!(
+            self.duration > 0.0 && self.pairs > 0,
+            "a comparison takes trials and time"
+        );
+        if self.latency {
+            ensure!(
+                self.driver == LoadDriver::Synth,
+                "the virtio-user load can't measure latency"
+            );
+            self.load.check_stamps()?;
+        }
+        if self.has_nic() {
+            self.check_nic()?;
+        }
+        Ok(())
+    }
+
     /// Fails if something is wanted that there is between guests only.
-    pub(super) fn check_nic(&self) -> Result<()> {
+    fn check_nic(&self) -> Result<()> {
         let frames = self.load.frames.iter();
         let longest = frames.flat_map(|frame| frame.sizes()).max();
         let is_mixed = self.load.frames.contains(&FrameSize::Imix);
