@@ -7,7 +7,7 @@ use crate::wire::Features;
 
 /// How a virtqueue is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Layout {
+pub(crate) enum RingLayout {
     /// Descriptor table, avail ring, used ring (virtio 1.3, 2.7).
     Split,
     /// One descriptor ring and two event suppression structures (2.8).
@@ -58,10 +58,10 @@ pub(crate) struct Areas {
 unsafe impl Send for Areas {}
 
 /// Areas that were found to lie in a guest's memory, aligned and long enough for a ring of this
-/// layout and size. [`Layout::place`] alone makes them.
+/// layout and size. [`RingLayout::place`] alone makes them.
 #[derive(Debug)]
 pub(crate) struct PlacedAreas {
-    pub(super) layout: Layout,
+    pub(super) layout: RingLayout,
     pub(super) size: u16,
     pub(super) addresses: RingAddresses,
     pub(super) at: Areas,
@@ -78,7 +78,7 @@ impl PlacedAreas {
     }
 }
 
-impl Layout {
+impl RingLayout {
     /// The layout that goes with these features.
     pub(crate) fn of(features: Features) -> Self {
         if features.contains(Features::VIRTIO_F_RING_PACKED) {
@@ -195,8 +195,8 @@ mod tests {
         let memory = memory();
         let end = USER + BYTES;
         for (layout, lens) in [
-            (Layout::Split, [16 * 64, 6 + 2 * 64, 6 + 8 * 64]),
-            (Layout::Packed, [16 * 64, 4, 4]),
+            (RingLayout::Split, [16 * 64, 6 + 2 * 64, 6 + 8 * 64]),
+            (RingLayout::Packed, [16 * 64, 4, 4]),
         ] {
             for (area, len) in lens.into_iter().enumerate() {
                 let place = |address| {
@@ -212,7 +212,7 @@ mod tests {
                 assert!(fits.is_ok() || len == 6 + 8 * 64 && is_misaligned);
                 let beyond = place(end - len + 2);
                 let lacks_event = matches!(beyond, Err(PlaceError::NoEventField { .. }));
-                assert_eq!(lacks_event, layout == Layout::Split && area > 0);
+                assert_eq!(lacks_event, layout == RingLayout::Split && area > 0);
                 assert!(lacks_event || matches!(beyond, Err(PlaceError::Absent { .. })));
                 assert!(matches!(place(end), Err(PlaceError::Absent { .. })));
             }
@@ -227,7 +227,7 @@ mod tests {
             at[area] += align / 2;
             let [desc, avail, used] = at;
             let addresses = RingAddresses { desc, avail, used };
-            let error = Layout::Split.place(64, addresses, &memory).unwrap_err();
+            let error = RingLayout::Split.place(64, addresses, &memory).unwrap_err();
             assert!(matches!(error, PlaceError::Misaligned { .. }), "{error}");
         }
     }
@@ -236,17 +236,20 @@ mod tests {
     fn a_split_ring_has_a_power_of_two_of_entries_and_a_packed_one_any_number() {
         let memory = memory();
         let (desc, avail, used) = (USER, USER + BYTES / 4, USER + BYTES / 2);
-        let place = |layout: Layout, size| {
+        let place = |layout: RingLayout, size| {
             let placed = layout.place(size, RingAddresses { desc, avail, used }, &memory);
             placed.map(|placed| placed.size)
         };
         for size in [0, 3, 32769] {
-            assert_eq!(place(Layout::Split, size), Err(PlaceError::Size { size }));
+            assert_eq!(
+                place(RingLayout::Split, size),
+                Err(PlaceError::Size { size })
+            );
         }
-        assert_eq!(place(Layout::Split, 4), Ok(4));
-        assert_eq!(place(Layout::Packed, 3), Ok(3));
+        assert_eq!(place(RingLayout::Split, 4), Ok(4));
+        assert_eq!(place(RingLayout::Packed, 3), Ok(3));
         assert!(matches!(
-            place(Layout::Packed, 0),
+            place(RingLayout::Packed, 0),
             Err(PlaceError::Size { size: 0 })
         ));
     }

@@ -19,7 +19,7 @@ use crate::wire::net_header::HEADER_BYTES;
 
 use self::chain::F_WRITE;
 use crate::isa::for_this_cpu;
-pub(crate) use layout::{Areas, Layout, PlaceError, PlacedAreas, RingAddresses};
+pub(crate) use layout::{Areas, PlaceError, PlacedAreas, RingAddresses, RingLayout};
 pub(crate) use packed::PackedRing;
 pub(crate) use split::SplitRing;
 
@@ -169,21 +169,21 @@ impl Ring {
             memory,
             ..
         } = placed;
-        if layout != Layout::of(features) {
+        if layout != RingLayout::of(features) {
             return None;
         }
         let rings = match layout {
-            Layout::Split => {
+            RingLayout::Split => {
                 #[expect(
                     clippy::cast_possible_truncation,
                     reason = "split rings use the low half"
                 )]
                 let next_avail = base as u16;
-                // SAFETY: `Layout::place` found the areas of a ring of this size in this memory, which
+                // SAFETY: `RingLayout::place` found the areas of a ring of this size in this memory, which
                 // is kept beside the ring.
                 AnyRing::Split(unsafe { SplitRing::new(size, at, next_avail, features) })
             }
-            Layout::Packed => {
+            RingLayout::Packed => {
                 // SAFETY: likewise.
                 AnyRing::Packed(unsafe { PackedRing::new(size, at, base, features) }?)
             }
@@ -202,7 +202,7 @@ impl Ring {
         memory: &Arc<GuestMemory>,
     ) -> Result<(), PlaceError> {
         let PlacedAreas { at, memory, .. } = self.layout().place(self.size(), addresses, memory)?;
-        // SAFETY: `Layout::place` found the areas of a ring of this layout and size in this memory,
+        // SAFETY: `RingLayout::place` found the areas of a ring of this layout and size in this memory,
         // which is kept beside the ring.
         each!(&mut self.rings, ring => unsafe { ring.relocate(at) });
         self.memory = MemoryView::new(memory);
@@ -215,10 +215,10 @@ impl Ring {
         (&self.memory, &mut self.rings)
     }
 
-    pub(crate) fn layout(&self) -> Layout {
+    pub(crate) fn layout(&self) -> RingLayout {
         match &self.rings {
-            AnyRing::Split(_) => Layout::Split,
-            AnyRing::Packed(_) => Layout::Packed,
+            AnyRing::Split(_) => RingLayout::Split,
+            AnyRing::Packed(_) => RingLayout::Packed,
         }
     }
 

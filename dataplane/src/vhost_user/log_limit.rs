@@ -12,10 +12,10 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// Lets [`LINES`] lines pass in each [`PERIOD`] and counts the others. Clones share the count: a
 /// port has one for all of its sessions, so that to reconnect gains nothing.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct LogLimit(Arc<Mutex<State>>);
+pub(crate) struct LogLimit(Arc<Mutex<Lines>>);
 
 #[derive(Debug, Default)]
-struct State {
+struct Lines {
     since: Option<Instant>,
     lines: u32,
     suppressed: u64,

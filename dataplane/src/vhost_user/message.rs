@@ -91,7 +91,7 @@ impl Header {
     /// # Errors
     /// Another version, a reply, or a body that is too long.
     pub(crate) fn parse(bytes: &[u8; HEADER_LEN]) -> Result<Self, CodecError> {
-        let mut fields = Fields(bytes);
+        let mut fields = FieldReader(bytes);
         let (request, flags, size) = (fields.u32(), fields.u32(), fields.u32());
         let bad_flags = |rule| CodecError::Flags {
             request,
@@ -375,7 +375,7 @@ impl<'a> Parts<'a> {
     fn vring_state(&self) -> Result<(u32, u32), CodecError> {
         let body: &[u8; 8] = self.exact_body()?;
         self.expect_fds(0)?;
-        let mut fields = Fields(body);
+        let mut fields = FieldReader(body);
         Ok((fields.u32(), fields.u32()))
     }
 
@@ -392,7 +392,7 @@ impl<'a> Parts<'a> {
     fn vring_addr(&self) -> Result<Request, CodecError> {
         let body: &[u8; 40] = self.exact_body()?;
         self.expect_fds(0)?;
-        let mut fields = Fields(body);
+        let mut fields = FieldReader(body);
         let index = fields.u32();
         let _log_flags = fields.u32();
         let desc = fields.u64();
@@ -423,7 +423,7 @@ impl<'a> Parts<'a> {
             .body
             .split_first_chunk::<8>()
             .ok_or_else(|| self.bad_size())?;
-        let count = Fields(head).u32();
+        let count = FieldReader(head).u32();
         if count > MAX_TABLE_REGIONS {
             return Err(self.bad_value(count.into(), "a memory table has at most 8 regions"));
         }
@@ -432,7 +432,7 @@ impl<'a> Parts<'a> {
             return Err(self.bad_size());
         }
         self.expect_fds(regions.len())?;
-        let specs = regions.iter().map(|region| Fields(region).region());
+        let specs = regions.iter().map(|region| FieldReader(region).region());
         Ok(specs.zip(self.fds).collect())
     }
 
@@ -444,7 +444,7 @@ impl<'a> Parts<'a> {
         if !fds.contains(&self.fds.len()) {
             return Err(fd_count(self.request, self.fds.len()));
         }
-        let mut fields = Fields(body);
+        let mut fields = FieldReader(body);
         let _padding = fields.u64();
         Ok((fields.region(), self.fds.pop()))
     }
@@ -457,11 +457,11 @@ fn fd_count(request: u32, count: usize) -> CodecError {
     CodecError::FdCount { request, count }
 }
 
-/// Fields in native byte order, read one after the other. The callers hold arrays of a size that
+/// FieldReader in native byte order, read one after the other. The callers hold arrays of a size that
 /// they checked; past the end there are zeros rather than a panic.
-struct Fields<'a>(&'a [u8]);
+struct FieldReader<'a>(&'a [u8]);
 
-impl Fields<'_> {
+impl FieldReader<'_> {
     fn take<const N: usize>(&mut self) -> [u8; N] {
         debug_assert!(self.0.len() >= N, "a field past the end");
         match self.0.split_first_chunk() {

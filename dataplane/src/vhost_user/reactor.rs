@@ -17,7 +17,7 @@ use super::device::Device;
 use super::endpoint::Endpoint;
 use super::log_limit::LogLimit;
 use super::message::Reply;
-use super::server::Command;
+use super::server::SessionCommand;
 use super::session::Session;
 use super::socket::{Connection, Message, Received};
 
@@ -47,15 +47,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 pub(super) struct Reactor<D: Device> {
     epoll: OwnedFd,
     wake: Arc<OwnedFd>,
-    inbox: Receiver<Command<D>>,
-    ports: HashMap<PortId, Port<D>>,
+    inbox: Receiver<SessionCommand<D>>,
+    ports: HashMap<PortId, ServedPort<D>>,
     /// When ports want to be looked at. An entry counts only if the port's `timer` says the same.
     timers: BTreeSet<(Instant, PortId)>,
     /// Makes tokens differ, so that an event of an fd that is gone is recognised.
     generation: u64,
 }
 
-struct Port<D: Device> {
+struct ServedPort<D: Device> {
     endpoint: Endpoint,
     device: Arc<D>,
     span: Span,
@@ -91,7 +91,11 @@ enum Turn {
 }
 
 impl<D: Device> Reactor<D> {
-    pub(super) fn new(epoll: OwnedFd, wake: Arc<OwnedFd>, inbox: Receiver<Command<D>>) -> Self {
+    pub(super) fn new(
+        epoll: OwnedFd,
+        wake: Arc<OwnedFd>,
+        inbox: Receiver<SessionCommand<D>>,
+    ) -> Self {
         Self {
             epoll,
             wake,
@@ -102,7 +106,7 @@ impl<D: Device> Reactor<D> {
         }
     }
 
-    /// Serves until [`Command::Stop`].
+    /// Serves until [`SessionCommand::Stop`].
     pub(super) fn run(mut self) {
         let mut events = Vec::with_capacity(MAX_EVENTS);
         loop {
@@ -140,17 +144,17 @@ impl<D: Device> Reactor<D> {
         let _ = rustix::io::read(&*self.wake, &mut [0; 8]);
         loop {
             match self.inbox.try_recv() {
-                Ok(Command::Add {
+                Ok(SessionCommand::Add {
                     id,
                     endpoint,
                     device,
                     done,
                 }) => drop(done.send(self.add(id, endpoint, device))),
-                Ok(Command::Remove { id, done }) => {
+                Ok(SessionCommand::Remove { id, done }) => {
                     self.remove(id);
                     let _ = done.send(());
                 }
-                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+                Ok(SessionCommand::Stop) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
             }
         }
@@ -170,7 +174,7 @@ impl<D: Device> Reactor<D> {
             }
             Endpoint::Connect(_) => true,
         };
-        let port = Port {
+        let port = ServedPort {
             endpoint,
             device,
             span,

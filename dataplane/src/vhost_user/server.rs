@@ -25,7 +25,7 @@ use super::reactor::{Reactor, WAKE};
 const MAX_COMMANDS: usize = 16;
 
 /// What callers want of the thread. Each is answered when it is done.
-pub(super) enum Command<D: Device> {
+pub(super) enum SessionCommand<D: Device> {
     Add {
         id: PortId,
         endpoint: Endpoint,
@@ -41,7 +41,7 @@ pub(super) enum Command<D: Device> {
 
 /// The handle of the session thread; dropping it ends all sessions and the thread.
 pub(crate) struct SessionThread<D: Device + 'static> {
-    commands: Sender<Command<D>>,
+    commands: Sender<SessionCommand<D>>,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -60,7 +60,7 @@ impl<D: Device + 'static> SessionThread<D> {
             epoll::EventData::new_u64(WAKE),
             epoll::EventFlags::IN,
         )?;
-        let (commands, inbox): (_, Receiver<Command<D>>) = bounded(MAX_COMMANDS);
+        let (commands, inbox): (_, Receiver<SessionCommand<D>>) = bounded(MAX_COMMANDS);
         let reactor = Reactor::new(epoll, Arc::clone(&wake), inbox);
         let thread = std::thread::Builder::new()
             .name("ringway-session".to_owned())
@@ -78,7 +78,7 @@ impl<D: Device + 'static> SessionThread<D> {
     /// The port is there already, or its listener can't be watched.
     pub(crate) fn add(&self, id: PortId, endpoint: Endpoint, device: Arc<D>) -> io::Result<()> {
         let (done, answer) = bounded(1);
-        self.command(Command::Add {
+        self.command(SessionCommand::Add {
             id,
             endpoint,
             device,
@@ -92,13 +92,13 @@ impl<D: Device + 'static> SessionThread<D> {
     /// there is no such port.
     pub(crate) fn remove(&self, id: PortId) {
         let (done, answer) = bounded(1);
-        self.command(Command::Remove { id, done });
+        self.command(SessionCommand::Remove { id, done });
         // An error means that the thread, and with it all sessions, is gone.
         let _ = answer.recv();
     }
 
     /// Hands over a command; if the thread is gone, the command's answer channel closes.
-    fn command(&self, command: Command<D>) {
+    fn command(&self, command: SessionCommand<D>) {
         if self.commands.send(command).is_ok() {
             // Can only fail if the counter is full, and then the thread is awake.
             let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes());
@@ -108,7 +108,7 @@ impl<D: Device + 'static> SessionThread<D> {
 
 impl<D: Device + 'static> Drop for SessionThread<D> {
     fn drop(&mut self) {
-        self.command(Command::Stop);
+        self.command(SessionCommand::Stop);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

@@ -14,7 +14,7 @@ use super::log_limit::LogLimit;
 use super::message::{ReplyBody, Request, VringFd};
 use super::vring::{Footing, Vring};
 use crate::memory::{GuestMemory, MemoryError, Region, RegionSpec};
-use crate::ring::Layout;
+use crate::ring::RingLayout;
 use crate::wire::{Features, ProtocolFeatures};
 
 /// Most memory regions: what the kernel's vhost and other back-ends have, and QEMU's DIMM slots
@@ -277,7 +277,7 @@ impl<D: Device> Session<D> {
 
     fn set_vring_num(&mut self, index: u32, size: u32) -> Result<Answer, SessionError> {
         self.ring_index(index)?;
-        let layout = Layout::of(self.footing.features);
+        let layout = RingLayout::of(self.footing.features);
         let valid = u16::try_from(size).ok().filter(|n| layout.allows(*n));
         let size = valid.ok_or(SessionError::RingSize { index, size })?;
         self.change_ring(index, |ring, on| ring.set_size(on, size))

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use super::device::{Device, RingError, RingStart};
 use crate::memory::GuestMemory;
-use crate::ring::{Layout, PlaceError, RingAddresses};
+use crate::ring::{PlaceError, RingAddresses, RingLayout};
 use crate::wire::Features;
 
 /// What all rings of a session rest on.
@@ -35,14 +35,14 @@ pub(super) struct Footing<D> {
 type Kick = Option<Arc<OwnedFd>>;
 
 #[derive(Debug, Default)]
-enum State {
+enum RingState {
     /// It may not start before the next SET_VRING_KICK.
     #[default]
     Idle,
     /// It starts as soon as size and addresses are known and lie in memory.
     Waiting(Kick),
     /// The device has it, in the layout that was negotiated when it started.
-    Running(Kick, Layout),
+    Running(Kick, RingLayout),
 }
 
 /// A ring: what the front-end told, and its state. An fd that comes again replaces the one before,
@@ -50,7 +50,7 @@ enum State {
 #[derive(Debug, Default)]
 pub(super) struct Vring {
     index: u16,
-    state: State,
+    state: RingState,
     /// SET_VRING_NUM.
     size: Option<u16>,
     /// SET_VRING_ADDR.
@@ -116,7 +116,7 @@ impl Vring {
         fd: Option<OwnedFd>,
     ) -> Result<(), RingError> {
         self.suspend(on);
-        self.state = State::Waiting(fd.map(Arc::new));
+        self.state = RingState::Waiting(fd.map(Arc::new));
         self.start_if_ready(on)
     }
 
@@ -150,7 +150,7 @@ impl Vring {
     /// stood. A front-end that told no base means a fresh ring.
     pub(super) fn stop<D: Device>(&mut self, on: &Footing<D>) -> u32 {
         self.suspend(on);
-        self.state = State::Idle;
+        self.state = RingState::Idle;
         self.base_or_first(on)
     }
 
@@ -167,7 +167,7 @@ impl Vring {
 
     /// Stops a running ring that does not lie in the memory that is to come; it waits for it.
     pub(super) fn leave_memory<D: Device>(&mut self, on: &Footing<D>) {
-        if let (State::Running(_, layout), Some(size), Some(addresses)) =
+        if let (RingState::Running(_, layout), Some(size), Some(addresses)) =
             (&self.state, self.size, self.addresses)
             && layout.place(size, addresses, &on.memory).is_err()
         {
@@ -180,9 +180,9 @@ impl Vring {
     /// # Errors
     /// The ring can't be as it is, or the device can't take it: it waits for better.
     pub(super) fn start_if_ready<D: Device>(&mut self, on: &Footing<D>) -> Result<(), RingError> {
-        let layout = Layout::of(on.features);
+        let layout = RingLayout::of(on.features);
         let (base, enabled) = (self.base_or_first(on), self.lets_pass(on));
-        let (Some(size), Some(addresses), State::Waiting(kick)) =
+        let (Some(size), Some(addresses), RingState::Waiting(kick)) =
             (self.size, self.addresses, &mut self.state)
         else {
             return Ok(());
@@ -202,24 +202,25 @@ impl Vring {
             enabled,
         };
         on.device.start_ring(self.index, start)?;
-        self.state = State::Running(kick.take(), layout);
+        self.state = RingState::Running(kick.take(), layout);
         Ok(())
     }
 
     /// Stops a running ring, which keeps where it stood and waits.
     pub(super) fn suspend<D: Device>(&mut self, on: &Footing<D>) {
-        if let State::Running(kick, _) = &mut self.state {
-            self.state = State::Waiting(kick.take());
+        if let RingState::Running(kick, _) = &mut self.state {
+            self.state = RingState::Waiting(kick.take());
             self.base = on.device.stop_ring(self.index).or(self.base);
         }
     }
 
     fn is_running(&self) -> bool {
-        matches!(self.state, State::Running(..))
+        matches!(self.state, RingState::Running(..))
     }
 
     fn base_or_first<D>(&self, on: &Footing<D>) -> u32 {
-        self.base.unwrap_or(Layout::of(on.features).first_base())
+        self.base
+            .unwrap_or(RingLayout::of(on.features).first_base())
     }
 
     /// "If VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly in the

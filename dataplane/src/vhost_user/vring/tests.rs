@@ -52,9 +52,9 @@ impl Bench {
 
     fn state(&self) -> Name {
         match self.ring.state {
-            State::Idle => Idle,
-            State::Waiting(_) => Waiting,
-            State::Running(..) => Running,
+            RingState::Idle => Idle,
+            RingState::Waiting(_) => Waiting,
+            RingState::Running(..) => Running,
         }
     }
 
