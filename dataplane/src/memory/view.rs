@@ -59,7 +59,7 @@ impl MemoryView {
         }
     }
 
-    /// Whether a region's file was cut off (see [`sigbus`]).
+    /// Whether a region's file was cut off (see [`super::sigbus`]).
     pub(crate) fn is_broken(&self) -> bool {
         self.memory.is_broken()
     }
