@@ -35,12 +35,19 @@ impl FrameSet {
     }
 
     /// The frames at `from` and behind.
+    #[inline]
     pub const fn from_index(from: usize) -> Self {
         if from < MAX_BURST {
             Self(u64::MAX << from)
         } else {
             Self::EMPTY
         }
+    }
+
+    /// The frames from `from` on, before `to`.
+    #[inline]
+    pub const fn range(from: usize, to: usize) -> Self {
+        Self(Self::from_index(from).0 & !Self::from_index(to).0)
     }
 
     /// Whether there is none.
@@ -69,6 +76,12 @@ impl FrameSet {
         } else {
             Some(self.0.trailing_zeros() as usize)
         }
+    }
+
+    /// The index of the first, or [`MAX_BURST`], which no frame has, if there is none.
+    #[inline(always)]
+    pub const fn first_index(self) -> usize {
+        self.0.trailing_zeros() as usize
     }
 
     /// All but the first.

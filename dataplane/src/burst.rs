@@ -201,16 +201,15 @@ impl<'m> Burst<'m> {
     }
 
     /// All frames, in order.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn frames(&self) -> &[Frame<'m>] {
         &self.frames
     }
 
-    /// Plain frame `index`: what is delivered in place of its first bytes, and its whole buffer.
+    /// What is delivered in place of the first bytes of plain frame `index`.
     #[inline(always)]
-    pub(crate) fn plain_at(&self, index: usize) -> (&[u8; HEAD_LEN], GuestSlice<'m>) {
-        let head = &self.snapshots[index % MAX_BURST].0.as_chunks().0[0];
-        (head, self.frames[index].buffer)
+    pub(crate) fn head(&self, index: usize) -> &[u8; HEAD_LEN] {
+        &self.snapshots[index % MAX_BURST].0.as_chunks().0[0]
     }
 
     /// Header and frame.
@@ -323,40 +322,42 @@ impl<'m> Burst<'m> {
 
     #[inline(always)]
     fn take_all(&mut self, header_bytes: u32, allowed: Offloads) {
-        let whole = if header_bytes == HEADER_BYTES {
-            FrameSet::ALL - self.scattered
+        let longest = if header_bytes == HEADER_BYTES {
+            MAX_TOTAL_BYTES
         } else {
-            FrameSet::EMPTY
+            0
         };
-        let mut plain = FrameSet::EMPTY;
-        let (mut head, mut like_head) = (Head::NONE, FrameSet::EMPTY);
-        for index in 0..self.frames.len().min(MAX_BURST) {
-            let one = FrameSet::one(index);
-            let frame = self.frames[index];
+        let len = self.frames.len().min(MAX_BURST);
+        let (mut others, mut rejected) = (FrameSet::EMPTY, FrameSet::EMPTY);
+        // What the frames from `from` on begin with.
+        let (mut head, mut from) = (Head::NONE, 0);
+        for index in 0..len {
+            let Frame { buffer, len, .. } = self.frames[index];
             let mut seen = Head::NONE;
-            if whole.contains(index) && frame.len <= MAX_TOTAL_BYTES {
-                seen = frame.buffer.read_head().map_or(Head::NONE, Head);
+            // Of a frame in several buffers the first is shorter.
+            if len == buffer.len() && len <= longest {
+                seen = buffer.read_head().map_or(Head::NONE, Head);
             }
             if seen.asks_nothing() {
                 seen.write_clean(&mut self.snapshots[index].0);
-                plain |= one;
             } else {
+                others |= FrameSet::one(index);
                 match self.take_any(index, header_bytes, allowed) {
                     Ok(taken) => seen = taken,
                     Err(reason) => {
-                        self.reject(reason, one);
+                        rejected |= FrameSet::one(index);
+                        self.reject(reason, FrameSet::one(index));
                         continue;
                     }
                 }
             }
             if !seen.is_like(&head) {
-                self.add_run(head, like_head);
-                (head, like_head) = (seen, FrameSet::EMPTY);
+                self.add_run(head, FrameSet::range(from, index) - rejected);
+                (head, from) = (seen, index);
             }
-            like_head |= one;
         }
-        self.add_run(head, like_head);
-        self.plain = plain;
+        self.add_run(head, FrameSet::range(from, len) - rejected);
+        self.plain = FrameSet::range(0, len) - others;
     }
 
     #[inline]

@@ -12,6 +12,7 @@ pub(crate) fn is_v3() -> bool {
             && std::is_x86_feature_detected!("bmi2")
             && std::is_x86_feature_detected!("lzcnt")
             && std::is_x86_feature_detected!("movbe")
+            && std::is_x86_feature_detected!("popcnt")
     });
     *IS_V3
 }
@@ -39,7 +40,7 @@ macro_rules! for_this_cpu {
         $vis fn $name $(<$($life,)? $ring: $bound>)? ($($arg: $type),*) $(-> $result)? {
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,movbe")]
+                #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,movbe,popcnt")]
                 fn v3 $(<$($life,)? $ring: $bound>)? ($($arg: $type),*) $(-> $result)? {
                     $body($($arg),*)
                 }

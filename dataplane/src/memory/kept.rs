@@ -105,18 +105,16 @@ impl<T: Copy> std::ops::Deref for List<'_, T> {
 
     #[inline(always)]
     fn deref(&self) -> &[T] {
-        let items = &raw const self.items[..self.len];
-        // SAFETY: the first `len` are written.
-        unsafe { &*(items as *const [T]) }
+        // SAFETY: the first `len` are written, and there are no fewer.
+        unsafe { std::slice::from_raw_parts(self.items.as_ptr().cast(), self.len) }
     }
 }
 
 impl<T: Copy> std::ops::DerefMut for List<'_, T> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [T] {
-        let items = &raw mut self.items[..self.len];
-        // SAFETY: the first `len` are written.
-        unsafe { &mut *(items as *mut [T]) }
+        // SAFETY: the first `len` are written, and there are no fewer.
+        unsafe { std::slice::from_raw_parts_mut(self.items.as_mut_ptr().cast(), self.len) }
     }
 }
 

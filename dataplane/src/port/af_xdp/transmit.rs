@@ -249,7 +249,7 @@ impl TxQueue for NicTx<'_> {
         let limit = self.max_bytes.min(*room_bytes);
         let (mut left, mut bytes) = (plain, 0);
         while let Some(index) = left.first() {
-            let (head, frame) = burst.plain_at(index);
+            let (head, frame) = (burst.head(index), burst.frames()[index].buffer);
             let l2_bytes = frame.len() - HEADER_BYTES;
             if l2_bytes > limit {
                 break;

@@ -131,27 +131,24 @@ impl<R: DeviceRing> TxQueue for GuestTx<'_, R> {
         }
         let limit = self.limits.max_bytes.saturating_add(HEADER_BYTES);
         self.read_direct(wanted);
-        let mut left = plain;
-        let mut bytes = 0;
-        let mut done = 0;
-        let mut next = 0;
-        while let (Some(room), Some(index)) = (self.direct.get(next), left.first()) {
-            let (head, frame) = burst.plain_at(index);
-            next += 1;
-            if let Some(after) = self.direct.get(next) {
+        let (room, frames) = (&mut self.direct[..], burst.frames());
+        let (mut left, mut bytes, mut done) = (plain, 0, 0);
+        while let (Some(to), Some(frame)) = (room.get(done), frames.get(left.first_index())) {
+            let (to, from) = (to.buffer, frame.buffer);
+            if let Some(next) = room.get(done + 1) {
                 // Most likely the next frame is as long as this one.
-                after.buffer.prefetch_rest(frame.len());
+                next.buffer.prefetch_rest(from.len());
             }
-            if frame.len() > limit || !room.buffer.put_plain(head, frame) {
+            let head = burst.head(left.first_index());
+            if from.len() > limit || !to.put_plain(head, from) {
                 break;
             }
-            self.direct[done].len = frame.len();
-            bytes += u64::from(frame.len() - HEADER_BYTES);
+            room[done].len = from.len();
+            bytes += u64::from(from.len() - HEADER_BYTES);
             left = left.without_first();
-            done = next;
+            done += 1;
         }
-        self.ring
-            .complete_all(&self.direct[..done], Direction::ToGuest);
+        self.ring.complete_all(&room[..done], Direction::ToGuest);
         #[expect(clippy::cast_possible_truncation, reason = "at most MAX_BURST")]
         self.take(done as u16);
         (plain - left, bytes)
