@@ -1,4 +1,5 @@
 //! `ringway-bench`: the lab.
+#![forbid(unsafe_code)]
 
 mod daemon;
 mod hint;

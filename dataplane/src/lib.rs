@@ -11,6 +11,7 @@
 //! import which, and where `unsafe` is, is in docs/architecture.md.
 //!
 //! The feature `af-xdp`, on by default, has ports on a NIC's queues; it takes libxdp and libbpf, which are C.
+#![deny(unsafe_code)]
 #![cfg_attr(
     not(feature = "af-xdp"),
     allow(

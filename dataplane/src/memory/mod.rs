@@ -10,6 +10,7 @@
 //!   time: raw copies, volatile reads, and atomics for the words of a ring.
 //! - A file that shrinks under its mapping raises SIGBUS; [`sigbus`] replaces the region by
 //!   private zero pages and marks it broken, and the port goes down.
+#![allow(unsafe_code, reason = "it owns pointers into guest memory")]
 
 mod copy;
 mod iovec;

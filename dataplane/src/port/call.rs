@@ -6,6 +6,7 @@
 //! [`interrupt_stuck_calls`] runs a few times a second, and a write that lasts from one run to the
 //! next is interrupted by a signal.
 //! The ring loses its place in the switch for it.
+#![allow(unsafe_code, reason = "signals")]
 
 use std::cell::OnceCell;
 use std::os::fd::AsFd;

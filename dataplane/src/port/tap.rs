@@ -3,6 +3,7 @@
 //! Frames carry a virtio-net header of 12 bytes both ways (IFF_VNET_HDR), so that checksums and
 //! segmentation are left to whoever can do them, unless the port is to have no offload; a frame goes
 //! to the kernel by one writev from the source's buffers.
+#![allow(unsafe_code, reason = "ioctls")]
 
 use std::ffi::CString;
 use std::io;

@@ -2,6 +2,7 @@
 //!
 //! Workers hold a [`Ring`] and choose its layout once per burst; gathering and delivery are
 //! written once, over [`DeviceRing`], and compiled for each layout.
+#![allow(unsafe_code, reason = "it owns pointers to the words of rings")]
 
 mod chain;
 mod layout;

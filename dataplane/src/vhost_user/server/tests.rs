@@ -332,6 +332,7 @@ fn the_vhost_crates_front_end_gets_its_rings_started() {
 }
 
 /// Sends an eventfd of the type that the crate wants but does not re-export; inference names it.
+#[allow(unsafe_code, reason = "the type has no other way to be made")]
 fn with_event<E: FromRawFd, R>(send: impl Fn(&E) -> R) -> R {
     // SAFETY: the fd has just been given up by its owner.
     let fd = unsafe { E::from_raw_fd(event().into_raw_fd()) };
