@@ -17,37 +17,14 @@ use ringway_control::api::{
     PortShowResult,
 };
 use ringway_control::rpc::Client;
-use ringway_guest::{Guest, GuestConfig};
+use ringway_guest::Guest;
+use ringway_testbed::host::{fresh_namespace, ip};
+use ringway_testbed::{DEADLINE, eventually};
 use rustix::process::{Resource, Rlimit, setrlimit};
-use rustix::thread::{
-    CapabilitySet, UnshareFlags, gettid, remove_capability_from_bounding_set, unshare_unsafe,
-};
-
-/// How long anything may take that should happen at once.
-const DEADLINE: Duration = Duration::from_secs(20);
+use rustix::thread::{CapabilitySet, gettid, remove_capability_from_bounding_set};
 
 /// Within this a daemon that was killed is to forward again after its start.
 const RESTART: Duration = Duration::from_secs(1);
-
-fn fresh_namespace() {
-    // SAFETY: only the network namespace changes; nothing else in the process depends on it.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
-}
-
-fn ip(arguments: &str) -> String {
-    let output = Command::new("ip").args(arguments.split(' ')).output();
-    let output = output.unwrap();
-    assert!(output.status.success(), "ip {arguments}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < DEADLINE, "{what} did not happen");
-        std::thread::yield_now();
-    }
-}
 
 /// A veth pair: `xdp0` (10.0.0.1) here, `far0` (10.0.0.2) in another namespace, from which
 /// datagrams come without end.
@@ -165,7 +142,7 @@ fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_with
             });
             let took = start.elapsed();
             assert!(took < RESTART, "{took:?} from start to frames");
-            let guest = Guest::connect(&place.path("vm.sock"), GuestConfig::default());
+            let guest = Guest::builder().connect(&place.path("vm.sock"));
             let stop = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| send_without_end(guest.unwrap(), &stop));

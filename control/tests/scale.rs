@@ -9,7 +9,8 @@ use ringway_control::api::{
     KindName, NoParams, PortAdd, PortAddParams, PortList, PortSettings, PortState, WorkerList,
 };
 use ringway_control::rpc::Client;
-use ringway_guest::{Guest, GuestConfig};
+use ringway_guest::Guest;
+use ringway_testbed::{DEADLINE, eventually};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Ports in the test.
@@ -20,9 +21,6 @@ const KIB_PER_PORT: u64 = 64;
 
 /// How long it may take to add the ports and to connect their guests.
 const CONNECT: Duration = Duration::from_secs(20);
-
-/// How long anything else may take.
-const DEADLINE: Duration = Duration::from_secs(20);
 
 struct Daemon(Child);
 
@@ -61,14 +59,6 @@ fn waited_for_cpu(process: &str) -> Duration {
         text.split(' ').nth(1).map_or(0, |ns| ns.parse().unwrap())
     };
     Duration::from_nanos(tasks.map(waited_ns).sum())
-}
-
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < DEADLINE, "{what} did not happen");
-        std::thread::yield_now();
-    }
 }
 
 fn connect(control: &Path) -> Client {
@@ -115,13 +105,11 @@ fn a_thousand_idle_ports_connect_fast_and_take_little_memory_each() {
             client
                 .call::<PortAdd>(&PortAddParams { name, config })
                 .unwrap();
-            let config = GuestConfig {
-                queue_size: 64,
-                buffer_size: 256,
-                indirect: false,
-                ..GuestConfig::default()
-            };
-            Guest::connect(&path, config).unwrap()
+            let config = Guest::builder()
+                .queue_size(64)
+                .buffer_size(256)
+                .indirect(false);
+            config.connect(&path).unwrap()
         })
         .collect();
     eventually("all ports are up", || {

@@ -10,7 +10,6 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a program run by hand")]
 
 use std::collections::BTreeMap;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -20,8 +19,8 @@ use ringway_dataplane::{
     AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, QueuePairs, SocketSpec,
     Switch, SwitchConfig, UmemFrames, XdpMode,
 };
-use ringway_guest::{FrameSource, Guest, GuestConfig};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use ringway_guest::{FrameSource, Guest};
+use ringway_testbed::host;
 use xsk_rs::config::{BindFlags, SocketConfig, UmemConfig, XdpFlags};
 use xsk_rs::{FillQueue, RxQueue, Socket, Umem};
 
@@ -46,6 +45,10 @@ const BURST: usize = 64;
 fn main() {
     // As criterion has it: each once, to see that it runs.
     let is_test = std::env::args().any(|text| text == "--test");
+    if is_test && !host::is_root() {
+        println!("af_xdp: SKIPPED, it needs root");
+        return;
+    }
     let mut arguments = std::env::args()
         .skip(1)
         .filter(|text| !text.starts_with("--"));
@@ -128,22 +131,11 @@ fn pin(is_measured: bool) -> usize {
     cpu.id
 }
 
-fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split(' ')).status();
-    assert!(status.unwrap().success(), "ip {arguments}");
-}
-
 /// A fresh namespace with a veth pair, whose far end is returned.
 fn veth() -> u32 {
-    // SAFETY: only the network namespace changes; nothing else in the process depends on it.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
-    ip("link add xdp0 type veth peer name far0");
-    for ifname in ["xdp0", "far0"] {
-        ip(&format!("link set {ifname} addrgenmode none"));
-        ip(&format!("link set {ifname} up"));
-    }
-    // SAFETY: the pointer is a valid C string.
-    unsafe { libc::if_nametoindex(c"far0".as_ptr()) }
+    host::fresh_namespace();
+    host::veth(1, 1500);
+    host::index_of("far0")
 }
 
 fn frame() -> [u8; FRAME_BYTES] {
@@ -261,11 +253,8 @@ fn transmit_by_switch(time: Duration) -> f64 {
     let stopped = Arc::clone(&stop);
     let load = std::thread::spawn(move || {
         pin(false);
-        let config = GuestConfig {
-            queue_size: 1024,
-            ..GuestConfig::default()
-        };
-        let mut guest = Guest::connect(&path, config).unwrap();
+        let config = Guest::builder().queue_size(1024);
+        let mut guest = config.connect(&path).unwrap();
         let mut one = vec![0; 12];
         one.extend(frame());
         let burst = vec![one; BURST];

@@ -3,14 +3,12 @@
 //! `guest_to_guest` is everything: both guests, worker and bridge. `gather` and `deliver` time the
 //! worker alone, and nearly one ring alone.
 
-mod wire;
-
 use std::time::{Duration, Instant};
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use ringway_guest::Layout;
-use wire::{BROADCAST, BURST, Shape, Wire, station};
+use ringway_testbed::{BROADCAST, BURST, Shape, Testbed, station};
 
 const LAYOUTS: [(&str, Layout); 2] = [("split", Layout::Split), ("packed", Layout::Packed)];
 
@@ -21,9 +19,9 @@ fn whole(criterion: &mut Criterion) {
     let mut group = group(criterion, "guest_to_guest", 1);
     for (name, layout) in LAYOUTS {
         for frame_bytes in [64, 256, 512, 1500] {
-            let mut wire = Wire::new(Shape::plain(layout, frame_bytes));
+            let mut bed = Testbed::new(Shape::plain(layout, frame_bytes));
             group.bench_function(format!("{name}/{frame_bytes}"), |bencher| {
-                bencher.iter(|| assert_eq!(wire.burst(), u64::from(BURST)));
+                bencher.iter(|| assert_eq!(bed.burst(), u64::from(BURST)));
             });
         }
     }
@@ -32,16 +30,16 @@ fn whole(criterion: &mut Criterion) {
 /// Frames that the bridge drops: taken from the source's ring, checked, completed.
 fn gather(criterion: &mut Criterion) {
     let mut group = group(criterion, "gather", 1);
-    worker(&mut group, 2, |wire| {
-        wire.guests[0].address(station(0), station(0));
+    worker(&mut group, 2, |bed| {
+        bed.guests[0].address(station(0), station(0));
     });
 }
 
 /// Frames that are flooded: per copy, and an eighth of `gather`.
 fn deliver(criterion: &mut Criterion) {
     let mut group = group(criterion, "deliver", RECEIVERS);
-    worker(&mut group, RECEIVERS + 1, |wire| {
-        wire.guests[0].address(BROADCAST, station(0));
+    worker(&mut group, RECEIVERS + 1, |bed| {
+        bed.guests[0].address(BROADCAST, station(0));
     });
 }
 
@@ -52,27 +50,27 @@ fn group<'a>(criterion: &'a mut Criterion, name: &str, copies: u8) -> BenchmarkG
     group
 }
 
-fn worker(group: &mut BenchmarkGroup<'_, WallTime>, guests: u8, prepare: fn(&Wire)) {
+fn worker(group: &mut BenchmarkGroup<'_, WallTime>, guests: u8, prepare: fn(&Testbed)) {
     for (name, layout) in LAYOUTS {
         for frame_bytes in [64, 1500] {
             let plain = Shape::plain(layout, frame_bytes);
-            let mut wire = Wire::new(Shape { guests, ..plain });
-            prepare(&wire);
+            let mut bed = Testbed::new(Shape { guests, ..plain });
+            prepare(&bed);
             group.bench_function(format!("{name}/{frame_bytes}"), |bencher| {
-                bencher.iter_custom(|turns| (0..turns).map(|_| turn(&mut wire)).sum());
+                bencher.iter_custom(|turns| (0..turns).map(|_| turn(&mut bed)).sum());
             });
         }
     }
 }
 
 /// How long the worker takes for one burst.
-fn turn(wire: &mut Wire) -> Duration {
-    wire.guests[0].tx.push(BURST);
+fn turn(bed: &mut Testbed) -> Duration {
+    bed.guests[0].tx.ring.push(BURST);
     let start = Instant::now();
-    wire.switch.turn();
+    bed.switch.turn();
     let took = start.elapsed();
-    wire.receive();
-    assert_eq!(wire.guests[0].tx.reclaim(), Ok(BURST));
+    bed.receive();
+    assert_eq!(bed.guests[0].tx.ring.reclaim(), Ok(BURST));
     took
 }
 

@@ -1,11 +1,9 @@
 //! A fixed number of bursts, for instruction counts: `fixed BURSTS FRAME_BYTES [split|packed]`.
 //! `instructions.sh` runs it.
 
-mod wire;
-
 use ringway_dataplane::isa_level;
 use ringway_guest::Layout;
-use wire::{BURST, Shape, Wire};
+use ringway_testbed::{BURST, Shape, Testbed};
 
 fn main() {
     let arguments: Vec<_> = std::env::args()
@@ -24,13 +22,13 @@ fn main() {
     };
     println!("variant: {}", isa_level());
     println!("frames: {}", bursts * u32::from(BURST));
-    counted(&mut Wire::new(Shape::plain(layout, frame_bytes)), bursts);
+    counted(&mut Testbed::new(Shape::plain(layout, frame_bytes)), bursts);
 }
 
 /// What is counted, by its name.
 #[inline(never)]
-fn counted(wire: &mut Wire, bursts: u32) {
+fn counted(bed: &mut Testbed, bursts: u32) {
     for _ in 0..bursts {
-        assert_eq!(wire.burst(), u64::from(BURST));
+        assert_eq!(bed.burst(), u64::from(BURST));
     }
 }

@@ -5,16 +5,13 @@
     reason = "what can't be set up has nothing to measure"
 )]
 
-#[path = "../tests/common/packet.rs"]
-mod packet;
-
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use packet::{Packet, pattern};
 use ringway_dataplane::{InlineSwitch, copy_and_checksum, internet_checksum};
+use ringway_guest::Guest;
 use ringway_guest::features::{TSO, VIRTIO_NET_F_GUEST_CSUM};
-use ringway_guest::{Guest, GuestConfig};
+use ringway_testbed::packet::{self, Packet, pattern};
 use tempfile::TempDir;
 
 fn checksum(c: &mut Criterion) {
@@ -58,12 +55,8 @@ fn frames(c: &mut Criterion) {
         let mut guest = |port: &str, features, buffer_size| {
             let path = folder.path().join(port);
             switch.add_port(port.parse().unwrap(), &path).unwrap();
-            let config = GuestConfig {
-                features,
-                buffer_size,
-                ..GuestConfig::default()
-            };
-            Guest::connect(&path, config).unwrap()
+            let config = Guest::builder().features(features).buffer_size(buffer_size);
+            config.connect(&path).unwrap()
         };
         let mut from = guest("from", TSO, 70_000);
         let mut to = guest("to", features, 2048);

@@ -7,8 +7,6 @@
     reason = "a bench that can't be set up has nothing to measure"
 )]
 
-mod wire;
-
 use std::time::{Duration, Instant};
 
 use ringway_bridge::MacAddr;
@@ -16,9 +14,9 @@ use ringway_dataplane::{
     BalanceConfig, IdleConfig, InlineSwitch, PortConfig, PortKind, PortName, QueuePairs,
     SocketSpec, Switch, SwitchConfig,
 };
-use ringway_guest::{Guest as SmallGuest, GuestConfig, Layout};
+use ringway_guest::{Guest, Layout};
+use ringway_testbed::{BURST, RING_SIZE, Shape, Station};
 use tempfile::TempDir;
-use wire::{BURST, Guest, RING_SIZE, Shape};
 
 /// Whether each is to be done once, to see that it runs, as criterion has it.
 fn is_test() -> bool {
@@ -89,7 +87,7 @@ fn shape(frame_bytes: u32, receive_size: u16) -> Shape {
 /// An inline switch with guests, all of which send to the next one's station.
 struct Inline {
     switch: InlineSwitch,
-    guests: Vec<Guest>,
+    guests: Vec<Station>,
     _folder: TempDir,
 }
 
@@ -102,7 +100,7 @@ impl Inline {
                 let name = format!("p{port}");
                 let path = folder.path().join(&name);
                 switch.add_port(name.parse().unwrap(), &path).unwrap();
-                Guest::connect(&path, shape(frame_bytes, rx_size))
+                Station::connect(&path, shape(frame_bytes, rx_size))
             })
             .collect();
         Self {
@@ -119,8 +117,8 @@ impl Inline {
         let start = Instant::now();
         self.switch.turn();
         let took = start.elapsed();
-        let arrived: u64 = self.guests.iter_mut().map(Guest::receive).sum();
-        self.guests[0].tx.reclaim().unwrap();
+        let arrived: u64 = self.guests.iter_mut().map(Station::receive).sum();
+        self.guests[0].tx.ring.reclaim().unwrap();
         assert_eq!(arrived % u64::from(BURST), 0, "frames were lost");
         took.as_nanos() as f64 / arrived as f64
     }
@@ -138,7 +136,7 @@ fn station(port: u8, number: u32) -> [u8; 6] {
     [0x52, port, a, b, c, d]
 }
 
-/// A wire whose switch knows `entries` addresses, and 10,000 flows between them.
+/// A bed whose switch knows `entries` addresses, and 10,000 flows between them.
 struct Flows {
     inline: Inline,
     flows: Vec<[[u8; 6]; 2]>,
@@ -192,23 +190,23 @@ fn fdb() {
 }
 
 fn flood() {
-    // The last wire's guest spreads its buffers over as much memory as 64 guests have.
+    // The last bed's guest spreads its buffers over as much memory as 64 guests have.
     let cases = [(64, RING_SIZE), (1500, RING_SIZE), (1500, 64 * RING_SIZE)];
     for (frame_bytes, unicast_size) in cases {
-        let mut wire = Inline::new(2, 1024, frame_bytes, unicast_size);
+        let mut bed = Inline::new(2, 1024, frame_bytes, unicast_size);
         let mut many = Inline::new(65, 1024, frame_bytes, RING_SIZE);
         let unicast = |_| [station(1, 0), station(0, 0)];
         let group = |_| [[0xff; 6], station(0, 0)];
-        // The wire has to know where its station is.
-        wire.guests.swap(0, 1);
-        wire.burst(|_| [station(0, 0), station(1, 0)]);
-        wire.guests.swap(0, 1);
+        // The bed has to know where its station is.
+        bed.guests.swap(0, 1);
+        bed.burst(|_| [station(0, 0), station(1, 0)]);
+        bed.guests.swap(0, 1);
         let what = format!(
             "ns for a copy of {frame_bytes} bytes to 64 ports against a unicast frame to a ring of \
              {unicast_size}"
         );
         compare(&what, "1.2 or less", |which| match which {
-            0 => median((0..10_000).map(|_| wire.burst(unicast)).collect()),
+            0 => median((0..10_000).map(|_| bed.burst(unicast)).collect()),
             _ => median((0..500).map(|_| many.burst(group)).collect()),
         });
     }
@@ -216,9 +214,9 @@ fn flood() {
 
 /// A switch with a worker on the first CPU, and two guests that this thread plays.
 struct Busy {
-    a: Guest,
-    b: Guest,
-    _idle: Vec<SmallGuest>,
+    a: Station,
+    b: Station,
+    _idle: Vec<Guest>,
     _switch: Switch,
     _folder: TempDir,
 }
@@ -251,18 +249,16 @@ impl Busy {
         };
         let idle = (0..idle_ports).map(|number| {
             let path = add(format!("idle{number}"));
-            let config = GuestConfig {
-                queue_size: 16,
-                buffer_size: 256,
-                indirect: false,
-                ..GuestConfig::default()
-            };
-            SmallGuest::connect(&path, config).unwrap()
+            let config = Guest::builder()
+                .queue_size(16)
+                .buffer_size(256)
+                .indirect(false);
+            config.connect(&path).unwrap()
         });
         let idle = idle.collect();
         let busy = |name: &str, macs: [u8; 2]| {
             let path = add(name.to_owned());
-            let guest = Guest::connect(&path, shape(64, RING_SIZE));
+            let guest = Station::connect(&path, shape(64, RING_SIZE));
             let [own, peer] = macs.map(|number| station(number, 0));
             guest.address(peer, own);
             let port: PortName = name.parse().unwrap();
@@ -287,7 +283,7 @@ impl Busy {
             for _ in 0..256 {
                 self.a.send_ready();
                 frames += self.b.receive();
-                self.a.tx.reclaim().unwrap();
+                self.a.tx.ring.reclaim().unwrap();
             }
             let took = start.elapsed();
             if took > Duration::from_millis(200) {

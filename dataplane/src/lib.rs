@@ -48,6 +48,8 @@ pub use ringway_api::{
     PortName, PortNameError, QueuePairs, SocketSpec, SwitchConfig, SwitchError, UmemFrames,
     XdpMode,
 };
-pub use switch::{InlineSwitch, Switch};
-#[doc(hidden)]
+#[cfg(any(test, feature = "inline"))]
+pub use switch::InlineSwitch;
+pub use switch::Switch;
+#[cfg(feature = "inline")]
 pub use wire::checksum::{copy_and_checksum, internet_checksum};

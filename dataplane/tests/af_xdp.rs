@@ -16,7 +16,7 @@ use etherparse::PacketBuilder;
 use ringway_bridge::DropReason;
 use ringway_dataplane::{AfXdpConfig, PortState, QueuePairs, UmemFrames, XdpMode};
 use ringway_guest::features::TSO;
-use ringway_guest::{FrameSource, Guest, GuestConfig, NET_HEADER_BYTES};
+use ringway_guest::{FrameSource, Guest, NET_HEADER_BYTES};
 
 /// Both modes that veth has.
 const MODES: [XdpMode; 2] = [XdpMode::Copy, XdpMode::Skb];
@@ -32,7 +32,7 @@ fn introduce(guest: &mut Guest, far: &Raw) {
 fn frames_of_every_length_pass_both_ways_unchanged() {
     for mode in MODES {
         let (lab, far) = lab_with_nic(1, 1500, |nic| nic.mode = mode);
-        let mut guest = lab.guest("vm", GuestConfig::default());
+        let mut guest = lab.guest("vm", Guest::builder());
         introduce(&mut guest, &far);
         assert_eq!(nic_info(&lab).mode, mode);
         for bytes in 60..=1514 {
@@ -57,7 +57,7 @@ fn frames_of_every_length_pass_both_ways_unchanged() {
 fn jumbo_frames_pass_in_several_buffers() {
     for mode in MODES {
         let (lab, far) = lab_with_nic(1, 9000, |nic| nic.mode = mode);
-        let mut guest = lab.guest("vm", GuestConfig::default());
+        let mut guest = lab.guest("vm", Guest::builder());
         introduce(&mut guest, &far);
         assert!(nic_info(&lab).multi_buffer);
         for bytes in (60..=9000)
@@ -84,7 +84,7 @@ fn jumbo_frames_pass_in_several_buffers() {
 #[test]
 fn bursts_of_jumbo_frames_arrive_whole_and_in_order() {
     let (lab, far) = lab_with_nic(1, 9000, |_| {});
-    let mut guest = lab.guest("vm", GuestConfig::default());
+    let mut guest = lab.guest("vm", Guest::builder());
     introduce(&mut guest, &far);
     const COUNT: u64 = 300;
     for seed in 0..COUNT {
@@ -120,10 +120,7 @@ fn datagram(port: u16, payload: &[u8]) -> Vec<u8> {
 #[test]
 fn two_queues_share_the_frames_and_a_guests_queue_keeps_to_one() {
     let (lab, _) = lab_with_nic(2, 1500, |_| {});
-    let config = GuestConfig {
-        queue_pairs: 2,
-        ..GuestConfig::default()
-    };
+    let config = Guest::builder().queue_pairs(2);
     let mut guest = lab.guest("vm", config);
     let far = Raw::for_type("far0", 0x0800);
     let detail = || lab.switch.port(&name("nic")).unwrap();
@@ -155,7 +152,7 @@ fn two_queues_share_the_frames_and_a_guests_queue_keeps_to_one() {
 #[test]
 fn a_port_of_fewer_queues_leaves_the_others_to_the_kernel() {
     let (lab, _) = lab_with_nic(2, 1500, |nic| nic.queue_pairs = QueuePairs::new(1));
-    let mut guest = lab.guest("vm", GuestConfig::default());
+    let mut guest = lab.guest("vm", Guest::builder());
     let host = Raw::for_type("xdp0", 0x0800);
     let far = Raw::for_type("far0", 0x0800);
     const FLOWS: u16 = 64;
@@ -180,10 +177,7 @@ fn a_guest_that_takes_nothing_fills_the_rings_and_all_flows_when_it_does() {
     // 64 chunks to receive into.
     let small = |nic: &mut AfXdpConfig| nic.umem_frames = UmemFrames::new(128).unwrap();
     let (lab, far) = lab_with_nic(1, 1500, small);
-    let config = GuestConfig {
-        queue_size: 16,
-        ..GuestConfig::default()
-    };
+    let config = Guest::builder().queue_size(16);
     let mut guest = lab.guest("vm", config);
     introduce(&mut guest, &far);
     const COUNT: u64 = 500;
@@ -223,7 +217,7 @@ fn a_guest_that_takes_nothing_fills_the_rings_and_all_flows_when_it_does() {
 #[test]
 fn frames_made_at_the_far_end_arrive() {
     let (lab, far) = lab_with_nic(1, 1500, |_| {});
-    let mut guest = lab.guest("vm", GuestConfig::default());
+    let mut guest = lab.guest("vm", Guest::builder());
     introduce(&mut guest, &far);
     let made = frame(1, 2, 1514, 7);
     // SAFETY: the pointer is a valid C string.
@@ -245,7 +239,7 @@ fn chunks_to_send_from_are_used_again_and_again() {
             nic.mode = mode;
             nic.umem_frames = UmemFrames::new(128).unwrap();
         });
-        let mut guest = lab.guest("vm", GuestConfig::default());
+        let mut guest = lab.guest("vm", Guest::builder());
         introduce(&mut guest, &far);
         // 64 chunks, three a frame, and now and then one of one chunk.
         const COUNT: u64 = 3000;
@@ -272,7 +266,7 @@ fn chunks_to_send_from_are_used_again_and_again() {
 #[test]
 fn a_sleeping_worker_wakes_for_each_frame() {
     let (lab, far) = lab_with_nic(1, 1500, |_| {});
-    let mut guest = lab.guest("vm", GuestConfig::default());
+    let mut guest = lab.guest("vm", Guest::builder());
     introduce(&mut guest, &far);
     let worker = || lab.switch.workers().remove(0);
     for seed in 0..200 {
@@ -294,7 +288,7 @@ fn busy_polling_is_taken_and_frames_pass() {
     let (lab, far) = lab_with_nic(1, 1500, |nic| {
         nic.busy_poll = Some(Duration::from_micros(20));
     });
-    let mut guest = lab.guest("vm", GuestConfig::default());
+    let mut guest = lab.guest("vm", Guest::builder());
     introduce(&mut guest, &far);
     for seed in 0..100 {
         let sent = frame(1, 2, 60, seed);
@@ -309,10 +303,7 @@ fn a_checksum_that_the_far_ends_kernel_left_open_is_told_or_completed() {
     for mode in MODES {
         let (lab, _) = lab_with_nic(1, 1500, |config| config.mode = mode);
         let mut guests = [0, CSUM].map(|features| {
-            let config = GuestConfig {
-                features,
-                ..GuestConfig::default()
-            };
+            let config = Guest::builder().features(features);
             lab.guest(if features == 0 { "none" } else { "csum" }, config)
         });
         for address in ["10.0.0.2/24", "fd00::2/64"] {
@@ -386,10 +377,7 @@ fn segments_are_joined_for_a_guest_that_takes_such_frames_and_for_no_other() {
     const BYTES: usize = 1000;
     for (features, gro) in [(TSO, true), (TSO, false), (CSUM, true)] {
         let (lab, _) = lab_with_nic(1, 1500, |nic| nic.gro = gro);
-        let config = GuestConfig {
-            features,
-            ..GuestConfig::default()
-        };
+        let config = Guest::builder().features(features);
         let mut guest = lab.guest("vm", config);
         let far = Raw::for_type("far0", 0x0800);
         introduce(&mut guest, &Raw::open("far0"));
@@ -416,10 +404,7 @@ fn segments_are_joined_for_a_guest_that_takes_such_frames_and_for_no_other() {
 #[test]
 fn a_segment_whose_checksum_is_wrong_arrives_as_it_came() {
     let (lab, _) = lab_with_nic(1, 1500, |_| {});
-    let config = GuestConfig {
-        features: TSO,
-        ..GuestConfig::default()
-    };
+    let config = Guest::builder().features(TSO);
     let mut guest = lab.guest("vm", config);
     let far = Raw::for_type("far0", 0x0800);
     introduce(&mut guest, &Raw::open("far0"));
@@ -444,7 +429,7 @@ fn a_segment_whose_checksum_is_wrong_arrives_as_it_came() {
 #[test]
 fn frames_longer_than_the_interfaces_mtu_are_dropped_and_counted() {
     let (lab, far) = lab_with_nic(1, 1500, |_| {});
-    let mut guest = lab.guest("vm", GuestConfig::default());
+    let mut guest = lab.guest("vm", Guest::builder());
     introduce(&mut guest, &far);
     guest.send_frame(&frame(2, 1, 1519, 1)).unwrap();
     lab.eventually_dropped("nic", |c| c.tx_drops[DropReason::TooLong], 1);
@@ -477,8 +462,8 @@ fn the_interface_is_the_kernels_again_when_the_port_goes() {
 #[test]
 fn an_interface_that_goes_down_or_away_takes_its_port_down_and_nothing_else() {
     let (lab, far) = lab_with_nic(1, 1500, |_| {});
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
     introduce(&mut a, &far);
     let state = || lab.switch.port(&name("nic")).unwrap().info.state;
     assert_eq!(state(), PortState::Up);

@@ -3,9 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
-#[path = "../benches/wire/mod.rs"]
-mod wire;
-mod wires;
+mod testbeds;
 
 use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::cell::Cell;
@@ -13,8 +11,8 @@ use std::cell::Cell;
 use common::endpoint::{ALL, CSUM};
 use common::{eventually, frame, mac};
 use ringway_guest::{Calls, Layout};
-use wire::{BROADCAST, BURST, Shape, Wire, station};
-use wires::{STATION, for_segments, wire_with_nic};
+use ringway_testbed::{BROADCAST, BURST, Shape, Testbed, station};
+use testbeds::{STATION, bed_with_nic, for_segments};
 
 const FRAMES: u64 = BURST as u64;
 
@@ -54,22 +52,22 @@ fn allocations(mut action: impl FnMut()) -> u64 {
     CALLS.get() - before
 }
 
-/// Asserts that a wire of any kind allocates nothing in `step`, once it was prepared.
-fn assert_steady(shape: Shape, prepare: impl Fn(&mut Wire), step: impl Fn(&mut Wire)) {
+/// Asserts that a bed of any kind allocates nothing in `step`, once it was prepared.
+fn assert_steady(shape: Shape, prepare: impl Fn(&mut Testbed), step: impl Fn(&mut Testbed)) {
     for (layout, in_order) in [
         (Layout::Split, true),
         (Layout::Split, false),
         (Layout::Packed, true),
         (Layout::Packed, false),
     ] {
-        let mut wire = Wire::new(Shape {
+        let mut bed = Testbed::new(Shape {
             layout,
             in_order,
             ..shape
         });
-        prepare(&mut wire);
+        prepare(&mut bed);
         let what = format!("{layout:?}, in order: {in_order}");
-        assert_none(&what, || step(&mut wire));
+        assert_none(&what, || step(&mut bed));
     }
 }
 
@@ -93,11 +91,7 @@ fn the_counter_counts() {
 #[test]
 fn unicast_frames_allocate_nothing() {
     for bytes in [64, 1500] {
-        assert_steady(
-            plain(bytes),
-            |_| {},
-            |wire| assert_eq!(wire.burst(), FRAMES),
-        );
+        assert_steady(plain(bytes), |_| {}, |bed| assert_eq!(bed.burst(), FRAMES));
     }
 }
 
@@ -110,7 +104,7 @@ fn frames_in_chains_and_mergeable_buffers_allocate_nothing() {
         ..plain(1500)
     };
     // 1,512 bytes take six buffers.
-    assert_steady(shape, |_| {}, |wire| assert_eq!(wire.burst(), 6 * FRAMES));
+    assert_steady(shape, |_| {}, |bed| assert_eq!(bed.burst(), 6 * FRAMES));
 }
 
 #[test]
@@ -122,8 +116,8 @@ fn floods_allocate_nothing() {
     for to in [BROADCAST, station(100)] {
         assert_steady(
             shape,
-            |wire| wire.guests[0].address(to, station(0)),
-            |wire| assert_eq!(wire.burst(), 3 * FRAMES),
+            |bed| bed.guests[0].address(to, station(0)),
+            |bed| assert_eq!(bed.burst(), 3 * FRAMES),
         );
     }
 }
@@ -135,29 +129,29 @@ fn frames_that_the_bridge_drops_allocate_nothing() {
     for (to, from) in [own_port, bad_source] {
         assert_steady(
             plain(64),
-            |wire| wire.guests[0].address(to, from),
-            |wire| assert_eq!(wire.burst(), 0),
+            |bed| bed.guests[0].address(to, from),
+            |bed| assert_eq!(bed.burst(), 0),
         );
     }
 }
 
 #[test]
 fn frames_for_full_rings_allocate_nothing() {
-    let send = |wire: &mut Wire| {
-        wire.guests[0].tx.push(BURST);
-        wire.switch.turn();
-        wire.guests[0].tx.reclaim().unwrap()
+    let send = |bed: &mut Testbed| {
+        bed.guests[0].tx.ring.push(BURST);
+        bed.switch.turn();
+        bed.guests[0].tx.ring.reclaim().unwrap()
     };
     // A unicast frame waits for a while before it is dropped.
-    assert_steady(plain(64), |_| {}, |wire| assert!(send(wire) <= BURST));
+    assert_steady(plain(64), |_| {}, |bed| assert!(send(bed) <= BURST));
     let three = Shape {
         guests: 3,
         ..plain(64)
     };
     assert_steady(
         three,
-        |wire| wire.guests[0].address(BROADCAST, station(0)),
-        |wire| assert_eq!(send(wire), BURST),
+        |bed| bed.guests[0].address(BROADCAST, station(0)),
+        |bed| assert_eq!(send(bed), BURST),
     );
 }
 
@@ -169,14 +163,14 @@ fn a_station_that_moves_with_each_burst_allocates_nothing() {
     };
     assert_steady(
         shape,
-        |wire| {
-            for guest in &wire.guests[..2] {
+        |bed| {
+            for guest in &bed.guests[..2] {
                 guest.address(station(2), station(100));
             }
         },
-        |wire| {
-            assert_eq!(wire.burst(), FRAMES);
-            wire.guests.swap(0, 1);
+        |bed| {
+            assert_eq!(bed.burst(), FRAMES);
+            bed.guests.swap(0, 1);
         },
     );
 }
@@ -191,9 +185,9 @@ fn calls_allocate_nothing() {
         assert_steady(
             shape,
             |_| {},
-            |wire| {
-                wire.guests[1].rx.set_calls(Calls::Next);
-                assert_eq!(wire.burst(), FRAMES);
+            |bed| {
+                bed.guests[1].rx.ring.set_calls(Calls::Next);
+                assert_eq!(bed.burst(), FRAMES);
             },
         );
     }
@@ -212,36 +206,41 @@ fn segments_and_checksums_allocate_nothing() {
         let (shape, message) = for_segments(segments, station(1), takes);
         assert_steady(
             shape,
-            |wire| wire.guests[0].write(&message),
-            |wire| assert_eq!(wire.burst(), buffers * FRAMES),
+            |bed| bed.guests[0].write(&message),
+            |bed| assert_eq!(bed.burst(), buffers * FRAMES),
         );
     }
 }
 
-#[test]
-fn frames_to_and_from_a_nic_allocate_nothing() {
-    for segments in [1, 4] {
-        let (shape, message) = for_segments(segments, mac(STATION), 0);
-        let (mut wire, far) = wire_with_nic(shape);
-        wire.guests[0].write(&message);
-        assert_none("to the NIC", || {
-            wire.guests[0].tx.push(BURST);
-            let mut sent = 0;
-            eventually("they are sent", || {
-                wire.switch.turn();
-                sent += wire.guests[0].tx.reclaim().unwrap();
-                sent == BURST
+/// What needs root, which `--profile user` leaves out.
+mod as_root {
+    use super::*;
+
+    #[test]
+    fn frames_to_and_from_a_nic_allocate_nothing() {
+        for segments in [1, 4] {
+            let (shape, message) = for_segments(segments, mac(STATION), 0);
+            let (mut bed, far) = bed_with_nic(shape);
+            bed.guests[0].write(&message);
+            assert_none("to the NIC", || {
+                bed.guests[0].tx.ring.push(BURST);
+                let mut sent = 0;
+                eventually("they are sent", || {
+                    bed.switch.turn();
+                    sent += bed.guests[0].tx.ring.reclaim().unwrap();
+                    sent == BURST
+                });
             });
-        });
-        let sent = frame(2, STATION, 1000, 1);
-        assert_none("from the NIC", || {
-            (0..BURST).for_each(|_| far.send(&sent));
-            let mut received = 0;
-            eventually("they arrive", || {
-                wire.switch.turn();
-                received += wire.receive();
-                received == FRAMES
+            let sent = frame(2, STATION, 1000, 1);
+            assert_none("from the NIC", || {
+                (0..BURST).for_each(|_| far.send(&sent));
+                let mut received = 0;
+                eventually("they arrive", || {
+                    bed.switch.turn();
+                    received += bed.receive();
+                    received == FRAMES
+                });
             });
-        });
+        }
     }
 }

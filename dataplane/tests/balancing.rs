@@ -2,15 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
 
 mod common;
-#[path = "../benches/wire/mod.rs"]
-mod wire;
 
 use std::time::{Duration, Instant};
 
 use common::{DEADLINE, Lab, name};
 use ringway_dataplane::BalanceConfig;
 use ringway_guest::Layout;
-use wire::{Guest, Shape, station};
+use ringway_testbed::{Shape, Station, station};
 
 #[test]
 fn queues_that_fill_one_worker_are_spread_over_two() {
@@ -30,7 +28,7 @@ fn queues_that_fill_one_worker_are_spread_over_two() {
             let port = format!("p{}", macs[0]);
             let path = lab.add_port(&port);
             lab.pin(&port, macs[0]);
-            let guest = Guest::connect(&path, Shape::plain(Layout::Split, 1500));
+            let guest = Station::connect(&path, Shape::plain(Layout::Split, 1500));
             let [own, peer] = macs.map(|number| station(number - 1));
             guest.address(peer, own);
             guest
@@ -50,7 +48,7 @@ fn queues_that_fill_one_worker_are_spread_over_two() {
             for (pair, arrived) in guests.chunks_exact_mut(2).zip(&mut arrived) {
                 pair[0].send_ready();
                 *arrived += pair[1].receive();
-                pair[0].tx.reclaim().unwrap();
+                pair[0].tx.ring.reclaim().unwrap();
             }
         }
     }
@@ -70,7 +68,7 @@ fn queues_that_fill_one_worker_are_spread_over_two() {
         for (pair, arrived) in guests.chunks_exact_mut(2).zip(&mut arrived) {
             pair[0].send_ready();
             *arrived += pair[1].receive();
-            pair[0].tx.reclaim().unwrap();
+            pair[0].tx.ring.reclaim().unwrap();
         }
     }
 }

@@ -5,7 +5,7 @@ mod common;
 
 use common::frame;
 use ringway_dataplane::InlineSwitch;
-use ringway_guest::{Guest, GuestConfig};
+use ringway_guest::Guest;
 use tempfile::TempDir;
 
 /// Frames that a worker takes from a queue in a turn.
@@ -20,11 +20,8 @@ fn guests(folder: &TempDir, sizes: &[u16]) -> (InlineSwitch, Vec<Guest>) {
             let name = format!("p{station}");
             let path = folder.path().join(&name);
             switch.add_port(name.parse().unwrap(), &path).unwrap();
-            let config = GuestConfig {
-                queue_size: *size,
-                ..GuestConfig::default()
-            };
-            let mut guest = Guest::connect(&path, config).unwrap();
+            let config = Guest::builder().queue_size(*size);
+            let mut guest = config.connect(&path).unwrap();
             // The answer to a request says that those before it are carried out.
             guest.frontend().queue_pairs().unwrap();
             guest

@@ -5,13 +5,13 @@ mod common;
 
 use common::{LAYOUTS, Lab, eventually, frame, receive};
 use ringway_bridge::DropReason;
-use ringway_guest::{Guest, GuestConfig, Layout};
+use ringway_guest::{Guest, GuestBuilder, Layout};
 
 #[test]
 fn two_guests_exchange_frames_whole() {
     let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
     for (seed, bytes) in [14, 15, 60, 115, 116, 117, 128, 200, 1514, 1999]
         .into_iter()
         .enumerate()
@@ -32,8 +32,8 @@ fn two_guests_exchange_frames_whole() {
 #[test]
 fn runts_are_dropped_and_counted() {
     let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
     a.send_frame(&[1; 13]).unwrap();
     let good = frame(2, 1, 64, 1);
     a.send_frame(&good).unwrap();
@@ -46,15 +46,12 @@ fn every_kind_of_buffer_takes_every_size() {
     let split = kinds_of(Layout::Split);
     let mut packed = kinds_of(Layout::Packed);
     // A packed ring's size need not be a power of two.
-    packed.push(GuestConfig {
-        queue_size: 7,
-        ..packed[0].clone()
-    });
+    packed.push(packed[0].clone().queue_size(7));
     let kinds = [split, packed].concat();
     // All at one switch: what differs is who sends to whom.
     let lab = Lab::start();
     let connect = |first: u8| {
-        let connect = |(station, kind): (u8, &GuestConfig)| {
+        let connect = |(station, kind): (u8, &GuestBuilder)| {
             let port = format!("p{station}");
             let guest = lab.guest(&port, kind.clone());
             lab.pin(&port, station);
@@ -76,67 +73,28 @@ fn every_kind_of_buffer_takes_every_size() {
 }
 
 /// Guests that differ in all that rings can differ in but their layout.
-fn kinds_of(layout: Layout) -> Vec<GuestConfig> {
-    let base = GuestConfig {
-        layout,
-        ..GuestConfig::default()
-    };
+fn kinds_of(layout: Layout) -> Vec<GuestBuilder> {
+    let base = Guest::builder().layout(layout);
     vec![
         base.clone(),
-        GuestConfig {
-            mergeable: false,
-            ..base.clone()
-        },
-        GuestConfig {
-            chained: true,
-            ..base.clone()
-        },
-        GuestConfig {
-            chained: true,
-            indirect: false,
-            mergeable: false,
-            ..base.clone()
-        },
+        base.clone().mergeable(false),
+        base.clone().chained(true),
+        base.clone().chained(true).indirect(false).mergeable(false),
         // Several chains of two descriptors for one frame.
-        GuestConfig {
-            chained: true,
-            indirect: false,
-            buffer_size: 128,
-            ..base.clone()
-        },
-        GuestConfig {
-            event_idx: false,
-            ..base.clone()
-        },
-        GuestConfig {
-            in_order: true,
-            ..base.clone()
-        },
-        GuestConfig {
-            buffer_size: 256,
-            ..base.clone()
-        },
-        GuestConfig {
-            regions: 3,
-            queue_size: 64,
-            ..base.clone()
-        },
-        GuestConfig {
-            queue_size: 4,
-            ..base
-        },
+        base.clone().chained(true).indirect(false).buffer_size(128),
+        base.clone().event_idx(false),
+        base.clone().in_order(true),
+        base.clone().buffer_size(256),
+        base.clone().regions(3).queue_size(64),
+        base.queue_size(4),
     ]
 }
 
 #[test]
 fn a_frame_too_large_for_unmergeable_buffers_is_dropped_and_counted() {
     let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let small = GuestConfig {
-        mergeable: false,
-        buffer_size: 512,
-        ..GuestConfig::default()
-    };
+    let mut a = lab.guest("a", Guest::builder());
+    let small = Guest::builder().mergeable(false).buffer_size(512);
     let mut b = lab.guest("b", small);
     a.send_frame(&frame(2, 1, 501, 1)).unwrap();
     let marker = frame(2, 1, 500, 2);
@@ -148,9 +106,9 @@ fn a_frame_too_large_for_unmergeable_buffers_is_dropped_and_counted() {
 #[test]
 fn frames_over_the_mtu_are_dropped_and_counted() {
     let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
     let path = lab.add_port_with("b", |config| config.mtu = Some(1000));
-    let mut b = Guest::connect(&path, GuestConfig::default()).unwrap();
+    let mut b = Guest::builder().connect(&path).unwrap();
     // The longest frame is the MTU, an Ethernet header and a VLAN tag.
     a.send_frame(&frame(2, 1, 1019, 1)).unwrap();
     let fits = frame(2, 1, 1018, 2);
@@ -162,9 +120,9 @@ fn frames_over_the_mtu_are_dropped_and_counted() {
 #[test]
 fn unknown_and_group_addresses_are_flooded_and_known_ones_are_not() {
     let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", GuestConfig::default());
-    let mut c = lab.guest("c", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
+    let mut c = lab.guest("c", Guest::builder());
     let unknown = frame(2, 1, 64, 1);
     a.send_frame(&unknown).unwrap();
     let group = frame(0xff, 1, 64, 2);
@@ -196,9 +154,9 @@ fn unknown_and_group_addresses_are_flooded_and_known_ones_are_not() {
 #[test]
 fn a_station_that_moves_is_followed() {
     let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", GuestConfig::default());
-    let mut c = lab.guest("c", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
+    let mut c = lab.guest("c", Guest::builder());
     for (guest, seed) in [(&mut b, 1), (&mut c, 2)] {
         let hello = frame(0xff, 9, 64, seed);
         guest.send_frame(&hello).unwrap();
@@ -218,21 +176,14 @@ fn a_full_destination_costs_no_frame_while_the_source_may_wait() {
             let lab = Lab::start();
             let mut a = lab.guest(
                 "a",
-                GuestConfig {
-                    layout: from,
-                    in_order,
-                    queue_size: 512,
-                    ..GuestConfig::default()
-                },
+                Guest::builder()
+                    .layout(from)
+                    .in_order(in_order)
+                    .queue_size(512),
             );
             let mut b = lab.guest(
                 "b",
-                GuestConfig {
-                    layout: to,
-                    in_order,
-                    queue_size: 8,
-                    ..GuestConfig::default()
-                },
+                Guest::builder().layout(to).in_order(in_order).queue_size(8),
             );
             for round in 0..20 {
                 let burst: Vec<_> = (0..100).map(|i| frame(2, 1, 64, round * 100 + i)).collect();
@@ -254,22 +205,13 @@ fn chains_that_wait_for_a_full_destination_come_again_whole() {
         let lab = Lab::start();
         let mut a = lab.guest(
             "a",
-            GuestConfig {
-                layout: from,
-                indirect: false,
-                chained: true,
-                buffer_size: 256,
-                ..GuestConfig::default()
-            },
+            Guest::builder()
+                .layout(from)
+                .indirect(false)
+                .chained(true)
+                .buffer_size(256),
         );
-        let mut b = lab.guest(
-            "b",
-            GuestConfig {
-                layout: to,
-                queue_size: 4,
-                ..GuestConfig::default()
-            },
-        );
+        let mut b = lab.guest("b", Guest::builder().layout(to).queue_size(4));
         for round in 0..40 {
             // Of 2, 3 and 4 descriptors.
             let lengths = (0..20).map(|i| 200 + 250 * (i % 3));
@@ -291,27 +233,9 @@ fn chains_that_wait_for_a_full_destination_come_again_whole() {
 fn a_full_destination_delays_others_at_most_by_the_patience() {
     let patience = std::time::Duration::from_millis(1);
     let lab = Lab::with_config(|config| config.idle.backpressure = patience);
-    let mut a = lab.guest(
-        "a",
-        GuestConfig {
-            queue_size: 512,
-            ..GuestConfig::default()
-        },
-    );
-    let b = lab.guest(
-        "b",
-        GuestConfig {
-            queue_size: 8,
-            ..GuestConfig::default()
-        },
-    );
-    let mut c = lab.guest(
-        "c",
-        GuestConfig {
-            queue_size: 512,
-            ..GuestConfig::default()
-        },
-    );
+    let mut a = lab.guest("a", Guest::builder().queue_size(512));
+    let b = lab.guest("b", Guest::builder().queue_size(8));
+    let mut c = lab.guest("c", Guest::builder().queue_size(512));
     // Learn where b and c are, then let b's ring fill up.
     let mut b = b;
     b.send_frame(&frame(0xff, 2, 64, 0)).unwrap();
@@ -341,10 +265,7 @@ fn with_headers(frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
 #[test]
 fn several_queue_pairs_keep_to_their_numbers() {
     let lab = Lab::start();
-    let config = GuestConfig {
-        queue_pairs: 3,
-        ..GuestConfig::default()
-    };
+    let config = Guest::builder().queue_pairs(3);
     let mut a = lab.guest("a", config.clone());
     let mut b = lab.guest("b", config);
     for pair in [2, 0, 1, 2] {
@@ -362,13 +283,11 @@ fn a_sleeping_worker_wakes_for_each_frame() {
         for event_idx in [true, false] {
             let lab = Lab::start();
             let guest = |port, layout| {
-                let config = GuestConfig {
-                    layout,
-                    event_idx,
-                    // So that the rings wrap.
-                    queue_size: 16,
-                    ..GuestConfig::default()
-                };
+                // Few entries, so that the rings wrap.
+                let config = Guest::builder()
+                    .layout(layout)
+                    .event_idx(event_idx)
+                    .queue_size(16);
                 lab.guest(port, config)
             };
             let mut a = guest("a", from);
@@ -389,12 +308,12 @@ fn a_sleeping_worker_wakes_for_each_frame() {
 #[test]
 fn ports_come_and_go_under_traffic_without_disturbing_others() {
     let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
     for round in 0..50_u64 {
         let burst: Vec<_> = (0..40).map(|i| frame(2, 1, 300, round * 40 + i)).collect();
         a.send_burst(0, &with_headers(&burst)).unwrap();
-        let mut c = lab.guest("c", GuestConfig::default());
+        let mut c = lab.guest("c", Guest::builder());
         c.send_frame(&frame(0xff, 3, 64, round)).unwrap();
         for sent in &burst {
             // Frames of c come in between.
@@ -412,8 +331,8 @@ fn ports_come_and_go_under_traffic_without_disturbing_others() {
 #[test]
 fn a_guest_that_moved_here_is_announced_and_learned() {
     let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
     let mac = [0x52, 0x54, 0, 0, 0, 9];
     a.frontend().send_rarp(mac).unwrap();
     let announced = receive(&mut b).frame;

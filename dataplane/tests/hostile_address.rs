@@ -13,7 +13,7 @@ use ringway_bridge::DropReason;
 use ringway_guest::features::{
     VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, GuestConfig, SplitDesc};
+use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, Guest, SplitDesc};
 
 /// Ranges that are not wholly guest memory, of which some begin or end in it.
 fn ranges_outside() -> Vec<(u64, u32)> {
@@ -285,7 +285,7 @@ fn cve_2022_2132_chains_shorter_than_header_and_frame_are_dropped_and_the_queue_
             features: features | VIRTIO_RING_F_INDIRECT_DESC,
             ..RawConfig::default()
         };
-        let mut stage = Stage::with(config, GuestConfig::default(), |_| {});
+        let mut stage = Stage::with(config, Guest::builder(), |_| {});
         let header = if features == 0 { 10 } else { 12 };
         let addr = stage.bad.put(0, &[0; 64]);
         let (mut short, mut runts) = (0, 0);
@@ -325,7 +325,7 @@ fn cve_2022_2132_receive_buffers_of_1_byte_take_header_and_frame_in_pieces() {
             features: VIRTIO_F_VERSION_1 | merge,
             ..RawConfig::default()
         };
-        let mut stage = Stage::with(config, GuestConfig::default(), |_| {});
+        let mut stage = Stage::with(config, Guest::builder(), |_| {});
         let area = stage.bad.put(0, &[0xa5; 4096]);
         let heads: Vec<u16> = (0..12).map(|i| i * 12).collect();
         for head in &heads {

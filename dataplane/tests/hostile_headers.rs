@@ -11,7 +11,7 @@ use ringway_bridge::DropReason;
 use ringway_guest::features::{
     TSO, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use ringway_guest::{GuestConfig, NET_HEADER_BYTES};
+use ringway_guest::{Guest, NET_HEADER_BYTES};
 
 const NEEDS_CSUM: u8 = 1;
 const DATA_VALID: u8 = 2;
@@ -24,10 +24,7 @@ fn with_offloads() -> Stage {
         features: RawConfig::default().features | TSO,
         ..RawConfig::default()
     };
-    let peer = GuestConfig {
-        features: TSO,
-        ..GuestConfig::default()
-    };
+    let peer = Guest::builder().features(TSO);
     Stage::with(bad, peer, |_| {})
 }
 
@@ -248,10 +245,7 @@ fn cve_2026_100236_segmentation_that_contradicts_its_frame_is_dropped() {
 /// What was not negotiated is not done, whatever the header says.
 #[test]
 fn offloads_that_were_not_negotiated_are_dropped_in_any_combination() {
-    let peer = GuestConfig {
-        features: TSO,
-        ..GuestConfig::default()
-    };
+    let peer = Guest::builder().features(TSO);
     let mut stage = Stage::with(RawConfig::default(), peer, |_| {});
     let frame = tcp4(2000);
     let headers: Vec<_> = (0..=255)
@@ -408,7 +402,7 @@ fn cve_2024_0340_receive_buffers_hold_nothing_but_header_and_frame() {
             features: VIRTIO_F_VERSION_1 | VIRTIO_RING_F_INDIRECT_DESC | merge,
             ..RawConfig::default()
         };
-        let mut stage = Stage::with(config, GuestConfig::default(), |_| {});
+        let mut stage = Stage::with(config, Guest::builder(), |_| {});
         for bytes in [14, 15, 60, 115, 116, 117, 128, 300, 1514] {
             for pieces in 1..4_u32 {
                 assert_received_clean(&mut stage, bytes, pieces);
@@ -457,7 +451,7 @@ fn cve_2024_0340_legacy_receive_buffers_hold_nothing_but_header_and_frame() {
         features: VIRTIO_RING_F_INDIRECT_DESC,
         ..RawConfig::default()
     };
-    let mut stage = Stage::with(config, GuestConfig::default(), |_| {});
+    let mut stage = Stage::with(config, Guest::builder(), |_| {});
     for (slot, bytes) in (0..).zip([14, 60, 116, 117, 118, 119, 1514]) {
         let area = stage.bad.put(0, &[0xa5; 4096]);
         stage.bad.rx.write_chain(0, &[(area, 4096)]);

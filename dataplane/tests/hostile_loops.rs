@@ -14,7 +14,7 @@ use ringway_bridge::DropReason;
 use ringway_guest::features::{
     VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, GuestConfig, SplitDesc};
+use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, Guest, SplitDesc};
 
 /// CVE-2020-14378: an index that runs away is a broken rule, not so many chains.
 #[test]
@@ -24,7 +24,7 @@ fn cve_2020_14378_an_avail_index_that_jumps_stops_its_ring_only() {
             queue_size,
             ..RawConfig::default()
         };
-        let mut stage = Stage::with(config, GuestConfig::default(), |_| {});
+        let mut stage = Stage::with(config, Guest::builder(), |_| {});
         for ring in [TX, RX] {
             for jump in [65_535, queue_size + 1, 0x8000, 0xff00] {
                 let raw = stage.bad.ring(ring);
@@ -46,7 +46,7 @@ fn cve_2020_14378_chains_that_link_to_themselves_or_each_other_stop_their_ring_o
             queue_size,
             ..RawConfig::default()
         };
-        let mut stage = Stage::with(config, GuestConfig::default(), |_| {});
+        let mut stage = Stage::with(config, Guest::builder(), |_| {});
         for ring in [TX, RX] {
             let direction = stage.bad.ring(ring).direction();
             let addr = stage.bad.put(0, &plain(&frame(PEER, BAD, 64, 1)));
@@ -111,7 +111,7 @@ fn indirect_tables_in_tables_or_not_negotiated_stop_their_ring_only() {
             features: VIRTIO_F_VERSION_1 | feature,
             ..RawConfig::default()
         };
-        let mut stage = Stage::with(config, GuestConfig::default(), |_| {});
+        let mut stage = Stage::with(config, Guest::builder(), |_| {});
         for ring in [TX, RX] {
             let direction = stage.bad.ring(ring).direction();
             let addr = stage.bad.put(0, &plain(&frame(PEER, BAD, 64, 1)));
@@ -149,10 +149,7 @@ fn cve_2019_3900_receive_chains_of_many_tiny_buffers_do_not_hold_up_others() {
         features: VIRTIO_F_VERSION_1 | VIRTIO_RING_F_INDIRECT_DESC | VIRTIO_NET_F_MRG_RXBUF,
         ..RawConfig::default()
     };
-    let peer = GuestConfig {
-        buffer_size: 32_768,
-        ..GuestConfig::default()
-    };
+    let peer = Guest::builder().buffer_size(32_768);
     let mut stage = Stage::with(config, peer, |_| {});
     for empty in [true, false] {
         let addr = stage.bad.put(0, &[0; 64]);
@@ -190,7 +187,7 @@ fn a_mergeable_ring_with_too_few_buffers_for_a_frame_gets_all_of_it_or_nothing()
         features: VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF,
         ..RawConfig::default()
     };
-    let mut stage = Stage::with(config, GuestConfig::default(), |switch| {
+    let mut stage = Stage::with(config, Guest::builder(), |switch| {
         switch.idle.backpressure = Duration::from_millis(1);
     });
     let buffer = |i: u16| stage.bad.buffers + u64::from(i) * 256;

@@ -15,7 +15,7 @@ use common::hostile::{BAD, MAIN, MAIN_END, PEER, RX, RawConfig, Stage, StopOnDro
 use common::observe::Footprint;
 use common::{DEADLINE, eventually, frame, name, receive};
 use ringway_dataplane::PortState;
-use ringway_guest::{EventFd, Guest, GuestConfig, RegionView};
+use ringway_guest::{EventFd, Guest, GuestBuilder, RegionView};
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
 use vhost::vhost_user::message::FrontendReq;
 
@@ -283,7 +283,7 @@ fn a_call_fd_that_is_made_to_block_and_filled_holds_up_nobody() {
 }
 
 /// A guest that keeps the rules, on a port of its own.
-fn churn_guest(stage: &Stage, config: GuestConfig) -> Guest {
+fn churn_guest(stage: &Stage, config: GuestBuilder) -> Guest {
     let guest = stage.lab.guest("churn", config);
     stage.lab.pin("churn", CHURN);
     guest
@@ -308,7 +308,7 @@ fn burst(to: u8, from: u8, round: u64, count: u64) -> Vec<Vec<u8>> {
 fn cve_2026_86567_memory_is_replaced_under_traffic_without_losing_a_frame() {
     const ROUNDS: u64 = 5000;
     let mut stage = Stage::new();
-    let mut guest = churn_guest(&stage, GuestConfig::default());
+    let mut guest = churn_guest(&stage, Guest::builder());
     let memory = std::sync::Arc::clone(guest.memory());
     let mut footprint = None;
     for round in 0..ROUNDS {
@@ -337,7 +337,7 @@ fn cve_2026_86567_memory_is_replaced_under_traffic_without_losing_a_frame() {
 fn cve_2026_86567_rings_whose_memory_goes_and_comes_lose_no_frame_of_their_guest() {
     const ROUNDS: u64 = 3000;
     let mut stage = Stage::new();
-    let mut guest = churn_guest(&stage, GuestConfig::default());
+    let mut guest = churn_guest(&stage, Guest::builder());
     let memory = std::sync::Arc::clone(guest.memory());
     let region: RegionView<'_> = memory.regions().next().unwrap();
     let mut footprint = None;
@@ -413,16 +413,13 @@ fn cve_2026_86567_guests_connect_and_vanish_under_traffic_and_leave_nothing() {
     let mut stage = Stage::new();
     let path = stage.lab.add_port("churn");
     stage.lab.pin("churn", CHURN);
-    let config = GuestConfig {
-        queue_size: 16,
-        ..GuestConfig::default()
-    };
+    let config = Guest::builder().queue_size(16);
     let mut footprint = None;
     let there = burst(PEER, CHURN, 0, 8);
     let back = burst(CHURN, PEER, 0, 8);
     let mut received = 0_u64;
     for round in 0..ROUNDS {
-        let mut guest = Guest::connect(&path, config.clone()).unwrap();
+        let mut guest = config.clone().connect(&path).unwrap();
         guest.send_burst(0, &there).unwrap();
         stage.peer.send_burst(0, &back).unwrap();
         if round % 4 == 0 {
@@ -443,7 +440,7 @@ fn cve_2026_86567_guests_connect_and_vanish_under_traffic_and_leave_nothing() {
         port.mapped_bytes == 0 && port.info.state == PortState::Down
     });
     footprint.unwrap().assert_flat();
-    let mut guest = Guest::connect(&path, config).unwrap();
+    let mut guest = config.connect(&path).unwrap();
     while stage.peer.try_recv(0).unwrap().is_some() {}
     guest.send_burst(0, &there).unwrap();
     assert_eq!(receive(&mut stage.peer).frame, there[0][12..]);
@@ -455,7 +452,7 @@ fn cve_2026_86567_guests_connect_and_vanish_under_traffic_and_leave_nothing() {
 
 /// A stage whose sources do not wait for a guest without buffers.
 fn impatient() -> Stage {
-    Stage::with(RawConfig::default(), GuestConfig::default(), |switch| {
+    Stage::with(RawConfig::default(), Guest::builder(), |switch| {
         switch.idle.backpressure = Duration::from_millis(1);
     })
 }

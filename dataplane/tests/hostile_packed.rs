@@ -10,7 +10,7 @@ use common::hostile::{BAD, Innocents, PEER, RX, TX, plain};
 use common::{DEADLINE, Lab, eventually, frame, name, receive};
 use ringway_bridge::DropReason;
 use ringway_guest::{
-    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, Guest, GuestConfig,
+    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, Guest, GuestBuilder,
     Layout, PackedArea, PackedDesc, Ring,
 };
 
@@ -27,15 +27,15 @@ struct Scene {
     innocents: Innocents,
     faults: [u64; 2],
     seed: u64,
-    config: GuestConfig,
+    config: GuestBuilder,
     lab: Lab,
 }
 
 impl Scene {
-    fn new(config: GuestConfig) -> Self {
+    fn new(config: GuestBuilder) -> Self {
         let lab = Lab::start();
         let innocents = Innocents::start(&lab);
-        let peer = lab.guest("peer", GuestConfig::default());
+        let peer = lab.guest("peer", Guest::builder());
         lab.pin("peer", PEER);
         let path = lab.add_port("bad");
         lab.pin("bad", BAD);
@@ -46,12 +46,10 @@ impl Scene {
             innocents,
             faults: [0; 2],
             seed: 0,
-            config: GuestConfig {
-                layout: Layout::Packed,
-                queue_size: SIZE,
-                event_idx: false,
-                ..config
-            },
+            config: config
+                .layout(Layout::Packed)
+                .queue_size(SIZE)
+                .event_idx(false),
             lab,
         }
     }
@@ -59,7 +57,7 @@ impl Scene {
     /// A fresh bad guest, whose rings are at their start: transmit empty, receive full.
     fn connect(&mut self) -> &mut Guest {
         self.bad = None;
-        let bad = Guest::connect(&self.path, self.config.clone()).unwrap();
+        let bad = self.config.clone().connect(&self.path).unwrap();
         self.bad.insert(bad)
     }
 
@@ -159,7 +157,7 @@ fn desc(addr: u64, len: u32, flags: u16) -> PackedDesc {
 /// CVE-2018-1059 on packed rings: the whole range of a buffer is checked, wherever it stands.
 #[test]
 fn cve_2018_1059_a_buffer_that_leaves_guest_memory_stops_its_packed_ring() {
-    let mut scene = Scene::new(GuestConfig::default());
+    let mut scene = Scene::new(Guest::builder());
     let end = scene
         .connect()
         .memory()
@@ -187,7 +185,7 @@ fn cve_2018_1059_a_buffer_that_leaves_guest_memory_stops_its_packed_ring() {
 
 #[test]
 fn buffers_of_the_wrong_direction_or_without_bytes_stop_their_packed_ring() {
-    let mut scene = Scene::new(GuestConfig::default());
+    let mut scene = Scene::new(Guest::builder());
     for ring in [TX, RX] {
         let wrong = desc(0, 64, direction(ring) ^ DESC_F_WRITE);
         scene.expect_fault(ring, &[wrong], "buffer has descriptor flags");
@@ -201,8 +199,8 @@ fn buffers_of_the_wrong_direction_or_without_bytes_stop_their_packed_ring() {
 #[test]
 fn cve_2020_14378_a_packed_chain_without_an_end_stops_its_ring() {
     for (queue_size, most) in [(SIZE, SIZE), (2048, 1024)] {
-        let mut scene = Scene::new(GuestConfig::default());
-        scene.config.queue_size = queue_size;
+        let mut scene = Scene::new(Guest::builder());
+        scene.config = scene.config.queue_size(queue_size);
         for ring in [TX, RX] {
             let link = desc(0, 1, direction(ring) | DESC_F_NEXT);
             let descs = vec![link; usize::from(queue_size)];
@@ -216,7 +214,7 @@ fn cve_2020_14378_a_packed_chain_without_an_end_stops_its_ring() {
 /// virtio 1.3, 2.8.6: all flags of a list are those of the lap.
 #[test]
 fn a_chain_that_goes_on_in_descriptors_of_the_wrong_lap_stops_its_ring() {
-    let mut scene = Scene::new(GuestConfig::default());
+    let mut scene = Scene::new(Guest::builder());
     for ring in [TX, RX] {
         let first = desc(0, 64, direction(ring) | DESC_F_NEXT);
         for flags in [0, DESC_F_USED, DESC_F_AVAIL | DESC_F_USED] {
@@ -233,10 +231,7 @@ fn a_chain_that_goes_on_in_descriptors_of_the_wrong_lap_stops_its_ring() {
 #[test]
 fn indirect_descriptors_in_chains_or_not_negotiated_stop_their_packed_ring() {
     for indirect in [true, false] {
-        let mut scene = Scene::new(GuestConfig {
-            indirect,
-            ..GuestConfig::default()
-        });
+        let mut scene = Scene::new(Guest::builder().indirect(indirect));
         for ring in [TX, RX] {
             let table = desc(0, 32, DESC_F_INDIRECT);
             if !indirect {
@@ -255,7 +250,7 @@ fn indirect_descriptors_in_chains_or_not_negotiated_stop_their_packed_ring() {
 /// virtio 1.3, 2.8.7: in a table only WRITE counts, so that a table in a table is a buffer.
 #[test]
 fn a_table_in_a_packed_table_is_sent_as_the_bytes_it_has() {
-    let mut scene = Scene::new(GuestConfig::default());
+    let mut scene = Scene::new(Guest::builder());
     scene.connect();
     let sent = frame(PEER, BAD, 64, 1);
     let head = scene.put(&plain(&sent));
@@ -278,7 +273,7 @@ fn a_table_in_a_packed_table_is_sent_as_the_bytes_it_has() {
 /// An id is the driver's own affair: it comes back as it was, whatever it is.
 #[test]
 fn ids_beyond_the_ring_come_back_as_they_are() {
-    let mut scene = Scene::new(GuestConfig::default());
+    let mut scene = Scene::new(Guest::builder());
     scene.connect();
     let sent = frame(PEER, BAD, 64, 1);
     let addr = scene.put(&plain(&sent));
@@ -303,7 +298,7 @@ fn ids_beyond_the_ring_come_back_as_they_are() {
 /// Descriptors that no lap made available are none, and the worker goes to sleep over them.
 #[test]
 fn descriptors_of_the_wrong_lap_are_not_taken() {
-    let mut scene = Scene::new(GuestConfig::default());
+    let mut scene = Scene::new(Guest::builder());
     scene.connect();
     let sent = frame(PEER, BAD, 64, 1);
     let addr = scene.put(&plain(&sent));
@@ -329,7 +324,7 @@ fn descriptors_of_the_wrong_lap_are_not_taken() {
 /// A base beyond the ring is refused, and so the ring does not run.
 #[test]
 fn a_base_beyond_the_packed_ring_is_refused() {
-    let mut scene = Scene::new(GuestConfig::default());
+    let mut scene = Scene::new(Guest::builder());
     scene.connect();
     for base in [0x8000_8010, 0x8010_8000, 0x0000_7fff, u32::MAX] {
         let bad = scene.bad.as_mut().unwrap();

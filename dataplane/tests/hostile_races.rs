@@ -18,7 +18,7 @@ use common::{eventually, frame};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use ringway_guest::features::{TSO, VIRTIO_NET_F_MRG_RXBUF};
-use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, GuestConfig, SplitArea, SplitDesc, Window};
+use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, Guest, SplitArea, SplitDesc, Window};
 
 /// How long the guest flips bits.
 const RACE: Duration = Duration::from_secs(2);
@@ -206,10 +206,7 @@ fn cve_2020_14375_what_is_changed_while_it_is_read_reaches_nothing_outside() {
         features: RawConfig::default().features | TSO | VIRTIO_NET_F_MRG_RXBUF,
         ..RawConfig::default()
     };
-    let peer = GuestConfig {
-        features: TSO,
-        ..GuestConfig::default()
-    };
+    let peer = Guest::builder().features(TSO);
     let mut stage = Stage::with(config, peer, |switch| {
         switch.idle.backpressure = Duration::from_micros(100);
     });
@@ -382,7 +379,7 @@ fn random_rings_neither_crash_nor_leak() {
         queue_size: 32,
         features: RawConfig::default().features | TSO | VIRTIO_NET_F_MRG_RXBUF,
     };
-    let stage = Stage::with(config, GuestConfig::default(), |switch| {
+    let stage = Stage::with(config, Guest::builder(), |switch| {
         switch.idle.backpressure = Duration::from_micros(100);
     });
     let stage = RefCell::new(stage);

@@ -5,18 +5,14 @@ mod common;
 
 use common::{LAYOUTS, Lab, eventually, frame, receive};
 use ringway_dataplane::PortState;
-use ringway_guest::{EventFd, Guest, GuestConfig, Layout, RingPlace};
+use ringway_guest::{EventFd, Guest, Layout, RingPlace};
 
 #[test]
 fn rings_that_are_stopped_go_on_where_they_were() {
     for [from, to] in LAYOUTS {
         let lab = Lab::start();
         let guest = |port, layout| {
-            let config = GuestConfig {
-                layout,
-                queue_size: 16,
-                ..GuestConfig::default()
-            };
+            let config = Guest::builder().layout(layout).queue_size(16);
             lab.guest(port, config)
         };
         let mut a = guest("a", from);
@@ -49,10 +45,7 @@ fn rings_that_are_stopped_go_on_where_they_were() {
 #[test]
 fn a_packed_ring_starts_with_half_a_base() {
     let lab = Lab::start();
-    let config = GuestConfig {
-        layout: Layout::Packed,
-        ..GuestConfig::default()
-    };
+    let config = Guest::builder().layout(Layout::Packed);
     let mut a = lab.guest("a", config.clone());
     let mut b = lab.guest("b", config);
     for guest in [&mut a, &mut b] {
@@ -90,10 +83,10 @@ fn a_packed_ring_starts_with_half_a_base() {
 #[test]
 fn a_guest_that_comes_back_finds_its_port() {
     let lab = Lab::start();
-    let mut a = lab.guest("a", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
     let path = lab.add_port("b");
     for seed in 0..20 {
-        let mut b = Guest::connect(&path, GuestConfig::default()).unwrap();
+        let mut b = Guest::builder().connect(&path).unwrap();
         let sent = frame(0xff, 1, 64, seed);
         a.send_frame(&sent).unwrap();
         assert_eq!(receive(&mut b).frame, sent);

@@ -4,9 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
-#[path = "../benches/wire/mod.rs"]
-mod wire;
-mod wires;
+mod testbeds;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -16,13 +14,13 @@ use std::time::{Duration, Instant};
 use common::endpoint::CSUM;
 use common::{DEADLINE, frame, mac};
 use ringway_guest::{Calls, Layout};
+use ringway_testbed::{BROADCAST, BURST, Shape, Testbed, station};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch, apply_filter,
 };
 use tempfile::TempDir;
-use wire::{BROADCAST, BURST, Shape, Wire, station};
-use wires::{STATION, for_segments, wire_with_nic};
+use testbeds::{STATION, bed_with_nic, for_segments};
 
 const BURSTS: u32 = 1000;
 const FRAMES: u64 = BURST as u64;
@@ -133,30 +131,30 @@ fn trap() {
 /// can't grow could not tell.
 fn system_calls<T: Send + 'static>(
     shape: Shape,
-    prepare: fn(&mut Wire),
-    action: impl FnOnce(&mut Wire) -> T + Send + 'static,
+    prepare: fn(&mut Testbed),
+    action: impl FnOnce(&mut Testbed) -> T + Send + 'static,
 ) -> (Counts, T) {
     let prepared = move || {
-        let mut wire = Wire::new(shape);
-        prepare(&mut wire);
-        wire.burst();
-        wire
+        let mut bed = Testbed::new(shape);
+        prepare(&mut bed);
+        bed.burst();
+        bed
     };
     system_calls_on(prepared, action)
 }
 
-/// The same on a wire that was made otherwise.
+/// The same on a bed that was made otherwise.
 fn system_calls_on<T: Send + 'static>(
-    prepared: impl FnOnce() -> Wire + Send + 'static,
-    action: impl FnOnce(&mut Wire) -> T + Send + 'static,
+    prepared: impl FnOnce() -> Testbed + Send + 'static,
+    action: impl FnOnce(&mut Testbed) -> T + Send + 'static,
 ) -> (Counts, T) {
     let counted = move || {
-        let mut wire = prepared();
+        let mut bed = prepared();
         trap();
-        let result = action(&mut wire);
+        let result = action(&mut bed);
         let counts = TRAPPED.with(|counts| counts.each_ref().map(Cell::get));
         // Nor can it be taken down without system calls.
-        std::mem::forget(wire);
+        std::mem::forget(bed);
         (counts, result)
     };
     let (counts, result) = std::thread::spawn(counted).join().unwrap();
@@ -164,15 +162,15 @@ fn system_calls_on<T: Send + 'static>(
     (made.collect(), result)
 }
 
-fn bursts(wire: &mut Wire, count: u32) -> u64 {
-    (0..count).map(|_| wire.burst()).sum()
+fn bursts(bed: &mut Testbed, count: u32) -> u64 {
+    (0..count).map(|_| bed.burst()).sum()
 }
 
 /// Asserts that bursts of which nobody wants to be told fill `buffers` each and make no system call.
-fn assert_none(shape: Shape, prepare: fn(&mut Wire), buffers: u64) {
+fn assert_none(shape: Shape, prepare: fn(&mut Testbed), buffers: u64) {
     for layout in [Layout::Split, Layout::Packed] {
         let shape = Shape { layout, ..shape };
-        let (calls, received) = system_calls(shape, prepare, |wire| bursts(wire, BURSTS));
+        let (calls, received) = system_calls(shape, prepare, |bed| bursts(bed, BURSTS));
         assert_eq!(calls, Counts::new(), "{layout:?}");
         assert_eq!(received, u64::from(BURSTS) * buffers, "{layout:?}");
     }
@@ -180,24 +178,24 @@ fn assert_none(shape: Shape, prepare: fn(&mut Wire), buffers: u64) {
 
 /// Asserts that `count` bursts, `before` each of which the guests do something, call `expected`
 /// times.
-fn assert_calls(event_idx: bool, count: u32, before: fn(&mut Wire, u32), expected: u32) {
+fn assert_calls(event_idx: bool, count: u32, before: fn(&mut Testbed, u32), expected: u32) {
     for layout in [Layout::Split, Layout::Packed] {
         let shape = Shape {
             event_idx,
             ..Shape::plain(layout, 64)
         };
-        let run = move |wire: &mut Wire| -> u64 {
+        let run = move |bed: &mut Testbed| -> u64 {
             let burst = |index| {
-                before(wire, index);
-                wire.burst()
+                before(bed, index);
+                bed.burst()
             };
             (0..count).map(burst).sum()
         };
         // A thread's first call registers it.
-        let first_call = |wire: &mut Wire| {
-            wire.guests[1].rx.set_calls(Calls::Next);
-            wire.burst();
-            wire.guests[1].rx.set_calls(Calls::Never);
+        let first_call = |bed: &mut Testbed| {
+            bed.guests[1].rx.ring.set_calls(Calls::Next);
+            bed.burst();
+            bed.guests[1].rx.ring.set_calls(Calls::Never);
         };
         let (calls, received) = system_calls(shape, first_call, run);
         assert_eq!(
@@ -234,22 +232,22 @@ fn floods_and_drops_make_no_system_call() {
         guests: 4,
         ..Shape::plain(Layout::Split, 64)
     };
-    let flood = |wire: &mut Wire| wire.guests[0].address(BROADCAST, station(0));
+    let flood = |bed: &mut Testbed| bed.guests[0].address(BROADCAST, station(0));
     assert_none(shape, flood, 3 * FRAMES);
-    let own_port = |wire: &mut Wire| wire.guests[0].address(station(0), station(0));
+    let own_port = |bed: &mut Testbed| bed.guests[0].address(station(0), station(0));
     assert_none(shape, own_port, 0);
 }
 
 #[test]
 fn a_burst_makes_one_call_for_each_ring_that_wants_it() {
     for event_idx in [false, true] {
-        let receiver = |wire: &mut Wire, _| {
-            wire.guests[1].rx.set_calls(Calls::Next);
+        let receiver = |bed: &mut Testbed, _| {
+            bed.guests[1].rx.ring.set_calls(Calls::Next);
         };
         assert_calls(event_idx, BURSTS, receiver, BURSTS);
-        let both = |wire: &mut Wire, _| {
-            wire.guests[0].tx.set_calls(Calls::Next);
-            wire.guests[1].rx.set_calls(Calls::Next);
+        let both = |bed: &mut Testbed, _| {
+            bed.guests[0].tx.ring.set_calls(Calls::Next);
+            bed.guests[1].rx.ring.set_calls(Calls::Next);
         };
         assert_calls(event_idx, BURSTS, both, 2 * BURSTS);
     }
@@ -259,9 +257,9 @@ fn a_burst_makes_one_call_for_each_ring_that_wants_it() {
 fn event_idx_saves_the_calls_that_nobody_waits_for() {
     // As many bursts as a packed ring takes until it is at the same place again.
     let count = 8;
-    let once = |wire: &mut Wire, index| {
+    let once = |bed: &mut Testbed, index| {
         if index == 0 {
-            wire.guests[1].rx.set_calls(Calls::Next);
+            bed.guests[1].rx.ring.set_calls(Calls::Next);
         }
     };
     assert_calls(true, count, once, 1);
@@ -271,24 +269,21 @@ fn event_idx_saves_the_calls_that_nobody_waits_for() {
 
 #[test]
 fn events_of_other_queues_are_looked_for_at_intervals() {
-    let with_a_silent_port = |wire: &mut Wire| {
+    let with_a_silent_port = |bed: &mut Testbed| {
         let folder = TempDir::new().unwrap();
         let name = "silent".parse().unwrap();
-        wire.switch
+        bed.switch
             .add_port(name, &folder.path().join("silent"))
             .unwrap();
     };
-    let (calls, elapsed) = system_calls(
-        Shape::plain(Layout::Split, 64),
-        with_a_silent_port,
-        |wire| {
+    let (calls, elapsed) =
+        system_calls(Shape::plain(Layout::Split, 64), with_a_silent_port, |bed| {
             let start = Instant::now();
             while start.elapsed() < 20 * EVENT_INTERVAL {
-                wire.burst();
+                bed.burst();
             }
             start.elapsed()
-        },
-    );
+        });
     let looks: u32 = calls.values().sum();
     let most = elapsed.as_nanos() / EVENT_INTERVAL.as_nanos() + 1;
     assert!(
@@ -312,12 +307,12 @@ fn segments_make_no_system_call() {
         for layout in [Layout::Split, Layout::Packed] {
             let (shape, message) = for_segments(segments, station(1), takes);
             let prepared = move || {
-                let mut wire = Wire::new(Shape { layout, ..shape });
-                wire.guests[0].write(&message);
-                wire.burst();
-                wire
+                let mut bed = Testbed::new(Shape { layout, ..shape });
+                bed.guests[0].write(&message);
+                bed.burst();
+                bed
             };
-            let (calls, received) = system_calls_on(prepared, |wire| bursts(wire, BURSTS));
+            let (calls, received) = system_calls_on(prepared, |bed| bursts(bed, BURSTS));
             assert_eq!(calls, Counts::new(), "{layout:?}");
             let expected = u64::from(BURSTS) * FRAMES * u64::from(segments);
             assert_eq!(received, expected, "{layout:?}");
@@ -325,55 +320,60 @@ fn segments_make_no_system_call() {
     }
 }
 
-#[test]
-fn a_burst_to_a_nic_makes_one_system_call() {
-    /// Descriptors that a kernel before 6.17 sends in one call.
-    const KERNEL_BATCH: u32 = 32;
-    for segments in [1, 4] {
-        let (shape, message) = for_segments(segments, mac(STATION), 0);
-        let prepared = move || {
-            let (wire, _) = wire_with_nic(shape);
-            wire.guests[0].write(&message);
-            wire
-        };
-        // No more than there are chunks.
-        let count = 16 / u32::from(segments);
-        let (calls, sent) = system_calls_on(prepared, move |wire| {
-            let burst = |_| {
-                wire.guests[0].tx.push(BURST);
-                wire.switch.turn();
-                wire.guests[0].tx.reclaim().unwrap_or(0)
-            };
-            (0..count).map(burst).map(u32::from).sum::<u32>()
-        });
-        assert_eq!(sent, count * u32::from(BURST));
-        assert_eq!(calls.len(), 1, "{calls:?}");
-        let most = sent * u32::from(segments) / KERNEL_BATCH;
-        assert!(
-            (count..=most).contains(&calls[&libc::SYS_sendto]),
-            "{calls:?}"
-        );
-    }
-}
+/// What needs root, which `--profile user` leaves out.
+mod as_root {
+    use super::*;
 
-#[test]
-fn frames_from_a_nic_make_no_system_call() {
-    const COUNT: u64 = 16 * FRAMES;
-    let prepared = || {
-        let (wire, far) = wire_with_nic(Shape::plain(Layout::Split, 64));
-        for seed in 0..COUNT {
-            far.send(&frame(2, STATION, 60, seed));
+    #[test]
+    fn a_burst_to_a_nic_makes_one_system_call() {
+        /// Descriptors that a kernel before 6.17 sends in one call.
+        const KERNEL_BATCH: u32 = 32;
+        for segments in [1, 4] {
+            let (shape, message) = for_segments(segments, mac(STATION), 0);
+            let prepared = move || {
+                let (bed, _) = bed_with_nic(shape);
+                bed.guests[0].write(&message);
+                bed
+            };
+            // No more than there are chunks.
+            let count = 16 / u32::from(segments);
+            let (calls, sent) = system_calls_on(prepared, move |bed| {
+                let burst = |_| {
+                    bed.guests[0].tx.ring.push(BURST);
+                    bed.switch.turn();
+                    bed.guests[0].tx.ring.reclaim().unwrap_or(0)
+                };
+                (0..count).map(burst).map(u32::from).sum::<u32>()
+            });
+            assert_eq!(sent, count * u32::from(BURST));
+            assert_eq!(calls.len(), 1, "{calls:?}");
+            let most = sent * u32::from(segments) / KERNEL_BATCH;
+            assert!(
+                (count..=most).contains(&calls[&libc::SYS_sendto]),
+                "{calls:?}"
+            );
         }
-        wire
-    };
-    let (calls, received) = system_calls_on(prepared, |wire| {
-        let start = Instant::now();
-        let mut received = 0;
-        while received < COUNT && start.elapsed() < DEADLINE {
-            wire.switch.turn();
-            received += wire.receive();
-        }
-        received
-    });
-    assert_eq!((calls, received), (Counts::new(), COUNT));
+    }
+
+    #[test]
+    fn frames_from_a_nic_make_no_system_call() {
+        const COUNT: u64 = 16 * FRAMES;
+        let prepared = || {
+            let (bed, far) = bed_with_nic(Shape::plain(Layout::Split, 64));
+            for seed in 0..COUNT {
+                far.send(&frame(2, STATION, 60, seed));
+            }
+            bed
+        };
+        let (calls, received) = system_calls_on(prepared, |bed| {
+            let start = Instant::now();
+            let mut received = 0;
+            while received < COUNT && start.elapsed() < DEADLINE {
+                bed.switch.turn();
+                received += bed.receive();
+            }
+            received
+        });
+        assert_eq!((calls, received), (Counts::new(), COUNT));
+    }
 }

@@ -11,7 +11,7 @@ use common::{DEADLINE, Lab, eventually, frame, name, receive, tap};
 use etherparse::{PacketBuilder, PacketHeaders, TransportHeader};
 use ringway_bridge::DropReason;
 use ringway_dataplane::{PortKind, PortState, SwitchConfig, SwitchError};
-use ringway_guest::{Guest, GuestConfig, features::TSO};
+use ringway_guest::{Guest, features::TSO};
 
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 
@@ -62,10 +62,7 @@ fn receive_datagram(guest: &mut Guest) -> Vec<u8> {
 fn host_and_guest_exchange_datagrams() {
     for queues in [1, 2] {
         let lab = lab_with_host(queues);
-        let config = GuestConfig {
-            features: TSO,
-            ..GuestConfig::default()
-        };
+        let config = Guest::builder().features(TSO);
         let mut guest = lab.guest("vm", config);
         let socket = UdpSocket::bind("10.0.0.1:7001").unwrap();
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -91,10 +88,7 @@ fn a_tap_s_queue_changes_hands_and_loses_nothing() {
         let cores = core_affinity::get_core_ids().unwrap();
         config.worker_cpus = cores[..2].iter().map(|core| core.id).collect();
     });
-    let config = GuestConfig {
-        features: TSO,
-        ..GuestConfig::default()
-    };
+    let config = Guest::builder().features(TSO);
     let mut guest = lab.guest("vm", config);
     let socket = UdpSocket::bind("10.0.0.1:7001").unwrap();
     socket.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -123,11 +117,7 @@ fn frames_that_were_read_and_wait_go_along_with_their_queue() {
         let cores = core_affinity::get_core_ids().unwrap();
         config.worker_cpus = cores[..2].iter().map(|core| core.id).collect();
     });
-    let config = GuestConfig {
-        features: TSO,
-        queue_size: 4,
-        ..GuestConfig::default()
-    };
+    let config = Guest::builder().features(TSO).queue_size(4);
     let mut guest = lab.guest("vm", config);
     let socket = UdpSocket::bind("10.0.0.1:7001").unwrap();
     // So that the switch knows where the guest is: a frame for all ports would not wait.
@@ -157,7 +147,7 @@ fn frames_that_were_read_and_wait_go_along_with_their_queue() {
 #[test]
 fn a_checksum_that_the_host_left_open_is_completed_for_a_guest_without_offloads() {
     let lab = lab_with_host(1);
-    let mut guest = lab.guest("vm", GuestConfig::default());
+    let mut guest = lab.guest("vm", Guest::builder());
     let socket = UdpSocket::bind("10.0.0.1:7001").unwrap();
     guest.send_frame(&datagram(b"hello")).unwrap();
     let mut buffer = [0; 100];
@@ -238,8 +228,8 @@ fn interfaces_that_can_not_be_taps_are_refused_with_a_reason() {
 #[test]
 fn an_interface_that_is_deleted_takes_its_port_down_and_nothing_else() {
     let lab = lab_with_host(1);
-    let mut a = lab.guest("a", GuestConfig::default());
-    let mut b = lab.guest("b", GuestConfig::default());
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
     ip("link del rw0");
     eventually("the port is down", || {
         lab.switch.port(&name("host")).unwrap().info.state == PortState::Down

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{DEADLINE, LAYOUTS, Lab, eventually, frame, mac, name, receive};
 use ringway_dataplane::{BalanceConfig, PortState, SwitchError};
-use ringway_guest::{Guest, GuestConfig, Layout};
+use ringway_guest::{Guest, Layout};
 
 /// A switch with two workers whose queues stay where they are put.
 fn two_workers() -> Lab {
@@ -27,11 +27,7 @@ fn two_workers() -> Lab {
 /// A guest of `pairs` at the port of its station, known to the switch.
 fn guest(lab: &Lab, station: u8, pairs: u16, layout: Layout) -> Guest {
     let port = port_of(station);
-    let config = GuestConfig {
-        queue_pairs: pairs,
-        layout,
-        ..GuestConfig::default()
-    };
+    let config = Guest::builder().queue_pairs(pairs).layout(layout);
     let guest = lab.guest(&port, config);
     lab.pin(&port, station);
     eventually("all queues are up", || {
@@ -80,7 +76,7 @@ struct Flow {
 
 impl Station {
     fn new(guest: Guest, own: u8, peer: u8, peer_pairs: u16) -> Self {
-        let pairs = guest.config().queue_pairs;
+        let pairs = guest.queue_pairs();
         Self {
             guest,
             own,
@@ -114,7 +110,7 @@ impl Station {
 
     fn step(&mut self, goal: u64) {
         let mut is_idle = true;
-        for pair in 0..self.guest.config().queue_pairs {
+        for pair in 0..self.guest.queue_pairs() {
             let sent = &mut self.sent[usize::from(pair)];
             let numbers = *sent..goal.min(*sent + BURST);
             let burst: Vec<_> = numbers
@@ -305,7 +301,7 @@ fn ports_and_guests_come_and_go_while_queues_change_hands() {
     let lab = two_workers();
     let (mut a, mut b) = stations(&lab, [2, 2], LAYOUTS[0]);
     let c = guest(&lab, 3, 2, Layout::Split);
-    let config = c.config().clone();
+    let config = Guest::builder().queue_pairs(2);
     let mut c = Some(c);
     let mut times: u16 = 0;
     exchange(&mut a, &mut b, 20_000, || {
@@ -317,7 +313,7 @@ fn ports_and_guests_come_and_go_while_queues_change_hands() {
         drop(c.take());
         let state = || lab.switch.port(&name("p3")).unwrap().info.state;
         eventually("the third port is down", || state() == PortState::Down);
-        c = Some(Guest::connect(&lab.socket("p3"), config.clone()).unwrap());
+        c = Some(config.clone().connect(&lab.socket("p3")).unwrap());
         times += 1;
     });
     assert!(times > 2, "only {times} rounds while frames flowed");
@@ -422,7 +418,7 @@ fn a_port_is_added_with_its_pins_or_not_at_all() {
     let path = lab.add_port_with("p1", |config| config.pins = [(0, 1), (2, 1)].into());
     let placement: Vec<_> = (0..4).map(|pair| worker_of(&lab, 1, pair)).collect();
     assert_eq!(placement, [1, 0, 1, 0]);
-    let mut guest = Guest::connect(&path, GuestConfig::default()).unwrap();
+    let mut guest = Guest::builder().connect(&path).unwrap();
     guest.send_frame(&frame(0xff, 1, 64, 1)).unwrap();
     eventually("the frame is taken", || lab.switch.workers()[1].frames == 1);
     let mut config = lab.switch.port(&name("p1")).unwrap().info.config;

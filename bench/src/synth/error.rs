@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use ringway_guest::{DeviceFault, DriverMemoryError, FrontendError, RingSetupError};
+use ringway_guest::{DeviceFault, FrontendError, GuestError};
 
 use crate::interrupt::Interrupted;
 
@@ -14,17 +14,11 @@ pub(crate) enum LoadError {
     #[error(transparent)]
     Frontend(#[from] FrontendError),
     #[error(transparent)]
-    Memory(#[from] DriverMemoryError),
-    #[error(transparent)]
-    Ring(#[from] RingSetupError),
+    Guest(#[from] GuestError),
     #[error("the back-end broke a rule")]
     Device(#[from] DeviceFault),
     #[error("an eventfd or socket is unusable")]
     Io(#[from] io::Error),
-    #[error("the back-end does not offer {names}")]
-    NotOffered { names: String },
-    #[error("the back-end has {offered} queue pairs, not {wanted}")]
-    QueuePairs { offered: u64, wanted: u16 },
     #[error("the back-end did not connect within {0:?}")]
     NotConnected(Duration),
     #[error("the back-end closed the connection")]
@@ -50,16 +44,20 @@ impl LoadError {
             Self::Frontend(FrontendError::Connect { .. }) => {
                 "start the switch first: the load connects to its sockets"
             }
-            Self::NotOffered { .. } => {
+            Self::Guest(GuestError::NotOffered { .. }) => {
                 "leave out what needs it (--layout split, --no-mergeable, frames up to 9018 bytes), \
                  or have the back-end offer it"
             }
-            Self::QueuePairs { .. } => "give the back-end's port more queues, or lower --queues",
-            Self::Frontend(_) | Self::Closed => "the back-end's log may tell why",
+            Self::Guest(GuestError::QueuePairs { .. }) => {
+                "give the back-end's port more queues, or lower --queues"
+            }
+            Self::Frontend(_) | Self::Guest(GuestError::Frontend(_)) | Self::Closed => {
+                "the back-end's log may tell why"
+            }
             Self::NoTraffic(_) | Self::OneWay(_) => {
                 "is the switch forwarding between these two sockets, at this frame size?"
             }
-            Self::Memory(_) => {
+            Self::Guest(GuestError::Memory(_)) => {
                 "somebody else may have taken the memory: --no-huge takes other pages"
             }
             Self::Unsegmented => "the switch can't forward frames for segmentation in this set-up",
@@ -71,12 +69,13 @@ impl LoadError {
     pub(crate) fn is_final(&self) -> bool {
         matches!(
             self,
-            Self::NotOffered { .. }
-                | Self::QueuePairs { .. }
-                | Self::Unsegmented
+            Self::Guest(
+                GuestError::NotOffered { .. }
+                    | GuestError::QueuePairs { .. }
+                    | GuestError::Memory(_)
+                    | GuestError::Ring(_)
+            ) | Self::Unsegmented
                 | Self::Interrupted(_)
-                | Self::Memory(_)
-                | Self::Ring(_)
         )
     }
 }

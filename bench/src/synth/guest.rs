@@ -3,17 +3,14 @@
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ringway_guest::features::{
-    self, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CSUM,
-    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    TSO, VIRTIO_F_IN_ORDER, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_HOST_TSO4,
 };
 use ringway_guest::{
-    DeviceStart, Direction, DriverMemory, EventFd, Frontend, Lane, LaneShape, Layout, RingOptions,
-    RingStart, Segment, UsedSlot, WANTED_PROTOCOL_FEATURES, Window,
+    FixedPair, FixedQueue, FixedSlots, Frontend, Guest, GuestBuilder, Layout, UsedSlot,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -26,10 +23,8 @@ pub(crate) const BURST: usize = 64;
 /// Fewer slots than this wait for company, unless nothing else is going on.
 const WORTH_A_PUSH: u16 = 32;
 
-/// Bytes of a mergeable receive buffer, and the distance from one buffer to the next: that of
-/// DPDK's packet buffers.
+/// Bytes of a mergeable receive buffer.
 const MERGE_BUFFER: u32 = 2048;
-const BUFFER_STRIDE: u32 = 2304;
 
 /// How long a back-end may take to answer a request.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -60,75 +55,57 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    fn per_slot(self) -> u16 {
-        if self.chained { 2 } else { 1 }
+    /// A guest that needs what the shape tells, and takes what else is useful and offered.
+    fn builder(self, segmented: bool) -> GuestBuilder {
+        const CHECKSUM: u64 = VIRTIO_NET_F_CSUM | VIRTIO_NET_F_GUEST_CSUM;
+        let (needed, useful) = match (segmented || self.tso, self.checksum) {
+            (true, _) => (
+                CHECKSUM | VIRTIO_NET_F_HOST_TSO4 | VIRTIO_NET_F_GUEST_TSO4,
+                TSO,
+            ),
+            (false, true) => (CHECKSUM, 0),
+            (false, false) => (0, 0),
+        };
+        let in_order = if self.in_order { VIRTIO_F_IN_ORDER } else { 0 };
+        Guest::builder()
+            .layout(self.layout)
+            .mergeable(self.mergeable)
+            .event_idx(self.event_idx)
+            .indirect(self.indirect)
+            .queue_pairs(self.queues)
+            .features(needed)
+            .optional(useful | in_order)
+            .huge(self.huge)
+            .reply_timeout(REPLY_TIMEOUT)
     }
 
     /// Chains that a ring holds.
     pub(crate) fn slots(self) -> u16 {
-        if self.indirect {
-            self.queue_size
-        } else {
-            self.queue_size / self.per_slot()
-        }
+        let entries_of_chain = if self.chained && !self.indirect { 2 } else { 1 };
+        self.queue_size / entries_of_chain
     }
 
-    fn ring_options(self, features: u64) -> RingOptions {
-        RingOptions {
-            event_idx: features & VIRTIO_RING_F_EVENT_IDX != 0,
-            in_order: features & VIRTIO_F_IN_ORDER != 0,
-            indirect: if self.indirect { self.per_slot() } else { 0 },
-        }
-    }
-}
-
-/// Memory of the buffers of one lane.
-#[derive(Debug)]
-pub(crate) struct BufferSpace {
-    window: Window,
-    addr: u64,
-    stride: u32,
-}
-
-impl BufferSpace {
-    fn new(memory: &Arc<DriverMemory>, count: u16, stride: u32) -> Result<Self, LoadError> {
-        let bytes = u64::from(count) * u64::from(stride);
-        let addr = memory.alloc(bytes, 64)?;
-        let window = memory.window(addr, bytes)?;
-        Ok(Self {
-            window,
-            addr,
-            stride,
-        })
+    /// What the slots of the receive rings and of the transmit rings look like.
+    fn fixed_slots(self, frames: &[Template]) -> [FixedSlots; 2] {
+        let slots = |lens| FixedSlots {
+            entries: self.queue_size,
+            lens,
+            header_apart: self.chained,
+        };
+        [
+            slots(vec![receive_buffer(self.mergeable, frames)]),
+            slots(frames.iter().map(Template::len).collect()),
+        ]
     }
 
-    /// Copies bytes into a slot's buffer.
-    #[inline]
-    pub(crate) fn write(&self, slot: u16, offset: usize, bytes: &[u8]) {
-        let at = usize::from(slot) * self.stride as usize + offset;
-        self.window.write(at, bytes);
-    }
-
-    /// Copies bytes out of a slot's buffer.
-    #[inline]
-    pub(crate) fn read(&self, slot: u16, offset: usize, bytes: &mut [u8]) {
-        let at = usize::from(slot) * self.stride as usize + offset;
-        self.window.read(at, bytes);
-    }
-
-    fn segments(&self, slot: u16, len: u32, chained: bool) -> Vec<Segment> {
-        let addr = self.addr + u64::from(slot) * u64::from(self.stride);
-        if chained {
-            vec![
-                Segment { addr, len: 12 },
-                Segment {
-                    addr: addr + 12,
-                    len: len.saturating_sub(12),
-                },
-            ]
-        } else {
-            vec![Segment { addr, len }]
-        }
+    /// Bytes of memory that a guest needs.
+    pub(crate) fn memory_bytes(self, frames: &[Template]) -> u64 {
+        let pair: u64 = self
+            .fixed_slots(frames)
+            .iter()
+            .map(FixedSlots::ring_bytes)
+            .sum();
+        pair * u64::from(self.queues)
     }
 }
 
@@ -155,16 +132,10 @@ impl std::ops::AddAssign for Turn {
 /// A queue pair of a load's guest.
 #[derive(Debug)]
 pub(crate) struct LoadPair {
-    pub(crate) tx: Lane,
-    pub(crate) rx: Lane,
-    pub(crate) tx_space: BufferSpace,
-    pub(crate) rx_space: BufferSpace,
+    pub(crate) tx: FixedQueue,
+    pub(crate) rx: FixedQueue,
     /// Bytes of a receive buffer.
     rx_len: u32,
-    tx_kick: EventFd,
-    rx_kick: EventFd,
-    /// Nobody waits on it: the load polls.
-    call: EventFd,
     /// What arrived of a frame whose last buffer did not.
     partial: Vec<u8>,
     /// The beginning of the frame that is arriving was not looked at.
@@ -172,83 +143,25 @@ pub(crate) struct LoadPair {
 }
 
 impl LoadPair {
-    fn new(
-        memory: &Arc<DriverMemory>,
-        shape: Shape,
-        options: RingOptions,
-        frames: &[Template],
-        flows: u16,
-    ) -> Result<Self, LoadError> {
-        let longest = frames.iter().map(Template::len).max().unwrap_or(0);
-        let rx_len = receive_buffer(shape.mergeable, frames);
-        let (per_slot, slots) = (shape.per_slot(), shape.slots());
-        let stride = |len: u32| {
-            len.max(MERGE_BUFFER)
-                .next_multiple_of(64)
-                .max(BUFFER_STRIDE)
-        };
-        let tx_space = BufferSpace::new(memory, slots, stride(longest))?;
-        let rx_space = BufferSpace::new(memory, slots, stride(rx_len))?;
-        let lane_shape = |direction| LaneShape {
-            layout: shape.layout,
-            size: shape.queue_size,
-            direction,
-            per_slot,
-        };
-        let template = |slot: u16| &frames[usize::from(slot) % frames.len()];
-        for slot in 0..slots {
-            tx_space.write(slot, 0, &template(slot).for_flow(slot % flows.max(1)));
+    fn new(FixedPair { rx, tx }: FixedPair, rx_len: u32, frames: &[Template], flows: u16) -> Self {
+        for (slot, template) in (0..tx.ring.slots()).zip(frames.iter().cycle()) {
+            let frame = template.for_flow(slot % flows.max(1));
+            tx.buffers.write(slot, 0, &frame);
         }
-        let tx = Lane::new(memory, lane_shape(Direction::Transmit), options, |slot| {
-            tx_space.segments(slot, template(slot).len(), shape.chained)
-        })?;
-        let rx = Lane::new(memory, lane_shape(Direction::Receive), options, |slot| {
-            rx_space.segments(slot, rx_len, shape.chained)
-        })?;
-        Ok(Self {
+        Self {
             tx,
             rx,
-            tx_space,
-            rx_space,
             rx_len,
-            tx_kick: EventFd::new()?,
-            rx_kick: EventFd::new()?,
-            call: EventFd::new()?,
             partial: Vec::new(),
             headless: false,
-        })
-    }
-
-    /// Bytes of memory that such a pair needs.
-    fn memory_bytes(shape: Shape, frames: &[Template]) -> u64 {
-        let longest = frames.iter().map(Template::len).max().unwrap_or(0);
-        let rx_len = receive_buffer(shape.mergeable, frames);
-        let stride = |len: u32| u64::from(len.next_multiple_of(64).max(BUFFER_STRIDE));
-        u64::from(shape.queue_size) * (stride(longest) + stride(rx_len) + 128) + 8192
-    }
-
-    /// Offers up to `count` frames that lie ready. Returns how many.
-    #[inline]
-    pub(crate) fn transmit(&mut self, count: u16) -> Result<u16, LoadError> {
-        let count = count.min(self.tx.free());
-        if count > 0 {
-            self.tx.push(count);
-            if self.tx.wants_kick(count) {
-                self.tx_kick.signal()?;
-            }
         }
-        Ok(count)
     }
 
     /// Gives received buffers back, if there are enough or `all`.
     #[inline]
     pub(crate) fn recycle(&mut self, all: bool) -> Result<(), LoadError> {
-        let free = self.rx.free();
-        if free >= WORTH_A_PUSH || (all && free > 0) {
-            self.rx.push(free);
-            if self.rx.wants_kick(free) {
-                self.rx_kick.signal()?;
-            }
+        if all || self.rx.ring.free() >= WORTH_A_PUSH {
+            self.rx.offer(u16::MAX)?;
         }
         Ok(())
     }
@@ -269,7 +182,7 @@ impl LoadPair {
     pub(crate) fn take(&mut self) -> Result<Turn, LoadError> {
         let mut turn = Turn::default();
         let mut used = [UsedSlot::default(); BURST];
-        let count = self.rx.harvest(&mut used)?;
+        let count = self.rx.ring.harvest(&mut used)?;
         for slot in &used[..count] {
             turn.bytes += u64::from(slot.len);
             turn.received += u64::from(slot.len < self.rx_len);
@@ -284,9 +197,9 @@ impl LoadPair {
     /// Refills the transmit ring. Returns how many frames were offered.
     #[inline]
     pub(crate) fn refill(&mut self) -> Result<u64, LoadError> {
-        let reclaimed = self.tx.reclaim()?;
-        if self.tx.free() >= WORTH_A_PUSH || reclaimed == 0 {
-            return Ok(self.transmit(u16::MAX)?.into());
+        let reclaimed = self.tx.ring.reclaim()?;
+        if self.tx.ring.free() >= WORTH_A_PUSH || reclaimed == 0 {
+            return Ok(self.tx.offer(u16::MAX)?.into());
         }
         Ok(0)
     }
@@ -300,12 +213,12 @@ impl LoadPair {
     ) -> Result<Turn, LoadError> {
         let mut turn = Turn::default();
         let mut used = [UsedSlot::default(); BURST];
-        let count = self.rx.harvest(&mut used)?;
+        let count = self.rx.ring.harvest(&mut used)?;
         let mut inside = self.headless || !self.partial.is_empty();
         for slot in &used[..count] {
             if !inside {
                 let len = (slot.len as usize).min(head.len());
-                self.rx_space.read(slot.slot, 0, &mut head[..len]);
+                self.rx.buffers.read(slot.slot, 0, &mut head[..len]);
                 head[len..].fill(0);
                 each(head);
             }
@@ -322,7 +235,7 @@ impl LoadPair {
     /// Takes frames that arrived, header in front of each, joined from their buffers.
     pub(crate) fn receive(&mut self, mut each: impl FnMut(&[u8])) -> Result<usize, LoadError> {
         let mut used = [UsedSlot::default(); BURST];
-        let count = self.rx.harvest(&mut used)?;
+        let count = self.rx.ring.harvest(&mut used)?;
         let mut frames = 0;
         if self.headless {
             self.partial.clear();
@@ -330,7 +243,9 @@ impl LoadPair {
         for slot in &used[..count] {
             let start = self.partial.len();
             self.partial.resize(start + slot.len as usize, 0);
-            self.rx_space.read(slot.slot, 0, &mut self.partial[start..]);
+            self.rx
+                .buffers
+                .read(slot.slot, 0, &mut self.partial[start..]);
             if slot.len < self.rx_len {
                 if !std::mem::take(&mut self.headless) {
                     each(&self.partial);
@@ -425,51 +340,20 @@ impl LoadGuest {
     /// Starts all queues of a session in which nothing was said yet, with these frames ready to be
     /// sent.
     pub(crate) fn start(
-        mut frontend: Frontend,
+        frontend: Frontend,
         shape: Shape,
         frames: &[Template],
         flows: u16,
     ) -> Result<Self, LoadError> {
-        frontend.set_reply_timeout(REPLY_TIMEOUT)?;
-        let offered = frontend.negotiate_protocol(WANTED_PROTOCOL_FEATURES)?;
         let segmented = frames.iter().any(|frame| frame.len() > MAX_PLAIN + 12);
-        let features = choose_features(offered, shape, segmented || shape.tso)?;
-        let offered_pairs = frontend.queue_pairs()?;
-        if offered_pairs < u64::from(shape.queues) {
-            return Err(LoadError::QueuePairs {
-                offered: offered_pairs,
-                wanted: shape.queues,
-            });
-        }
-        let memory = DriverMemory::single(memory_bytes(shape, frames), shape.huge)?;
-        let options = shape.ring_options(features);
-        let mut pairs = Vec::new();
-        for _ in 0..shape.queues {
-            let mut pair = LoadPair::new(&memory, shape, options, frames, flows)?;
-            pair.tx.set_calls(ringway_guest::Calls::Never);
-            pair.rx.set_calls(ringway_guest::Calls::Never);
-            // Nobody listens yet; a back-end looks at each ring once when it starts.
-            pair.rx.push(u16::MAX);
-            pairs.push(pair);
-        }
-        let start = |place, kick, call| RingStart { place, kick, call };
-        let rings = pairs.iter().flat_map(|pair: &LoadPair| {
-            [
-                start(pair.rx.place(), &pair.rx_kick, &pair.call),
-                start(pair.tx.place(), &pair.tx_kick, &pair.call),
-            ]
-        });
-        let device = DeviceStart {
-            features,
-            mtu: None,
-            memory: &memory,
-            rings: rings.collect(),
-        };
-        frontend.start_device(offered, &device)?;
+        let slots = shape.fixed_slots(frames);
+        let rx_len = slots[0].lens[0];
+        let guest = shape.builder(segmented).start_fixed(frontend, &slots)?;
+        let pair = |pair| LoadPair::new(pair, rx_len, frames, flows);
         Ok(Self {
-            frontend,
-            pairs,
-            in_order: options.in_order,
+            frontend: guest.frontend,
+            in_order: guest.features & VIRTIO_F_IN_ORDER != 0,
+            pairs: guest.pairs.into_iter().map(pair).collect(),
         })
     }
 
@@ -485,70 +369,12 @@ impl LoadGuest {
     }
 }
 
-/// Bytes of memory that a guest needs.
-pub(crate) fn memory_bytes(shape: Shape, frames: &[Template]) -> u64 {
-    LoadPair::memory_bytes(shape, frames) * u64::from(shape.queues)
-}
-
-/// What to negotiate: all that the shape needs, and what else is useful and offered.
-fn choose_features(offered: u64, shape: Shape, tso: bool) -> Result<u64, LoadError> {
-    let needed = [
-        (true, VIRTIO_F_VERSION_1, "VIRTIO_F_VERSION_1"),
-        (
-            shape.layout == Layout::Packed,
-            VIRTIO_F_RING_PACKED,
-            "VIRTIO_F_RING_PACKED",
-        ),
-        (
-            shape.mergeable,
-            VIRTIO_NET_F_MRG_RXBUF,
-            "VIRTIO_NET_F_MRG_RXBUF",
-        ),
-        (
-            shape.event_idx,
-            VIRTIO_RING_F_EVENT_IDX,
-            "VIRTIO_RING_F_EVENT_IDX",
-        ),
-        (
-            shape.indirect,
-            VIRTIO_RING_F_INDIRECT_DESC,
-            "VIRTIO_RING_F_INDIRECT_DESC",
-        ),
-        (shape.queues > 1, VIRTIO_NET_F_MQ, "VIRTIO_NET_F_MQ"),
-        (
-            tso || shape.checksum,
-            VIRTIO_NET_F_CSUM,
-            "VIRTIO_NET_F_CSUM",
-        ),
-        (
-            tso || shape.checksum,
-            VIRTIO_NET_F_GUEST_CSUM,
-            "VIRTIO_NET_F_GUEST_CSUM",
-        ),
-        (tso, VIRTIO_NET_F_HOST_TSO4, "VIRTIO_NET_F_HOST_TSO4"),
-        (tso, VIRTIO_NET_F_GUEST_TSO4, "VIRTIO_NET_F_GUEST_TSO4"),
-    ];
-    let missing: Vec<&str> = needed
-        .iter()
-        .filter(|(wanted, bit, _)| *wanted && offered & bit == 0)
-        .map(|(_, _, name)| *name)
-        .collect();
-    if !missing.is_empty() {
-        return Err(LoadError::NotOffered {
-            names: missing.join(", "),
-        });
-    }
-    let chosen = needed
-        .iter()
-        .filter(|(wanted, ..)| *wanted)
-        .fold(0, |sum, (_, bit, _)| sum | bit);
-    let in_order = if shape.in_order { VIRTIO_F_IN_ORDER } else { 0 };
-    let tso = if tso { features::TSO } else { 0 };
-    Ok(chosen | offered & (in_order | tso))
-}
-
 #[cfg(test)]
 mod tests {
+    use ringway_guest::features::{
+        VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF,
+    };
+
     use super::super::frame::{Route, Style, guest_mac};
     use super::*;
 
@@ -586,21 +412,18 @@ mod tests {
             queues: 1,
             huge: false,
         };
+        let choose = |offered, tso| shape.builder(tso).choose_features(offered);
         let offered = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF;
-        let error = choose_features(offered, shape, false)
-            .unwrap_err()
-            .to_string();
+        let error = choose(offered, false).unwrap_err().to_string();
         assert!(
             error.ends_with("does not offer VIRTIO_F_RING_PACKED"),
             "{error}"
         );
         let offered = offered | VIRTIO_F_RING_PACKED;
-        assert_eq!(choose_features(offered, shape, false).unwrap(), offered);
-        let error = choose_features(offered, shape, true)
-            .unwrap_err()
-            .to_string();
+        assert_eq!(choose(offered, false).unwrap(), offered);
+        let error = choose(offered, true).unwrap_err().to_string();
         assert!(error.contains("VIRTIO_NET_F_HOST_TSO4"), "{error}");
-        let all = offered | features::TSO;
-        assert_eq!(choose_features(all, shape, true).unwrap(), all);
+        let all = offered | TSO;
+        assert_eq!(choose(all, true).unwrap(), all);
     }
 }

@@ -7,7 +7,7 @@ use ringway_guest::Frontend;
 
 use super::error::LoadError;
 use super::frame::{Route, Stamp, Style, Template, guest_mac};
-use super::guest::{Listener, LoadGuest, Shape, Turn, memory_bytes};
+use super::guest::{Listener, LoadGuest, Shape, Turn};
 use super::meter::{MaxResult, Meter};
 use crate::interrupt;
 
@@ -76,7 +76,7 @@ impl LoadConfig {
 
     /// Bytes of memory that all guests need together.
     pub(crate) fn memory_bytes(&self, guests: u16) -> u64 {
-        memory_bytes(self.shape, &self.templates(0)) * u64::from(guests)
+        self.shape.memory_bytes(&self.templates(0)) * u64::from(guests)
     }
 }
 
@@ -126,8 +126,8 @@ impl Load {
                 // A few at a time: unknown destinations are flooded.
                 next += Duration::from_millis(5);
                 for pair in self.guests.iter_mut().flat_map(|guest| &mut guest.pairs) {
-                    pair.tx.reclaim()?;
-                    pair.transmit(4)?;
+                    pair.tx.ring.reclaim()?;
+                    pair.tx.offer(4)?;
                 }
             }
             for (i, guest) in self.guests.iter_mut().enumerate() {
@@ -149,7 +149,7 @@ impl Load {
         let mut last = Instant::now();
         while last.elapsed() < quiet {
             for pair in self.guests.iter_mut().flat_map(|guest| &mut guest.pairs) {
-                pair.tx.reclaim()?;
+                pair.tx.ring.reclaim()?;
                 if pair.receive(|_| ())? > 0 {
                     last = Instant::now();
                 }
@@ -244,8 +244,8 @@ impl Load {
             for (i, guest) in self.guests.iter_mut().enumerate() {
                 let expected = &self.templates[i ^ 1];
                 for pair in &mut guest.pairs {
-                    pair.tx.reclaim()?;
-                    pair.transmit(32)?;
+                    pair.tx.ring.reclaim()?;
+                    pair.tx.offer(32)?;
                     pair.receive(|frame| {
                         let whole = |t: &Template| t.matches(frame) && t.keeps_segmentation(frame);
                         corrupt += u64::from(!expected.iter().any(whole));

@@ -113,8 +113,8 @@ impl NicLoad {
             if start.elapsed() >= next {
                 interrupt::check()?;
                 next += Duration::from_millis(5);
-                pair.tx.reclaim()?;
-                pair.transmit(1)?;
+                pair.tx.ring.reclaim()?;
+                pair.tx.offer(1)?;
                 self.source.send(1).context("making frames")?;
             }
             pair.receive(|frame| heard |= to_guest.matches(frame))?;

@@ -318,11 +318,12 @@ impl Load {
                     due_ns: 0,
                 };
                 let pair = &mut self.guests[guest].pairs[0];
-                pair.tx.reclaim()?;
+                pair.tx.ring.reclaim()?;
                 let at = self.templates[guest][0].stamp_at();
-                pair.tx_space
-                    .write(pair.tx.next_slot(0), at, &stamp.bytes());
-                pair.transmit(1)?;
+                pair.tx
+                    .buffers
+                    .write(pair.tx.ring.next_slot(0), at, &stamp.bytes());
+                pair.tx.offer(1)?;
                 let mut arrived = false;
                 while !arrived {
                     self.take_stamped(guest ^ 1, false, |seen| {
@@ -359,10 +360,10 @@ impl Load {
         let pairs = &mut self.guests[guest].pairs;
         source.queue = (source.queue + 1) % pairs.len();
         let pair = &mut pairs[source.queue];
-        pair.tx.reclaim()?;
+        pair.tx.ring.reclaim()?;
         let count = (due - source.sent)
             .min(BURST as u64)
-            .min(u64::from(pair.tx.free()));
+            .min(u64::from(pair.tx.ring.free()));
         // At most BURST.
         let count = u16::try_from(count).unwrap_or(0);
         let in_queue = (source.queue as u64) << QUEUE_SHIFT
@@ -374,10 +375,10 @@ impl Load {
                 sequence: in_queue + u64::from(ahead),
                 due_ns: whole(number as f64 * 1e9 / per_guest),
             };
-            let slot = pair.tx.next_slot(ahead);
-            pair.tx_space.write(slot, stamp_at, &stamp.bytes());
+            let slot = pair.tx.ring.next_slot(ahead);
+            pair.tx.buffers.write(slot, stamp_at, &stamp.bytes());
         }
-        let sent = pair.transmit(count)?;
+        let sent = pair.tx.offer(count)?;
         source.sent += u64::from(sent);
         source.by_queue[source.queue] += u64::from(sent);
         Ok(sent)

@@ -1,23 +1,17 @@
 //! A guest for tests: a front-end with queue pairs whose receive buffers are posted.
 
 use std::io;
-use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
-
+use super::builder::GuestBuilder;
 use super::event::{EventFd, wait_any};
-use super::features::{
-    VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
-use super::frontend::{Frontend, FrontendError, WANTED_PROTOCOL_FEATURES};
-use super::memory::{DriverMemory, DriverMemoryError, HUGE_PAGE_BYTES, RegionLayout};
+use super::features::names;
+use super::frontend::{Frontend, FrontendError};
+use super::memory::{DriverMemory, DriverMemoryError};
 use super::pair::{RxQueue, TxQueue};
-use super::queue::{AddError, DeviceFault, Layout, Ring, RingOptions, RingSetupError};
-use super::session::{DeviceStart, RingStart};
+use super::queue::{AddError, DeviceFault, Ring, RingSetupError};
+use super::session::RingStart;
 
 /// Bytes of the header in front of every frame (virtio 1.3, 5.1.6, with num_buffers).
 pub const NET_HEADER_BYTES: usize = 12;
@@ -27,112 +21,6 @@ const INDIRECT_BUFFERS: u16 = 40;
 
 /// How long [`Guest::send`] waits for room before it gives up.
 const SEND_PATIENCE: Duration = Duration::from_secs(5);
-
-/// What a guest is like. The features that it implies are required of the back-end.
-#[derive(Clone, Debug)]
-pub struct GuestConfig {
-    /// Queue pairs.
-    pub queue_pairs: u16,
-    /// Entries of each ring.
-    pub queue_size: u16,
-    /// Features besides those that the other fields imply.
-    pub features: u64,
-    /// Layout of the rings.
-    pub layout: Layout,
-    /// VIRTIO_NET_F_MRG_RXBUF.
-    pub mergeable: bool,
-    /// VIRTIO_RING_F_INDIRECT_DESC, and chains of several buffers use it.
-    pub indirect: bool,
-    /// VIRTIO_RING_F_EVENT_IDX.
-    pub event_idx: bool,
-    /// VIRTIO_F_IN_ORDER.
-    pub in_order: bool,
-    /// Bytes of one buffer, header included where it is in front of the frame.
-    pub buffer_size: u32,
-    /// The header has a descriptor of its own, on both rings.
-    pub chained: bool,
-    /// Memory from hugepages.
-    pub huge: bool,
-    /// Regions over which memory is spread; the second and later ones start inside their files.
-    pub regions: u16,
-    /// Told to the back-end by NET_SET_MTU.
-    pub mtu: Option<u16>,
-    /// Protocol features to ask for.
-    pub protocol_features: VhostUserProtocolFeatures,
-    /// How long the back-end may take to answer a request.
-    pub reply_timeout: Duration,
-}
-
-impl Default for GuestConfig {
-    fn default() -> Self {
-        Self {
-            queue_pairs: 1,
-            queue_size: 256,
-            features: 0,
-            layout: Layout::Split,
-            mergeable: true,
-            indirect: true,
-            event_idx: true,
-            in_order: false,
-            buffer_size: 2048,
-            chained: false,
-            huge: false,
-            regions: 1,
-            mtu: None,
-            protocol_features: WANTED_PROTOCOL_FEATURES,
-            reply_timeout: Duration::from_secs(5),
-        }
-    }
-}
-
-impl GuestConfig {
-    /// All features that this guest negotiates.
-    pub fn required_features(&self) -> u64 {
-        let implied = [
-            (self.layout == Layout::Packed, VIRTIO_F_RING_PACKED),
-            (self.mergeable, VIRTIO_NET_F_MRG_RXBUF),
-            (self.indirect, VIRTIO_RING_F_INDIRECT_DESC),
-            (self.event_idx, VIRTIO_RING_F_EVENT_IDX),
-            (self.in_order, VIRTIO_F_IN_ORDER),
-            (self.queue_pairs > 1, VIRTIO_NET_F_MQ),
-        ];
-        implied
-            .iter()
-            .filter(|(wanted, _)| *wanted)
-            .fold(self.features | VIRTIO_F_VERSION_1, |sum, (_, bit)| {
-                sum | bit
-            })
-    }
-
-    fn ring_options(&self) -> RingOptions {
-        RingOptions {
-            event_idx: self.event_idx,
-            in_order: self.in_order,
-            indirect: if self.indirect { INDIRECT_BUFFERS } else { 0 },
-        }
-    }
-
-    /// Memory that holds all rings and buffers, spread over the regions.
-    fn memory(&self) -> Result<Arc<DriverMemory>, DriverMemoryError> {
-        let entries = u64::from(self.queue_size);
-        let indirect = u64::from(self.ring_options().indirect) * 16;
-        let per_ring = entries * (u64::from(self.buffer_size) + 32 + indirect) + 4096;
-        let page = if self.huge { HUGE_PAGE_BYTES } else { 4096 };
-        let regions = u64::from(self.regions.max(1));
-        // Areas don't straddle regions: one ring's worth of slack in each.
-        let total = per_ring * 2 * u64::from(self.queue_pairs);
-        let size = (total / regions + per_ring).next_multiple_of(page);
-        let layouts: Vec<RegionLayout> = (0..regions)
-            .map(|i| RegionLayout {
-                // Regions with gaps, the second on above 4 GiB as on a PC.
-                guest_addr: (i << 32) + i * size,
-                size,
-                file_offset: i * page,
-            })
-            .collect();
-        DriverMemory::new(&layouts, self.huge)
-    }
-}
 
 /// Why a guest failed.
 #[derive(Debug, thiserror::Error)]
@@ -156,12 +44,10 @@ pub enum GuestError {
     /// An eventfd or the socket is unusable.
     #[error("waiting for the device: {0}")]
     Wait(#[from] io::Error),
-    /// The back-end doesn't offer what the configuration needs.
-    #[error("the back-end offers features {offered:#x}, {missing:#x} are missing")]
+    /// The back-end doesn't offer what the guest needs.
+    #[error("the back-end does not offer {}", names(*missing))]
     NotOffered {
-        /// What it offers.
-        offered: u64,
-        /// What is missing.
+        /// The features that are missing.
         missing: u64,
     },
     /// The back-end has fewer queue pairs.
@@ -169,7 +55,7 @@ pub enum GuestError {
     QueuePairs {
         /// What it offers.
         offered: u64,
-        /// What the configuration wants.
+        /// What the guest wants.
         wanted: u16,
     },
     /// A frame arrived that is shorter than its header, or in more buffers than there are.
@@ -212,84 +98,54 @@ impl Received {
 #[derive(Debug)]
 pub struct Guest {
     frontend: Frontend,
-    config: GuestConfig,
+    features: u64,
     memory: Arc<DriverMemory>,
     receive: Vec<RxQueue>,
     transmit: Vec<TxQueue>,
 }
 
 impl Guest {
-    /// Connects to a back-end that listens at `path` and starts all queues.
-    ///
-    /// # Errors
-    /// No back-end, or one that lacks what `config` needs.
-    pub fn connect(path: &Path, config: GuestConfig) -> Result<Self, GuestError> {
-        Self::start(Frontend::connect(path)?, config)
-    }
-
-    /// Waits for a back-end that connects and starts all queues.
-    ///
-    /// # Errors
-    /// A back-end that lacks what `config` needs.
-    pub fn accept(listener: &UnixListener, config: GuestConfig) -> Result<Self, GuestError> {
-        Self::start(Frontend::accept(listener)?, config)
+    /// A guest of one queue pair of 256 entries, with mergeable buffers of 2 KiB, indirect tables
+    /// and events by index.
+    pub fn builder() -> GuestBuilder {
+        GuestBuilder::default()
     }
 
     /// Starts all queues on a session in which nothing was said yet.
-    ///
-    /// # Errors
-    /// A back-end that lacks what `config` needs.
-    pub fn start(frontend: Frontend, config: GuestConfig) -> Result<Self, GuestError> {
-        let memory = config.memory()?;
-        let ring = || {
-            Ring::new(
-                &memory,
-                config.layout,
-                config.queue_size,
-                config.ring_options(),
-            )
-        };
+    pub(crate) fn start(frontend: Frontend, config: GuestBuilder) -> Result<Self, GuestError> {
+        let negotiated = config.negotiate(frontend)?;
+        let options = negotiated.ring_options(INDIRECT_BUFFERS);
+        // Buffer, descriptors and indirect table of each entry.
+        let entry_bytes = u64::from(config.buffer_size) + 32 + u64::from(options.indirect) * 16;
+        let ring_bytes = u64::from(config.queue_size) * entry_bytes + 4096;
+        let memory = config.memory(2 * ring_bytes)?;
+        let ring = || Ring::new(&memory, config.layout, config.queue_size, options);
         let mut receive = Vec::new();
         let mut transmit = Vec::new();
         for pair in 0..config.queue_pairs {
             receive.push(RxQueue::new(&memory, ring()?, pair, &config)?);
             transmit.push(TxQueue::new(&memory, ring()?, &config)?);
         }
-        let mut guest = Self {
+        let features = negotiated.features;
+        let frontend = negotiated.start(&memory, ring_starts(&receive, &transmit))?;
+        Ok(Self {
             frontend,
-            config,
+            features,
             memory,
             receive,
             transmit,
-        };
-        guest.set_up()?;
-        Ok(guest)
-    }
-
-    /// Goes on with another session, as QEMU does when a back-end comes back: rings stay as they
-    /// are and the new back-end starts at the first chain that the old one did not use.
-    ///
-    /// # Errors
-    /// A back-end that lacks what the guest needs.
-    pub fn reconnect(&mut self, frontend: Frontend) -> Result<(), GuestError> {
-        for queue in &mut self.receive {
-            queue.reap()?;
-        }
-        for queue in &mut self.transmit {
-            queue.reap()?;
-        }
-        self.frontend = frontend;
-        self.set_up()
+        })
     }
 
     /// Virtio features in effect.
     pub fn features(&self) -> u64 {
-        self.config.required_features()
+        self.features
     }
 
-    /// The configuration that it was started with.
-    pub fn config(&self) -> &GuestConfig {
-        &self.config
+    /// Queue pairs.
+    pub fn queue_pairs(&self) -> u16 {
+        // As many as the builder was told.
+        u16::try_from(self.receive.len()).unwrap_or(u16::MAX)
     }
 
     /// Its memory.
@@ -435,7 +291,7 @@ impl Guest {
     /// # Errors
     /// The back-end closed the socket or answered nonsense.
     pub fn stop(&mut self) -> Result<Vec<u32>, GuestError> {
-        let rings = u32::from(self.config.queue_pairs) * 2;
+        let rings = u32::from(self.queue_pairs()) * 2;
         let bases = (0..rings)
             .map(|index| self.frontend.stop_ring(index))
             .collect::<Result<_, _>>()?;
@@ -455,32 +311,6 @@ impl Guest {
     pub fn resume(&mut self) -> Result<(), GuestError> {
         let rings = ring_starts(&self.receive, &self.transmit);
         self.frontend.start_rings(&self.memory, &rings)?;
-        Ok(())
-    }
-
-    /// Handshake, memory, rings.
-    fn set_up(&mut self) -> Result<(), GuestError> {
-        let wanted = self.config.queue_pairs;
-        let frontend = &mut self.frontend;
-        frontend.set_reply_timeout(self.config.reply_timeout)?;
-        let offered = frontend.negotiate_protocol(self.config.protocol_features)?;
-        let required = self.config.required_features();
-        let missing = required & !offered;
-        if missing != 0 {
-            return Err(GuestError::NotOffered { offered, missing });
-        }
-        let pairs = frontend.queue_pairs()?;
-        if pairs < u64::from(wanted) {
-            let offered = pairs;
-            return Err(GuestError::QueuePairs { offered, wanted });
-        }
-        let device = DeviceStart {
-            features: required,
-            mtu: self.config.mtu,
-            memory: &self.memory,
-            rings: ring_starts(&self.receive, &self.transmit),
-        };
-        frontend.start_device(offered, &device)?;
         Ok(())
     }
 }

@@ -9,8 +9,8 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::memory::{DriverMemory, Window};
 use super::queue::{
-    AddError, Calls, Chain, DESC_BYTES, DeviceFault, Layout, MAX_QUEUE_SIZE, RingOptions,
-    RingPlace, RingSetupError, Segment, Used, passes_event, total_len,
+    AddError, Buffer, Calls, Chain, DESC_BYTES, DeviceFault, Layout, MAX_QUEUE_SIZE, RingOptions,
+    RingPlace, RingSetupError, Used, passes_event, total_len,
 };
 use super::split::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, indirect_tables};
 
@@ -321,8 +321,8 @@ impl PackedRing {
     /// The ring is full, or can never hold such a chain.
     pub fn add(
         &mut self,
-        readable: &[Segment],
-        writable: &[Segment],
+        readable: &[Buffer],
+        writable: &[Buffer],
         token: u32,
     ) -> Result<(), AddError> {
         let size = self.area.size();
@@ -341,14 +341,14 @@ impl PackedRing {
         let id = self.ids.pop_front().ok_or(AddError::Full)?;
         let flagged = readable
             .iter()
-            .map(|segment| (segment, 0))
-            .chain(writable.iter().map(|segment| (segment, DESC_F_WRITE)));
+            .map(|buffer| (buffer, 0))
+            .chain(writable.iter().map(|buffer| (buffer, DESC_F_WRITE)));
         if let (true, Some((tables, window))) = (indirect, &self.tables) {
             let first = usize::from(id) * usize::from(self.options.indirect) * DESC_BYTES;
-            for (i, (segment, flags)) in flagged.enumerate() {
+            for (i, (buffer, flags)) in flagged.enumerate() {
                 let desc = PackedDesc {
-                    addr: segment.addr,
-                    len: segment.len,
+                    addr: buffer.addr,
+                    len: buffer.len,
                     id: 0,
                     flags,
                 };
@@ -356,15 +356,15 @@ impl PackedRing {
                 window.store_u64(at, desc.addr, Ordering::Relaxed);
                 window.store_u64(at + 8, desc.tail(), Ordering::Relaxed);
             }
-            let table = Segment {
+            let table = Buffer {
                 addr: tables + first as u64,
                 len: u32::from(count) * 16,
             };
             self.put(table, id, DESC_F_INDIRECT);
         } else {
-            for (i, (segment, flags)) in (1..).zip(flagged) {
+            for (i, (buffer, flags)) in (1..).zip(flagged) {
                 let more = if i < count { DESC_F_NEXT } else { 0 };
-                self.put(*segment, id, flags | more);
+                self.put(*buffer, id, flags | more);
             }
         }
         self.chains[usize::from(id)] = Some(Chain {
@@ -437,12 +437,12 @@ impl PackedRing {
 
     /// Writes the next descriptor; flags of the first since the last publish are held back, so
     /// that the device stops in front of it.
-    fn put(&mut self, segment: Segment, id: u16, flags: u16) {
+    fn put(&mut self, buffer: Buffer, id: u16, flags: u16) {
         let Position { slot, .. } = self.next_avail;
         let flags = flags | self.next_avail.available_flags();
         let mut desc = PackedDesc {
-            addr: segment.addr,
-            len: segment.len,
+            addr: buffer.addr,
+            len: buffer.len,
             id,
             flags,
         };

@@ -5,58 +5,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::buffers::Buffers;
+use super::builder::GuestBuilder;
 use super::event::EventFd;
-use super::guest::{GuestConfig, GuestError, NET_HEADER_BYTES, Received};
-use super::memory::{DriverMemory, Window};
-use super::queue::{AddError, Calls, Ring, Segment, Used};
+use super::guest::{GuestError, NET_HEADER_BYTES, Received};
+use super::memory::DriverMemory;
+use super::queue::{AddError, Calls, Ring, Used};
 use super::session::RingStart;
-
-/// [`NET_HEADER_BYTES`] as the length of a descriptor.
-const HEADER_LEN: u32 = 12;
-
-/// Equal buffers in one piece of memory.
-#[derive(Debug)]
-struct Buffers {
-    addr: u64,
-    size: u32,
-    window: Window,
-}
-
-impl Buffers {
-    fn new(memory: &Arc<DriverMemory>, count: u16, size: u32) -> Result<Self, GuestError> {
-        let bytes = u64::from(count) * u64::from(size);
-        let addr = memory.alloc(bytes, 64)?;
-        let window = memory.window(addr, bytes)?;
-        Ok(Self { addr, size, window })
-    }
-
-    fn addr(&self, buffer: u16) -> u64 {
-        self.addr + u64::from(buffer) * u64::from(self.size)
-    }
-
-    fn offset(&self, buffer: u16) -> usize {
-        usize::from(buffer) * self.size as usize
-    }
-
-    /// The first `len` bytes of a buffer as descriptors: one, or two with the header apart.
-    fn segments(&self, buffer: u16, len: u32, header_apart: bool) -> Vec<Segment> {
-        let addr = self.addr(buffer);
-        if header_apart && len > HEADER_LEN {
-            vec![
-                Segment {
-                    addr,
-                    len: HEADER_LEN,
-                },
-                Segment {
-                    addr: addr + u64::from(HEADER_LEN),
-                    len: len - HEADER_LEN,
-                },
-            ]
-        } else {
-            vec![Segment { addr, len }]
-        }
-    }
-}
 
 /// A receive queue whose buffers are posted.
 #[derive(Debug)]
@@ -78,7 +33,7 @@ impl RxQueue {
         memory: &Arc<DriverMemory>,
         ring: Ring,
         pair: u16,
-        config: &GuestConfig,
+        config: &GuestBuilder,
     ) -> Result<Self, GuestError> {
         let direct_chain = config.chained && !config.indirect;
         let count = config.queue_size / if direct_chain { 2 } else { 1 };
@@ -158,15 +113,13 @@ impl RxQueue {
         if (first.len as usize) < NET_HEADER_BYTES {
             return Err(bad(1));
         }
-        let at = self.buffers.offset(token_buffer(first));
-        self.buffers.window.read(at, &mut header);
+        self.buffers.read(token_buffer(first), 0, &mut header);
         let count = if self.mergeable {
             u16::from_le_bytes([header[10], header[11]])
         } else {
             1
         };
-        if count == 0 || usize::from(count) > self.buffers.window.len() / self.buffers.size as usize
-        {
+        if count == 0 || usize::from(count) > self.buffers.count() {
             return Err(bad(count));
         }
         if self.pending.len() < usize::from(count) {
@@ -179,8 +132,8 @@ impl RxQueue {
             let skip = if i == 0 { NET_HEADER_BYTES } else { 0 };
             let start = frame.len();
             frame.resize(start + part.len as usize - skip, 0);
-            let at = self.buffers.offset(token_buffer(*part)) + skip;
-            self.buffers.window.read(at, &mut frame[start..]);
+            self.buffers
+                .read(token_buffer(*part), skip, &mut frame[start..]);
         }
         for part in parts {
             self.post(token_buffer(part))?;
@@ -196,10 +149,9 @@ impl RxQueue {
     }
 
     fn post(&mut self, buffer: u16) -> Result<(), AddError> {
-        let segments = self
-            .buffers
-            .segments(buffer, self.buffers.size, self.chained);
-        self.ring.add(&[], &segments, u32::from(buffer))
+        let len = self.buffers.stride();
+        let room = self.buffers.describe(buffer, len, self.chained);
+        self.ring.add(&[], &room, u32::from(buffer))
     }
 }
 
@@ -221,7 +173,7 @@ impl TxQueue {
     pub(super) fn new(
         memory: &Arc<DriverMemory>,
         ring: Ring,
-        config: &GuestConfig,
+        config: &GuestBuilder,
     ) -> Result<Self, GuestError> {
         let count = config.queue_size;
         Ok(Self {
@@ -299,7 +251,7 @@ impl TxQueue {
 
     /// Adds one frame; false if there is no room for it now.
     fn put(&mut self, frame: &[u8]) -> Result<bool, GuestError> {
-        let size = self.buffers.size as usize;
+        let size = self.buffers.stride() as usize;
         let needed = frame.len().div_ceil(size).max(1);
         if needed > self.frames.len() {
             return Err(GuestError::Add(AddError::Shape {
@@ -311,17 +263,15 @@ impl TxQueue {
             return Ok(false);
         }
         let taken = self.free.split_off(self.free.len() - needed);
-        let mut segments = Vec::with_capacity(needed + 1);
+        let mut chain = Vec::with_capacity(needed + 1);
         for (i, (buffer, part)) in taken.iter().zip(frame.chunks(size)).enumerate() {
-            self.buffers
-                .window
-                .write(self.buffers.offset(*buffer), part);
+            self.buffers.write(*buffer, 0, part);
             // A buffer's size is a u32.
             let len = u32::try_from(part.len()).unwrap_or(u32::MAX);
-            segments.extend(self.buffers.segments(*buffer, len, self.chained && i == 0));
+            chain.extend(self.buffers.describe(*buffer, len, self.chained && i == 0));
         }
         let first = taken[0];
-        match self.ring.add(&segments, &[], u32::from(first)) {
+        match self.ring.add(&chain, &[], u32::from(first)) {
             Ok(()) => {
                 self.frames[usize::from(first)] = taken;
                 Ok(true)

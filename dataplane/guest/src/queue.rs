@@ -24,7 +24,7 @@ pub enum Layout {
 
 /// One buffer of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
+pub struct Buffer {
     /// Guest physical address.
     pub addr: u64,
     /// Bytes.
@@ -163,10 +163,10 @@ impl Chain {
 }
 
 /// Sum of lengths, saturating: a chain of more than 4 GiB breaks a rule anyway.
-pub(crate) fn total_len(segments: &[Segment]) -> u32 {
-    segments
+pub(crate) fn total_len(buffers: &[Buffer]) -> u32 {
+    buffers
         .iter()
-        .fold(0, |sum: u32, segment| sum.saturating_add(segment.len))
+        .fold(0, |sum: u32, buffer| sum.saturating_add(buffer.len))
 }
 
 /// True if moving an index from `old` to `new` passes `event` (virtio 1.3, 2.7.10:
@@ -232,8 +232,8 @@ impl Ring {
     /// The ring is full, or can never hold such a chain.
     pub fn add(
         &mut self,
-        readable: &[Segment],
-        writable: &[Segment],
+        readable: &[Buffer],
+        writable: &[Buffer],
         token: u32,
     ) -> Result<(), AddError> {
         match self {

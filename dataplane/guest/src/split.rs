@@ -9,8 +9,8 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::memory::{DriverMemory, Window};
 use super::queue::{
-    AddError, Calls, Chain, DESC_BYTES, DeviceFault, Layout, MAX_QUEUE_SIZE, RingOptions,
-    RingPlace, RingSetupError, Segment, Used, passes_event, total_len,
+    AddError, Buffer, Calls, Chain, DESC_BYTES, DeviceFault, Layout, MAX_QUEUE_SIZE, RingOptions,
+    RingPlace, RingSetupError, Used, passes_event, total_len,
 };
 
 /// The buffer continues at `next` (VIRTQ_DESC_F_NEXT).
@@ -284,8 +284,8 @@ impl SplitRing {
     /// The ring is full, or can never hold such a chain.
     pub fn add(
         &mut self,
-        readable: &[Segment],
-        writable: &[Segment],
+        readable: &[Buffer],
+        writable: &[Buffer],
         token: u32,
     ) -> Result<(), AddError> {
         let buffers = readable.len() + writable.len();
@@ -304,16 +304,16 @@ impl SplitRing {
         }
         let flagged = readable
             .iter()
-            .map(|segment| (segment, 0))
-            .chain(writable.iter().map(|segment| (segment, DESC_F_WRITE)));
+            .map(|buffer| (buffer, 0))
+            .chain(writable.iter().map(|buffer| (buffer, DESC_F_WRITE)));
         let head = self.free[0];
         if let (true, Some((tables, window))) = (indirect, &self.tables) {
             let first = usize::from(head) * usize::from(self.options.indirect);
-            for (i, (segment, flags)) in (0..count).zip(flagged) {
+            for (i, (buffer, flags)) in (0..count).zip(flagged) {
                 let more = if i + 1 < count { DESC_F_NEXT } else { 0 };
                 let desc = SplitDesc {
-                    addr: segment.addr,
-                    len: segment.len,
+                    addr: buffer.addr,
+                    len: buffer.len,
                     flags: flags | more,
                     next: if i + 1 < count { i + 1 } else { 0 },
                 };
@@ -328,7 +328,7 @@ impl SplitRing {
             self.area.write_desc(head, desc);
             self.free.pop_front();
         } else {
-            for (i, (segment, flags)) in (0..count).zip(flagged) {
+            for (i, (buffer, flags)) in (0..count).zip(flagged) {
                 let Some(index) = self.free.pop_front() else {
                     break;
                 };
@@ -336,8 +336,8 @@ impl SplitRing {
                 let next = if last { 0 } else { self.free[0] };
                 self.links[usize::from(index)] = next;
                 let desc = SplitDesc {
-                    addr: segment.addr,
-                    len: segment.len,
+                    addr: buffer.addr,
+                    len: buffer.len,
                     flags: flags | if last { 0 } else { DESC_F_NEXT },
                     next,
                 };

@@ -5,16 +5,13 @@ use std::os::fd::AsFd;
 
 use proptest::prelude::*;
 use ringway_bridge::{DropReason, Headers};
+use ringway_testbed::packet::{self, GSO_ECN, Packet, complete, judge, pattern, plain_sum};
 
-use self::packet::{GSO_ECN, Packet, complete, judge, pattern, plain_sum};
 use super::{Action, GroFrame, GsoScratch, MAX_GSO_SEGMENTS, OutFrames, is_checksum_right};
 use crate::burst::{Burst, BurstStorage, Entry};
 use crate::memory::{GuestSlice, IoVecs};
 use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
 use crate::wire::{Features, Offloads, find_open_checksum};
-
-#[path = "../../tests/common/packet.rs"]
-mod packet;
 
 const SEGMENTATION: Offloads = Offloads::ALL.without(Offloads::CSUM);
 

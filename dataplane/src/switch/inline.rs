@@ -141,7 +141,7 @@ impl InlineSwitch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ringway_guest::{Guest, GuestConfig};
+    use ringway_guest::Guest;
 
     #[test]
     fn a_ring_in_other_hands_is_counted_and_its_frames_wait() {
@@ -150,7 +150,7 @@ mod tests {
         let mut guest = |name: &str| {
             let path = folder.path().join(name);
             switch.add_port(name.parse().unwrap(), &path).unwrap();
-            Guest::connect(&path, GuestConfig::default()).unwrap()
+            Guest::builder().connect(&path).unwrap()
         };
         let (mut a, mut b) = (guest("a"), guest("b"));
         for guest in [&mut a, &mut b] {

@@ -1,6 +1,7 @@
 //! The handle by which the control plane runs the dataplane.
 
 mod balance;
+#[cfg(any(test, feature = "inline"))]
 mod inline;
 mod load;
 mod port_table;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ringway_api::{PortConfig, PortKind, PortName, SocketSpec, SwitchConfig, SwitchError};
 use ringway_bridge::{Bridge, BridgeConfig, DropCounts, MacAddr, PortId, Tick};
 
+#[cfg(any(test, feature = "inline"))]
 pub use inline::InlineSwitch;
 
 use self::balance::Balancer;

@@ -55,7 +55,7 @@ impl Sum {
 }
 
 /// The Internet checksum of `bytes`, never 0: for benches.
-#[doc(hidden)]
+#[cfg(feature = "inline")]
 pub fn internet_checksum(bytes: &[u8]) -> [u8; 2] {
     let mut sum = Sum::default();
     sum.add(bytes);
@@ -63,7 +63,7 @@ pub fn internet_checksum(bytes: &[u8]) -> [u8; 2] {
 }
 
 /// Copies `from` to as many bytes at `to`, and returns their checksum: for benches.
-#[doc(hidden)]
+#[cfg(feature = "inline")]
 pub fn copy_and_checksum(to: &mut [u8], from: &mut [u8]) -> [u8; 2] {
     let mut sum = Sum::default();
     sum.add_copied(GuestSlice::of(to), GuestSlice::of(from));

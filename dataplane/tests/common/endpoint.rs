@@ -11,7 +11,7 @@ use ringway_guest::features::{
     TSO, USO, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_HOST_ECN,
 };
-use ringway_guest::{Guest, GuestConfig, Layout};
+use ringway_guest::{Guest, GuestBuilder, Layout};
 
 use super::host::{Raw, veth_named};
 use super::packet::{GSO_ECN, NEEDS_CSUM, Packet, complete, judge, pattern};
@@ -86,28 +86,24 @@ pub(crate) struct Setting {
 }
 
 impl Setting {
-    fn guest(self, features: u64) -> GuestConfig {
-        let config = GuestConfig {
-            features,
-            layout: self.layout,
-            mtu: Some(self.mtu),
-            ..GuestConfig::default()
-        };
+    fn guest(self, features: u64) -> GuestBuilder {
+        let config = Guest::builder()
+            .features(features)
+            .layout(self.layout)
+            .mtu(Some(self.mtu));
         if self.mergeable {
             return config;
         }
         let takes_segments = features == ALL;
-        GuestConfig {
-            mergeable: false,
-            chained: self.layout == Layout::Split,
-            buffer_size: if takes_segments {
+        config
+            .mergeable(false)
+            .chained(self.layout == Layout::Split)
+            .buffer_size(if takes_segments {
                 65_700
             } else {
                 u32::from(self.mtu) + 100
-            },
-            queue_size: 128,
-            ..config
-        }
+            })
+            .queue_size(128)
     }
 }
 

@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use ringway_bridge::{DropReason, MacAddr};
 use ringway_dataplane::{PortDetail, SwitchConfig};
-use ringway_guest::features::{VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC};
+use ringway_guest::features::{
+    VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC,
+};
 use ringway_guest::{
-    DESC_F_NEXT, DESC_F_WRITE, DriverMemory, EventFd, Frontend, FrontendError, Guest, GuestConfig,
-    RegionLayout, RegionView, RingPlace, SplitArea, SplitDesc, WANTED_PROTOCOL_FEATURES,
+    DESC_F_NEXT, DESC_F_WRITE, DriverMemory, EventFd, Frontend, FrontendError, Guest, GuestBuilder,
+    RegionLayout, RegionView, RingPlace, SplitArea, SplitDesc,
 };
 use vhost::vhost_user::message::FrontendReq;
 
@@ -198,8 +200,14 @@ impl RawGuest {
             let canary = vec![CANARY; usize::try_from(GUARD_BYTES).unwrap()];
             memory.write(guard, &canary).unwrap();
         }
+        let negotiated = Guest::builder()
+            .bare()
+            .features(config.features)
+            .reply_timeout(DEADLINE)
+            .negotiate(Frontend::connect(path).unwrap())
+            .unwrap();
         let mut guest = Self {
-            frontend: Frontend::connect(path).unwrap(),
+            frontend: negotiated.frontend,
             rx: RawRing::new(&memory, RX, config.queue_size),
             tx: RawRing::new(&memory, TX, config.queue_size),
             buffers: memory.alloc_in(0, BUFFER_BYTES, 4096).unwrap(),
@@ -211,12 +219,8 @@ impl RawGuest {
     }
 
     fn start(&mut self) -> Result<(), FrontendError> {
-        let frontend = &mut self.frontend;
-        frontend.set_reply_timeout(DEADLINE).unwrap();
-        let offered = frontend.negotiate_protocol(WANTED_PROTOCOL_FEATURES)?;
-        let protocol = ringway_guest::features::VHOST_USER_F_PROTOCOL_FEATURES;
-        assert_eq!(self.config.features & !offered, 0, "features are offered");
-        frontend.set_features(self.config.features | protocol)?;
+        self.frontend
+            .set_features(self.config.features | VHOST_USER_F_PROTOCOL_FEATURES)?;
         self.share_memory()?;
         self.start_ring(RX, 0)?;
         self.start_ring(TX, 0)?;
@@ -312,12 +316,12 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) fn new() -> Self {
-        Self::with(RawConfig::default(), GuestConfig::default(), |_| {})
+        Self::with(RawConfig::default(), Guest::builder(), |_| {})
     }
 
     pub(crate) fn with(
         bad: RawConfig,
-        peer: GuestConfig,
+        peer: GuestBuilder,
         change: impl FnOnce(&mut SwitchConfig),
     ) -> Self {
         static COUNT: AtomicU64 = AtomicU64::new(0);
@@ -501,7 +505,7 @@ impl Innocents {
     pub(crate) fn start(lab: &Lab) -> Self {
         let mut guests = [LEFT, RIGHT].map(|station| {
             let port = if station == LEFT { "left" } else { "right" };
-            let guest = lab.guest(port, GuestConfig::default());
+            let guest = lab.guest(port, Guest::builder());
             lab.pin(port, station);
             guest
         });

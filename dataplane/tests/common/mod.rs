@@ -6,25 +6,22 @@
 )]
 
 pub(crate) mod endpoint;
-pub(crate) mod host;
 pub(crate) mod hostile;
 pub(crate) mod observe;
-pub(crate) mod packet;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ringway_dataplane::{
     AfXdpConfig, AfXdpInfo, BalanceConfig, IdleConfig, PortConfig, PortCounters, PortKind,
     PortName, QueuePairs, SocketSpec, Switch, SwitchConfig, UmemFrames, XdpMode,
 };
-use ringway_guest::{Guest, GuestConfig, Layout, Received};
+use ringway_guest::{Guest, GuestBuilder, Layout, Received};
 use tempfile::TempDir;
 
-/// How long anything may take that should happen at once.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) use ringway_testbed::{DEADLINE, eventually, host, packet};
 
 /// All pairs of layouts, in order.
 pub(crate) const LAYOUTS: [[Layout; 2]; 4] = [
@@ -90,9 +87,9 @@ impl Lab {
     }
 
     /// Adds a port and connects a guest to it.
-    pub(crate) fn guest(&self, port: &str, config: GuestConfig) -> Guest {
+    pub(crate) fn guest(&self, port: &str, config: GuestBuilder) -> Guest {
         let path = self.add_port(port);
-        Guest::connect(&path, config).unwrap()
+        config.connect(&path).unwrap()
     }
 
     pub(crate) fn counters(&self, port: &str) -> PortCounters {
@@ -199,18 +196,6 @@ pub(crate) fn lab_with_nic(
 
 pub(crate) fn nic_info(lab: &Lab) -> AfXdpInfo {
     lab.switch.port(&name("nic")).unwrap().af_xdp.unwrap()
-}
-
-/// Waits until `condition` holds.
-pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(
-            start.elapsed() < DEADLINE,
-            "{what} did not happen within {DEADLINE:?}"
-        );
-        std::thread::yield_now();
-    }
 }
 
 /// An Ethernet frame of `bytes` from station `from` to station `to` (0xff: broadcast), filled with

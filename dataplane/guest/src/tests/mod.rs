@@ -85,12 +85,12 @@ fn holds_against_device(layout: Layout, size: u16, options: RingOptions, steps: 
     for step in steps.iter().chain(&end) {
         match *step {
             Step::Add(readable, writable) => {
-                let segment = |i: usize| Segment {
+                let buffer = |i: usize| Buffer {
                     addr: u64::from(token) << 16 | i as u64,
                     len: 1 + token % 1000 + u32::try_from(i).unwrap(),
                 };
-                let readable: Vec<Segment> = (0..readable).map(segment).collect();
-                let writable: Vec<Segment> = (10..10 + writable).map(segment).collect();
+                let readable: Vec<Buffer> = (0..readable).map(buffer).collect();
+                let writable: Vec<Buffer> = (10..10 + writable).map(buffer).collect();
                 let count = readable.len() + writable.len();
                 let free = usize::from(ring.free());
                 let indirect = count > 1 && count <= usize::from(options.indirect);
@@ -250,11 +250,11 @@ fn a_device_that_breaks_rules_is_caught() {
                 in_order,
                 ..RingOptions::default()
             };
-            let segment = Segment { addr: 0, len: 10 };
+            let buffer = Buffer { addr: 0, len: 10 };
             let misuse = |id: u16, len: u32| {
                 let (mut ring, mut device) = ring_and_device(layout, 4, options);
-                ring.add(&[], &[segment], 7).unwrap();
-                ring.add(&[], &[segment], 8).unwrap();
+                ring.add(&[], &[buffer], 7).unwrap();
+                ring.add(&[], &[buffer], 8).unwrap();
                 let _ = ring.publish();
                 while device.pop().is_some() {}
                 device.put(&[(id, len)], false);
@@ -280,26 +280,30 @@ fn a_device_that_breaks_rules_is_caught() {
     assert_eq!(ring.reap(&mut Vec::new()), Err(fault));
 }
 
-/// A lane and a device on the same ring.
-fn lane_and_device(shape: LaneShape, options: RingOptions) -> (Lane, Box<dyn Device>) {
+/// A preposted ring and a device on the same ring.
+fn preposted_and_device(
+    shape: PrepostedShape,
+    options: RingOptions,
+) -> (Preposted, Box<dyn Device>) {
     let memory = DriverMemory::single(1 << 20, false).unwrap();
-    let lane = Lane::new(&memory, shape, options, |slot| {
-        let segment = |part| Segment {
+    let ring = Preposted::new(&memory, shape, options, |slot| {
+        let buffer = |part| Buffer {
             addr: u64::from(slot) << 16 | u64::from(part),
             len: 100,
         };
-        (0..shape.per_slot).map(segment).collect()
+        (0..shape.per_slot).map(buffer).collect()
     })
     .unwrap();
-    let device: Box<dyn Device> = match lane.area() {
-        RingArea::Split(area) => Box::new(SplitDevice::new(&memory, area, options)),
-        RingArea::Packed(area) => Box::new(PackedDevice::new(&memory, area, options)),
+    let device: Box<dyn Device> = match ring.areas() {
+        (Some(area), _) => Box::new(SplitDevice::new(&memory, area, options)),
+        (_, Some(area)) => Box::new(PackedDevice::new(&memory, area, options)),
+        _ => unreachable!("a ring has one layout"),
     };
-    (lane, device)
+    (ring, device)
 }
 
 #[derive(Clone, Debug)]
-enum LaneStep {
+enum SlotStep {
     Push(u16),
     Use {
         share: usize,
@@ -310,51 +314,51 @@ enum LaneStep {
     Reclaim,
 }
 
-fn lane_steps() -> impl Strategy<Value = Vec<LaneStep>> {
+fn slot_steps() -> impl Strategy<Value = Vec<SlotStep>> {
     let step = prop_oneof![
-        (1u16..100).prop_map(LaneStep::Push),
+        (1u16..100).prop_map(SlotStep::Push),
         (1usize..9, any::<bool>(), any::<bool>()).prop_map(|(share, reverse, one_entry)| {
-            LaneStep::Use {
+            SlotStep::Use {
                 share,
                 reverse,
                 one_entry,
             }
         }),
-        (1usize..140).prop_map(LaneStep::Harvest),
-        Just(LaneStep::Reclaim),
+        (1usize..140).prop_map(SlotStep::Harvest),
+        Just(SlotStep::Reclaim),
     ];
     prop::collection::vec(step, 1..400)
 }
 
 proptest! {
     #[test]
-    fn lanes_show_the_device_their_buffers_and_get_each_slot_back_once(
+    fn preposted_rings_show_the_device_their_buffers_and_get_each_slot_back_once(
         shape in (any::<bool>(), 1u32..8, any::<bool>(), any::<bool>()),
         event_idx in any::<bool>(),
         in_order in any::<bool>(),
         indirect in 0u16..3,
-        steps in lane_steps(),
+        steps in slot_steps(),
     ) {
         let (packed, log, receive, two) = shape;
         let direction = if receive { Direction::Receive } else { Direction::Transmit };
-        let shape = LaneShape {
+        let shape = PrepostedShape {
             layout: if packed { Layout::Packed } else { Layout::Split },
             size: 1 << log,
             direction,
             per_slot: if two { 2 } else { 1 },
         };
         let options = RingOptions { event_idx, in_order, indirect };
-        let (mut lane, mut device) = lane_and_device(shape, options);
+        let (mut ring, mut device) = preposted_and_device(shape, options);
         let descs_of_slot = if indirect == 2 { 1 } else { shape.per_slot };
-        prop_assert_eq!(lane.slots(), shape.size / descs_of_slot);
+        prop_assert_eq!(ring.slots(), shape.size / descs_of_slot);
         let (mut pushed, mut held) = (VecDeque::new(), VecDeque::new());
         let mut expected: VecDeque<UsedSlot> = VecDeque::new();
         for step in steps {
             match step {
-                LaneStep::Push(count) => {
-                    let count = count.min(lane.free());
-                    pushed.extend((0..count).map(|ahead| lane.next_slot(ahead)));
-                    lane.push(count);
+                SlotStep::Push(count) => {
+                    let count = count.min(ring.free());
+                    pushed.extend((0..count).map(|ahead| ring.next_slot(ahead)));
+                    ring.push(count);
                     while let Some((id, buffers)) = device.pop() {
                         let slot: u16 = pushed.pop_front().unwrap();
                         let want = |part| {
@@ -367,13 +371,13 @@ proptest! {
                     prop_assert!(pushed.is_empty(), "pushed and not seen");
                     prop_assert!(device.sleep());
                     // Whoever asks after a push to a sleeping device is told to kick.
-                    if lane.free() > 0 {
-                        pushed.push_back(lane.next_slot(0));
-                        lane.push(1);
-                        prop_assert!(lane.wants_kick(1));
+                    if ring.free() > 0 {
+                        pushed.push_back(ring.next_slot(0));
+                        ring.push(1);
+                        prop_assert!(ring.wants_kick(1));
                     }
                 }
-                LaneStep::Use { share, reverse, one_entry } => {
+                SlotStep::Use { share, reverse, one_entry } => {
                     let count = (held.len() * share).div_ceil(8);
                     let mut batch: Vec<(u16, u16)> = held.drain(..count).collect();
                     if batch.is_empty() {
@@ -397,23 +401,23 @@ proptest! {
                     }
                     device.put(&used, one_entry);
                 }
-                LaneStep::Harvest(room) => {
+                SlotStep::Harvest(room) => {
                     let mut into = vec![UsedSlot::default(); room];
                     // A batch in one entry is taken whole or not at all.
-                    let count = lane.harvest(&mut into).unwrap();
+                    let count = ring.harvest(&mut into).unwrap();
                     prop_assert!(count <= expected.len());
                     prop_assert_eq!(&into[..count], Vec::from_iter(expected.drain(..count)));
-                    prop_assert!(room < usize::from(lane.slots()) || expected.is_empty());
+                    prop_assert!(room < usize::from(ring.slots()) || expected.is_empty());
                 }
-                LaneStep::Reclaim if !receive => {
-                    let count = usize::from(lane.reclaim().unwrap());
+                SlotStep::Reclaim if !receive => {
+                    let count = usize::from(ring.reclaim().unwrap());
                     prop_assert_eq!(count, expected.len());
                     expected.clear();
                 }
-                LaneStep::Reclaim => {}
+                SlotStep::Reclaim => {}
             }
             let out = pushed.len() + held.len() + expected.len();
-            prop_assert_eq!(usize::from(lane.free()) + out, usize::from(lane.slots()));
+            prop_assert_eq!(usize::from(ring.free()) + out, usize::from(ring.slots()));
         }
     }
 }

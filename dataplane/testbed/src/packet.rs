@@ -1,52 +1,66 @@
 //! TCP and UDP packets, whole and as drivers leave them to others, built and judged by etherparse.
-#![allow(
-    dead_code,
-    reason = "shared by tests of several crates; none uses all of it"
-)]
-
 use etherparse::{
     IpHeaders, IpNumber, Ipv4Extensions, Ipv4Header, Ipv6Extensions, Ipv6FlowLabel, Ipv6Header,
     Ipv6RawExtHeader, NetHeaders, PacketBuilder, PacketHeaders, TcpHeader, TransportHeader,
     UdpHeader, VlanId,
 };
 
-pub(crate) const NEEDS_CSUM: u8 = 1;
-pub(crate) const GSO_TCPV4: u8 = 1;
-pub(crate) const GSO_TCPV6: u8 = 4;
-pub(crate) const GSO_UDP_L4: u8 = 5;
-pub(crate) const GSO_ECN: u8 = 0x80;
+/// Flag of the virtio-net header: the checksum is open (virtio 1.3, 5.1.6).
+pub const NEEDS_CSUM: u8 = 1;
+/// Its gso_type: TCP over IPv4.
+pub const GSO_TCPV4: u8 = 1;
+/// Its gso_type: TCP over IPv6.
+pub const GSO_TCPV6: u8 = 4;
+/// Its gso_type: UDP.
+pub const GSO_UDP_L4: u8 = 5;
+/// In its gso_type: TCP's CWR is set.
+pub const GSO_ECN: u8 = 0x80;
 
 /// A packet from station 1 to station 2.
 #[derive(Clone, Debug)]
-pub(crate) struct Packet {
-    pub(crate) is_ipv4: bool,
-    pub(crate) is_udp: bool,
+pub struct Packet {
+    /// IPv4; else IPv6.
+    pub is_ipv4: bool,
+    /// UDP; else TCP.
+    pub is_udp: bool,
     /// VLAN tags, at most 2.
-    pub(crate) tags: usize,
+    pub tags: usize,
     /// Words of four bytes of IPv4 options, at most 10; or extension headers of 8 bytes.
-    pub(crate) ip_options: usize,
+    pub ip_options: usize,
     /// Words of four bytes of TCP options, at most 10.
-    pub(crate) tcp_options: usize,
-    pub(crate) fin: bool,
-    pub(crate) psh: bool,
-    pub(crate) cwr: bool,
-    pub(crate) identification: u16,
-    pub(crate) sequence: u32,
-    pub(crate) stations: [[u8; 6]; 2],
-    pub(crate) payload: Vec<u8>,
+    pub tcp_options: usize,
+    /// TCP's FIN.
+    pub fin: bool,
+    /// TCP's PSH.
+    pub psh: bool,
+    /// TCP's CWR.
+    pub cwr: bool,
+    /// IPv4's identification.
+    pub identification: u16,
+    /// TCP's sequence number.
+    pub sequence: u32,
+    /// MAC addresses of sender and receiver.
+    pub stations: [[u8; 6]; 2],
+    /// Bytes behind the headers.
+    pub payload: Vec<u8>,
 }
 
 /// Where a packet's checksum is.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
-    pub(crate) l3: usize,
-    pub(crate) l4: usize,
-    pub(crate) headers: usize,
-    pub(crate) csum_offset: usize,
+pub struct Place {
+    /// Offset of the IP header.
+    pub l3: usize,
+    /// Offset of TCP's or UDP's header.
+    pub l4: usize,
+    /// Bytes of all headers.
+    pub headers: usize,
+    /// Offset of the checksum in TCP's or UDP's header.
+    pub csum_offset: usize,
 }
 
 impl Packet {
-    pub(crate) fn new(is_ipv4: bool, is_udp: bool, payload: Vec<u8>) -> Self {
+    /// A packet without tags and options.
+    pub fn new(is_ipv4: bool, is_udp: bool, payload: Vec<u8>) -> Self {
         Self {
             is_ipv4,
             is_udp,
@@ -63,7 +77,8 @@ impl Packet {
         }
     }
 
-    pub(crate) fn place(&self) -> Place {
+    /// Where its headers are.
+    pub fn place(&self) -> Place {
         let l3 = 14 + 4 * self.tags;
         let l4 = l3
             + if self.is_ipv4 {
@@ -85,7 +100,7 @@ impl Packet {
     }
 
     /// The whole frame, with its checksums.
-    pub(crate) fn frame(&self) -> Vec<u8> {
+    pub fn frame(&self) -> Vec<u8> {
         let builder = PacketBuilder::ethernet2(self.stations[0], self.stations[1]);
         let id = |id: u16| VlanId::try_new(id).unwrap();
         let ip = self.ip();
@@ -146,7 +161,7 @@ impl Packet {
     }
 
     /// The frame as a driver leaves it: the checksum is the sum of the pseudo header.
-    pub(crate) fn open(&self) -> Vec<u8> {
+    pub fn open(&self) -> Vec<u8> {
         let mut frame = self.frame();
         let place = self.place();
         let addresses = if self.is_ipv4 {
@@ -164,7 +179,7 @@ impl Packet {
 
     /// The virtio-net header that leaves the checksum open, and the segmentation if `gso_size` is
     /// not 0.
-    pub(crate) fn header(&self, gso_size: u16) -> Vec<u8> {
+    pub fn header(&self, gso_size: u16) -> Vec<u8> {
         let place = self.place();
         let mut gso_type = match (gso_size, self.is_udp, self.is_ipv4) {
             (0, ..) => 0,
@@ -190,7 +205,7 @@ impl Packet {
 }
 
 /// The ones' complement sum, as slow as RFC 1071 has it.
-pub(crate) fn plain_sum(bytes: &[u8]) -> u16 {
+pub fn plain_sum(bytes: &[u8]) -> u16 {
     let word = |pair: &[u8]| u64::from(pair[0]) << 8 | pair.get(1).copied().map_or(0, u64::from);
     let mut sum: u64 = bytes.chunks(2).map(word).sum();
     while sum >> 16 != 0 {
@@ -200,7 +215,7 @@ pub(crate) fn plain_sum(bytes: &[u8]) -> u16 {
 }
 
 /// Completes the checksum that a received header leaves open, as a receiver would; true if it did.
-pub(crate) fn complete(header: &[u8], frame: &mut [u8]) -> bool {
+pub fn complete(header: &[u8], frame: &mut [u8]) -> bool {
     let field = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
     let is_open = header[0] & NEEDS_CSUM != 0;
     if is_open {
@@ -213,15 +228,22 @@ pub(crate) fn complete(header: &[u8], frame: &mut [u8]) -> bool {
 
 /// What a frame holds whose lengths and checksums are right.
 #[derive(Debug)]
-pub(crate) struct Judged {
-    pub(crate) ipv4: Option<Ipv4Header>,
-    pub(crate) tcp: Option<TcpHeader>,
-    pub(crate) udp: Option<UdpHeader>,
-    pub(crate) payload: Vec<u8>,
+pub struct Judged {
+    /// Its IPv4 header.
+    pub ipv4: Option<Ipv4Header>,
+    /// Its TCP header.
+    pub tcp: Option<TcpHeader>,
+    /// Its UDP header.
+    pub udp: Option<UdpHeader>,
+    /// Bytes behind the headers.
+    pub payload: Vec<u8>,
 }
 
-/// Parses a frame of TCP or UDP; what is wrong with its lengths or checksums, if anything is.
-pub(crate) fn judge(frame: &[u8]) -> Result<Judged, String> {
+/// Parses a frame of TCP or UDP.
+///
+/// # Errors
+/// What is wrong with its lengths or checksums.
+pub fn judge(frame: &[u8]) -> Result<Judged, String> {
     let parsed = PacketHeaders::from_ethernet_slice(frame).map_err(|error| error.to_string())?;
     let payload = parsed.payload.slice();
     // Both zeros of ones' complement are right.
@@ -285,7 +307,7 @@ pub(crate) fn judge(frame: &[u8]) -> Result<Judged, String> {
 }
 
 /// Where the headers of a frame of TCP or UDP are.
-pub(crate) fn place_of(frame: &[u8]) -> Place {
+pub fn place_of(frame: &[u8]) -> Place {
     let parsed = PacketHeaders::from_ethernet_slice(frame).unwrap();
     let headers = parsed.payload.slice().as_ptr().addr() - frame.as_ptr().addr();
     let transport = parsed.transport.unwrap();
@@ -299,6 +321,6 @@ pub(crate) fn place_of(frame: &[u8]) -> Place {
 }
 
 /// Bytes that no shift or swap leaves as they are.
-pub(crate) fn pattern(bytes: usize) -> Vec<u8> {
+pub fn pattern(bytes: usize) -> Vec<u8> {
     (0..=250).cycle().take(bytes).collect()
 }

@@ -1,4 +1,4 @@
-//! Wires for tests that count: with frames to segment, and with an AF_XDP port.
+//! Testbeds for tests that count: with frames to segment, and with an AF_XDP port.
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
 
 use ringway_dataplane::XdpMode;
@@ -8,9 +8,9 @@ use crate::common::endpoint::ALL;
 use crate::common::host::{Raw, quiet_namespace, veth};
 use crate::common::packet::{Packet, pattern};
 use crate::common::{eventually, frame, name, nic_config};
-use crate::wire::{Shape, Wire, station};
+use ringway_testbed::{Shape, Testbed, station};
 
-/// The shape of a wire for a frame of so many segments from the first guest to station `to`, whose
+/// The shape of a testbed for a frame of so many segments from the first guest to station `to`, whose
 /// receivers negotiated `takes`; and the frame with its header.
 pub(crate) fn for_segments(segments: u16, to: [u8; 6], takes: u64) -> (Shape, Vec<u8>) {
     const GSO_SIZE: u16 = 500;
@@ -31,22 +31,22 @@ pub(crate) fn for_segments(segments: u16, to: [u8; 6], takes: u64) -> (Shape, Ve
 /// The station behind the port; those of guests count from 1.
 pub(crate) const STATION: u8 = 100;
 
-/// A wire with a port of one end of a veth pair, in a fresh namespace; a raw socket has the other, and
+/// A testbed with a port of one end of a veth pair, in a fresh namespace; a raw socket has the other, and
 /// the switch knows of it.
-pub(crate) fn wire_with_nic(shape: Shape) -> (Wire, Raw) {
+pub(crate) fn bed_with_nic(shape: Shape) -> (Testbed, Raw) {
     quiet_namespace();
     veth(1, 1500);
-    let mut wire = Wire::new(shape);
+    let mut bed = Testbed::new(shape);
     let config = nic_config(|nic| nic.mode = XdpMode::Copy);
-    wire.switch.add_af_xdp_port(name("nic"), &config).unwrap();
+    bed.switch.add_af_xdp_port(name("nic"), &config).unwrap();
     let far = Raw::open("far0");
     far.send(&frame(0xff, STATION, 60, 0));
-    let others = wire.guests.len() as u64 - 1;
+    let others = bed.guests.len() as u64 - 1;
     let mut received = 0;
     eventually("the hello arrives", || {
-        wire.switch.turn();
-        received += wire.receive();
+        bed.switch.turn();
+        received += bed.receive();
         received == others
     });
-    (wire, far)
+    (bed, far)
 }

@@ -10,7 +10,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use super::DEADLINE;
 
-/// The EtherType of the frames of [`super::frame`] (IEEE 802, local experiments).
+/// The EtherType of the frames of tests: IEEE 802, for local experiments.
 const ETHER_TYPE: u16 = 0x88b5;
 
 /// Of linux/if_packet.h.
@@ -21,14 +21,20 @@ const TP_STATUS_VLAN_VALID: u32 = 0x10;
 /// Bytes of the virtio-net header that packet sockets have: without num_buffers.
 const HEADER_BYTES: usize = 10;
 
-/// Moves this thread, and so the switch's to come, into a fresh namespace.
-pub(crate) fn fresh_namespace() {
+/// Whether this process may make namespaces, taps and AF_XDP sockets.
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Moves this thread, and so those that it starts, into a fresh network namespace.
+pub fn fresh_namespace() {
     // SAFETY: only the network namespace changes; nothing else in the process depends on it.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace: run as root");
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
+        .expect("a network namespace: run as root, or without what needs it: --profile user");
 }
 
 /// The same with a namespace whose kernel sends no frames of its own, but on IPv4's behalf.
-pub(crate) fn quiet_namespace() {
+pub fn quiet_namespace() {
     fresh_namespace();
     for interfaces in ["all", "default"] {
         // Of this thread's namespace; absent if the kernel has no IPv6.
@@ -37,7 +43,8 @@ pub(crate) fn quiet_namespace() {
     }
 }
 
-pub(crate) fn ip(arguments: &str) -> String {
+/// Runs `ip` with these arguments, and returns what it prints.
+pub fn ip(arguments: &str) -> String {
     let output = Command::new("ip").args(arguments.split(' ')).output();
     let output = output.unwrap();
     assert!(output.status.success(), "ip {arguments}: {output:?}");
@@ -45,13 +52,14 @@ pub(crate) fn ip(arguments: &str) -> String {
 }
 
 /// An interface's address. (The namespace's own sysfs is not mounted: iproute2 is asked.)
-pub(crate) fn mac_of(ifname: &str) -> [u8; 6] {
+pub fn mac_of(ifname: &str) -> [u8; 6] {
     let text = ip(&format!("-br link show {ifname}"));
     let mac: ringway_bridge::MacAddr = text.split_whitespace().nth(2).unwrap().parse().unwrap();
     mac.0
 }
 
-pub(crate) fn index_of(ifname: &str) -> u32 {
+/// An interface's index.
+pub fn index_of(ifname: &str) -> u32 {
     let name = std::ffi::CString::new(ifname).unwrap();
     // SAFETY: the pointer is a valid C string.
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
@@ -60,11 +68,12 @@ pub(crate) fn index_of(ifname: &str) -> u32 {
 }
 
 /// Makes a veth pair `xdp0` and `far0` with so many queues, and sets it up.
-pub(crate) fn veth(queues: u16, mtu: u32) {
+pub fn veth(queues: u16, mtu: u32) {
     veth_named(["xdp0", "far0"], queues, mtu);
 }
 
-pub(crate) fn veth_named([near, far]: [&str; 2], queues: u16, mtu: u32) {
+/// Makes a veth pair of these names, and sets it up.
+pub fn veth_named([near, far]: [&str; 2], queues: u16, mtu: u32) {
     let shape = format!("mtu {mtu} numrxqueues {queues} numtxqueues {queues}");
     ip(&format!(
         "link add {near} {shape} type veth peer name {far} {shape}"
@@ -76,27 +85,30 @@ pub(crate) fn veth_named([near, far]: [&str; 2], queues: u16, mtu: u32) {
     }
 }
 
-/// A raw socket on an interface, for frames of [`ETHER_TYPE`] unless said otherwise.
-pub(crate) struct Raw {
+/// A raw socket on an interface, for frames of the tests unless said otherwise.
+#[derive(Debug)]
+pub struct Raw {
     socket: OwnedFd,
     /// In front of each frame is a virtio-net header.
     has_header: bool,
 }
 
 impl Raw {
-    pub(crate) fn open(ifname: &str) -> Self {
+    /// For frames of tests.
+    pub fn open(ifname: &str) -> Self {
         Self::for_type(ifname, ETHER_TYPE)
     }
 
     /// For all frames, behind virtio-net headers of which `num_buffers` is left out.
-    pub(crate) fn with_headers(ifname: &str) -> Self {
+    pub fn with_headers(ifname: &str) -> Self {
         let mut raw = Self::for_type(ifname, u16::try_from(libc::ETH_P_ALL).unwrap());
         raw.set_option(libc::SOL_PACKET, PACKET_VNET_HDR, &1_i32);
         raw.has_header = true;
         raw
     }
 
-    pub(crate) fn for_type(ifname: &str, ether_type: u16) -> Self {
+    /// For frames of this EtherType.
+    pub fn for_type(ifname: &str, ether_type: u16) -> Self {
         let protocol = ether_type.to_be();
         // SAFETY: no pointers. It takes nothing before it is bound.
         let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
@@ -132,11 +144,16 @@ impl Raw {
         set_option(&self.socket, level, option, value);
     }
 
-    pub(crate) fn send(&self, frame: &[u8]) {
+    /// Sends a frame.
+    pub fn send(&self, frame: &[u8]) {
         self.try_send(frame).unwrap();
     }
 
-    pub(crate) fn try_send(&self, frame: &[u8]) -> io::Result<()> {
+    /// Sends a frame if the interface takes it.
+    ///
+    /// # Errors
+    /// It doesn't.
+    pub fn try_send(&self, frame: &[u8]) -> io::Result<()> {
         // SAFETY: the frame is valid for its length.
         let sent = unsafe {
             libc::send(
@@ -154,12 +171,12 @@ impl Raw {
     }
 
     /// The next frame that came in; those that this side sent are left out.
-    pub(crate) fn receive(&self) -> Vec<u8> {
+    pub fn receive(&self) -> Vec<u8> {
         self.receive_with(0).expect("a frame")
     }
 
     /// The next frame if there is one now.
-    pub(crate) fn try_receive(&self) -> Option<Vec<u8>> {
+    pub fn try_receive(&self) -> Option<Vec<u8>> {
         self.receive_with(libc::MSG_DONTWAIT)
     }
 
@@ -236,7 +253,8 @@ fn tag_of(message: &libc::msghdr) -> Option<[u8; 4]> {
     (found.status & TP_STATUS_VLAN_VALID != 0).then_some(tag.to_be_bytes())
 }
 
-pub(crate) fn set_option<T>(socket: &impl AsRawFd, level: i32, option: i32, value: &T) {
+/// Sets a socket's option.
+pub fn set_option<T>(socket: &impl AsRawFd, level: i32, option: i32, value: &T) {
     let (fd, bytes) = (socket.as_raw_fd(), bytes_of(value));
     let value = std::ptr::from_ref(value).cast();
     // SAFETY: the value is valid for its length.
