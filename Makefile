@@ -2,6 +2,8 @@
 # the rest. With RINGWAY_INSTALL=no they say it, with the command, and stop.
 
 CARGO ?= cargo
+# Without root the tests that need it are skipped, and nextest tells which and how many.
+export NEXTEST_PROFILE ?= $(if $(filter 0,$(shell id -u)),default,user)
 
 .PHONY: all demo test lint guard guard-update benches check-aarch64 packages schema clean
 

@@ -241,27 +241,32 @@ mod tests {
         assert!(Layout::for_frames(9018).for_zero_copy().several_chunks);
     }
 
-    #[test]
-    fn what_is_in_front_of_a_frame_is_its_chunks() {
-        // Needs CAP_NET_RAW, as all AF_XDP does.
-        let memory = SharedMemory::new(Layout::for_frames(1518), 128).unwrap();
-        let chunks = memory.chunks;
-        assert_eq!(
-            (memory.to_receive.len(), memory.to_transmit.len()),
-            (64, 64)
-        );
-        let desc = &memory.to_receive[1];
-        let in_chunk = desc.addr() % 2048;
-        assert!(in_chunk >= HEADER_LEN, "{in_chunk}");
-        let frame = chunks.received(desc).unwrap();
-        let front = chunks.front(desc, HEADER_LEN).unwrap();
-        assert_eq!(front.len(), HEADER_BYTES);
-        assert_eq!(front.as_ptr(), frame.as_ptr().wrapping_sub(HEADER_LEN));
-        assert!(chunks.front(desc, in_chunk).is_some());
-        assert!(
-            chunks.front(desc, in_chunk + 1).is_none(),
-            "another chunk's"
-        );
-        assert!(chunks.front(&FrameDesc::default(), 1).is_none(), "no room");
+    /// What needs root, which `--profile user` leaves out.
+    mod as_root {
+        use super::*;
+
+        #[test]
+        fn what_is_in_front_of_a_frame_is_its_chunks() {
+            // Needs CAP_NET_RAW, as all AF_XDP does.
+            let memory = SharedMemory::new(Layout::for_frames(1518), 128).unwrap();
+            let chunks = memory.chunks;
+            assert_eq!(
+                (memory.to_receive.len(), memory.to_transmit.len()),
+                (64, 64)
+            );
+            let desc = &memory.to_receive[1];
+            let in_chunk = desc.addr() % 2048;
+            assert!(in_chunk >= HEADER_LEN, "{in_chunk}");
+            let frame = chunks.received(desc).unwrap();
+            let front = chunks.front(desc, HEADER_LEN).unwrap();
+            assert_eq!(front.len(), HEADER_BYTES);
+            assert_eq!(front.as_ptr(), frame.as_ptr().wrapping_sub(HEADER_LEN));
+            assert!(chunks.front(desc, in_chunk).is_some());
+            assert!(
+                chunks.front(desc, in_chunk + 1).is_none(),
+                "another chunk's"
+            );
+            assert!(chunks.front(&FrameDesc::default(), 1).is_none(), "no room");
+        }
     }
 }
