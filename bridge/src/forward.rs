@@ -269,7 +269,7 @@ struct Lists {
 
 impl Decisions {
     /// Scratch for bursts of up to [`MAX_BURST`] frames to up to [`MAX_PORTS`] ports: about 100 KiB,
-    /// of which a burst touches 8 bytes for each port that it goes to.
+    /// of which a burst touches 24 bytes for each port that it goes to.
     pub fn new() -> Self {
         Self {
             probed: Vec::with_capacity(MAX_BURST),

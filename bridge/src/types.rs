@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Most ports that a bridge has: bounds the per-worker destination scratch (8 bytes a port) and
+/// Most ports that a bridge has: bounds the per-worker destination scratch (24 bytes a port) and
 /// leaves the forwarding database 16 bits for a port.
 pub const MAX_PORTS: usize = 4096;
 
