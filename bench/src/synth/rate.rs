@@ -468,8 +468,8 @@ mod tests {
     #[test]
     fn frames_of_this_run_count_by_queue_and_others_do_not() {
         let mut run = RateRun::start(5, 100.0, Duration::from_secs(1), (2, 2));
-        for (queue, number_of_run) in [(0, 5), (1, 5), (0, 4), (2, 5)] {
-            let sequence = queue << QUEUE_SHIFT | number_of_run << RUN_SHIFT | 7;
+        for (queue, number_of_run, number) in [(0, 5, 0), (1, 5, 0), (0, 4, 1), (2, 5, 0)] {
+            let sequence = queue << QUEUE_SHIFT | number_of_run << RUN_SHIFT | number;
             let due_ns = 1_000;
             run.arrived(1, Stamp { sequence, due_ns }, 2_000);
         }
