@@ -1,0 +1,136 @@
+//! What an operator and housekeeping do to the forwarding database.
+
+use std::sync::atomic::Ordering;
+
+use super::table::Entry;
+use super::{Fdb, FdbError, UNLIMITED, Writer, check_unicast};
+use crate::{MacAddr, PortId, Tick};
+
+/// Buckets swept between two releases of the lock: 64 KiB, some ten microseconds during which
+/// workers learn no new address.
+const SWEEP_BUCKETS: usize = 1024;
+
+impl Fdb {
+    /// Pins `mac` to `port`: it neither moves nor ages. Takes over an entry of the address, learned
+    /// or static. Limits of ports don't apply.
+    ///
+    /// # Errors
+    /// The address is none of a station, or the database is full.
+    pub fn add_static(&self, mac: MacAddr, port: PortId) -> Result<(), FdbError> {
+        check_unicast(mac)?;
+        let probe = self.probe(mac.to_u64());
+        let entry = Entry::new(port, true, Tick::default());
+        let writer = self.lock();
+        let stored = match self.table.find(probe) {
+            Some((slot, old)) => {
+                writer.replace(slot, old, entry);
+                true
+            }
+            None => writer.insert(probe, entry),
+        };
+        if stored {
+            Ok(())
+        } else {
+            Err(FdbError::Full {
+                len: self.len(),
+                capacity: self.capacity,
+            })
+        }
+    }
+
+    /// Removes the entry of `mac`, learned or static; whether there was one.
+    pub fn remove(&self, mac: MacAddr) -> bool {
+        let probe = self.probe(mac.to_u64());
+        let writer = self.lock();
+        self.table
+            .find(probe)
+            .is_some_and(|(slot, _)| writer.vacate(slot, |_| true))
+    }
+
+    /// Removes the learned entries, of `port` only if given; how many.
+    pub fn flush(&self, port: Option<PortId>) -> usize {
+        let all = 0..self.table.bucket_count();
+        self.lock().sweep(all, |entry| {
+            !entry.is_static() && port.is_none_or(|port| entry.port() == port)
+        })
+    }
+
+    /// Removes all entries of `port`, static ones too; how many. For ports that go away: by then no
+    /// worker may learn behind the port.
+    pub fn purge_port(&self, port: PortId) -> usize {
+        let all = 0..self.table.bucket_count();
+        self.lock().sweep(all, |entry| entry.port() == port)
+    }
+
+    /// Removes the entries that expired by `now`; how many. To be called every few seconds: look-ups
+    /// ignore what expired, but it takes room, and counts against its port's limit, until it is swept.
+    ///
+    /// Lets go of the lock now and then; an entry that moves within the table meanwhile is left to
+    /// the next sweep.
+    pub fn age(&self, now: Tick) -> usize {
+        let ageing = self.ageing_ticks.load(Ordering::Relaxed);
+        let end = self.table.bucket_count();
+        (0..end)
+            .step_by(SWEEP_BUCKETS)
+            .map(|start| {
+                let chunk = start..end.min(start + SWEEP_BUCKETS);
+                self.lock()
+                    .sweep(chunk, |entry| entry.is_expired(now, ageing))
+            })
+            .sum()
+    }
+
+    /// Bounds the learned entries of `port`; `None` lifts the bound. What is above a new bound stays
+    /// until it ages.
+    pub fn set_limit(&self, port: PortId, limit: Option<u32>) {
+        self.limits[port.index()].store(limit.unwrap_or(UNLIMITED), Ordering::Relaxed);
+    }
+
+    /// Learned entries of `port`, including expired ones that were not swept yet.
+    pub fn count(&self, port: PortId) -> u32 {
+        self.shared.counts[port.index()].load(Ordering::Relaxed)
+    }
+
+    /// All entries, static ones and expired ones that were not swept yet included.
+    pub fn len(&self) -> usize {
+        self.shared.len.load(Ordering::Relaxed)
+    }
+
+    /// Whether there is no entry.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Most entries.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Replaces the ageing: see [`FdbConfig::ageing_ticks`].
+    pub fn set_ageing(&self, ticks: u32) {
+        self.ageing_ticks.store(ticks, Ordering::Relaxed);
+    }
+
+    /// Calls `visit(mac, port, is_static, last_seen)` for every entry, expired ones included; static
+    /// ones were seen at tick 0. Takes no lock: entries that change meanwhile may be visited twice or
+    /// not at all.
+    pub fn for_each(&self, mut visit: impl FnMut(MacAddr, PortId, bool, Tick)) {
+        self.table.for_each(|mac, entry| {
+            visit(
+                MacAddr::from_u64(mac),
+                entry.port(),
+                entry.is_static(),
+                entry.seen(),
+            );
+        });
+    }
+}
+
+impl Writer<'_> {
+    fn sweep(&self, buckets: std::ops::Range<usize>, condemned: impl Fn(Entry) -> bool) -> usize {
+        buckets
+            .flat_map(|bucket| self.fdb.table.slots(bucket))
+            .filter(|slot| self.vacate(*slot, &condemned))
+            .count()
+    }
+}
