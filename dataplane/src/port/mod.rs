@@ -5,6 +5,7 @@ mod af_xdp;
 mod call;
 mod counters;
 mod deliver;
+mod receive;
 mod tap;
 mod vhost;
 
@@ -14,11 +15,12 @@ use std::sync::Arc;
 use ringway_api::PortName;
 use ringway_bridge::PortId;
 
-pub(crate) use af_xdp::{AfXdpPort, Merged};
+pub(crate) use af_xdp::AfXdpPort;
 pub(crate) use call::interrupt_stuck_calls;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
 pub(crate) use deliver::{Job, Outcome, Tools};
-pub(crate) use tap::{TapPort, TapReader};
+pub(crate) use receive::{Completion, Gathered, RxQueue, Unavailable, with_rx_queue};
+pub(crate) use tap::TapPort;
 pub(crate) use vhost::VhostPort;
 
 use crate::info::{PortCounters, PortState, QueueInfo};

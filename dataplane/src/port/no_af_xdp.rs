@@ -3,12 +3,11 @@
 
 use std::convert::Infallible;
 use std::os::fd::BorrowedFd;
-use std::sync::MutexGuard;
 
 use ringway_api::{AfXdpConfig, SwitchError};
 
-use super::{Counter, Job, Outcome, PortBase, QueueCounters, Tools};
-use crate::burst::Burst;
+use super::tap::receive::TapRx;
+use super::{Job, Outcome, PortBase, QueueCounters, Tools, Unavailable};
 use crate::info::{AfXdpInfo, PortState, QueueInfo};
 use crate::wire::Offloads;
 
@@ -24,19 +23,7 @@ pub(crate) struct AfXdpPort {
 pub(crate) struct AfXdpQueue {
     pub(crate) rx: QueueCounters,
     pub(crate) tx: QueueCounters,
-    pub(crate) merged: Counter,
     none: Infallible,
-}
-
-/// The receiving half of a queue.
-#[derive(Debug)]
-pub(crate) struct Receiver(Infallible);
-
-/// Frames that travel on as part of another.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Merged {
-    pub(crate) frames: u64,
-    pub(crate) bytes: u64,
 }
 
 impl AfXdpPort {
@@ -80,6 +67,11 @@ impl AfXdpPort {
         match self.none {}
     }
 
+    /// A queue of whatever kind: it is never made.
+    pub(crate) fn rx(&self, _pair: u16) -> Result<TapRx<'_>, Unavailable> {
+        match self.none {}
+    }
+
     pub(crate) fn deliver(&self, _job: &Job<'_, '_>, _tools: &mut Tools) -> Outcome {
         match self.none {}
     }
@@ -100,28 +92,5 @@ impl AfXdpPort {
 impl AfXdpQueue {
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         match self.none {}
-    }
-
-    pub(crate) fn try_receiver(&self) -> Option<MutexGuard<'_, Receiver>> {
-        match self.none {}
-    }
-}
-
-impl Receiver {
-    pub(crate) fn gather(
-        &mut self,
-        _limit: usize,
-        _burst: &mut Burst<'_>,
-        _takes: impl Fn(&[u8]) -> Offloads,
-    ) {
-        match self.0 {}
-    }
-
-    pub(crate) fn give_back(&mut self, _count: usize) -> Merged {
-        match self.0 {}
-    }
-
-    pub(crate) fn arm(&mut self) -> bool {
-        match self.0 {}
     }
 }

@@ -5,30 +5,25 @@
 //! to the kernel by one writev from the source's buffers.
 #![allow(unsafe_code, reason = "ioctls")]
 
+pub(super) mod receive;
+
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use ringway_api::SwitchError;
-use ringway_bridge::{DropReason, MAX_BURST};
-use rustix::io::Errno;
+use ringway_bridge::DropReason;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
+use self::receive::TapReader;
 use super::deliver::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
 use super::{PortBase, QueueCounters, max_l2_bytes};
-use crate::burst::{Burst, Entry, Frame};
+use crate::burst_lock::BurstLock;
 use crate::info::{PortState, QueueInfo};
-use crate::memory::{GuestSlice, IoVecs};
+use crate::memory::IoVecs;
 use crate::offload::OutFrame;
 use crate::wire::Offloads;
-use crate::wire::net_header::{HEADER_BYTES, MAX_FRAME_BYTES};
-
-/// Bytes of a read buffer: the longest frame and its header.
-const BUFFER_BYTES: usize = (HEADER_BYTES + MAX_FRAME_BYTES) as usize;
-
-/// Frames read in one turn: enough to fill a burst for guests, few enough that 64 KiB each stay
-/// below 1 MiB a queue.
-const READS_PER_TURN: usize = 16;
+use crate::wire::net_header::HEADER_BYTES;
 
 /// Longest interface name (IFNAMSIZ without the final zero).
 const MAX_IFNAME: usize = 15;
@@ -43,6 +38,7 @@ struct Counters {
 pub(crate) struct TapPort {
     pub(crate) base: PortBase,
     queues: Box<[SyncDevice]>,
+    readers: Box<[BurstLock<TapReader>]>,
     counters: Box<[Counters]>,
     mtu: Option<u16>,
     /// What the kernel leaves to us, and takes from us.
@@ -90,9 +86,12 @@ impl TapPort {
             set_up(first).map_err(|error| explain(&error))?;
         }
         let counters = queues.iter().map(|_| Counters::default()).collect();
+        let reader = |_| BurstLock::new(TapReader::new());
+        let readers = queues.iter().map(reader).collect();
         Ok(Self {
             base,
             queues,
+            readers,
             counters,
             mtu,
             offloads,
@@ -209,68 +208,6 @@ impl TxQueue for TapTx<'_> {
             Ok(_) => Ok(()),
             Err(_) => Err(Refusal::Drop(DropReason::HostError)),
         }
-    }
-}
-
-/// Reads one queue of a tap for the worker that owns it. A frame that could not be delivered yet
-/// stays in its buffer and is taken again.
-#[derive(Debug)]
-pub(crate) struct TapReader {
-    /// [`READS_PER_TURN`] buffers; their pages are touched as frames fill them.
-    buffers: Vec<u8>,
-    lens: [u32; READS_PER_TURN],
-    /// Frames that were read and are still to be taken.
-    kept: std::ops::Range<usize>,
-}
-
-impl TapReader {
-    pub(crate) fn new() -> Self {
-        const { assert!(READS_PER_TURN <= MAX_BURST) };
-        Self {
-            buffers: vec![0; READS_PER_TURN * BUFFER_BYTES],
-            lens: [0; READS_PER_TURN],
-            kept: 0..0,
-        }
-    }
-
-    /// Takes the frames that were kept, or reads new ones until there is none.
-    ///
-    /// # Errors
-    /// The interface is gone (EBADFD) or broken; being down (EIO) counts as silence.
-    pub(crate) fn gather<'m>(
-        &'m mut self,
-        fd: BorrowedFd<'_>,
-        burst: &mut Burst<'m>,
-    ) -> Result<(), Errno> {
-        if self.kept.is_empty() {
-            self.kept = 0..0;
-            for slot in 0..READS_PER_TURN {
-                let from = slot * BUFFER_BYTES;
-                let buffer = &mut self.buffers[from..from + BUFFER_BYTES];
-                match rustix::io::read(fd, buffer) {
-                    Ok(bytes) => self.lens[slot] = u32::try_from(bytes).unwrap_or(0),
-                    Err(Errno::AGAIN | Errno::IO | Errno::INTR) => break,
-                    Err(error) if self.kept.is_empty() => return Err(error),
-                    Err(_) => break,
-                }
-                self.kept.end = slot + 1;
-            }
-        }
-        let slots = self.buffers.chunks_exact_mut(BUFFER_BYTES).zip(self.lens);
-        for (buffer, len) in slots.take(self.kept.end).skip(self.kept.start) {
-            let frame = GuestSlice::of(buffer).first(len);
-            let entry = Entry::single(0);
-            if burst.extend(1, || Some(Frame::direct(frame, entry))) == 0 {
-                break;
-            }
-            self.kept.start += 1;
-        }
-        Ok(())
-    }
-
-    /// Keeps the last `count` frames of the last burst for the next.
-    pub(crate) fn give_back(&mut self, count: usize) {
-        self.kept.start -= count;
     }
 }
 

@@ -3,7 +3,9 @@
 //! Each ring has a [`BurstLock`]. A worker tries it once per burst; the session thread waits for it
 //! to start, stop, move or enable the ring, so what it replaces is out of use when its call returns.
 
+mod allowance;
 mod device;
+mod receive;
 mod tx;
 
 pub(crate) use tx::RxScratch;
@@ -14,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tracing::warn;
 
+use self::allowance::Allowance;
 use super::call::{Blocked, signal};
 use super::{PortBase, QueueCounters};
 use crate::burst_lock::BurstLock;
@@ -44,7 +47,7 @@ pub(crate) struct StartedRing {
 
 impl StartedRing {
     /// The front-end gave no kick fd: the ring must be polled for ever.
-    pub(crate) fn is_polled(&self) -> bool {
+    fn is_polled(&self) -> bool {
         self.kick.is_none()
     }
 
@@ -66,6 +69,8 @@ pub(crate) struct QueueState {
     stopped_at: Option<u32>,
     /// Who polls it: of a transmit ring.
     binding: Option<Binding>,
+    /// How much may be taken at a time: of a transmit ring.
+    allowance: Allowance,
 }
 
 /// One virtqueue.

@@ -14,7 +14,7 @@ use super::load::Load;
 use crate::port::Port;
 use crate::topology::{Action, Topology, diff};
 use crate::wake::{Binding, Token, Waker};
-use crate::worker::{Command, Source, WorkerThread};
+use crate::worker::{Command, WorkerThread};
 
 /// What changes when ports come and go.
 #[derive(Debug, Default)]
@@ -193,17 +193,14 @@ impl PortTable {
                 }
             }
         }
-        let token = entry.token(pair);
-        let (done, released) = channel::bounded(1);
+        let (port, token) = (Arc::clone(&entry.port), entry.token(pair));
+        let (done, answered) = channel::bounded(1);
         from.send(Command::Release { token, done });
-        // An old worker that knows nothing of the queue has nothing to hand over.
-        let source = released.recv().ok().flatten();
-        let source =
-            source.unwrap_or_else(|| Box::new(Source::new(Arc::clone(&entry.port), token)));
-        let (done, adopted) = channel::bounded(1);
-        to.send(Command::Adopt { source, done });
         // Fails only if the worker ended, and then nobody polls anything.
-        let _ = adopted.recv();
+        let _ = answered.recv();
+        let (done, answered) = channel::bounded(1);
+        to.send(Command::Adopt { port, token, done });
+        let _ = answered.recv();
         Ok(())
     }
 

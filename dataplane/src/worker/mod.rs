@@ -1,18 +1,19 @@
 //! Worker threads: one per core, each polling the source queues that it owns.
 //!
 //! ```text
-//!   control thread --commands--> channel + eventfd --+
-//!   guest kick, tap readable ----------------------> epoll --> active list --> turns
+//!   control thread --commands--> channel + doorbell -+
+//!   guest kick, tap readable ----------------------> epoll --> schedule --> turns
 //! ```
 //! A worker moves between three states per source queue: *active* (polled every turn), *silent*
-//! (polled, with growing pauses), *armed* (notifications on, off the active list). With nothing on
-//! the list it sleeps in `epoll_wait`. Arming re-checks the queue after a full fence, so no frame
-//! is left behind; an armed queue costs nothing.
+//! (polled, with growing pauses), *armed* (notifications on, off the schedule). With nothing on the
+//! schedule it sleeps in `epoll_wait`. Arming re-checks the queue after a full fence, so no frame is
+//! left behind; an armed queue costs nothing.
 
-mod allowance;
+mod contention;
 mod forward;
+mod idle;
 mod pairs;
-mod sharing;
+mod schedule;
 mod turn;
 
 use std::io;
@@ -26,7 +27,7 @@ use ringway_bridge::{Bridge, PortId};
 use tracing::warn;
 
 pub(crate) use pairs::PairTable;
-pub(crate) use turn::{Source, Worker};
+pub(crate) use turn::Worker;
 
 use crate::info::WorkerInfo;
 use crate::port::{Counter, Port};
@@ -47,13 +48,11 @@ pub(crate) enum Command {
     /// A port leaves: no frame of it or for it is touched once `done` is answered.
     RemovePort { id: PortId, done: Sender<()> },
     /// A source queue goes to another worker: it is touched no more once `done` is answered.
-    Release {
-        token: Token,
-        done: Sender<Option<Box<Source>>>,
-    },
+    Release { token: Token, done: Sender<()> },
     /// A source queue comes from another worker.
     Adopt {
-        source: Box<Source>,
+        port: Arc<Port>,
+        token: Token,
         done: Sender<()>,
     },
     /// End the thread.

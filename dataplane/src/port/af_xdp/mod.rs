@@ -24,13 +24,13 @@ mod umem;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::MutexGuard;
 
-pub(crate) use receive::{Merged, Receiver};
 pub(crate) use transmit::Transmitter;
 
 use ringway_api::XdpMode;
 
 use self::interface::Interface;
 use self::program::Program;
+use self::receive::Receiver;
 use super::counters::Counter;
 use super::vhost::choose_receiver;
 use super::{PortBase, QueueCounters};
@@ -157,12 +157,6 @@ impl AfXdpQueue {
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: both halves keep the socket open and live as long as the borrow of `self`.
         unsafe { BorrowedFd::borrow_raw(self.fd) }
-    }
-
-    /// The receiving half for one burst, or `None` if somebody else has it.
-    #[inline]
-    pub(crate) fn try_receiver(&self) -> Option<MutexGuard<'_, Receiver>> {
-        self.receiver.try_lock()
     }
 
     /// The transmitting half for one burst, or `None` if somebody else has it.

@@ -2,16 +2,19 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::MutexGuard;
 
 use ringway_bridge::{Headers, MAX_BURST};
-use xsk_rs::socket::RxQueue;
+use xsk_rs::socket;
 use xsk_rs::umem::FillQueue;
 use xsk_rs::umem::frame::FrameDesc;
 
 use super::umem::Chunks;
+use super::{AfXdpPort, AfXdpQueue};
 use crate::burst::{Burst, Entry, MAX_SNAPSHOT_BYTES};
 use crate::memory::GuestSlice;
 use crate::offload::{GroFrame, is_checksum_right};
+use crate::port::{Gathered, QueueCounters, RxQueue, Unavailable};
 use crate::wire::net_header::{self, HEADER_BYTES, HEADER_LEN};
 use crate::wire::{Offloads, find_open_checksum};
 
@@ -22,8 +25,8 @@ const MAX_DESCS: usize = 4 * MAX_BURST;
 /// Takes frames from the kernel and gives their chunks back. A frame that could not be delivered
 /// yet stays in its chunks and is taken again.
 #[derive(Debug)]
-pub(crate) struct Receiver {
-    ring: RxQueue,
+pub(super) struct Receiver {
+    ring: socket::RxQueue,
     fill: FillQueue,
     chunks: Chunks,
     /// Taken and not given back: those in `start..end`.
@@ -43,10 +46,10 @@ pub(crate) struct Receiver {
 
 /// What became part of another frame, or of several.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Merged {
-    pub(crate) frames: u64,
+struct Merged {
+    frames: u64,
     /// Bytes of their headers.
-    pub(crate) bytes: u64,
+    bytes: u64,
 }
 
 /// A frame in the ring.
@@ -70,7 +73,7 @@ pub(super) struct Receiving {
 impl Receiver {
     /// Starts with all of `free` in the fill ring, which has room for them.
     pub(super) fn new(
-        ring: RxQueue,
+        ring: socket::RxQueue,
         mut fill: FillQueue,
         chunks: Chunks,
         free: &[FrameDesc],
@@ -102,7 +105,7 @@ impl Receiver {
     /// Puts up to `limit` frames into the burst, each with a virtio-net header: one that asks for
     /// nothing, but where the sender left a checksum open, or where TCP segments are joined to a
     /// frame that its destination will take. `takes` tells what that takes.
-    pub(crate) fn gather<'m>(
+    fn gather<'m>(
         &'m mut self,
         limit: usize,
         burst: &mut Burst<'m>,
@@ -149,7 +152,7 @@ impl Receiver {
 
     /// Gives the chunks of the last burst's first `count` frames back to the kernel; the others are
     /// gathered again. Returns what was merged among them.
-    pub(crate) fn give_back(&mut self, count: usize) -> Merged {
+    fn give_back(&mut self, count: usize) -> Merged {
         let Some(last) = count.checked_sub(1) else {
             return Merged::default();
         };
@@ -168,7 +171,7 @@ impl Receiver {
 
     /// Whether the ring has nothing more and the kernel knows that it may fill it: the next frame
     /// then is an event of the socket's fd.
-    pub(crate) fn arm(&mut self) -> bool {
+    fn arm(&mut self) -> bool {
         self.wake_if_asked();
         self.end == self.start && self.ring.nb_avail_exact() == 0
     }
@@ -183,7 +186,7 @@ impl Receiver {
         )
     }
 
-    pub(super) fn statistics(&self) -> io::Result<xsk_rs::socket::XdpStatistics> {
+    pub(super) fn statistics(&self) -> io::Result<socket::XdpStatistics> {
         self.ring.fd().xdp_statistics()
     }
 
@@ -369,5 +372,68 @@ impl Merged {
             frames,
             bytes: frames * gro.headers_bytes() as u64,
         }
+    }
+}
+
+/// The receiving half of a queue, in a worker's hands for one burst.
+#[derive(Debug)]
+pub(crate) struct AfXdpRx<'a> {
+    queue: &'a AfXdpQueue,
+    receiver: MutexGuard<'a, Receiver>,
+}
+
+impl AfXdpPort {
+    /// The receiving half of a queue, for one burst.
+    ///
+    /// # Errors
+    /// It is in other hands.
+    #[inline]
+    pub(crate) fn rx(&self, pair: u16) -> Result<AfXdpRx<'_>, Unavailable> {
+        let queue = self.queue(pair);
+        let receiver = queue.receiver.try_lock().ok_or(Unavailable::Busy)?;
+        Ok(AfXdpRx { queue, receiver })
+    }
+}
+
+impl RxQueue for AfXdpRx<'_> {
+    type Completion<'m>
+        = ()
+    where
+        Self: 'm;
+
+    fn counters(&self) -> &QueueCounters {
+        &self.queue.rx
+    }
+
+    fn gather<'m>(
+        &'m mut self,
+        limit: usize,
+        burst: &mut Burst<'m>,
+        takes: impl Fn(&[u8]) -> Offloads,
+    ) -> Gathered<()> {
+        self.receiver.gather(limit, burst, takes);
+        if burst.len() == 0 {
+            return Gathered::Nothing;
+        }
+        Gathered::Frames {
+            header_bytes: HEADER_BYTES,
+            // The headers are the receiver's own.
+            allowed: Offloads::ALL,
+            is_enabled: true,
+            completion: (),
+        }
+    }
+
+    fn finish(&mut self, taken: usize, _kept: usize) {
+        let merged = self.receiver.give_back(taken);
+        if merged != Merged::default() {
+            self.queue.rx.frames.add_owned(merged.frames);
+            self.queue.rx.bytes.add_owned(merged.bytes);
+            self.queue.merged.add_owned(merged.frames);
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        self.receiver.arm()
     }
 }

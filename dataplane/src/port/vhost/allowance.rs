@@ -1,4 +1,4 @@
-//! How much a source may take in one turn: frames of 64 KiB for segmentation offload are taken a few
+//! How much a guest's ring may give in one turn: frames of 64 KiB for segmentation offload are taken a few
 //! at a time, so that they don't keep the sources behind them waiting.
 
 /// Frames taken from a source queue in one turn. As many as the masks of a burst have bits: the
@@ -17,11 +17,13 @@ pub(super) struct Allowance {
     frames: usize,
 }
 
-impl Allowance {
-    pub(super) const fn new() -> Self {
+impl Default for Allowance {
+    fn default() -> Self {
         Self { frames: MOST }
     }
+}
 
+impl Allowance {
     /// Frames that may be taken.
     pub(super) fn frames(self) -> usize {
         self.frames
@@ -47,7 +49,7 @@ mod tests {
 
     #[test]
     fn short_frames_come_in_full_bursts_and_long_ones_by_the_byte() {
-        let mut allowance = Allowance::new();
+        let mut allowance = Allowance::default();
         allowance.note(64, 64 * 1514);
         assert_eq!(allowance.frames(), 64);
         allowance.note(64, 64 * 65_000);
@@ -65,7 +67,7 @@ mod tests {
     // Bursts of short frames are no way to earn a burst of long ones.
     #[test]
     fn a_source_that_alternates_gets_at_most_twice_the_bytes() {
-        let mut allowance = Allowance::new();
+        let mut allowance = Allowance::default();
         allowance.note(64, 64 * 65_000);
         let mut bytes = 0;
         for turn in 0..100 {
@@ -79,7 +81,7 @@ mod tests {
 
     #[test]
     fn nothing_taken_changes_nothing_for_the_worse() {
-        let mut allowance = Allowance::new();
+        let mut allowance = Allowance::default();
         allowance.note(0, 0);
         assert_eq!(allowance.frames(), 64);
     }
