@@ -333,3 +333,6 @@ impl Path {
         Polled::of(taken, count)
     }
 }
+
+#[cfg(test)]
+mod tests;

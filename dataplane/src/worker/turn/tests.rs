@@ -1,0 +1,206 @@
+//! The receive loop over a queue that is made up: what each outcome does to queue and counters.
+
+use ringway_bridge::{BridgeConfig, PortId};
+
+use super::*;
+use crate::burst::{Burst, Entry, Frame};
+use crate::memory::GuestSlice;
+use crate::port::{PortBase, QueueCounters, VhostPort};
+use crate::wire::Offloads;
+use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
+
+const FRAME_BYTES: usize = 60;
+
+/// What a queue of broadcasts holds.
+#[derive(Clone, Copy)]
+enum State {
+    Enabled,
+    Disabled,
+    Empty,
+    Stopped,
+}
+
+/// A queue, and what is done to it.
+struct Fake {
+    state: State,
+    frames: Vec<[u8; HEADER_LEN + FRAME_BYTES]>,
+    counters: QueueCounters,
+    /// Frames taken and kept, and those that were counted by then.
+    finished: Option<(usize, usize, u64)>,
+}
+
+impl Fake {
+    fn new(state: State, frames: usize) -> Self {
+        let mut frame = [0; HEADER_LEN + FRAME_BYTES];
+        frame[HEADER_LEN..][..6].fill(0xff);
+        frame[HEADER_LEN + 6..][..6].fill(2);
+        Self {
+            state,
+            frames: vec![frame; frames],
+            counters: QueueCounters::default(),
+            finished: None,
+        }
+    }
+}
+
+impl RxQueue for &mut Fake {
+    type Completion<'m>
+        = ()
+    where
+        Self: 'm;
+
+    fn counters(&self) -> &QueueCounters {
+        &self.counters
+    }
+
+    fn gather<'m>(
+        &'m mut self,
+        limit: usize,
+        burst: &mut Burst<'m>,
+        _: impl Fn(&[u8]) -> Offloads,
+    ) -> Gathered<()> {
+        let is_enabled = match self.state {
+            State::Enabled => true,
+            State::Disabled => false,
+            State::Empty => return Gathered::Nothing,
+            State::Stopped => return Gathered::Stopped,
+        };
+        for frame in self.frames.iter_mut().take(limit) {
+            let frame = Frame::direct(GuestSlice::of(frame), Entry::single(0));
+            burst.extend(1, || Some(frame));
+        }
+        Gathered::Frames {
+            header_bytes: HEADER_BYTES,
+            allowed: Offloads::NONE,
+            is_enabled,
+            completion: (),
+        }
+    }
+
+    fn finish(&mut self, taken: usize, kept: usize) {
+        self.finished = Some((taken, kept, self.counters.frames.get()));
+    }
+
+    fn arm(&mut self) -> bool {
+        true
+    }
+}
+
+/// Ports 0 and 1 of a bridge, neither with a ring; what port 0 sends is flooded to port 1.
+struct Fixture {
+    path: Path,
+    source: Source,
+    other: Arc<Port>,
+    pairs: PairTable,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let bridge = Bridge::new(BridgeConfig {
+            fdb_capacity: 16,
+            ageing_ticks: u32::MAX,
+            seed: 1,
+        });
+        let mut forwarder = Forwarder::new(Arc::new(bridge), 0);
+        let [source, other] = [0, 1].map(|number| {
+            let id = PortId::new(number).unwrap();
+            let base = PortBase::new(format!("p{number}").parse().unwrap(), id);
+            let port = Port::VhostUser(Arc::new(VhostPort::new(base, 1, None)));
+            let port = Arc::new(port);
+            forwarder.members.add(id);
+            forwarder.ports[id.index()] = Some(Arc::clone(&port));
+            port
+        });
+        let token = Token::new(source.base().id, 0, 0);
+        let source = Source {
+            port: source,
+            token,
+            is_active: true,
+        };
+        let burst = BurstStorage::new();
+        Self {
+            path: Path { burst, forwarder },
+            source,
+            other,
+            pairs: PairTable::new(),
+        }
+    }
+
+    fn receive(&mut self, queue: Result<&mut Fake, Unavailable>, limit: usize) -> Polled {
+        let now = Now {
+            tick: Tick(1),
+            ns: 1,
+        };
+        self.path
+            .receive(&self.source, queue, limit, &self.pairs, now)
+    }
+
+    /// Frames of port 0 that were dropped before, and those for port 1 that were dropped behind
+    /// the bridge.
+    fn drops(&self) -> [Vec<(DropReason, u64)>; 2] {
+        let [rx, tx] = [
+            self.source.port.base().rx_drops.read(),
+            self.other.base().tx_drops.read(),
+        ];
+        [rx, tx].map(|drops| drops.nonzero().collect())
+    }
+}
+
+#[test]
+fn frames_are_forwarded_counted_and_then_shown() {
+    let (mut fixture, mut queue) = (Fixture::new(), Fake::new(State::Enabled, 5));
+    assert_eq!(fixture.receive(Ok(&mut queue), 3), Polled::Frames(3));
+    assert_eq!(queue.finished, Some((3, 0, 3)));
+    assert_eq!(queue.counters.bytes.get(), 3 * FRAME_BYTES as u64);
+    let dropped = vec![(DropReason::PortDown, 3)];
+    assert_eq!(fixture.drops(), [vec![], dropped]);
+    assert_eq!(fixture.receive(Ok(&mut queue), 64), Polled::Frames(5));
+    assert_eq!(queue.finished, Some((5, 0, 8)));
+}
+
+#[test]
+fn frames_of_a_disabled_queue_are_received_and_dropped() {
+    let (mut fixture, mut queue) = (Fixture::new(), Fake::new(State::Disabled, 3));
+    assert_eq!(fixture.receive(Ok(&mut queue), 64), Polled::Frames(3));
+    assert_eq!(queue.finished, Some((3, 0, 3)));
+    let dropped = vec![(DropReason::QueueDisabled, 3)];
+    assert_eq!(fixture.drops(), [dropped, vec![]]);
+}
+
+#[test]
+fn a_queue_with_nothing_in_it_is_left_alone() {
+    let mut fixture = Fixture::new();
+    for (state, polled) in [
+        (State::Empty, Polled::Empty),
+        (State::Stopped, Polled::Stopped),
+    ] {
+        let mut queue = Fake::new(state, 3);
+        assert_eq!(fixture.receive(Ok(&mut queue), 64), polled);
+        assert_eq!(queue.finished, None);
+    }
+    assert_eq!(fixture.drops(), [vec![], vec![]]);
+}
+
+// That is how a queue whose first frame breaks a rule gets to fail.
+#[test]
+fn a_burst_without_frames_is_brought_to_its_end_if_the_queue_wants_that() {
+    let (mut fixture, mut queue) = (Fixture::new(), Fake::new(State::Enabled, 0));
+    assert_eq!(fixture.receive(Ok(&mut queue), 64), Polled::Waiting(0));
+    assert_eq!(queue.finished, Some((0, 0, 0)));
+}
+
+#[test]
+fn a_queue_in_other_hands_is_counted_and_polled_again_and_a_stopped_one_is_not() {
+    let mut fixture = Fixture::new();
+    assert_eq!(
+        fixture.receive(Err(Unavailable::Busy), 64),
+        Polled::Waiting(0)
+    );
+    let contended = fixture.source.port.queue_counters(0).0.contended.get();
+    assert_eq!((contended, *fixture.path.forwarder.contended()), (1, 1));
+    assert_eq!(
+        fixture.receive(Err(Unavailable::Stopped), 64),
+        Polled::Stopped
+    );
+    assert_eq!(*fixture.path.forwarder.contended(), 1);
+}
