@@ -36,7 +36,8 @@ pub(crate) use slice::{GuestSlice, HEAD_BYTES, HEAD_LEN};
 pub(crate) use sum::{fold, sum_of};
 pub(crate) use view::{MemoryView, RegionHint};
 
-/// Most regions of one guest: what GET_MAX_MEM_SLOTS promises (QEMU's own limit for x86).
+/// Most regions of one guest, which GET_MAX_MEM_SLOTS tells: as many as libvhost-user takes, and
+/// QEMU's DIMM slots (256) with room to spare.
 pub(crate) const MAX_REGIONS: usize = 509;
 
 /// Where a region lies, as SET_MEM_TABLE and ADD_MEM_REG describe it.

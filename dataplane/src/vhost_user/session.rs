@@ -13,13 +13,9 @@ use super::device::{Device, RingError};
 use super::log_limit::LogLimit;
 use super::message::{ReplyBody, Request, VringFd};
 use super::vring::{Footing, Vring};
-use crate::memory::{GuestMemory, MemoryError, Region, RegionSpec};
+use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, Region, RegionSpec};
 use crate::ring::RingLayout;
 use crate::wire::{Features, ProtocolFeatures};
-
-/// Most memory regions: what the kernel's vhost and other back-ends have, and QEMU's DIMM slots
-/// (256) with room to spare.
-pub(crate) const MAX_MEM_SLOTS: usize = 509;
 
 /// Least MTU that NET_SET_MTU may tell (virtio 1.3, 5.1.4.1).
 const MIN_MTU: u16 = 68;
@@ -48,7 +44,7 @@ pub(crate) enum SessionError {
     #[error("request {request} came without its protocol feature")]
     NotNegotiated { request: u32 },
     /// More regions than slots.
-    #[error("the front-end has more than {MAX_MEM_SLOTS} memory regions")]
+    #[error("the front-end has more than {MAX_REGIONS} memory regions")]
     TooManyRegions,
     /// REM_MEM_REG of a region that was never added.
     #[error("there is no memory region {spec:x?} to remove")]
@@ -220,7 +216,7 @@ impl<D: Device> Session<D> {
                     ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
                     FrontendReq::GET_MAX_MEM_SLOTS,
                 )?;
-                return Ok(Answer::Reply(ReplyBody::U64(MAX_MEM_SLOTS as u64)));
+                return Ok(Answer::Reply(ReplyBody::U64(MAX_REGIONS as u64)));
             }
             Request::AddMemReg(spec, file) => self.add_mem_reg(spec, file)?,
             Request::RemMemReg(spec) => self.rem_mem_reg(spec)?,
@@ -319,7 +315,7 @@ impl<D: Device> Session<D> {
             ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
             FrontendReq::ADD_MEM_REG,
         )?;
-        if self.regions().len() >= MAX_MEM_SLOTS {
+        if self.regions().len() >= MAX_REGIONS {
             return Err(SessionError::TooManyRegions);
         }
         let mut regions = self.regions().to_vec();

@@ -31,6 +31,9 @@ pub(super) struct Footing<D> {
     pub(super) features: Features,
 }
 
+/// Whether a ring could be changed as a message asks.
+type Changed = Result<(), RingError>;
+
 /// SET_VRING_KICK's fd, or that the ring is to be polled.
 type Kick = Option<Arc<OwnedFd>>;
 
@@ -74,11 +77,7 @@ impl Vring {
     }
 
     /// SET_VRING_NUM, with a size that the layout allows.
-    pub(super) fn set_size<D: Device>(
-        &mut self,
-        on: &Footing<D>,
-        size: u16,
-    ) -> Result<(), RingError> {
+    pub(super) fn set_size(&mut self, on: &Footing<impl Device>, size: u16) -> Changed {
         if self.is_running() && self.size != Some(size) {
             return Err(RingError::Running { what: "size" });
         }
@@ -88,11 +87,11 @@ impl Vring {
 
     /// SET_VRING_ADDR. A running ring goes on at other addresses, but not for the same ones, which
     /// come with the log flag when QEMU migrates.
-    pub(super) fn set_addresses<D: Device>(
+    pub(super) fn set_addresses(
         &mut self,
-        on: &Footing<D>,
+        on: &Footing<impl Device>,
         addresses: RingAddresses,
-    ) -> Result<(), RingError> {
+    ) -> Changed {
         if self.addresses.replace(addresses) == Some(addresses) {
             return Ok(());
         }
@@ -101,7 +100,7 @@ impl Vring {
     }
 
     /// SET_VRING_BASE.
-    pub(super) fn set_base(&mut self, base: u32) -> Result<(), RingError> {
+    pub(super) fn set_base(&mut self, base: u32) -> Changed {
         if self.is_running() {
             return Err(RingError::Running { what: "base" });
         }
@@ -110,22 +109,14 @@ impl Vring {
     }
 
     /// SET_VRING_KICK: the ring starts, as soon as all else is there.
-    pub(super) fn kick<D: Device>(
-        &mut self,
-        on: &Footing<D>,
-        fd: Option<OwnedFd>,
-    ) -> Result<(), RingError> {
+    pub(super) fn kick(&mut self, on: &Footing<impl Device>, fd: Option<OwnedFd>) -> Changed {
         self.suspend(on);
         self.state = RingState::Waiting(fd.map(Arc::new));
         self.start_if_ready(on)
     }
 
     /// SET_VRING_CALL.
-    pub(super) fn set_call<D: Device>(
-        &mut self,
-        on: &Footing<D>,
-        fd: Option<OwnedFd>,
-    ) -> Result<(), RingError> {
+    pub(super) fn set_call(&mut self, on: &Footing<impl Device>, fd: Option<OwnedFd>) -> Changed {
         self.call = fd.map(Arc::new);
         if self.is_running() {
             on.device.set_ring_call(self.index, self.call.clone())?;
@@ -139,7 +130,7 @@ impl Vring {
     }
 
     /// SET_VRING_ENABLE. QEMU sends it before SET_FEATURES, so it can't wait for the negotiation.
-    pub(super) fn set_enabled<D: Device>(&mut self, on: &Footing<D>, enabled: bool) {
+    pub(super) fn set_enabled(&mut self, on: &Footing<impl Device>, enabled: bool) {
         self.enabled = enabled;
         if self.is_running() {
             on.device.set_ring_enabled(self.index, self.lets_pass(on));
@@ -148,7 +139,7 @@ impl Vring {
 
     /// GET_VRING_BASE and resets: stops the ring until its next SET_VRING_KICK and returns where it
     /// stood. A front-end that told no base means a fresh ring.
-    pub(super) fn stop<D: Device>(&mut self, on: &Footing<D>) -> u32 {
+    pub(super) fn stop(&mut self, on: &Footing<impl Device>) -> u32 {
         self.suspend(on);
         self.state = RingState::Idle;
         self.base_or_first(on)
@@ -166,7 +157,7 @@ impl Vring {
     }
 
     /// Stops a running ring that does not lie in the memory that is to come; it waits for it.
-    pub(super) fn leave_memory<D: Device>(&mut self, on: &Footing<D>) {
+    pub(super) fn leave_memory(&mut self, on: &Footing<impl Device>) {
         if let (RingState::Running(_, layout), Some(size), Some(addresses)) =
             (&self.state, self.size, self.addresses)
             && layout.place(size, addresses, &on.memory).is_err()
@@ -179,7 +170,7 @@ impl Vring {
     ///
     /// # Errors
     /// The ring can't be as it is, or the device can't take it: it waits for better.
-    pub(super) fn start_if_ready<D: Device>(&mut self, on: &Footing<D>) -> Result<(), RingError> {
+    pub(super) fn start_if_ready(&mut self, on: &Footing<impl Device>) -> Changed {
         let layout = RingLayout::of(on.features);
         let (base, enabled) = (self.base_or_first(on), self.lets_pass(on));
         let (Some(size), Some(addresses), RingState::Waiting(kick)) =
@@ -207,7 +198,7 @@ impl Vring {
     }
 
     /// Stops a running ring, which keeps where it stood and waits.
-    pub(super) fn suspend<D: Device>(&mut self, on: &Footing<D>) {
+    pub(super) fn suspend(&mut self, on: &Footing<impl Device>) {
         if let RingState::Running(kick, _) = &mut self.state {
             self.state = RingState::Waiting(kick.take());
             self.base = on.device.stop_ring(self.index).or(self.base);
@@ -218,14 +209,14 @@ impl Vring {
         matches!(self.state, RingState::Running(..))
     }
 
-    fn base_or_first<D>(&self, on: &Footing<D>) -> u32 {
+    fn base_or_first(&self, on: &Footing<impl Device>) -> u32 {
         self.base
             .unwrap_or(RingLayout::of(on.features).first_base())
     }
 
     /// "If VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly in the
     /// enabled state."
-    fn lets_pass<D>(&self, on: &Footing<D>) -> bool {
+    fn lets_pass(&self, on: &Footing<impl Device>) -> bool {
         self.enabled
             || !on
                 .features
