@@ -492,3 +492,6 @@ impl Head {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -32,9 +32,9 @@ pub(crate) use iovec::IoVecs;
 pub(crate) use kept::{Hold, Kept, List};
 pub(crate) use pieces::{Pieces, Run};
 pub(crate) use sigbus::breaks;
-pub(crate) use slice::{GuestSlice, HEAD_BYTES, HEAD_LEN};
+pub(crate) use slice::{GuestSlice, HEAD_BYTES, HEAD_LEN, RegionHint};
 pub(crate) use sum::{fold, sum_of};
-pub(crate) use view::{MemoryView, RegionHint};
+pub(crate) use view::MemoryView;
 
 /// Most regions of one guest, which GET_MAX_MEM_SLOTS tells: as many as libvhost-user takes, and
 /// QEMU's DIMM slots (256) with room to spare.

@@ -9,7 +9,7 @@
 use std::marker::PhantomData;
 
 use super::copy::copy;
-use super::sum;
+use super::{offset_in_host, sum};
 
 /// Bytes that [`GuestSlice::read_head`] reads and [`GuestSlice::put_plain`] takes from elsewhere.
 pub(crate) const HEAD_LEN: usize = 32;
@@ -222,6 +222,52 @@ impl<'m> GuestSlice<'m> {
     #[inline(always)]
     pub(crate) fn as_ptr(self) -> *mut u8 {
         self.ptr
+    }
+}
+
+/// The region that served a translation last, apart from the list of regions, so that the next look-up
+/// follows no pointer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RegionHint<'m> {
+    guest_addr: u64,
+    size: u64,
+    host: *mut u8,
+    memory: PhantomData<&'m ()>,
+}
+
+impl<'m> RegionHint<'m> {
+    /// No region: finds nothing.
+    pub(super) const NONE: Self = Self {
+        guest_addr: 0,
+        size: 0,
+        host: std::ptr::null_mut(),
+        memory: PhantomData,
+    };
+
+    /// The region of `size` bytes at a guest address and a host address.
+    ///
+    /// # Safety
+    /// It is mapped there, for reading and writing, during `'m`.
+    pub(super) unsafe fn new(guest_addr: u64, size: u64, host: *mut u8) -> Self {
+        Self {
+            guest_addr,
+            size,
+            host,
+            memory: PhantomData,
+        }
+    }
+
+    /// The range, if it lies wholly in this region.
+    #[inline(always)]
+    pub(crate) fn find(&self, addr: u64, len: u32) -> Option<GuestSlice<'m>> {
+        let offset = addr.wrapping_sub(self.guest_addr);
+        // The second comparison can't underflow, as the first comes before it.
+        if offset < self.size && u64::from(len) <= self.size - offset {
+            let ptr = self.host.wrapping_add(offset_in_host(offset)?);
+            // SAFETY: the whole range lies in the region, which is mapped during 'm.
+            return Some(unsafe { GuestSlice::new(ptr, len) });
+        }
+        None
     }
 }
 

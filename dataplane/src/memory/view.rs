@@ -1,43 +1,9 @@
 //! Translation of guest addresses.
 
 use std::cell::Cell;
-use std::marker::PhantomData;
 use std::sync::Arc;
 
-use super::{GuestMemory, GuestSlice, offset_in_host};
-
-/// The region that served a translation last, apart from the list of regions, so that the next look-up
-/// follows no pointer.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RegionHint<'m> {
-    guest_addr: u64,
-    size: u64,
-    host: *mut u8,
-    memory: PhantomData<&'m GuestMemory>,
-}
-
-impl<'m> RegionHint<'m> {
-    /// No region: finds nothing.
-    const NONE: Self = Self {
-        guest_addr: 0,
-        size: 0,
-        host: std::ptr::null_mut(),
-        memory: PhantomData,
-    };
-
-    /// The range, if it lies wholly in this region.
-    #[inline(always)]
-    pub(crate) fn find(&self, addr: u64, len: u32) -> Option<GuestSlice<'m>> {
-        let offset = addr.wrapping_sub(self.guest_addr);
-        // The second comparison can't underflow, as the first comes before it.
-        if offset < self.size && u64::from(len) <= self.size - offset {
-            let ptr = self.host.wrapping_add(offset_in_host(offset)?);
-            // SAFETY: the whole range lies in the region, which the memory keeps mapped during 'm.
-            return Some(unsafe { GuestSlice::new(ptr, len) });
-        }
-        None
-    }
-}
+use super::{GuestMemory, GuestSlice, RegionHint};
 
 /// A guest's memory as one ring's owner sees it: translates, and remembers the region that served
 /// last.
@@ -100,12 +66,8 @@ impl MemoryView {
             let spec = region.spec;
             let room = spec.size - (addr - spec.guest_addr);
             let part = u32::try_from(room).map_or(len, |room| room.min(len));
-            let hint = RegionHint {
-                guest_addr: spec.guest_addr,
-                size: spec.size,
-                host: region.host,
-                memory: PhantomData,
-            };
+            // SAFETY: the region is one of `memory`, which the hint and all that it finds is kept with.
+            let hint = unsafe { RegionHint::new(spec.guest_addr, spec.size, region.host) };
             if !piece(hint.find(addr, part)?) {
                 return None;
             }
