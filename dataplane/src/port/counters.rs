@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ringway_bridge::{DropCounts, DropReason};
 
-use super::deliver::{Account, Outcome};
+use super::queue::{Account, Outcome};
 
 /// A count. Relaxed throughout: counters order nothing.
 #[derive(Debug, Default)]

@@ -4,8 +4,7 @@
 mod af_xdp;
 mod call;
 mod counters;
-mod deliver;
-mod receive;
+mod queue;
 mod tap;
 mod vhost;
 
@@ -18,8 +17,9 @@ use ringway_bridge::PortId;
 pub(crate) use af_xdp::AfXdpPort;
 pub(crate) use call::interrupt_stuck_calls;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
-pub(crate) use deliver::{Job, Outcome, Tools};
-pub(crate) use receive::{Completion, Gathered, RxQueue, Unavailable, with_rx_queue};
+pub(crate) use queue::{
+    Completion, Gathered, Job, Outcome, RxQueue, Tools, Unavailable, with_rx_queue,
+};
 pub(crate) use tap::TapPort;
 pub(crate) use vhost::VhostPort;
 

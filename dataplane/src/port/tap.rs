@@ -16,7 +16,7 @@ use ringway_bridge::DropReason;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
 use self::receive::TapReader;
-use super::deliver::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
+use super::queue::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
 use super::{PortBase, QueueCounters, max_l2_bytes};
 use crate::burst_lock::BurstLock;
 use crate::info::{PortState, QueueInfo};

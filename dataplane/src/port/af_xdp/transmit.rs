@@ -15,8 +15,8 @@ use super::umem::Chunks;
 use crate::burst::{Buffers, Burst};
 use crate::memory::{HEAD_BYTES, Kept};
 use crate::offload::OutFrame;
-use crate::port::deliver::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
 use crate::port::max_l2_bytes;
+use crate::port::queue::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
 use crate::wire::Offloads;
 use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
 

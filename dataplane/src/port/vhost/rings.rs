@@ -1,16 +1,317 @@
-//! Delivery into a guest's receive ring: reserve the chains that a frame needs, copy head and body from
-//! source to destination buffers, once.
+//! The rings of a guest as a worker has them: one for one burst, to receive from or to deliver to.
+//!
+//! ```text
+//!   guest's transmit ring --VhostRx--> burst ... --GuestTx--> guest's receive ring
+//! ```
+//! Delivery reserves the chains that a frame needs, and copies head and body from source to destination
+//! buffers, once.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::MutexGuard;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
 use ringway_bridge::{DropReason, FrameSet, MAX_BURST};
+use tracing::warn;
 
-use super::VhostPort;
+use super::allowance::Allowance;
+use super::{CALL_BLOCKS, CUT_OFF, VhostPort};
 use crate::burst::{Buffers, Burst, Entry, Frame, Frames, MAX_CHAIN};
+use crate::burst_lock::BurstLock;
 use crate::memory::{GuestSlice, Kept, List, MemoryView};
 use crate::offload::OutFrame;
-use crate::port::deliver::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
-use crate::port::max_l2_bytes;
-use crate::ring::{AnyRing, DeviceRing, Direction, RingFault};
+use crate::port::call::{Blocked, signal};
+use crate::port::queue::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
+use crate::port::{Completion, Gathered, QueueCounters, RxQueue, Unavailable, max_l2_bytes};
+use crate::ring::{AnyRing, DeviceRing, Direction, Ring, RingAddresses, RingFault};
+use crate::wake::Binding;
+use crate::wire::Offloads;
 use crate::wire::net_header::HEADER_BYTES;
+
+/// A ring that is started.
+#[derive(Debug)]
+pub(crate) struct StartedRing {
+    pub(crate) ring: Ring,
+    /// Frames pass; a transmit ring that is disabled is drained and discarded.
+    pub(crate) enabled: bool,
+    /// What the guest may send through the ring, or takes from it.
+    pub(crate) offloads: Offloads,
+    pub(super) addresses: RingAddresses,
+    pub(super) kick: Option<Arc<OwnedFd>>,
+    pub(super) call: Option<Arc<OwnedFd>>,
+}
+
+impl StartedRing {
+    /// The front-end gave no kick fd: the ring must be polled for ever.
+    fn is_polled(&self) -> bool {
+        self.kick.is_none()
+    }
+
+    /// Sends the guest a call, if the driver does not poll.
+    ///
+    /// # Errors
+    /// The front-end made its fd block: the ring is to be stopped.
+    #[inline]
+    pub(super) fn call(&self) -> Result<(), Blocked> {
+        self.call.as_ref().map_or(Ok(()), signal)
+    }
+}
+
+/// What a worker needs of a queue. What state its ring is in, the session knows.
+#[derive(Debug, Default)]
+pub(crate) struct QueueState {
+    pub(crate) started: Option<StartedRing>,
+    /// Where a ring stood that stopped without the session, which asks for it by `stop_ring`.
+    pub(super) stopped_at: Option<u32>,
+    /// Who polls it: of a transmit ring.
+    pub(super) binding: Option<Binding>,
+    /// How much may be taken at a time: of a transmit ring.
+    allowance: Allowance,
+}
+
+/// One virtqueue.
+#[derive(Debug, Default)]
+pub(crate) struct VhostQueue {
+    state: BurstLock<QueueState>,
+    /// For display: entries of the started ring, or 0.
+    pub(super) size: AtomicU16,
+    /// For display: whether the ring is enabled, or was when it stopped.
+    pub(super) is_enabled: AtomicBool,
+    pub(crate) counters: QueueCounters,
+}
+
+/// A queue in a worker's hands for one burst.
+pub(crate) type QueueGuard<'a> = MutexGuard<'a, QueueState>;
+
+impl VhostQueue {
+    /// The queue for one burst, or `None` if somebody else has it or waits for it.
+    #[inline]
+    pub(crate) fn try_lock(&self) -> Option<QueueGuard<'_>> {
+        self.state.try_lock()
+    }
+
+    /// The queue, once the worker that has it is done with its burst.
+    pub(super) fn lock(&self) -> QueueGuard<'_> {
+        self.state.lock()
+    }
+
+    pub(super) fn is_started(&self) -> bool {
+        self.size.load(Ordering::Relaxed) > 0
+    }
+}
+
+impl VhostPort {
+    /// The ring into which the guest transmits.
+    #[inline]
+    pub(crate) fn transmit_queue(&self, pair: u16) -> &VhostQueue {
+        &self.queues[2 * usize::from(pair) + 1]
+    }
+
+    /// The ring from which the guest receives frames of a source's queue `source_queue`, or `None`
+    /// if there is none now. `owned` has a bit for each pair that the worker polls which asks.
+    #[inline]
+    pub(crate) fn receive_queue(&self, source_queue: u16, owned: u64) -> Option<&VhostQueue> {
+        // Relaxed: only a hint; the ring itself is read under its lock.
+        let receivers = self.receivers.load(Ordering::Relaxed);
+        let pair = choose_receiver(receivers, owned, source_queue)?;
+        self.queues.get(2 * pair)
+    }
+
+    /// Stops a ring whose guest broke the rules, from the worker that found out: counted and
+    /// logged here, once, since the ring is gone afterwards.
+    #[cold]
+    pub(crate) fn fail_queue(&self, queue: &VhostQueue, state: &mut QueueState, why: &RingFault) {
+        let started = state.started.as_ref();
+        if started.is_some_and(|started| started.ring.is_broken()) {
+            // Zero pages broke the rule, not the guest.
+            self.stop_in_worker(queue, state, CUT_OFF);
+        } else {
+            self.stop_in_worker(queue, state, &why.to_string());
+        }
+    }
+
+    /// Shows the guest what was completed in a ring, and calls it if it wants that. A ring whose
+    /// call fd blocked is stopped.
+    #[inline]
+    pub(crate) fn publish(&self, queue: &VhostQueue, state: &mut QueueState) {
+        let Some(started) = &mut state.started else {
+            return;
+        };
+        if started.ring.publish() {
+            queue.counters.calls.add_owned(1);
+            if started.call().is_err() {
+                self.stop_in_worker(queue, state, CALL_BLOCKS);
+            }
+        }
+    }
+
+    /// Stops a started ring for a reason of ours. A ring that was stopped in the same burst stays as
+    /// it is: where it stood and the first reason are kept.
+    #[cold]
+    pub(super) fn stop_in_worker(&self, queue: &VhostQueue, state: &mut QueueState, why: &str) {
+        if state.started.is_none() {
+            return;
+        }
+        let index = self.index_of(queue);
+        warn!(port = %self.base.name, ring = index, "ring stopped: {why}");
+        self.set_last_error(Some(format!("ring {index} stopped: {why}")));
+        state.stopped_at = self.take_started(queue, index, state);
+    }
+}
+
+/// Which of `receivers` takes the frames of a source's queue: the one of the same number, so that a
+/// flow stays in one ring, or the next that is `owned`. If another pair changes hands, the choice
+/// stays.
+#[inline]
+pub(in crate::port) fn choose_receiver(
+    receivers: u64,
+    owned: u64,
+    source_queue: u16,
+) -> Option<usize> {
+    let own = receivers & owned;
+    if own >> source_queue & 1 != 0 {
+        return Some(source_queue.into());
+    }
+    choose_other(receivers, own, source_queue)
+}
+
+/// The choice where the ring of the same number is not the worker's, or stopped.
+fn choose_other(receivers: u64, own: u64, source_queue: u16) -> Option<usize> {
+    if receivers == 0 {
+        return None;
+    }
+    let mask = if own == 0 { receivers } else { own };
+    let start = u32::from(source_queue) % receivers.count_ones();
+    let pair = start + mask.rotate_right(start).trailing_zeros();
+    Some((pair % u64::BITS) as usize)
+}
+
+/// A guest's transmit ring that is started.
+#[derive(Debug)]
+pub(crate) struct VhostRx<'a> {
+    port: &'a VhostPort,
+    queue: &'a VhostQueue,
+    state: QueueGuard<'a>,
+    /// The rule that the guest broke behind the frames of the burst.
+    fault: Option<RingFault>,
+}
+
+impl VhostPort {
+    /// The transmit ring of a pair, for one burst.
+    ///
+    /// # Errors
+    /// It is in other hands, or not started.
+    #[inline]
+    pub(crate) fn rx(&self, pair: u16) -> Result<VhostRx<'_>, Unavailable> {
+        let queue = self.transmit_queue(pair);
+        let state = queue.try_lock().ok_or(Unavailable::Busy)?;
+        if state.started.is_none() {
+            return Err(Unavailable::Stopped);
+        }
+        Ok(VhostRx {
+            port: self,
+            queue,
+            state,
+            fault: None,
+        })
+    }
+}
+
+/// What completes frames in a guest's ring.
+#[derive(Debug)]
+pub(crate) struct VhostCompletion<'m> {
+    ring: &'m mut AnyRing,
+    allowance: &'m mut Allowance,
+}
+
+impl Completion for VhostCompletion<'_> {
+    #[inline]
+    fn complete(self, burst: &Burst<'_>, taken: usize) -> u64 {
+        let (done, again) = burst.frames().split_at(taken);
+        let bytes = self.ring.complete_gathered(done);
+        self.ring.give_back(again);
+        self.allowance.note(taken, bytes);
+        bytes
+    }
+}
+
+impl VhostRx<'_> {
+    /// Stops the ring. The chain at fault is a frame received and dropped.
+    #[cold]
+    fn fail(&mut self, fault: &RingFault) {
+        self.queue.counters.frames.add_owned(1);
+        self.port.base.rx_drops.add(DropReason::BadDescriptor, 1);
+        self.port.fail_queue(self.queue, &mut self.state, fault);
+    }
+}
+
+impl RxQueue for VhostRx<'_> {
+    type Completion<'m>
+        = VhostCompletion<'m>
+    where
+        Self: 'm;
+
+    #[inline]
+    fn counters(&self) -> &QueueCounters {
+        &self.queue.counters
+    }
+
+    #[inline]
+    fn gather<'m>(
+        &'m mut self,
+        limit: usize,
+        burst: &mut Burst<'m>,
+        _: impl Fn(&[u8]) -> Offloads,
+    ) -> Gathered<VhostCompletion<'m>> {
+        let QueueState {
+            started, allowance, ..
+        } = &mut *self.state;
+        let Some(started) = started else {
+            return Gathered::Stopped;
+        };
+        let (memory, ring) = started.ring.parts();
+        let limit = limit.min(allowance.frames());
+        self.fault = ring.gather(limit, memory, burst).err();
+        if burst.len() == 0 && self.fault.is_none() {
+            return Gathered::Nothing;
+        }
+        Gathered::Frames {
+            header_bytes: ring.header_bytes(),
+            allowed: started.offloads,
+            is_enabled: started.enabled,
+            completion: VhostCompletion { ring, allowance },
+        }
+    }
+
+    #[inline]
+    fn finish(&mut self, _taken: usize, _kept: usize) {
+        self.port.publish(self.queue, &mut self.state);
+        if let Some(fault) = self.fault.take() {
+            self.fail(&fault);
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        let Some(started) = &mut self.state.started else {
+            return true;
+        };
+        // Without a kick fd the ring must be polled for ever.
+        if started.is_polled() {
+            return false;
+        }
+        let is_empty = started.ring.arm();
+        if !is_empty {
+            started.ring.disarm();
+        }
+        is_empty
+    }
+
+    fn disarm(&mut self) {
+        if let Some(started) = &mut self.state.started {
+            started.ring.disarm();
+        }
+    }
+}
 
 /// Most chains that one frame is spread over: 64 KiB in buffers of 64 bytes. A guest with smaller
 /// ones can't receive such frames.

@@ -104,3 +104,37 @@ proptest! {
         prop_assert_eq!(ring.next_avail(), base.wrapping_add(taken));
     }
 }
+
+#[test]
+fn a_flow_goes_to_the_ring_of_its_number_or_the_next_that_the_worker_owns() {
+    let all = u64::MAX;
+    let choose = |receivers, owned| [0, 1, 2, 3, 5].map(|q| choose_receiver(receivers, owned, q));
+    assert_eq!(choose(0, all), [None; 5]);
+    assert_eq!(choose(0b1111, all), [0, 1, 2, 3, 1].map(Some));
+    assert_eq!(choose(0b1111, 0b0101), [0, 2, 2, 0, 2].map(Some));
+    assert_eq!(choose(0b1111, 0b1010), [1, 1, 3, 3, 1].map(Some));
+    // Nothing of one's own: as if all were.
+    assert_eq!(choose(0b0011, 0b1100), [0, 1, 0, 1, 1].map(Some));
+    // A ring that is stopped.
+    assert_eq!(choose(0b1011, all), [0, 1, 3, 3, 3].map(Some));
+}
+
+proptest! {
+    #[test]
+    fn the_chosen_ring_takes_frames_and_is_owned_if_any_is(
+        receivers in 1_u64..,
+        owned: u64,
+        source_queue in 0_u16..64,
+        other in 0_u32..64,
+    ) {
+        let chosen = choose_receiver(receivers, owned, source_queue).unwrap();
+        let bit = 1 << chosen;
+        prop_assert!(receivers & bit != 0);
+        prop_assert!(receivers & owned == 0 || owned & bit != 0);
+        // Losing another pair changes nothing.
+        let lost = owned & !(1 << other);
+        if lost & bit != 0 {
+            prop_assert_eq!(choose_receiver(receivers, lost, source_queue), Some(chosen));
+        }
+    }
+}
