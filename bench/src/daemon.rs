@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use ringway_control::api::{Method, PortShow, PortShowParams, PortShowResult};
+use ringway_control::api::{Method, PortDetail, PortShow, PortShowParams};
 use ringway_control::rpc::{CallError, Client};
 
 use crate::hint::hinted;
@@ -78,9 +78,9 @@ impl RingwayControl {
     }
 
     /// All that the daemon tells of a port.
-    pub(crate) fn port(&self, name: &str) -> Result<PortShowResult, CallError> {
-        let name = name.to_owned();
-        self.call::<PortShow>(&PortShowParams { name })
+    pub(crate) fn port(&self, name: &str) -> Result<PortDetail> {
+        let name = name.parse()?;
+        Ok(self.call::<PortShow>(&PortShowParams { name })?)
     }
 
     /// `ringway ARGUMENTS…`, as an operator would type it; it must succeed.

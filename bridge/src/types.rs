@@ -13,6 +13,11 @@ pub const MAX_BURST: usize = 64;
 
 /// A port's slot in the bridge, below [`MAX_PORTS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema),
+    serde(try_from = "u16", into = "u16")
+)]
 pub struct PortId(u16);
 
 impl PortId {
@@ -43,6 +48,25 @@ impl PortId {
         self.0
     }
 }
+
+impl From<PortId> for u16 {
+    fn from(id: PortId) -> Self {
+        id.0
+    }
+}
+
+impl TryFrom<u16> for PortId {
+    type Error = NoSuchSlot;
+
+    fn try_from(index: u16) -> Result<Self, NoSuchSlot> {
+        Self::new(index).ok_or(NoSuchSlot(index))
+    }
+}
+
+/// A number from [`MAX_PORTS`] on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is no slot {0}: a bridge has {MAX_PORTS}")]
+pub struct NoSuchSlot(u16);
 
 /// Coarse time for ageing: tenths of a second since the bridge was made. Wraps after 13 years;
 /// ages are computed with wrapping subtraction.
@@ -79,6 +103,11 @@ impl Tick {
 
 /// An Ethernet MAC address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema),
+    serde(try_from = "String", into = "String")
+)]
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {
@@ -116,6 +145,20 @@ impl fmt::Display for MacAddr {
     }
 }
 
+impl From<MacAddr> for String {
+    fn from(mac: MacAddr) -> Self {
+        mac.to_string()
+    }
+}
+
+impl TryFrom<String> for MacAddr {
+    type Error = ParseMacError;
+
+    fn try_from(text: String) -> Result<Self, ParseMacError> {
+        text.parse()
+    }
+}
+
 impl fmt::Debug for MacAddr {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, out)
@@ -127,11 +170,14 @@ impl fmt::Debug for MacAddr {
 #[error("`{0}` is not a MAC address: six hexadecimal bytes with colons, as 52:54:00:00:00:01")]
 pub struct ParseMacError(String);
 
+/// Longest part of a refused text that the error tells.
+const MAX_SHOWN: usize = 64;
+
 impl FromStr for MacAddr {
     type Err = ParseMacError;
 
     fn from_str(text: &str) -> Result<Self, ParseMacError> {
-        let error = || ParseMacError(text.to_owned());
+        let error = || ParseMacError(text.chars().take(MAX_SHOWN).collect());
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {

@@ -13,10 +13,12 @@
 //! - [`daemon`] and [`cli`] are the two programs.
 #![forbid(unsafe_code)]
 
-pub mod api;
 pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod rpc;
+pub mod schema;
 mod suggest;
 mod usage;
+
+pub use ringway_api as api;

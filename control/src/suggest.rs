@@ -1,5 +1,7 @@
 //! Near misses: what someone may have meant.
 
+use ringway_api::kinds_with;
+
 /// Similarity (Jaro-Winkler, 0 to 1) from which a candidate is worth naming; clap's own bound.
 const LIKELY: f64 = 0.7;
 
@@ -42,8 +44,27 @@ impl<'a> Unknown<'a> {
         })
     }
 
+    /// A line that says what is wrong.
+    pub(crate) fn what(&self) -> String {
+        let what = if self.is_key { "key" } else { "value" };
+        format!("unknown {what} `{}`", self.word)
+    }
+
     /// A line that says what to write instead.
     pub(crate) fn hint(&self) -> String {
+        // What all kinds of port have: the word may be a setting of another kind.
+        let is_port = ["mtu", "fdb_limit", "pins"]
+            .iter()
+            .all(|setting| self.known.contains(setting));
+        let kinds = if is_port {
+            kinds_with(self.word)
+        } else {
+            Vec::new()
+        };
+        if !kinds.is_empty() {
+            let kinds: Vec<_> = kinds.iter().map(|kind| kind.as_str()).collect();
+            return format!("it belongs to kind {}; leave it out", kinds.join(" and "));
+        }
         match nearest(self.word, self.known.iter().copied()) {
             Some(known) => format!("did you mean `{known}`?"),
             None if self.known.is_empty() => "leave it out".into(),

@@ -1,8 +1,10 @@
 //! clap's errors in the form of all our errors: one line that says what, one that says what to do.
 
+use std::error::Error as _;
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use ringway_api::BadValue;
 
 /// Exit code of a command line that makes no sense.
 pub(crate) const USAGE: u8 = 2;
@@ -35,20 +37,36 @@ pub(crate) fn explain(error: &clap::Error) -> (String, String) {
             "--help lists the commands".into(),
         );
     }
+    // Its first paragraph is what is wrong; what to do is in the error itself.
     let text = error.render().to_string();
-    let mut paragraphs = text.split("\n\n");
-    let first = paragraphs.next().unwrap_or_default();
-    let what: Vec<_> = first.lines().map(str::trim).collect();
-    let what = what.join(" ");
+    let lines = text.lines().take_while(|line| !line.is_empty());
+    let what = lines.map(str::trim).collect::<Vec<_>>().join(" ");
     let what = what.strip_prefix("error: ").unwrap_or(&what).to_owned();
-    let mut hint = String::from("--help shows the usage");
-    for line in paragraphs.flat_map(str::lines).map(str::trim) {
-        if let Some(tip) = line.strip_prefix("tip: ") {
-            return (what, tip.to_owned());
-        }
-        if let Some(usage) = line.strip_prefix("Usage: ") {
-            hint = format!("usage: {usage}");
+    (what, hint(error))
+}
+
+/// What to do: what the value itself says, a near miss, or the usage.
+fn hint(error: &clap::Error) -> String {
+    let bad = error.source().and_then(|source| source.downcast_ref());
+    if let Some(BadValue { hint, .. }) = bad {
+        return hint.clone();
+    }
+    let near = [
+        ContextKind::SuggestedSubcommand,
+        ContextKind::SuggestedArg,
+        ContextKind::SuggestedValue,
+    ];
+    for suggestion in near.into_iter().filter_map(|kind| error.get(kind)) {
+        match suggestion {
+            ContextValue::String(word) => return format!("did you mean `{word}`?"),
+            ContextValue::Strings(words) if !words.is_empty() => {
+                return format!("did you mean `{}`?", words.join("` or `"));
+            }
+            _ => {}
         }
     }
-    (what, hint)
+    match error.get(ContextKind::Usage).map(ToString::to_string) {
+        Some(usage) => usage.replacen("Usage:", "usage:", 1),
+        None => "--help shows the usage".into(),
+    }
 }

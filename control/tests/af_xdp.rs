@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::{Place, Running};
 use ringway_control::api::{
-    ModeName, PortAdd, PortAddParams, PortDel, PortDelParams, PortShow, PortShowParams,
-    PortShowResult,
+    PortAdd, PortAddParams, PortDel, PortDelParams, PortDetail, PortShow, PortShowParams, XdpMode,
 };
 use ringway_control::rpc::Client;
 use ringway_guest::Guest;
@@ -90,8 +89,8 @@ fn start_with_nic(place: &Place, mode: &str) -> Running {
     start_with(place, &text)
 }
 
-fn show_nic(place: &Place) -> PortShowResult {
-    let name = "nic".into();
+fn show_nic(place: &Place) -> PortDetail {
+    let name = "nic".parse().unwrap();
     Client::connect(&place.path("control.sock"), DEADLINE)
         .unwrap()
         .call::<PortShow>(&PortShowParams { name })
@@ -135,7 +134,12 @@ fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_with
         for _ in 0..3 {
             let start = Instant::now();
             let mut daemon = start_with_nic(&place, mode);
-            let counters = || show_nic(&place).port.counters;
+            // One connection: the daemon logs each to a pipe that is read at its end.
+            let mut client = daemon.client();
+            let show = PortShowParams {
+                name: "nic".parse().unwrap(),
+            };
+            let mut counters = || client.call::<PortShow>(&show).unwrap().port.counters;
             let before = counters().rx_frames;
             eventually("the switch receives", || {
                 counters().rx_frames > before + 1000
@@ -173,7 +177,7 @@ fn a_port_of_the_file_is_shown_deleted_and_added_again_as_it_was() {
     let daemon = start_with_nic(&place, "auto");
     let show = show_nic(&place);
     let xdp = show.af_xdp.unwrap();
-    assert_eq!(xdp.mode, ModeName::Copy);
+    assert_eq!(xdp.mode, XdpMode::Copy);
     assert_eq!((xdp.multi_buffer, xdp.queues.len()), (false, 1));
     assert_eq!(xdp.umem_bytes, 4096 * 2048);
     assert_eq!(show.mtu, Some(1500));
@@ -189,14 +193,14 @@ fn a_port_of_the_file_is_shown_deleted_and_added_again_as_it_was() {
     assert!(text.contains("  TX PENDING  "), "{text}");
 
     let mut client = daemon.client();
-    let (name, if_exists) = ("nic".to_owned(), false);
+    let (name, if_exists) = ("nic".parse().unwrap(), false);
     let settings = show.port.config;
     client
         .call::<PortDel>(&PortDelParams { name, if_exists })
         .unwrap();
     assert!(!ip("-d link show dev xdp0").contains("prog/xdp"));
     let added = client.call::<PortAdd>(&PortAddParams {
-        name: "nic".into(),
+        name: "nic".parse().unwrap(),
         config: settings.clone(),
     });
     assert_eq!(added.unwrap().config, settings);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ringway_control::api::{
-    ApiError, DaemonInfo, DaemonReport, ErrorKind, MeasureSample, Method, PairSample, PortDel,
+    ApiError, DaemonInfo, DaemonReport, ErrorKind, MeasureSample, Method, PairCounters, PortDel,
     PortDelResult, PortList, PortListResult, PortSample, Sample, WorkerList, WorkerListResult,
     WorkerSample,
 };
@@ -55,15 +55,15 @@ fn answer(method: &str, samples: &AtomicU64) -> Result<Box<RawValue>, ApiError> 
 
 fn sample(n: u64) -> Sample {
     let port = |name: &str| PortSample {
-        name: name.into(),
+        name: name.parse().unwrap(),
         added_monotonic_ns: 1,
         rx_drops: Default::default(),
     };
     Sample {
         monotonic_ns: (10 + n) * 1_000_000_000,
-        pairs: vec![PairSample {
-            from: "a".into(),
-            to: "b".into(),
+        pairs: vec![PairCounters {
+            from: "a".parse().unwrap(),
+            to: "b".parse().unwrap(),
             frames: 1_000 * n,
             bytes: 125_000 * n,
             drops: Default::default(),
@@ -71,7 +71,7 @@ fn sample(n: u64) -> Sample {
         ports: vec![port("a"), port("b")],
         workers: vec![WorkerSample {
             index: 0,
-            cpu: Some(1),
+            cpu: 1,
             busy_ns: n,
             polling_ns: n,
             asleep_ns: 2 * n,

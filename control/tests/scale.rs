@@ -6,7 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ringway_control::api::{
-    KindName, NoParams, PortAdd, PortAddParams, PortList, PortSettings, PortState, WorkerList,
+    NoParams, PortAdd, PortAddParams, PortConfig, PortList, PortName, PortState, SocketSpec,
+    VhostUserConfig, WorkerList,
 };
 use ringway_control::rpc::Client;
 use ringway_guest::Guest;
@@ -98,10 +99,10 @@ fn a_thousand_idle_ports_connect_fast_and_take_little_memory_each() {
     let start = Instant::now();
     let guests: Vec<_> = (0..PORTS)
         .map(|number| {
-            let name = format!("p{number}");
-            let path = folder.path().join(&name);
-            let mut config = PortSettings::new(KindName::VhostUser);
-            config.listen = Some(path.clone());
+            let name: PortName = format!("p{number}").parse().unwrap();
+            let path = folder.path().join(name.as_str());
+            let socket = SocketSpec::Listen(path.as_path().try_into().unwrap());
+            let config = PortConfig::VhostUser(VhostUserConfig::new(socket));
             client
                 .call::<PortAdd>(&PortAddParams { name, config })
                 .unwrap();

@@ -9,16 +9,16 @@
 //! `cargo bench -p ringway-dataplane --bench af_xdp -- [PAIRS [SECONDS [CASE]]]`.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a program run by hand")]
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use core_affinity::CoreId;
-use ringway_dataplane::{
-    AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, QueuePairs, SocketSpec,
-    Switch, SwitchConfig, UmemFrames, XdpMode,
+use ringway_api::{
+    AfXdpConfig, BalanceConfig, BusyPoll, IdleConfig, PortConfig, PortName, QueuePairs, SocketSpec,
+    SwitchConfig, UmemFrames, VhostUserConfig, XdpMode,
 };
+use ringway_dataplane::Switch;
 use ringway_guest::{FrameSource, Guest};
 use ringway_testbed::host;
 use xsk_rs::config::{BindFlags, SocketConfig, UmemConfig, XdpFlags};
@@ -31,7 +31,7 @@ const FRAME_BYTES: usize = 60;
 const UMEM_FRAMES: u32 = 4096;
 
 /// What `--busy-poll` is given.
-const BUSY_POLL: Duration = Duration::from_micros(50);
+const BUSY_POLL_US: u32 = 50;
 
 /// Huge pages of 2 MiB that the UMEM takes.
 const HUGE_PAGES: u64 = UMEM_FRAMES as u64 * 2048 / (2 << 20);
@@ -77,7 +77,9 @@ fn main() {
         ),
         (
             "busy-poll",
-            ("with", |time| receive_by_switch(time, Some(BUSY_POLL))),
+            ("with", |time| {
+                receive_by_switch(time, BusyPoll::new(BUSY_POLL_US))
+            }),
             ("without", |time| receive_by_switch(time, None)),
         ),
         (
@@ -193,7 +195,7 @@ fn with_huge_pages(trial: impl FnOnce() -> f64) -> f64 {
     rate
 }
 
-fn switch(busy_poll: Option<Duration>) -> (Switch, PortName) {
+fn switch(busy_poll: Option<BusyPoll>) -> (Switch, PortName) {
     let switch = Switch::start(SwitchConfig {
         worker_cpus: vec![pin(true)],
         // As the bare loops do.
@@ -208,33 +210,22 @@ fn switch(busy_poll: Option<Duration>) -> (Switch, PortName) {
     })
     .unwrap();
     let nic: PortName = "nic".parse().unwrap();
-    let kind = PortKind::AfXdp(AfXdpConfig {
-        ifname: "xdp0".into(),
-        queue_pairs: None,
+    let config = PortConfig::AfXdp(AfXdpConfig {
         mode: XdpMode::Copy,
         umem_frames: UmemFrames::new(UMEM_FRAMES).unwrap(),
-        busy_poll,
-        gro: true,
+        busy_poll_us: busy_poll,
+        ..AfXdpConfig::new("xdp0".parse().unwrap())
     });
-    switch.add_port(nic.clone(), config(kind)).unwrap();
+    switch.add_port(nic.clone(), config).unwrap();
     let info = switch.port(&nic).unwrap().af_xdp.unwrap();
     assert!(info.huge_pages || !WANTS_HUGE.load(Ordering::Relaxed));
     (switch, nic)
 }
 
-fn config(kind: PortKind) -> PortConfig {
-    PortConfig {
-        kind,
-        mtu: None,
-        fdb_limit: None,
-        pins: BTreeMap::new(),
-    }
-}
-
-fn receive_by_switch(time: Duration, busy_poll: Option<Duration>) -> f64 {
+fn receive_by_switch(time: Duration, busy_poll: Option<BusyPoll>) -> f64 {
     let far = veth();
     let (switch, nic) = switch(busy_poll);
-    let frames = || switch.port(&nic).unwrap().info.counters.rx_frames;
+    let frames = || switch.port(&nic).unwrap().port.counters.rx_frames;
     under_load(far, time, |time| rate_of(frames, time))
 }
 
@@ -243,12 +234,12 @@ fn transmit_by_switch(time: Duration) -> f64 {
     let (switch, nic) = switch(None);
     let folder = tempfile::TempDir::new().unwrap();
     let path = folder.path().join("vm.sock");
-    let kind = PortKind::VhostUser {
-        socket: SocketSpec::Listen(path.clone()),
-        queue_pairs: QueuePairs::new(1).unwrap(),
-    };
-    let vm = "vm".parse().unwrap();
-    switch.add_port(vm, config(kind)).unwrap();
+    let socket = SocketSpec::Listen(path.as_path().try_into().unwrap());
+    let config = PortConfig::VhostUser(VhostUserConfig {
+        queues: QueuePairs::ONE,
+        ..VhostUserConfig::new(socket)
+    });
+    switch.add_port("vm".parse().unwrap(), config).unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
     let load = std::thread::spawn(move || {
@@ -264,7 +255,7 @@ fn transmit_by_switch(time: Duration) -> f64 {
             }
         }
     });
-    let frames = || switch.port(&nic).unwrap().info.counters.tx_frames;
+    let frames = || switch.port(&nic).unwrap().port.counters.tx_frames;
     let rate = rate_of(frames, time);
     stop.store(true, Ordering::Relaxed);
     load.join().unwrap();

@@ -9,11 +9,11 @@
 
 use std::time::{Duration, Instant};
 
-use ringway_bridge::MacAddr;
-use ringway_dataplane::{
-    BalanceConfig, IdleConfig, InlineSwitch, PortConfig, PortKind, PortName, QueuePairs,
-    SocketSpec, Switch, SwitchConfig,
+use ringway_api::{
+    BalanceConfig, IdleConfig, PortConfig, PortName, SocketSpec, SwitchConfig, VhostUserConfig,
 };
+use ringway_bridge::MacAddr;
+use ringway_dataplane::{InlineSwitch, Switch};
 use ringway_guest::{Guest, Layout};
 use ringway_testbed::{BURST, RING_SIZE, Shape, Station};
 use tempfile::TempDir;
@@ -234,16 +234,8 @@ impl Busy {
         .unwrap();
         let add = |name: String| {
             let path = folder.path().join(&name);
-            let kind = PortKind::VhostUser {
-                socket: SocketSpec::Listen(path.clone()),
-                queue_pairs: QueuePairs::new(8).unwrap(),
-            };
-            let config = PortConfig {
-                kind,
-                mtu: None,
-                fdb_limit: None,
-                pins: std::collections::BTreeMap::new(),
-            };
+            let socket = SocketSpec::Listen(path.as_path().try_into().unwrap());
+            let config = PortConfig::VhostUser(VhostUserConfig::new(socket));
             switch.add_port(name.parse().unwrap(), config).unwrap();
             path
         };

@@ -24,7 +24,6 @@
 mod burst;
 mod burst_lock;
 mod housekeeping;
-mod info;
 mod isa;
 mod memory;
 mod offload;
@@ -38,16 +37,7 @@ mod wake;
 mod wire;
 mod worker;
 
-pub use info::{
-    AfXdpInfo, AfXdpQueueInfo, FdbEntryInfo, HeaderAction, PairCounters, PolledQueue, PortCounters,
-    PortDetail, PortInfo, PortState, QueueInfo, WorkerDetail, WorkerInfo,
-};
 pub use isa::isa_level;
-pub use ringway_api::{
-    AfXdpConfig, BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind,
-    PortName, PortNameError, QueuePairs, SocketSpec, SwitchConfig, SwitchError, UmemFrames,
-    XdpMode,
-};
 #[cfg(any(test, feature = "inline"))]
 pub use switch::InlineSwitch;
 pub use switch::Switch;

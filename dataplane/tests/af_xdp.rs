@@ -13,8 +13,8 @@ use common::host::{Raw, ip};
 use common::packet::{GSO_TCPV4, Packet, complete, judge, pattern};
 use common::{af_xdp, eventually, frame, lab_with_nic, mac, name, nic_info, receive};
 use etherparse::PacketBuilder;
+use ringway_api::{AfXdpConfig, BusyPoll, PortState, QueuePairs, UmemFrames, XdpMode};
 use ringway_bridge::DropReason;
-use ringway_dataplane::{AfXdpConfig, PortState, QueuePairs, UmemFrames, XdpMode};
 use ringway_guest::features::TSO;
 use ringway_guest::{FrameSource, Guest, NET_HEADER_BYTES};
 
@@ -151,7 +151,7 @@ fn two_queues_share_the_frames_and_a_guests_queue_keeps_to_one() {
 
 #[test]
 fn a_port_of_fewer_queues_leaves_the_others_to_the_kernel() {
-    let (lab, _) = lab_with_nic(2, 1500, |nic| nic.queue_pairs = QueuePairs::new(1));
+    let (lab, _) = lab_with_nic(2, 1500, |nic| nic.queues = QueuePairs::new(1));
     let mut guest = lab.guest("vm", Guest::builder());
     let host = Raw::for_type("xdp0", 0x0800);
     let far = Raw::for_type("far0", 0x0800);
@@ -286,7 +286,7 @@ fn a_sleeping_worker_wakes_for_each_frame() {
 #[test]
 fn busy_polling_is_taken_and_frames_pass() {
     let (lab, far) = lab_with_nic(1, 1500, |nic| {
-        nic.busy_poll = Some(Duration::from_micros(20));
+        nic.busy_poll_us = BusyPoll::new(20);
     });
     let mut guest = lab.guest("vm", Guest::builder());
     introduce(&mut guest, &far);
@@ -465,7 +465,7 @@ fn an_interface_that_goes_down_or_away_takes_its_port_down_and_nothing_else() {
     let mut a = lab.guest("a", Guest::builder());
     let mut b = lab.guest("b", Guest::builder());
     introduce(&mut a, &far);
-    let state = || lab.switch.port(&name("nic")).unwrap().info.state;
+    let state = || lab.switch.port(&name("nic")).unwrap().port.state;
     assert_eq!(state(), PortState::Up);
     let drops = || lab.counters("nic").tx_drops[DropReason::HostError];
     let mut flood = |seed| {

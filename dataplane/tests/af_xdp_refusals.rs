@@ -6,8 +6,8 @@ mod common;
 
 use common::host::{Raw, fresh_namespace, index_of, ip, veth};
 use common::observe::Footprint;
-use common::{Lab, af_xdp, eventually, frame, lab_with_nic, name, nic_info};
-use ringway_dataplane::{PortConfig, QueuePairs, SwitchError, UmemFrames, XdpMode};
+use common::{Lab, af_xdp, eventually, frame, ifname, lab_with_nic, name, nic_info};
+use ringway_api::{Mtu, PortConfig, QueuePairs, SwitchError, UmemFrames, XdpMode};
 
 /// Both modes that veth has.
 const MODES: [XdpMode; 2] = [XdpMode::Copy, XdpMode::Skb];
@@ -38,9 +38,9 @@ fn interfaces_that_can_not_do_it_are_refused_with_reason_and_remedy() {
     ip("link set tap0 mtu 9000 up");
     ip("link set br0 up");
     let lab = Lab::start();
-    let on = |ifname: &str, mode| {
+    let on = |interface: &str, mode| {
         af_xdp(|nic| {
-            nic.ifname = ifname.into();
+            nic.ifname = ifname(interface);
             nic.mode = mode;
         })
     };
@@ -65,7 +65,7 @@ fn interfaces_that_can_not_do_it_are_refused_with_reason_and_remedy() {
         (on("xdp0", XdpMode::ZeroCopy), "no zero-copy", "--mode copy"),
         (on("jumbo0", XdpMode::Auto), "MTU of 9001", "mtu 9000"),
         (
-            af_xdp(|nic| nic.queue_pairs = QueuePairs::new(3)),
+            af_xdp(|nic| nic.queues = QueuePairs::new(3)),
             "3 queues are asked for, and it has 2",
             "ethtool -L",
         ),
@@ -75,8 +75,7 @@ fn interfaces_that_can_not_do_it_are_refused_with_reason_and_remedy() {
         assert!(text.contains(reason), "{config:?}: {text}");
         assert!(hint.contains(remedy), "{config:?}: {hint}");
     }
-    let mut config = on("xdp0", XdpMode::Auto);
-    config.mtu = Some(9001);
+    let config = af_xdp(|nic| nic.mtu = Mtu::new(9001));
     assert!(refusal(&lab, config).0.contains("MTU of 9001"));
     // A driver without XDP serves all the same when the mode is left open.
     lab.switch

@@ -6,7 +6,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{DEADLINE, Lab, name};
-use ringway_dataplane::BalanceConfig;
+use ringway_api::BalanceConfig;
 use ringway_guest::Layout;
 use ringway_testbed::{Shape, Station, station};
 

@@ -4,6 +4,7 @@
 mod common;
 
 use common::{LAYOUTS, Lab, eventually, frame, receive};
+use ringway_api::Mtu;
 use ringway_bridge::DropReason;
 use ringway_guest::{Guest, GuestBuilder, Layout};
 
@@ -107,7 +108,7 @@ fn a_frame_too_large_for_unmergeable_buffers_is_dropped_and_counted() {
 fn frames_over_the_mtu_are_dropped_and_counted() {
     let lab = Lab::start();
     let mut a = lab.guest("a", Guest::builder());
-    let path = lab.add_port_with("b", |config| config.mtu = Some(1000));
+    let path = lab.add_port_with("b", |config| config.mtu = Mtu::new(1000));
     let mut b = Guest::builder().connect(&path).unwrap();
     // The longest frame is the MTU, an Ethernet header and a VLAN tag.
     a.send_frame(&frame(2, 1, 1019, 1)).unwrap();

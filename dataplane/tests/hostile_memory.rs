@@ -14,7 +14,7 @@ use std::time::Duration;
 use common::hostile::{BAD, MAIN, MAIN_END, PEER, RX, RawConfig, Stage, StopOnDrop, TX, plain};
 use common::observe::Footprint;
 use common::{DEADLINE, eventually, frame, name, receive};
-use ringway_dataplane::PortState;
+use ringway_api::PortState;
 use ringway_guest::{EventFd, Guest, GuestBuilder, RegionView};
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
 use vhost::vhost_user::message::FrontendReq;
@@ -88,7 +88,7 @@ fn expect_end(
     let answer = stage.bad.frontend.request(request, body, fds);
     assert!(answer.is_err(), "{why}: {body:x?}");
     eventually("the session ends", || {
-        stage.detail().info.state == PortState::Down
+        stage.detail().port.state == PortState::Down
     });
     let error = || stage.detail().last_error.unwrap_or_default();
     eventually("the reason is told", || error().contains(why));
@@ -437,7 +437,7 @@ fn cve_2026_86567_guests_connect_and_vanish_under_traffic_and_leave_nothing() {
     assert!(received >= ROUNDS / 4 * 8 - 8, "{received}");
     eventually("the port is empty", || {
         let port = stage.lab.switch.port(&name("churn")).unwrap();
-        port.mapped_bytes == 0 && port.info.state == PortState::Down
+        port.mapped_bytes == 0 && port.port.state == PortState::Down
     });
     footprint.unwrap().assert_flat();
     let mut guest = config.connect(&path).unwrap();
@@ -488,14 +488,14 @@ fn cve_2026_86561_memory_that_is_cut_off_under_traffic_fails_its_port_only() {
         eventually("the port fails", || {
             stage.peer.send_frame(&frame(BAD, PEER, 500, 1)).unwrap();
             while stage.peer.try_recv(0).unwrap().is_some() {}
-            stage.detail().info.state == PortState::Down
+            stage.detail().port.state == PortState::Down
         });
         let error = stage.detail().last_error.unwrap();
         assert!(error.contains("its memory file was cut off"), "{error}");
         // The rings can't be started in what is left.
         let base = stage.bad.frontend.stop_ring(TX).unwrap();
         assert!(stage.bad.start_ring(TX, base).is_err());
-        assert_eq!(stage.detail().info.state, PortState::Down);
+        assert_eq!(stage.detail().port.state, PortState::Down);
         stage.reconnect();
         assert!(stage.peer.flush(DEADLINE).unwrap());
         while stage.peer.try_recv(0).unwrap().is_some() {}

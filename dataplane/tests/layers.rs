@@ -11,7 +11,6 @@ const LAYERS: &[&str] = &[
     // Leaves: of the processor, or pure functions.
     "burst_lock",
     "isa",
-    "info",
     "placement",
     "topology",
     "wake",

@@ -8,7 +8,7 @@ mod common;
 use common::endpoint::{Endpoint, Kind, Message, Open, Setting, messages};
 use common::host::quiet_namespace;
 use common::{Lab, eventually};
-use ringway_dataplane::XdpMode;
+use ringway_api::XdpMode;
 use ringway_guest::Layout;
 
 /// Two endpoints of each kind, that know each other.

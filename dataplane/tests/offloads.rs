@@ -312,7 +312,7 @@ fn what_is_done_to_headers_is_told_for_each_pair() {
     for (from, to, what, done) in expected {
         assert_eq!(
             action(from, to),
-            Some((what, done.to_owned())),
+            Some((what.to_owned(), done.to_owned())),
             "{from} to {to}"
         );
     }

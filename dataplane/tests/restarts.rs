@@ -4,7 +4,7 @@
 mod common;
 
 use common::{LAYOUTS, Lab, eventually, frame, receive};
-use ringway_dataplane::PortState;
+use ringway_api::PortState;
 use ringway_guest::{EventFd, Guest, Layout, RingPlace};
 
 #[test]
@@ -93,7 +93,7 @@ fn a_guest_that_comes_back_finds_its_port() {
         drop(b);
         eventually("the port is down and its memory unmapped", || {
             let port = lab.switch.port(&common::name("b")).unwrap();
-            port.info.state == PortState::Down && port.mapped_bytes == 0
+            port.port.state == PortState::Down && port.mapped_bytes == 0
         });
     }
 }

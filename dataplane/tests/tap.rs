@@ -9,8 +9,8 @@ use std::process::Command;
 use common::host::{ip, mac_of, quiet_namespace};
 use common::{DEADLINE, Lab, eventually, frame, name, receive, tap};
 use etherparse::{PacketBuilder, PacketHeaders, TransportHeader};
+use ringway_api::{IfName, PortConfig, PortState, SwitchConfig, SwitchError};
 use ringway_bridge::DropReason;
-use ringway_dataplane::{PortKind, PortState, SwitchConfig, SwitchError};
 use ringway_guest::{Guest, features::TSO};
 
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
@@ -167,12 +167,12 @@ fn interfaces_go_with_their_port_unless_they_are_to_stay() {
     let lab = Lab::start();
     for (ifname, queues, persist) in [("rw0", 1, false), ("rw1", 4, false), ("rw2", 1, true)] {
         let mut config = tap(ifname, queues, true);
-        if let PortKind::Tap { persist: stays, .. } = &mut config.kind {
-            *stays = persist;
+        if let PortConfig::Tap(tap) = &mut config {
+            tap.persist = persist;
         }
         lab.switch.add_port(name("p"), config).unwrap();
         let detail = lab.switch.port(&name("p")).unwrap();
-        assert_eq!(detail.info.state, PortState::Up);
+        assert_eq!(detail.port.state, PortState::Up);
         assert_eq!(detail.queues.len(), usize::from(queues));
         assert!(exists(ifname));
         lab.switch.remove_port(&name("p")).unwrap();
@@ -200,10 +200,13 @@ fn interfaces_that_can_not_be_taps_are_refused_with_a_reason() {
         ("lo", 1, "no tap"),
         ("rw4", 2, "no tap"),
         ("rw5", 1, "no tap"),
-        ("a/b", 1, "name"),
-        ("sixteen-letters-", 1, "name"),
-        ("", 1, "name"),
     ];
+    // A name that no interface can have does not come as far as the switch.
+    for ifname in ["a/b", "sixteen-letters-", ""] {
+        let error = ifname.parse::<IfName>().unwrap_err();
+        assert!(error.to_string().contains("name"), "{ifname}: {error}");
+        assert!(!error.hint.is_empty());
+    }
     for (ifname, queues, part) in cases {
         let error = lab
             .switch
@@ -232,7 +235,7 @@ fn an_interface_that_is_deleted_takes_its_port_down_and_nothing_else() {
     let mut b = lab.guest("b", Guest::builder());
     ip("link del rw0");
     eventually("the port is down", || {
-        lab.switch.port(&name("host")).unwrap().info.state == PortState::Down
+        lab.switch.port(&name("host")).unwrap().port.state == PortState::Down
     });
     let sent = frame(0xff, 1, 64, 1);
     a.send_frame(&sent).unwrap();

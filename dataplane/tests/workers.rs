@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{DEADLINE, LAYOUTS, Lab, eventually, frame, mac, name, receive};
-use ringway_dataplane::{BalanceConfig, PortState, SwitchError};
+use ringway_api::{BalanceConfig, PortState, SwitchError};
 use ringway_guest::{Guest, Layout};
 
 /// A switch with two workers whose queues stay where they are put.
@@ -311,7 +311,7 @@ fn ports_and_guests_come_and_go_while_queues_change_hands() {
         drop(guest(&lab, 4, 2, Layout::Packed));
         lab.switch.remove_port(&name("p4")).unwrap();
         drop(c.take());
-        let state = || lab.switch.port(&name("p3")).unwrap().info.state;
+        let state = || lab.switch.port(&name("p3")).unwrap().port.state;
         eventually("the third port is down", || state() == PortState::Down);
         c = Some(config.clone().connect(&lab.socket("p3")).unwrap());
         times += 1;
@@ -401,7 +401,15 @@ fn what_can_not_be_pinned_is_refused_and_changes_nothing() {
     assert!(!lab.switch.unpin_queue(&name("p1"), 0).unwrap());
     assert_eq!(worker_of(&lab, 1, 0), 0);
     pin("p1", 0, 1).unwrap();
-    let pins = || lab.switch.port(&name("p1")).unwrap().info.config.pins;
+    let pins = || {
+        lab.switch
+            .port(&name("p1"))
+            .unwrap()
+            .port
+            .config
+            .pins()
+            .clone()
+    };
     assert_eq!(pins().into_iter().collect::<Vec<_>>(), [(0, 1)]);
     assert!(lab.switch.unpin_queue(&name("p1"), 0).unwrap());
     assert!(pins().is_empty());
@@ -421,8 +429,8 @@ fn a_port_is_added_with_its_pins_or_not_at_all() {
     let mut guest = Guest::builder().connect(&path).unwrap();
     guest.send_frame(&frame(0xff, 1, 64, 1)).unwrap();
     eventually("the frame is taken", || lab.switch.workers()[1].frames == 1);
-    let mut config = lab.switch.port(&name("p1")).unwrap().info.config;
-    config.pins = [(0, 2)].into();
+    let mut config = lab.switch.port(&name("p1")).unwrap().port.config;
+    *config.pins_mut() = [(0, 2)].into();
     let refused = lab.switch.add_port(name("p2"), config);
     assert!(matches!(
         refused,
@@ -444,10 +452,12 @@ fn loads_are_measured_and_told_by_worker() {
         receive(&mut b);
         let detail = lab.switch.worker(0).unwrap();
         let queue = &detail.queues[0];
-        assert_eq!((queue.port.as_str(), queue.pair), ("p1", 0));
+        assert_eq!((queue.port.as_str(), queue.queue), ("p1", 0));
         assert_eq!(detail.queues.len(), 16);
         let is_consistent = queue.bits_per_second == queue.frames_per_second * 8000.0;
-        detail.interval >= interval && queue.frames_per_second > 0.0 && is_consistent
+        detail.interval_seconds >= interval.as_secs_f64()
+            && queue.frames_per_second > 0.0
+            && is_consistent
     });
     assert!(matches!(
         lab.switch.worker(1),

@@ -1,141 +1,180 @@
-//! Why the switch refuses something.
+//! Error kinds and their JSON-RPC codes.
 
-use std::path::PathBuf;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
-use ringway_bridge::MacAddr;
+use crate::refusal::SwitchError;
 
-use super::config::PortName;
-
-/// Why the switch refused.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SwitchError {
-    /// There is no such CPU, or this process may not run on it.
-    #[error("CPU {cpu} does not exist or is not allowed to this process")]
-    NoSuchCpu {
-        /// The CPU.
-        cpu: usize,
-        /// CPUs that are allowed, as `0-1,4`.
-        allowed: String,
-    },
-    /// No worker CPU was given, or one twice.
-    #[error("worker CPUs: {reason}")]
-    BadWorkerCpus {
-        /// What is wrong.
-        reason: String,
-    },
+/// What went wrong: the stable name of an error, in `error.data.kind`. The codes of the first five
+/// are JSON-RPC's own; all others are in -32099 to -32000, which JSON-RPC leaves to servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The line is no JSON.
+    ParseError,
+    /// The JSON is no JSON-RPC 2.0 request.
+    InvalidRequest,
+    /// There is no such method.
+    MethodNotFound,
+    /// The parameters are not those of the method.
+    InvalidParams,
+    /// The daemon failed in a way that it does not understand.
+    InternalError,
     /// The name is taken.
-    #[error("port {name} exists already")]
-    PortExists {
-        /// The name.
-        name: PortName,
-    },
+    PortExists,
     /// There is no port of that name.
-    #[error("there is no port {name}")]
-    NoSuchPort {
-        /// The name.
-        name: PortName,
-    },
+    NoSuchPort,
     /// The port has no such queue pair.
-    #[error("port {port} has no queue {pair}")]
-    NoSuchQueue {
-        /// The port.
-        port: PortName,
-        /// The queue pair.
-        pair: u16,
-        /// How many it has.
-        pairs: u16,
-    },
-    /// There is no worker of that number.
-    #[error("there is no worker {worker}")]
-    NoSuchWorker {
-        /// The number.
-        worker: u16,
-        /// How many there are.
-        workers: u16,
-    },
-    /// All [`ringway_bridge::MAX_PORTS`] slots are taken.
-    #[error("the switch has {max} ports already", max = ringway_bridge::MAX_PORTS)]
+    NoSuchQueue,
+    /// All slots are taken.
     TooManyPorts,
-    /// The path of a socket to listen at can't be used.
-    #[error("can't listen at {path}: {reason}")]
-    SocketPath {
-        /// The path.
-        path: PathBuf,
-        /// What is wrong: a file that is no socket, a live process behind it, …
-        reason: String,
-        /// What to do.
-        hint: String,
-    },
+    /// The path of a vhost-user socket can't be used.
+    SocketPath,
     /// The tap can't be created or attached.
-    #[error("can't open tap {ifname}: {reason}")]
-    Tap {
-        /// The interface.
-        ifname: String,
-        /// What is wrong.
-        reason: String,
-        /// What to do.
-        hint: String,
-    },
+    Tap,
     /// The interface can't be used through AF_XDP.
-    #[error("can't use {ifname} through AF_XDP: {reason}")]
-    AfXdp {
-        /// The interface.
-        ifname: String,
-        /// What is wrong.
-        reason: String,
-        /// What to do.
-        hint: String,
-    },
-    /// There is no such row in the forwarding database.
-    #[error("the forwarding database has no entry for {mac}")]
-    NoSuchFdbEntry {
-        /// The address.
-        mac: MacAddr,
-    },
-    /// The forwarding database is full, or the address can't be an entry.
-    #[error("can't add {mac} to the forwarding database: {reason}")]
-    FdbRefused {
-        /// The address.
-        mac: MacAddr,
-        /// What is wrong.
-        reason: String,
-    },
-    /// A system call failed that has no better explanation.
-    #[error("{what}: {source}")]
-    System {
-        /// What was tried.
-        what: String,
-        /// The kernel's answer.
-        source: std::io::Error,
-    },
+    AfXdp,
+    /// The forwarding database has no such entry.
+    NoSuchFdbEntry,
+    /// The forwarding database can't take the entry.
+    FdbRefused,
+    /// There is no worker of that number.
+    NoSuchWorker,
+    /// There is no such CPU, or it is not allowed to the daemon.
+    NoSuchCpu,
+    /// The list of worker CPUs is empty or names one twice.
+    BadWorkerCpus,
+    /// A system call failed.
+    System,
+    /// All connections of the control socket are taken.
+    TooManyConnections,
+    /// A line is longer than the server takes; it closes the connection.
+    LineTooLong,
+    /// A batch has more requests, or would have a longer answer, than the server takes.
+    BatchTooLarge,
 }
 
-impl SwitchError {
-    /// One line that says what to do about it.
-    pub fn hint(&self) -> String {
+impl ErrorKind {
+    /// Every kind, in declaration order.
+    pub const ALL: [Self; 21] = [
+        Self::ParseError,
+        Self::InvalidRequest,
+        Self::MethodNotFound,
+        Self::InvalidParams,
+        Self::InternalError,
+        Self::PortExists,
+        Self::NoSuchPort,
+        Self::NoSuchQueue,
+        Self::TooManyPorts,
+        Self::SocketPath,
+        Self::Tap,
+        Self::AfXdp,
+        Self::NoSuchFdbEntry,
+        Self::FdbRefused,
+        Self::NoSuchWorker,
+        Self::NoSuchCpu,
+        Self::BadWorkerCpus,
+        Self::System,
+        Self::TooManyConnections,
+        Self::LineTooLong,
+        Self::BatchTooLarge,
+    ];
+
+    /// The kind as `error.code` (JSON-RPC 2.0, 5.1).
+    pub const fn code(self) -> i32 {
         match self {
-            Self::NoSuchCpu { allowed, .. } => format!("allowed CPUs are {allowed}"),
-            Self::BadWorkerCpus { .. } => "name each CPU once, as in --worker-cpus 1,2-3".into(),
-            Self::PortExists { name } => format!("`ringway port del {name}` removes it"),
-            Self::NoSuchPort { .. } => "`ringway port list` shows the ports".into(),
-            Self::NoSuchQueue { pairs, .. } => match pairs.saturating_sub(1) {
-                0 => "its only queue is 0".into(),
-                last => format!("its queues are 0 to {last}"),
-            },
-            Self::NoSuchWorker { workers, .. } => match workers.saturating_sub(1) {
-                0 => "the only worker is 0; --worker-cpus gives the daemon more".into(),
-                last => format!("the workers are 0 to {last}; `ringway worker list` shows them"),
-            },
-            Self::TooManyPorts => "delete a port first".into(),
-            Self::SocketPath { hint, .. } | Self::Tap { hint, .. } | Self::AfXdp { hint, .. } => {
-                hint.clone()
-            }
-            Self::NoSuchFdbEntry { .. } => "`ringway fdb list` shows the entries".into(),
-            Self::FdbRefused { .. } => {
-                "an entry is a station's own address; `ringway fdb flush` makes room".into()
-            }
-            Self::System { .. } => "see the daemon's log".into(),
+            Self::ParseError => -32700,
+            Self::InvalidRequest => -32600,
+            Self::MethodNotFound => -32601,
+            Self::InvalidParams => -32602,
+            Self::InternalError => -32603,
+            Self::PortExists => -32001,
+            Self::NoSuchPort => -32002,
+            Self::TooManyPorts => -32003,
+            Self::SocketPath => -32004,
+            Self::Tap => -32005,
+            Self::NoSuchQueue => -32006,
+            Self::AfXdp => -32007,
+            Self::NoSuchFdbEntry => -32010,
+            Self::FdbRefused => -32011,
+            Self::NoSuchWorker => -32020,
+            Self::NoSuchCpu => -32021,
+            Self::BadWorkerCpus => -32022,
+            Self::System => -32030,
+            Self::TooManyConnections => -32040,
+            Self::LineTooLong => -32041,
+            Self::BatchTooLarge => -32042,
         }
+    }
+}
+
+/// A refusal: what, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// The kind.
+    pub kind: ErrorKind,
+    /// One line that says what is wrong.
+    pub message: String,
+    /// One line that says what to do.
+    pub hint: String,
+}
+
+impl ApiError {
+    /// An error of `kind`.
+    pub fn new(kind: ErrorKind, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+            hint: hint.into(),
+        }
+    }
+}
+
+impl From<SwitchError> for ApiError {
+    fn from(error: SwitchError) -> Self {
+        let kind = match &error {
+            SwitchError::NoSuchCpu { .. } => ErrorKind::NoSuchCpu,
+            SwitchError::BadWorkerCpus { .. } => ErrorKind::BadWorkerCpus,
+            SwitchError::PortExists { .. } => ErrorKind::PortExists,
+            SwitchError::NoSuchPort { .. } => ErrorKind::NoSuchPort,
+            SwitchError::NoSuchQueue { .. } => ErrorKind::NoSuchQueue,
+            SwitchError::NoSuchWorker { .. } => ErrorKind::NoSuchWorker,
+            SwitchError::TooManyPorts => ErrorKind::TooManyPorts,
+            SwitchError::SocketPath { .. } => ErrorKind::SocketPath,
+            SwitchError::Tap { .. } => ErrorKind::Tap,
+            SwitchError::AfXdp { .. } => ErrorKind::AfXdp,
+            SwitchError::NoSuchFdbEntry { .. } => ErrorKind::NoSuchFdbEntry,
+            SwitchError::FdbRefused { .. } => ErrorKind::FdbRefused,
+            SwitchError::System { .. } => ErrorKind::System,
+        };
+        Self::new(kind, error.to_string(), error.hint())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn codes_are_unique_and_within_the_documented_ranges() {
+        let codes: BTreeSet<i32> = ErrorKind::ALL.iter().map(|kind| kind.code()).collect();
+        assert_eq!(codes.len(), ErrorKind::ALL.len());
+        for code in codes {
+            let standard = matches!(code, -32700 | -32603..=-32600);
+            assert!(standard || (-32099..=-32000).contains(&code), "{code}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_the_switch_keeps_its_text_and_hint() {
+        let error = ApiError::from(SwitchError::NoSuchPort {
+            name: "vm1".parse().unwrap(),
+        });
+        assert_eq!(error.kind, ErrorKind::NoSuchPort);
+        assert_eq!(error.message, "there is no port vm1");
+        assert_eq!(error.hint, "`ringway port list` shows the ports");
     }
 }

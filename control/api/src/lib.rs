@@ -1,13 +1,50 @@
-//! The types of ringway's control API: what is configured, what is told, what is refused.
+//! The types of ringway's control API: what is configured, told, refused, and asked for.
 //!
-//! The dataplane takes and returns them, so that a setting or a counter is declared once.
+//! ```text
+//! ringway, any other client --JSON-RPC--> ringwayd --these types--> Switch
+//!                                  ringway.toml --^
+//! ```
+//!
+//! The dataplane takes and returns them, so a setting, a counter or an error is declared once: here,
+//! with the text that the JSON schema (`docs/control-api.schema.json`) tells of it. Values are parsed
+//! once, by the types of this crate; what has a [`PortName`] has a name that a port can have.
+//!
+//! Names are snake_case and carry their units. Rx and Tx are from the switch's point of view: what
+//! a guest transmits is our Rx. Parameters refuse unknown fields; clients should ignore unknown
+//! fields of results, because later versions add some.
 #![forbid(unsafe_code)]
 
-mod config;
 mod error;
+mod info;
+mod measure;
+mod method;
+mod port;
+mod refusal;
+mod schema;
+mod switch;
+mod value;
 
-pub use config::{
-    AfXdpConfig, BalanceConfig, IdleConfig, MAX_PORT_NAME, MAX_QUEUE_PAIRS, PortConfig, PortKind,
-    PortName, PortNameError, QueuePairs, SocketSpec, SwitchConfig, UmemFrames, XdpMode,
+pub use error::{ApiError, ErrorKind};
+pub use info::{
+    AfXdpInfo, AfXdpQueueInfo, DaemonReport, FdbEntry, HeaderAction, PolledQueue, PortCounters,
+    PortDetail, PortInfo, PortState, QueueInfo, WorkerDetail, WorkerInfo,
 };
-pub use error::SwitchError;
+pub use measure::{Drops, PairCounters, PortSample, Sample, WorkerSample};
+pub use method::{
+    DaemonInfo, Done, FdbAdd, FdbAddParams, FdbDel, FdbDelParams, FdbFlush, FdbFlushParams,
+    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, NoParams,
+    PortAdd, PortAddParams, PortDel, PortDelParams, PortDelResult, PortList, PortListResult,
+    PortShow, PortShowParams, WorkerList, WorkerListResult, WorkerPin, WorkerPinParams, WorkerShow,
+    WorkerShowParams, WorkerUnpin, WorkerUnpinParams, WorkerUnpinResult, method_names,
+};
+pub use port::{
+    AfXdpConfig, Pins, PortConfig, PortKind, SocketSpec, TapConfig, VhostUserConfig, XdpMode,
+    kinds_with,
+};
+pub use refusal::SwitchError;
+pub use schema::document;
+pub use switch::{BalanceConfig, IdleConfig, SwitchConfig};
+pub use value::{
+    BadValue, BusyPoll, FdbLimit, IfName, MAX_PORT_NAME, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, Mtu,
+    PortName, QueuePairs, SocketPath, UmemFrames,
+};

@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use ringway_bridge::MacAddr;
-use ringway_dataplane::PortName;
 
 use super::units::Rate;
-use crate::api::{KindName, ModeName, PortSettings};
+use crate::api::{
+    AfXdpConfig, BadValue, BusyPoll, FdbLimit, IfName, Mtu, PortConfig, PortName, QueuePairs,
+    SocketPath, SocketSpec, TapConfig, UmemFrames, VhostUserConfig, XdpMode,
+};
 
 /// How long the daemon may take to answer unless told.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -113,7 +115,6 @@ pub enum PortVerb {
     #[command(after_help = ADD_HELP)]
     Add {
         /// Name: 1 to 63 of A-Z a-z 0-9 . _ -, starting with a letter or digit
-        #[arg(value_parser = port_name)]
         name: PortName,
         /// What is behind the port
         #[command(subcommand)]
@@ -122,7 +123,6 @@ pub enum PortVerb {
     /// Delete a port: its socket, interface and guest memory are gone afterwards
     Del {
         /// The port
-        #[arg(value_parser = port_name)]
         name: PortName,
         /// Succeed also if there is no such port
         #[arg(long)]
@@ -136,7 +136,6 @@ pub enum PortVerb {
     #[command(after_help = SHOW_HELP)]
     Show {
         /// The port
-        #[arg(value_parser = port_name)]
         name: PortName,
     },
 }
@@ -179,14 +178,14 @@ pub enum AddKind {
     #[command(group(clap::ArgGroup::new("path").required(true).args(["listen", "connect"])))]
     VhostUser {
         /// Wait at this path for the front-end (QEMU is the client)
-        #[arg(long, value_name = "PATH")]
-        listen: Option<PathBuf>,
+        #[arg(long, value_name = "PATH", value_parser = socket_path)]
+        listen: Option<SocketPath>,
         /// Connect to this path, again and again (QEMU is the server)
-        #[arg(long, value_name = "PATH")]
-        connect: Option<PathBuf>,
+        #[arg(long, value_name = "PATH", value_parser = socket_path)]
+        connect: Option<SocketPath>,
         /// Most queue pairs that the guest may use, 1 to 64 [default: 8]
         #[arg(long, value_name = "N")]
-        queues: Option<u16>,
+        queues: Option<QueuePairs>,
         #[command(flatten)]
         common: AddCommon,
     },
@@ -194,10 +193,10 @@ pub enum AddKind {
     Tap {
         /// Interface name; created if there is none
         #[arg(long, value_name = "IF")]
-        ifname: String,
+        ifname: IfName,
         /// Queue pairs to open, 1 to 64 [default: 1]
         #[arg(long, value_name = "N")]
-        queues: Option<u16>,
+        queues: Option<QueuePairs>,
         /// Leave the interface in place when the port goes
         #[arg(long)]
         persist: bool,
@@ -213,20 +212,20 @@ pub enum AddKind {
     AfXdp {
         /// Interface name; it exists and is up
         #[arg(long, value_name = "IF")]
-        ifname: String,
+        ifname: IfName,
         /// Queues to take, from the first on, 1 to 64 [default: all that the interface has]
         #[arg(long, value_name = "N")]
-        queues: Option<u16>,
+        queues: Option<QueuePairs>,
         /// How frames are exchanged with the kernel [default: auto]
         #[arg(long)]
-        mode: Option<ModeName>,
+        mode: Option<XdpMode>,
         /// Frames of memory for each queue, half of them each way: a power of two, 128 to 65536
         /// [default: 4096]
         #[arg(long, value_name = "N")]
-        umem_frames: Option<u32>,
+        umem_frames: Option<UmemFrames>,
         /// Have the kernel poll the NIC for so long, 1 to 1000, rather than wait for interrupts
         #[arg(long, value_name = "MICROSECONDS")]
-        busy_poll_us: Option<u32>,
+        busy_poll_us: Option<BusyPoll>,
         /// Leave TCP segments as they come, rather than join them for ports that take such frames
         #[arg(long)]
         no_gro: bool,
@@ -246,49 +245,53 @@ Examples:
   ringway port add uplink af-xdp --ifname eth1 --queues 2 --mode zero-copy --busy-poll-us 20";
 
 /// Settings of all kinds of port.
-#[derive(Debug, ClapArgs)]
+#[derive(Clone, Copy, Debug, ClapArgs)]
 pub struct AddCommon {
     /// L3 MTU in bytes, 68 to 65521 [default: the front-end's or the interface's]
     #[arg(long, value_name = "BYTES")]
-    pub mtu: Option<u16>,
+    pub mtu: Option<Mtu>,
     /// Most MAC addresses learned behind the port [default: no limit]
     #[arg(long, value_name = "N")]
-    pub fdb_limit: Option<u32>,
+    pub fdb_limit: Option<FdbLimit>,
 }
 
 impl AddKind {
-    /// The settings, with paths made absolute: the daemon has another working directory.
-    ///
-    /// # Errors
-    /// There is no working directory.
-    pub fn settings(&self) -> std::io::Result<PortSettings> {
-        let absolute = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
-        let (mut settings, common) = match self {
+    /// The port's configuration: what was not said is as it is when nothing is said.
+    pub fn config(&self) -> PortConfig {
+        match self {
             Self::VhostUser {
                 listen,
                 connect,
                 queues,
-                common,
+                common: AddCommon { mtu, fdb_limit },
             } => {
-                let mut settings = PortSettings::new(KindName::VhostUser);
-                settings.listen = absolute(listen)?;
-                settings.connect = absolute(connect)?;
-                settings.queues = *queues;
-                (settings, common)
+                let listen = listen.clone().map(SocketSpec::Listen);
+                let socket = listen.or_else(|| connect.clone().map(SocketSpec::Connect));
+                // The group makes clap refuse a command line with neither.
+                let default = VhostUserConfig::new(socket.expect("a path is given"));
+                PortConfig::VhostUser(VhostUserConfig {
+                    queues: queues.unwrap_or(default.queues),
+                    mtu: *mtu,
+                    fdb_limit: *fdb_limit,
+                    ..default
+                })
             }
             Self::Tap {
                 ifname,
                 queues,
                 persist,
                 no_offload,
-                common,
+                common: AddCommon { mtu, fdb_limit },
             } => {
-                let mut settings = PortSettings::new(KindName::Tap);
-                settings.ifname = Some(ifname.clone());
-                settings.queues = *queues;
-                settings.persist = Some(*persist);
-                settings.offload = Some(!no_offload);
-                (settings, common)
+                let default = TapConfig::new(ifname.clone());
+                PortConfig::Tap(TapConfig {
+                    queues: queues.unwrap_or(default.queues),
+                    mtu: *mtu,
+                    persist: *persist,
+                    offload: !no_offload,
+                    fdb_limit: *fdb_limit,
+                    ..default
+                })
             }
             Self::AfXdp {
                 ifname,
@@ -297,21 +300,21 @@ impl AddKind {
                 umem_frames,
                 busy_poll_us,
                 no_gro,
-                common,
+                common: AddCommon { mtu, fdb_limit },
             } => {
-                let mut settings = PortSettings::new(KindName::AfXdp);
-                settings.ifname = Some(ifname.clone());
-                settings.queues = *queues;
-                settings.mode = *mode;
-                settings.umem_frames = *umem_frames;
-                settings.busy_poll_us = *busy_poll_us;
-                settings.gro = Some(!no_gro);
-                (settings, common)
+                let default = AfXdpConfig::new(ifname.clone());
+                PortConfig::AfXdp(AfXdpConfig {
+                    queues: *queues,
+                    mtu: *mtu,
+                    mode: mode.unwrap_or(default.mode),
+                    umem_frames: umem_frames.unwrap_or(default.umem_frames),
+                    busy_poll_us: *busy_poll_us,
+                    gro: !no_gro,
+                    fdb_limit: *fdb_limit,
+                    ..default
+                })
             }
-        };
-        settings.mtu = common.mtu;
-        settings.fdb_limit = common.fdb_limit;
-        Ok(settings)
+        }
     }
 }
 
@@ -321,7 +324,7 @@ pub enum FdbVerb {
     /// List the entries
     List {
         /// Only those of this port
-        #[arg(long, value_name = "PORT", value_parser = port_name)]
+        #[arg(long, value_name = "PORT")]
         port: Option<PortName>,
     },
     /// Add a static entry, or make a learned one static: it neither ages nor moves
@@ -329,7 +332,6 @@ pub enum FdbVerb {
         /// The address, as 52:54:00:00:00:01
         mac: MacAddr,
         /// The port behind which it is
-        #[arg(value_parser = port_name)]
         port: PortName,
     },
     /// Delete an entry, static or learned
@@ -340,7 +342,7 @@ pub enum FdbVerb {
     /// Forget learned entries; static ones stay
     Flush {
         /// Only those of this port
-        #[arg(long, value_name = "PORT", value_parser = port_name)]
+        #[arg(long, value_name = "PORT")]
         port: Option<PortName>,
     },
 }
@@ -361,7 +363,6 @@ pub enum WorkerVerb {
     #[command(after_help = PIN_HELP)]
     Pin {
         /// The port
-        #[arg(value_parser = port_name)]
         port: PortName,
         /// Number of the queue pair, from 0
         queue: u16,
@@ -371,7 +372,6 @@ pub enum WorkerVerb {
     /// Leave it to the daemon again which worker polls a queue
     Unpin {
         /// The port
-        #[arg(value_parser = port_name)]
         port: PortName,
         /// Number of the queue pair, from 0
         queue: u16,
@@ -410,10 +410,10 @@ Examples:
 #[command(after_help = MEASURE_HELP)]
 pub struct MeasureArgs {
     /// Only what comes from this port
-    #[arg(long, value_name = "PORT", value_parser = port_name)]
+    #[arg(long, value_name = "PORT")]
     pub from: Option<PortName>,
     /// Only what goes to this port
-    #[arg(long, value_name = "PORT", value_parser = port_name)]
+    #[arg(long, value_name = "PORT")]
     pub to: Option<PortName>,
     /// How long; 0 until interrupted
     #[arg(short, long, value_name = "SECONDS", default_value = "10", value_parser = duration)]
@@ -446,8 +446,12 @@ Examples:
   ringway measure --from vm1 --to vm2 -t 60 -i 10 -j
   ringway measure --to vm2 --min 1.5G && echo fast enough";
 
-fn port_name(text: &str) -> Result<PortName, &'static str> {
-    text.parse().map_err(|_| crate::config::PORT_NAME_HINT)
+/// A path made absolute: the daemon has another working directory.
+fn socket_path(text: &str) -> Result<SocketPath, BadValue> {
+    match std::path::absolute(text) {
+        Ok(path) => SocketPath::try_from(&*path),
+        Err(_) => text.parse(),
+    }
 }
 
 fn timeout(text: &str) -> Result<Duration, String> {
@@ -507,6 +511,12 @@ mod tests {
         let Noun::Port(PortVerb::Add { kind, .. }) = args.noun else {
             panic!("another noun");
         };
-        assert!(kind.settings().unwrap().listen.unwrap().is_absolute());
+        let PortConfig::VhostUser(config) = kind.config() else {
+            panic!("another kind");
+        };
+        let SocketSpec::Listen(path) = config.socket else {
+            panic!("another end");
+        };
+        assert!(path.as_path().is_absolute());
     }
 }

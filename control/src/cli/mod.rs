@@ -24,7 +24,7 @@ use self::args::{FdbVerb, Noun, PortVerb, WorkerVerb};
 use crate::api::{
     DaemonInfo, FdbAdd, FdbAddParams, FdbDel, FdbDelParams, FdbFlush, FdbFlushParams, FdbList,
     FdbListParams, Method, NoParams, PortAdd, PortAddParams, PortDel, PortDelParams, PortList,
-    PortShow, PortShowParams, WorkerList, WorkerPin, WorkerPinParams, WorkerReport, WorkerShow,
+    PortShow, PortShowParams, WorkerInfo, WorkerList, WorkerPin, WorkerPinParams, WorkerShow,
     WorkerShowParams, WorkerUnpin, WorkerUnpinParams,
 };
 use crate::rpc::{CallError, Client};
@@ -209,17 +209,9 @@ fn ask<M: Method>(
 fn port(args: &Args, verb: &PortVerb) -> Result<(), Stop> {
     match verb {
         PortVerb::Add { name, kind } => {
-            let config = kind.settings().map_err(|error| Stop::local(&error))?;
-            if let Err(error) = config.to_config() {
-                let field = error.field.replace('_', "-");
-                let what = format!("--{field}: {}", error.reason);
-                return Err(Stop::Failed(Failure::new(
-                    EXIT_USAGE, "usage", what, error.hint,
-                )));
-            }
             let params = PortAddParams {
-                name: name.to_string(),
-                config,
+                name: name.clone(),
+                config: kind.config(),
             };
             ask::<PortAdd>(args, &params, |out, port| {
                 writeln!(out, "port {} added", port.name)
@@ -227,7 +219,7 @@ fn port(args: &Args, verb: &PortVerb) -> Result<(), Stop> {
         }
         PortVerb::Del { name, if_exists } => {
             let params = PortDelParams {
-                name: name.to_string(),
+                name: name.clone(),
                 if_exists: *if_exists,
             };
             ask::<PortDel>(args, &params, |out, result| match result.deleted {
@@ -237,9 +229,7 @@ fn port(args: &Args, verb: &PortVerb) -> Result<(), Stop> {
         }
         PortVerb::List => ask::<PortList>(args, &NoParams {}, print::ports),
         PortVerb::Show { name } => {
-            let params = PortShowParams {
-                name: name.to_string(),
-            };
+            let params = PortShowParams { name: name.clone() };
             ask::<PortShow>(args, &params, print::port)
         }
     }
@@ -248,26 +238,24 @@ fn port(args: &Args, verb: &PortVerb) -> Result<(), Stop> {
 fn fdb(args: &Args, verb: &FdbVerb) -> Result<(), Stop> {
     match verb {
         FdbVerb::List { port } => {
-            let port = port.as_ref().map(ToString::to_string);
+            let port = port.clone();
             ask::<FdbList>(args, &FdbListParams { port }, print::fdb)
         }
         FdbVerb::Add { mac, port } => {
             let params = FdbAddParams {
-                mac: mac.to_string(),
-                port: port.to_string(),
+                mac: *mac,
+                port: port.clone(),
             };
             ask::<FdbAdd>(args, &params, |out, _| {
                 writeln!(out, "{mac} is behind {port}")
             })
         }
         FdbVerb::Del { mac } => {
-            let params = FdbDelParams {
-                mac: mac.to_string(),
-            };
+            let params = FdbDelParams { mac: *mac };
             ask::<FdbDel>(args, &params, |out, _| writeln!(out, "{mac} deleted"))
         }
         FdbVerb::Flush { port } => {
-            let port = port.as_ref().map(ToString::to_string);
+            let port = port.clone();
             ask::<FdbFlush>(args, &FdbFlushParams { port }, |out, result| {
                 writeln!(out, "{} learned entries forgotten", result.flushed)
             })
@@ -289,7 +277,7 @@ fn worker(args: &Args, verb: &WorkerVerb) -> Result<(), Stop> {
             worker,
         } => {
             let params = WorkerPinParams {
-                port: port.to_string(),
+                port: port.clone(),
                 queue: *queue,
                 worker: *worker,
             };
@@ -299,7 +287,7 @@ fn worker(args: &Args, verb: &WorkerVerb) -> Result<(), Stop> {
         }
         WorkerVerb::Unpin { port, queue } => {
             let params = WorkerUnpinParams {
-                port: port.to_string(),
+                port: port.clone(),
                 queue: *queue,
             };
             ask::<WorkerUnpin>(args, &params, |out, result| match result.was_pinned {
@@ -315,7 +303,7 @@ fn all_workers(args: &Args) -> Result<(), Stop> {
     let mut client = connect(args)?;
     let list = client.call::<WorkerList>(&NoParams {})?.workers;
     let mut all = Vec::new();
-    for WorkerReport { index, .. } in list {
+    for WorkerInfo { index, .. } in list {
         all.push(client.call::<WorkerShow>(&WorkerShowParams { index })?);
     }
     if args.json {

@@ -5,9 +5,9 @@ use std::fmt::{self, Write};
 use super::table::{Align, Table};
 use super::units;
 use crate::api::{
-    AfXdpReport, Counters, DaemonReport, Drops, FdbListResult, HeaderActionReport, KindName,
-    PolledQueueReport, PortListResult, PortReport, PortShowResult, QueueReport, WorkerListResult,
-    WorkerReport, WorkerShowResult,
+    AfXdpConfig, AfXdpInfo, DaemonReport, Drops, FdbListResult, HeaderAction, PolledQueue,
+    PortConfig, PortCounters, PortDetail, PortInfo, PortListResult, QueueInfo, SocketSpec,
+    WorkerDetail, WorkerInfo, WorkerListResult,
 };
 
 /// What stands for nothing.
@@ -38,11 +38,11 @@ pub(super) fn ports(out: &mut dyn Write, list: &PortListResult) -> fmt::Result {
             .total()
             .saturating_add(counters.tx_drops.total());
         table.row([
-            port.name.clone(),
-            port.config.kind.as_str().into(),
+            port.name.to_string(),
+            port.config.kind().as_str().into(),
             port.state.as_str().into(),
-            optional(port.config.queues),
-            optional(port.config.mtu),
+            optional(port.config.queues()),
+            optional(port.config.mtu()),
             units::count(counters.rx_frames),
             units::bytes(counters.rx_bytes),
             units::count(counters.tx_frames),
@@ -55,31 +55,31 @@ pub(super) fn ports(out: &mut dyn Write, list: &PortListResult) -> fmt::Result {
 }
 
 /// `ringway port show`.
-pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
+pub(super) fn port(out: &mut dyn Write, show: &PortDetail) -> fmt::Result {
     let port = &show.port;
     writeln!(out, "port {}", port.name)?;
     where_it_is(out, port)?;
     field(out, "state", port.state.as_str())?;
     let started = show.queues.iter().filter(|q| q.rx_started || q.tx_started);
-    let pairs = match port.config.queues {
+    let pairs = match port.config.queues() {
         Some(most) => format!("{} started of {most}", started.count()),
         None => format!("{}, all of the interface's", started.count()),
     };
     field(out, "queue pairs", &pairs)?;
-    if !port.config.pins.is_empty() {
-        let pins = port.config.pins.iter();
+    if !port.config.pins().is_empty() {
+        let pins = port.config.pins().iter();
         let pins: Vec<_> = pins
             .map(|(queue, worker)| format!("{queue} to worker {worker}"))
             .collect();
         field(out, "pinned", &pins.join(", "))?;
     }
     field(out, "mtu", &optional(show.mtu))?;
-    let limit = match port.config.fdb_limit {
+    let limit = match port.config.fdb_limit() {
         Some(limit) => format!("{} of {limit} at most", port.fdb_entries),
         None => port.fdb_entries.to_string(),
     };
     field(out, "mac addresses", &limit)?;
-    if port.config.kind == KindName::VhostUser {
+    if matches!(port.config, PortConfig::VhostUser(_)) {
         field(out, "connections", &show.connections.to_string())?;
         let mapped = units::binary_bytes(show.mapped_bytes);
         field(
@@ -88,8 +88,9 @@ pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
             &format!("{mapped} in {} regions", show.memory_regions),
         )?;
     }
-    if let Some(xdp) = &show.af_xdp {
-        af_xdp(out, port, xdp)?;
+    if let (PortConfig::AfXdp(config), Some(xdp)) = (&port.config, &show.af_xdp) {
+        af_xdp(out, config, xdp)?;
+        gro(out, config, &port.counters)?;
     }
     field(out, "features", &show.features.join(" "))?;
     field(out, "protocol", &show.protocol_features.join(" "))?;
@@ -107,15 +108,15 @@ pub(super) fn port(out: &mut dyn Write, show: &PortShowResult) -> fmt::Result {
 }
 
 /// Header actions, a line for all destinations of one kind.
-fn actions(out: &mut dyn Write, actions: &[HeaderActionReport]) -> fmt::Result {
-    let mut kinds: Vec<(&HeaderActionReport, Vec<&str>)> = Vec::new();
+fn actions(out: &mut dyn Write, actions: &[HeaderAction]) -> fmt::Result {
+    let mut kinds: Vec<(&HeaderAction, Vec<&str>)> = Vec::new();
     for action in actions {
-        let alike = |known: &&mut (&HeaderActionReport, Vec<&str>)| {
+        let alike = |known: &&mut (&HeaderAction, Vec<&str>)| {
             (&known.0.action, &known.0.done) == (&action.action, &action.done)
         };
         match kinds.iter_mut().find(alike) {
-            Some((_, names)) => names.push(&action.to),
-            None => kinds.push((action, vec![&action.to])),
+            Some((_, names)) => names.push(action.to.as_str()),
+            None => kinds.push((action, vec![action.to.as_str()])),
         }
     }
     if kinds.is_empty() {
@@ -137,9 +138,11 @@ fn actions(out: &mut dyn Write, actions: &[HeaderActionReport]) -> fmt::Result {
     table.write(out)
 }
 
-fn af_xdp(out: &mut dyn Write, port: &PortReport, xdp: &AfXdpReport) -> fmt::Result {
-    let asked = port.config.mode.filter(|mode| *mode != xdp.mode);
-    let note = asked.map_or(String::new(), |mode| format!(" ({})", mode.as_str()));
+fn af_xdp(out: &mut dyn Write, config: &AfXdpConfig, xdp: &AfXdpInfo) -> fmt::Result {
+    let note = match config.mode {
+        mode if mode == xdp.mode => String::new(),
+        mode => format!(" ({})", mode.as_str()),
+    };
     field(out, "mode", &format!("{}{note}", xdp.mode.as_str()))?;
     field(out, "xdp program", &format!("id {}", xdp.program_id))?;
     let buffers = if xdp.multi_buffer { "several" } else { "one" };
@@ -147,21 +150,23 @@ fn af_xdp(out: &mut dyn Write, port: &PortReport, xdp: &AfXdpReport) -> fmt::Res
     let pages = if xdp.huge_pages { " in huge pages" } else { "" };
     let memory = units::binary_bytes(xdp.umem_bytes);
     field(out, "frame memory", &format!("{memory}{pages}"))?;
-    if let Some(us) = port.config.busy_poll_us {
-        field(out, "busy poll", &format!("{us} us"))?;
+    match config.busy_poll_us {
+        Some(us) => field(out, "busy poll", &format!("{us} us")),
+        None => Ok(()),
     }
-    let joined = match port.config.gro {
-        Some(false) => "off".to_owned(),
-        _ => format!(
-            "{} TCP segments joined to the frame before",
-            units::count(port.counters.rx_gro_merged)
-        ),
+}
+
+fn gro(out: &mut dyn Write, config: &AfXdpConfig, counters: &PortCounters) -> fmt::Result {
+    let merged = units::count(counters.rx_gro_merged);
+    let text = match config.gro {
+        true => format!("{merged} TCP segments joined to the frame before"),
+        false => "off".to_owned(),
     };
-    field(out, "gro", &joined)
+    field(out, "gro", &text)
 }
 
 /// The rings between an AF_XDP port and the kernel, and what the kernel lost.
-fn rings(out: &mut dyn Write, xdp: &AfXdpReport) -> fmt::Result {
+fn rings(out: &mut dyn Write, xdp: &AfXdpInfo) -> fmt::Result {
     let mut table = Table::new(&[
         ("QUEUE", Align::Right),
         ("FILL", Align::Right),
@@ -191,29 +196,27 @@ fn rings(out: &mut dyn Write, xdp: &AfXdpReport) -> fmt::Result {
     table.write(out)
 }
 
-fn where_it_is(out: &mut dyn Write, port: &PortReport) -> fmt::Result {
-    field(out, "kind", port.config.kind.as_str())?;
-    if let Some(path) = &port.config.listen {
-        field(out, "listen", &path.display().to_string())?;
+fn where_it_is(out: &mut dyn Write, port: &PortInfo) -> fmt::Result {
+    field(out, "kind", port.config.kind().as_str())?;
+    match &port.config {
+        PortConfig::VhostUser(guest) => match &guest.socket {
+            SocketSpec::Listen(path) => field(out, "listen", path.as_str()),
+            SocketSpec::Connect(path) => field(out, "connect", path.as_str()),
+        },
+        PortConfig::Tap(tap) => {
+            let note = match (tap.persist, tap.offload) {
+                (false, true) => "",
+                (true, true) => " (persistent)",
+                (false, false) => " (no offload)",
+                (true, false) => " (persistent, no offload)",
+            };
+            field(out, "interface", &format!("{}{note}", tap.ifname))
+        }
+        PortConfig::AfXdp(nic) => field(out, "interface", nic.ifname.as_str()),
     }
-    if let Some(path) = &port.config.connect {
-        field(out, "connect", &path.display().to_string())?;
-    }
-    if let Some(ifname) = &port.config.ifname {
-        let persist = port.config.persist == Some(true);
-        let offload = port.config.offload != Some(false);
-        let note = match (persist, offload) {
-            (false, true) => "",
-            (true, true) => " (persistent)",
-            (false, false) => " (no offload)",
-            (true, false) => " (persistent, no offload)",
-        };
-        field(out, "interface", &format!("{ifname}{note}"))?;
-    }
-    Ok(())
 }
 
-fn traffic(out: &mut dyn Write, counters: &Counters) -> fmt::Result {
+fn traffic(out: &mut dyn Write, counters: &PortCounters) -> fmt::Result {
     let flow = |frames, bytes| format!("{} frames, {}", units::count(frames), units::bytes(bytes));
     field(
         out,
@@ -237,7 +240,7 @@ fn traffic(out: &mut dyn Write, counters: &Counters) -> fmt::Result {
     field(out, "tx gso", &gso)
 }
 
-fn queues(out: &mut dyn Write, queues: &[QueueReport]) -> fmt::Result {
+fn queues(out: &mut dyn Write, queues: &[QueueInfo]) -> fmt::Result {
     if queues.is_empty() {
         return Ok(());
     }
@@ -288,7 +291,12 @@ pub(super) fn fdb(out: &mut dyn Write, list: &FdbListResult) -> fmt::Result {
         } else {
             ("learned", units::span(entry.age_seconds))
         };
-        table.row([entry.mac.clone(), entry.port.clone(), kind.into(), age]);
+        table.row([
+            entry.mac.to_string(),
+            entry.port.to_string(),
+            kind.into(),
+            age,
+        ]);
     }
     table.write(out)
 }
@@ -312,7 +320,7 @@ pub(super) fn workers(out: &mut dyn Write, list: &WorkerListResult) -> fmt::Resu
         let [busy, polling, asleep] = shares(worker);
         table.row([
             worker.index.to_string(),
-            optional(worker.cpu),
+            worker.cpu.to_string(),
             worker.queues.to_string(),
             worker.active_queues.to_string(),
             percent(worker.recent_busy_share),
@@ -328,13 +336,10 @@ pub(super) fn workers(out: &mut dyn Write, list: &WorkerListResult) -> fmt::Resu
 }
 
 /// `ringway worker show`.
-pub(super) fn worker(out: &mut dyn Write, show: &WorkerShowResult) -> fmt::Result {
+pub(super) fn worker(out: &mut dyn Write, show: &WorkerDetail) -> fmt::Result {
     let worker = &show.worker;
     writeln!(out, "worker {}", worker.index)?;
-    let cpu = worker
-        .cpu
-        .map_or_else(|| "not pinned".to_owned(), |cpu| cpu.to_string());
-    field(out, "cpu", &cpu)?;
+    field(out, "cpu", &worker.cpu.to_string())?;
     let queues = format!("{} of {} active", worker.active_queues, worker.queues);
     field(out, "source queues", &queues)?;
     let [busy, polling, asleep] = shares(worker);
@@ -354,8 +359,8 @@ pub(super) fn worker(out: &mut dyn Write, show: &WorkerShowResult) -> fmt::Resul
     polled_queues(out, &show.queues)
 }
 
-fn polled_queues(out: &mut dyn Write, queues: &[PolledQueueReport]) -> fmt::Result {
-    let is_shown = |queue: &&PolledQueueReport| queue.rx_frames > 0 || queue.is_pinned;
+fn polled_queues(out: &mut dyn Write, queues: &[PolledQueue]) -> fmt::Result {
+    let is_shown = |queue: &&PolledQueue| queue.rx_frames > 0 || queue.is_pinned;
     let mut shown = queues.iter().filter(is_shown).peekable();
     if shown.peek().is_none() {
         return Ok(());
@@ -372,7 +377,7 @@ fn polled_queues(out: &mut dyn Write, queues: &[PolledQueueReport]) -> fmt::Resu
     ]);
     for queue in shown {
         table.row([
-            queue.port.clone(),
+            queue.port.to_string(),
             queue.queue.to_string(),
             if queue.is_pinned { "yes" } else { "no" }.into(),
             units::packet_rate(queue.frames_per_second),
@@ -391,7 +396,7 @@ fn percent(share: f64) -> String {
 }
 
 /// Busy, polling, asleep as parts of their sum.
-fn shares(worker: &WorkerReport) -> [String; 3] {
+fn shares(worker: &WorkerInfo) -> [String; 3] {
     let times = [worker.busy_ns, worker.polling_ns, worker.asleep_ns];
     let total: f64 = times.iter().map(|ns| *ns as f64).sum();
     times.map(|ns| {

@@ -1,34 +1,33 @@
 use std::fmt;
 
 use clap::CommandFactory;
+use ringway_bridge::PortId;
 
 use super::{Args, print};
 use crate::api::{
-    AfXdpQueueReport, AfXdpReport, Counters, DaemonReport, Drops, FdbEntry, FdbListResult,
-    HeaderActionReport, KindName, ModeName, PolledQueueReport, PortListResult, PortReport,
-    PortSettings, PortShowResult, PortState, QueueReport, WorkerListResult, WorkerReport,
-    WorkerShowResult,
+    AfXdpConfig, AfXdpInfo, AfXdpQueueInfo, BusyPoll, DaemonReport, Drops, FdbEntry, FdbLimit,
+    FdbListResult, HeaderAction, Mtu, PolledQueue, PortConfig, PortCounters, PortDetail, PortInfo,
+    PortListResult, PortState, QueueInfo, SocketSpec, TapConfig, VhostUserConfig, WorkerDetail,
+    WorkerInfo, WorkerListResult, XdpMode,
 };
 
 fn drops(list: &[(&str, u64)]) -> Drops {
     Drops(list.iter().map(|(r, n)| ((*r).to_owned(), *n)).collect())
 }
 
-fn vm() -> PortReport {
-    PortReport {
-        name: "vm1".into(),
-        id: 0,
-        config: PortSettings {
-            listen: Some("/run/ringway/vm1.sock".into()),
-            queues: Some(8),
-            mtu: Some(9000),
-            fdb_limit: Some(16),
-            pins: [("0".into(), 1)].into(),
-            ..PortSettings::new(KindName::VhostUser)
-        },
+fn vm() -> PortInfo {
+    PortInfo {
+        name: "vm1".parse().unwrap(),
+        id: PortId::new(0).unwrap(),
+        config: PortConfig::VhostUser(VhostUserConfig {
+            mtu: Mtu::new(9000),
+            fdb_limit: FdbLimit::new(16),
+            pins: [(0, 1)].into(),
+            ..VhostUserConfig::new(SocketSpec::Listen("/run/ringway/vm1.sock".parse().unwrap()))
+        }),
         state: PortState::Up,
         fdb_entries: 1,
-        counters: Counters {
+        counters: PortCounters {
             rx_frames: 12_345_678,
             rx_gro_merged: 1_250_000,
             rx_bytes: 18_000_000_000,
@@ -43,25 +42,23 @@ fn vm() -> PortReport {
     }
 }
 
-fn tap() -> PortReport {
-    PortReport {
-        name: "a-rather-long-name.of-a-port".into(),
-        id: 1,
-        config: PortSettings {
-            ifname: Some("rw0".into()),
-            queues: Some(1),
-            persist: Some(true),
-            offload: Some(false),
-            ..PortSettings::new(KindName::Tap)
-        },
+fn tap() -> PortInfo {
+    PortInfo {
+        name: "a-rather-long-name.of-a-port".parse().unwrap(),
+        id: PortId::new(1).unwrap(),
+        config: PortConfig::Tap(TapConfig {
+            persist: true,
+            offload: false,
+            ..TapConfig::new("rw0".parse().unwrap())
+        }),
         state: PortState::Down,
         fdb_entries: 0,
-        counters: Counters::default(),
+        counters: PortCounters::default(),
     }
 }
 
-fn queue(index: u16, rx_size: u16) -> QueueReport {
-    QueueReport {
+fn queue(index: u16, rx_size: u16) -> QueueInfo {
+    QueueInfo {
         index,
         rx_started: rx_size > 0,
         tx_started: rx_size > 0,
@@ -76,8 +73,8 @@ fn queue(index: u16, rx_size: u16) -> QueueReport {
     }
 }
 
-fn vm_detail() -> PortShowResult {
-    PortShowResult {
+fn vm_detail() -> PortDetail {
+    PortDetail {
         port: vm(),
         queues: vec![queue(0, 1024), queue(1, 0)],
         features: vec!["VIRTIO_F_VERSION_1".into(), "VIRTIO_NET_F_MRG_RXBUF".into()],
@@ -98,18 +95,18 @@ fn vm_detail() -> PortShowResult {
     }
 }
 
-fn action(to: &str, action: &str, passed: &[&str], done: &[&str]) -> HeaderActionReport {
+fn action(to: &str, action: &str, passed: &[&str], done: &[&str]) -> HeaderAction {
     let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
-    HeaderActionReport {
-        to: to.into(),
+    HeaderAction {
+        to: to.parse().unwrap(),
         action: action.into(),
         passed: owned(passed),
         done: owned(done),
     }
 }
 
-fn tap_detail() -> PortShowResult {
-    PortShowResult {
+fn tap_detail() -> PortDetail {
+    PortDetail {
         port: tap(),
         queues: vec![],
         features: vec![],
@@ -126,21 +123,17 @@ fn tap_detail() -> PortShowResult {
     }
 }
 
-fn nic_detail() -> PortShowResult {
-    let port = PortReport {
-        name: "uplink".into(),
-        config: PortSettings {
-            ifname: Some("eth1".into()),
-            mode: Some(ModeName::Auto),
-            umem_frames: Some(4096),
-            busy_poll_us: Some(20),
-            gro: Some(true),
-            ..PortSettings::new(KindName::AfXdp)
-        },
+fn nic_detail() -> PortDetail {
+    let port = PortInfo {
+        name: "uplink".parse().unwrap(),
+        config: PortConfig::AfXdp(AfXdpConfig {
+            busy_poll_us: BusyPoll::new(20),
+            ..AfXdpConfig::new("eth1".parse().unwrap())
+        }),
         state: PortState::Up,
         ..tap()
     };
-    let ring = |index| AfXdpQueueReport {
+    let ring = |index| AfXdpQueueInfo {
         index,
         ring_size: 2048,
         fill_level: 2016,
@@ -153,12 +146,12 @@ fn nic_detail() -> PortShowResult {
         rx_invalid: 0,
         tx_invalid: 0,
     };
-    PortShowResult {
+    PortDetail {
         port,
         queues: vec![queue(0, 2048), queue(1, 2048)],
         mtu: Some(9000),
-        af_xdp: Some(AfXdpReport {
-            mode: ModeName::Copy,
+        af_xdp: Some(AfXdpInfo {
+            mode: XdpMode::Copy,
             program_id: 42,
             multi_buffer: true,
             umem_bytes: 32 << 20,
@@ -169,8 +162,8 @@ fn nic_detail() -> PortShowResult {
     }
 }
 
-fn worker(index: u16, cpu: Option<usize>) -> WorkerReport {
-    WorkerReport {
+fn worker(index: u16, cpu: usize) -> WorkerInfo {
+    WorkerInfo {
         index,
         cpu,
         queues: 9,
@@ -238,8 +231,8 @@ fn port_show_as_json() {
 #[test]
 fn fdb_list() {
     let entry = |mac: &str, is_static, age_seconds| FdbEntry {
-        mac: mac.into(),
-        port: "vm1".into(),
+        mac: mac.parse().unwrap(),
+        port: "vm1".parse().unwrap(),
         is_static,
         age_seconds,
     };
@@ -253,14 +246,14 @@ fn fdb_list() {
 
 #[test]
 fn worker_list() {
-    let workers = vec![worker(0, None), worker(1, Some(3))];
+    let workers = vec![worker(0, 2), worker(1, 3)];
     insta::assert_snapshot!(written(print::workers, &WorkerListResult { workers }));
 }
 
 #[test]
 fn worker_show() {
-    let queue = |port: &str, queue, rx_frames: u64, is_pinned| PolledQueueReport {
-        port: port.into(),
+    let queue = |port: &str, queue, rx_frames: u64, is_pinned| PolledQueue {
+        port: port.parse().unwrap(),
         queue,
         is_pinned,
         rx_frames,
@@ -269,8 +262,8 @@ fn worker_show() {
         bits_per_second: rx_frames as f64 * 1200.0,
         recent_busy_share: rx_frames as f64 / 1e8,
     };
-    let show = |queues| WorkerShowResult {
-        worker: worker(1, Some(3)),
+    let show = |queues| WorkerDetail {
+        worker: worker(1, 3),
         interval_seconds: 5.0,
         queues,
     };

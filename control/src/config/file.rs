@@ -1,21 +1,22 @@
 //! From TOML to a checked [`Config`].
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use ringway_bridge::MAX_PORTS;
-use ringway_dataplane::{
-    AfXdpConfig, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, SocketSpec,
+use ringway_api::{
+    BadValue, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, SocketPath, SocketSpec,
 };
+use ringway_bridge::MAX_PORTS;
 use serde::Deserialize;
-use toml::de::{DeTable, DeValue};
+use serde::de::IntoDeserializer;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue, Error as TomlError, ValueDeserializer};
 
 use super::{
     Config, ConfigError, CpuList, DEFAULT_BALANCE, DEFAULT_FDB_AGEING, DEFAULT_FDB_CAPACITY,
     DEFAULT_IDLE, LogFormat, MAX_FDB_CAPACITY,
 };
-use crate::api::PortSettings;
 use crate::suggest::Unknown;
 
 /// Longest ageing time (IEEE 802.1Q, table 8-6).
@@ -34,13 +35,12 @@ struct File {
     fdb: FdbSection,
     idle: IdleSection,
     workers: WorkersSection,
-    ports: BTreeMap<String, PortSettings>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct DaemonSection {
-    control: Option<PathBuf>,
+    control: Option<SocketPath>,
     worker_cpus: Option<String>,
     log_format: Option<LogFormat>,
 }
@@ -69,34 +69,16 @@ struct WorkersSection {
 
 /// Parses `text`, which is read twice: for the values, and for where they are.
 pub(super) fn parse(text: &str) -> Result<Config, ConfigError> {
-    let layout = DeTable::parse(text).map_err(|error| syntax_error(text, &error))?;
-    let file: File = toml::from_str(text).map_err(|error| syntax_error(text, &error))?;
-    let places = Places {
-        text,
-        root: layout.get_ref(),
-    };
-    check(file, &places)
-}
-
-fn syntax_error(text: &str, error: &toml::de::Error) -> ConfigError {
-    let line = error.span().map(|span| line_of(text, span.start));
-    let message = error.message();
-    let (what, hint) = match Unknown::read(message) {
-        Some(unknown) if unknown.is_key => {
-            (format!("unknown key `{}`", unknown.word), unknown.hint())
-        }
-        Some(unknown) => (format!("unknown value `{}`", unknown.word), unknown.hint()),
-        None => (
-            message.lines().collect::<Vec<_>>().join("; "),
-            "correct the line; dist/ringway.toml shows every key".into(),
-        ),
-    };
-    ConfigError {
-        file: None,
-        line,
-        what,
-        hint,
-    }
+    let empty = DeTable::new();
+    let no_places = Places { text, root: &empty };
+    let layout = DeTable::parse(text).map_err(|error| no_places.refused(&error, None))?;
+    let root = layout.get_ref();
+    let places = Places { text, root };
+    let mut values = layout.clone();
+    let ports = values.get_mut().remove("ports");
+    let file = File::deserialize(values.into_deserializer());
+    let file = file.map_err(|error| places.refused(&error, None))?;
+    check(file, ports, &places)
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
@@ -111,6 +93,28 @@ struct Places<'a> {
 }
 
 impl Places<'_> {
+    /// What serde or the parser refuses, somewhere from `start` on if the error does not tell.
+    fn refused(&self, error: &TomlError, start: Option<usize>) -> ConfigError {
+        let start = error.span().map(|span| span.start).or(start);
+        let message = error.message();
+        let (what, hint) = if let Some(bad) = BadValue::from_serde(message) {
+            let path = start.map_or_else(Vec::new, |start| path_to(self.root, start));
+            (format!("{}: {}", path.join("."), bad.reason), bad.hint)
+        } else if let Some(unknown) = Unknown::read(message) {
+            (unknown.what(), unknown.hint())
+        } else {
+            let what = message.lines().collect::<Vec<_>>().join("; ");
+            let hint = "correct the line; dist/ringway.toml shows every key";
+            (what, hint.into())
+        };
+        ConfigError {
+            file: None,
+            line: start.map(|start| line_of(self.text, start)),
+            what,
+            hint,
+        }
+    }
+
     /// An error at `path`, or at its deepest part that the text has.
     fn error(&self, path: &[&str], what: String, hint: impl Into<String>) -> ConfigError {
         let start = self.start(path);
@@ -138,15 +142,29 @@ impl Places<'_> {
     }
 }
 
-fn check(file: File, places: &Places<'_>) -> Result<Config, ConfigError> {
-    if let Some(path) = &file.daemon.control {
-        crate::api::check_socket_path("control", path)
-            .map_err(|error| places.error(&["daemon", "control"], error.reason, error.hint))?;
+/// The keys that lead to what is at `offset` of the text.
+fn path_to<'a>(table: &'a DeTable<'_>, offset: usize) -> Vec<&'a str> {
+    for (key, value) in table {
+        let below = value.get_ref().as_table();
+        let mut path = below.map_or_else(Vec::new, |table| path_to(table, offset));
+        if !path.is_empty() || key.span().contains(&offset) || value.span().contains(&offset) {
+            path.insert(0, key.get_ref());
+            return path;
+        }
     }
-    let ports = check_ports(&file, places)?;
+    Vec::new()
+}
+
+fn check(
+    file: File,
+    ports: Option<Spanned<DeValue<'_>>>,
+    places: &Places<'_>,
+) -> Result<Config, ConfigError> {
+    let control = file.daemon.control.as_ref().map(SocketPath::as_path);
+    let ports = check_ports(ports, control, places)?;
     Ok(Config {
         worker_cpus: check_cpus(file.daemon.worker_cpus.as_deref(), places)?,
-        control: file.daemon.control,
+        control: control.map(Path::to_owned),
         log_format: file.daemon.log_format,
         fdb_ageing: check_ageing(&file.fdb, places)?,
         fdb_capacity: check_capacity(&file.fdb, places)?,
@@ -236,36 +254,55 @@ fn check_balance(
 }
 
 fn check_ports(
-    file: &File,
+    ports: Option<Spanned<DeValue<'_>>>,
+    control: Option<&Path>,
     places: &Places<'_>,
 ) -> Result<Vec<(PortName, PortConfig)>, ConfigError> {
-    if file.ports.len() > MAX_PORTS {
-        let what = format!("{} ports", file.ports.len());
-        return Err(places.error(
-            &["ports"],
-            what,
-            format!("a switch has {MAX_PORTS} at most"),
-        ));
+    let tables = match ports.map(Spanned::into_inner) {
+        None => DeTable::new(),
+        Some(DeValue::Table(tables)) => tables,
+        Some(_) => {
+            let hint = "give each port a table, as [ports.vm1]";
+            return Err(places.error(&["ports"], "this is no table".into(), hint));
+        }
+    };
+    if tables.len() > MAX_PORTS {
+        let what = format!("{} ports", tables.len());
+        let hint = format!("a switch has {MAX_PORTS} at most");
+        return Err(places.error(&["ports"], what, hint));
     }
     let mut ports = Vec::new();
-    for (name, settings) in &file.ports {
-        let port_name: PortName = name.parse().map_err(|_| {
-            let what = "this can't name a port".to_owned();
-            places.error(&["ports", name], what, PORT_NAME_HINT)
-        })?;
-        let config = settings.to_config().map_err(|error| {
-            places.error(&["ports", name, error.field], error.reason, error.hint)
-        })?;
-        ports.push((port_name, config));
+    for (name, settings) in tables {
+        let key = name.get_ref();
+        let bad = |path: &[&str], bad: BadValue| places.error(path, bad.reason, bad.hint);
+        let name: PortName = key.parse().map_err(|error| bad(&["ports", key], error))?;
+        let start = Some(settings.span().start);
+        let config = read_port(settings).map_err(|error| places.refused(&error, start))?;
+        let checked = config.check_pins();
+        checked.map_err(|error| bad(&["ports", key, "pins"], error))?;
+        ports.push((name, config));
     }
     ports.sort_by_key(|(name, _)| places.start(&["ports", name.as_str()]));
-    check_shared(&ports, file.daemon.control.as_deref(), places)?;
+    check_shared(&ports, control, places)?;
     Ok(ports)
 }
 
-/// What a port's name is made of.
-pub(crate) const PORT_NAME_HINT: &str =
-    "a name has 1 to 63 of A-Z a-z 0-9 . _ - and starts with a letter or digit";
+/// The kind first, then its fields: serde's own way to read tagged enums loses where they are.
+fn read_port(settings: Spanned<DeValue<'_>>) -> Result<PortConfig, TomlError> {
+    let span = settings.span();
+    let mut settings = settings.into_inner();
+    let kind = match &mut settings {
+        DeValue::Table(fields) => fields.remove("kind"),
+        _ => None,
+    };
+    let Some(kind) = kind else {
+        // With the place of the settings.
+        let settings = Spanned::new(span, settings);
+        return PortConfig::deserialize(ValueDeserializer::from(settings));
+    };
+    let kind = PortKind::deserialize(kind.into_deserializer())?;
+    PortConfig::of_kind(kind, ValueDeserializer::from(Spanned::new(span, settings)))
+}
 
 /// Two ports can't have one socket or one interface.
 fn check_shared(
@@ -278,14 +315,13 @@ fn check_shared(
         seen.insert(("listen", control), "the control socket");
     }
     for (name, config) in ports {
-        let (field, what) = match &config.kind {
-            PortKind::VhostUser { socket, .. } => match socket {
+        let (field, what) = match config {
+            PortConfig::VhostUser(guest) => match &guest.socket {
                 SocketSpec::Listen(path) => ("listen", path.as_path()),
                 SocketSpec::Connect(path) => ("connect", path.as_path()),
             },
-            PortKind::Tap { ifname, .. } | PortKind::AfXdp(AfXdpConfig { ifname, .. }) => {
-                ("ifname", Path::new(ifname.as_str()))
-            }
+            PortConfig::Tap(tap) => ("ifname", Path::new(tap.ifname.as_str())),
+            PortConfig::AfXdp(nic) => ("ifname", Path::new(nic.ifname.as_str())),
         };
         if let Some(other) = seen.insert((field, what), name.as_str()) {
             return Err(places.error(
@@ -357,8 +393,8 @@ gro = false
         assert_eq!(config.idle.pause, Duration::ZERO);
         let names: Vec<_> = config.ports.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["vm2", "host", "nic"]);
-        assert_eq!(config.ports[0].1.mtu, Some(1500));
-        assert_eq!(config.ports[0].1.pins, [(0, 1), (1, 0)].into());
+        assert_eq!(config.ports[0].1.mtu(), ringway_api::Mtu::new(1500));
+        assert_eq!(*config.ports[0].1.pins(), [(0, 1), (1, 0)].into());
         let interval = Duration::from_secs(30);
         let is_on = false;
         assert_eq!(config.balance, BalanceConfig { is_on, interval });

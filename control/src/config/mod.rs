@@ -13,11 +13,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ringway_dataplane::{BalanceConfig, IdleConfig, PortConfig, PortName};
+use ringway_api::{BalanceConfig, IdleConfig, PortConfig, PortName};
 use serde::Deserialize;
 
 pub use cpus::{CpuList, CpuListError};
-pub(crate) use file::PORT_NAME_HINT;
 
 /// Where the control socket is when nothing else is said.
 pub const DEFAULT_CONTROL: &str = "/run/ringway/control.sock";

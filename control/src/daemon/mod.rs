@@ -8,7 +8,8 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use ringway_dataplane::{PortConfig, PortName, Switch, SwitchConfig, SwitchError};
+use ringway_api::{PortConfig, PortName, SwitchConfig, SwitchError};
+use ringway_dataplane::Switch;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};

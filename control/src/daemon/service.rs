@@ -1,22 +1,20 @@
 //! What the daemon does for each method.
 
 use std::collections::BTreeMap;
-use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use ringway_bridge::MacAddr;
-use ringway_dataplane::{PortConfig, PortInfo, PortName, Switch, SwitchError};
+use ringway_api::{
+    ApiError, BadValue, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbDel, FdbFlush,
+    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, PortAdd,
+    PortAddParams, PortConfig, PortDel, PortDelParams, PortDelResult, PortInfo, PortList,
+    PortListResult, PortName, PortSample, PortShow, Sample, SwitchError, WorkerList,
+    WorkerListResult, WorkerPin, WorkerSample, WorkerShow, WorkerUnpin, WorkerUnpinResult,
+    method_names,
+};
+use ringway_dataplane::Switch;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::value::RawValue;
 
-use crate::api::{
-    ApiError, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbAddParams, FdbDel, FdbFlush,
-    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, PortAdd,
-    PortAddParams, PortDel, PortDelParams, PortDelResult, PortList, PortListResult, PortReport,
-    PortSample, PortShow, Sample, WorkerList, WorkerListResult, WorkerPin, WorkerShow, WorkerUnpin,
-    WorkerUnpinResult, method_names,
-};
-use crate::config::PORT_NAME_HINT;
 use crate::rpc::describe;
 use crate::suggest::{Unknown, nearest};
 
@@ -64,37 +62,39 @@ impl Service {
         match method {
             PortAdd::NAME => reply::<PortAdd>(params, |p| self.port_add(p)),
             PortDel::NAME => reply::<PortDel>(params, |p| self.port_del(p)),
-            PortList::NAME => reply::<PortList>(params, |_| Ok(self.port_list())),
-            PortShow::NAME => reply::<PortShow>(params, |p| {
-                Ok((&self.switch.port(&port_name(&p.name)?)?).into())
+            PortList::NAME => reply::<PortList>(params, |_| {
+                let ports = self.switch.ports();
+                Ok(PortListResult { ports })
             }),
+            PortShow::NAME => reply::<PortShow>(params, |p| Ok(self.switch.port(&p.name)?)),
             FdbList::NAME => reply::<FdbList>(params, |p| self.fdb_list(p)),
-            FdbAdd::NAME => reply::<FdbAdd>(params, |p| self.fdb_add(p)),
+            FdbAdd::NAME => reply::<FdbAdd>(params, |p| {
+                self.switch.fdb_add(p.mac, &p.port)?;
+                Ok(Done {})
+            }),
             FdbDel::NAME => reply::<FdbDel>(params, |p| {
-                self.switch.fdb_del(mac(&p.mac)?)?;
+                self.switch.fdb_del(p.mac)?;
                 Ok(Done {})
             }),
             FdbFlush::NAME => reply::<FdbFlush>(params, |p| {
-                let port = p.port.as_deref().map(port_name).transpose()?;
-                let flushed = self.switch.fdb_flush(port.as_ref())?;
+                let flushed = self.switch.fdb_flush(p.port.as_ref())?;
                 Ok(FdbFlushResult {
                     flushed: flushed.try_into().unwrap_or(u64::MAX),
                 })
             }),
-            WorkerList::NAME => reply::<WorkerList>(params, |_| Ok(self.worker_list())),
-            WorkerShow::NAME => {
-                reply::<WorkerShow>(params, |p| Ok((&self.switch.worker(p.index)?).into()))
-            }
+            WorkerList::NAME => reply::<WorkerList>(params, |_| {
+                let workers = self.switch.workers();
+                Ok(WorkerListResult { workers })
+            }),
+            WorkerShow::NAME => reply::<WorkerShow>(params, |p| Ok(self.switch.worker(p.index)?)),
             WorkerPin::NAME => reply::<WorkerPin>(params, |p| {
-                let port = port_name(&p.port)?;
-                self.switch.pin_queue(&port, p.queue, p.worker)?;
-                tracing::info!(%port, queue = p.queue, worker = p.worker, "queue pinned");
+                self.switch.pin_queue(&p.port, p.queue, p.worker)?;
+                tracing::info!(port = %p.port, queue = p.queue, worker = p.worker, "queue pinned");
                 Ok(Done {})
             }),
             WorkerUnpin::NAME => reply::<WorkerUnpin>(params, |p| {
-                let port = port_name(&p.port)?;
-                let was_pinned = self.switch.unpin_queue(&port, p.queue)?;
-                tracing::info!(%port, queue = p.queue, was_pinned, "queue unpinned");
+                let was_pinned = self.switch.unpin_queue(&p.port, p.queue)?;
+                tracing::info!(port = %p.port, queue = p.queue, was_pinned, "queue unpinned");
                 Ok(WorkerUnpinResult { was_pinned })
             }),
             MeasureSample::NAME => reply::<MeasureSample>(params, |_| Ok(self.sample())),
@@ -112,17 +112,16 @@ impl Service {
         self.added.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn port_add(&self, params: PortAddParams) -> Result<PortReport, ApiError> {
-        let name = port_name(&params.name)?;
-        let config = params.config.to_config().map_err(|error| {
-            let message = format!("config.{error}");
-            ApiError::new(ErrorKind::InvalidParams, message, error.hint)
+    fn port_add(&self, params: PortAddParams) -> Result<PortInfo, ApiError> {
+        params.config.check_pins().map_err(|bad| {
+            let message = format!("config.pins: {bad}");
+            ApiError::new(ErrorKind::InvalidParams, message, bad.hint)
         })?;
-        Ok((&self.add_port(name, config)?).into())
+        Ok(self.add_port(params.name, params.config)?)
     }
 
     fn port_del(&self, params: PortDelParams) -> Result<PortDelResult, ApiError> {
-        let name = port_name(&params.name)?;
+        let name = params.name;
         let mut added = self.lock();
         match self.switch.remove_port(&name) {
             Ok(()) => {
@@ -137,36 +136,13 @@ impl Service {
         }
     }
 
-    fn port_list(&self) -> PortListResult {
-        PortListResult {
-            ports: self.switch.ports().iter().map(Into::into).collect(),
-        }
-    }
-
     fn fdb_list(&self, params: FdbListParams) -> Result<FdbListResult, ApiError> {
-        let only = params.port.as_deref().map(port_name).transpose()?;
-        if let Some(name) = &only {
-            self.switch.port(name)?;
+        let mut entries = self.switch.fdb();
+        if let Some(name) = params.port {
+            self.switch.port(&name)?;
+            entries.retain(|entry| entry.port == name);
         }
-        let entries = self.switch.fdb();
-        let wanted = entries
-            .iter()
-            .filter(|entry| only.as_ref().is_none_or(|name| entry.port == *name));
-        Ok(FdbListResult {
-            entries: wanted.map(Into::into).collect(),
-        })
-    }
-
-    fn fdb_add(&self, params: FdbAddParams) -> Result<Done, ApiError> {
-        self.switch
-            .fdb_add(mac(&params.mac)?, &port_name(&params.port)?)?;
-        Ok(Done {})
-    }
-
-    fn worker_list(&self) -> WorkerListResult {
-        WorkerListResult {
-            workers: self.switch.workers().iter().map(Into::into).collect(),
-        }
+        Ok(FdbListResult { entries })
     }
 
     fn sample(&self) -> Sample {
@@ -175,16 +151,16 @@ impl Service {
         let ports = self.switch.ports();
         let workers = self.switch.workers();
         let monotonic_ns = monotonic_ns();
-        let port_sample = |info: &PortInfo| PortSample {
-            name: info.name.to_string(),
+        let port_sample = |info: PortInfo| PortSample {
             added_monotonic_ns: added.get(&info.name).copied().unwrap_or(0),
-            rx_drops: (&info.counters.rx_drops).into(),
+            name: info.name,
+            rx_drops: info.counters.rx_drops,
         };
         Sample {
             monotonic_ns,
-            pairs: pairs.iter().map(Into::into).collect(),
-            ports: ports.iter().map(port_sample).collect(),
-            workers: workers.iter().map(Into::into).collect(),
+            pairs,
+            ports: ports.into_iter().map(port_sample).collect(),
+            workers: workers.iter().map(WorkerSample::from).collect(),
         }
     }
 
@@ -220,9 +196,14 @@ fn reply<M: Method>(
 fn read_params<M: Method>(params: Option<&RawValue>) -> Result<M::Params, ApiError> {
     serde_json::from_str(params.map_or("{}", RawValue::get)).map_err(|error| {
         let reason = describe(&error);
-        let hint = match Unknown::read(&reason) {
-            Some(unknown) => unknown.hint(),
-            None => "docs/control-api.schema.json has the parameters of all methods".into(),
+        let (reason, hint) = if let Some(bad) = BadValue::from_serde(&reason) {
+            (bad.reason, bad.hint)
+        } else if let Some(unknown) = Unknown::read(&reason) {
+            let hint = unknown.hint();
+            (reason, hint)
+        } else {
+            let hint = "docs/control-api.schema.json has the parameters of all methods";
+            (reason, hint.into())
         };
         let message = format!("parameters of {}: {reason}", M::NAME);
         ApiError::new(ErrorKind::InvalidParams, message, hint)
@@ -237,22 +218,6 @@ fn no_such_method(method: &str) -> ApiError {
     };
     let message = format!("there is no method {shown:?}");
     ApiError::new(ErrorKind::MethodNotFound, message, hint)
-}
-
-fn port_name(text: &str) -> Result<PortName, ApiError> {
-    PortName::from_str(text)
-        .map_err(|error| ApiError::new(ErrorKind::InvalidParams, error.to_string(), PORT_NAME_HINT))
-}
-
-fn mac(text: &str) -> Result<MacAddr, ApiError> {
-    MacAddr::from_str(text).map_err(|_| {
-        let shown: String = text.chars().take(64).collect();
-        ApiError::new(
-            ErrorKind::InvalidParams,
-            format!("{shown:?} is not a MAC address"),
-            "give six hexadecimal bytes with colons, as 52:54:00:00:00:01",
-        )
-    })
 }
 
 #[cfg(test)]
@@ -271,7 +236,7 @@ mod tests {
     fn absent_parameters_are_an_empty_object() {
         assert_eq!(
             read_params::<PortList>(None).unwrap(),
-            crate::api::NoParams {}
+            ringway_api::NoParams {}
         );
         assert!(read_params::<PortShow>(None).is_err());
     }
@@ -309,11 +274,23 @@ mod tests {
     #[test]
     fn names_with_slashes_nuls_or_300_bytes_are_refused() {
         for name in ["", "a/b", "../x", "a\0", "-a", "a b", "ä", &"x".repeat(300)] {
-            let error = port_name(name).unwrap_err();
+            let params = serde_json::json!({ "name": name }).to_string();
+            let error = refused::<PortShow>(&params);
             assert_eq!(error.kind, ErrorKind::InvalidParams, "{name:?}");
             assert!(error.message.len() < 200, "{}", error.message);
             assert!(!error.message.contains('\0'));
+            assert!(error.hint.contains("1 to 63"), "{}", error.hint);
         }
+    }
+
+    #[test]
+    fn a_setting_of_another_kind_is_refused_and_its_own_kind_told() {
+        let error =
+            refused::<PortAdd>(r#"{"name":"a","config":{"kind":"tap","ifname":"x","gro":true}}"#);
+        assert!(error.message.contains("`gro`"), "{error}");
+        assert_eq!(error.hint, "it belongs to kind af-xdp; leave it out");
+        let error = refused::<PortAdd>(r#"{"name":"a","mtu":1500}"#);
+        assert_eq!(error.hint, "known here: name, config");
     }
 
     #[test]
@@ -325,7 +302,10 @@ mod tests {
 
     #[test]
     fn a_bad_mac_address_is_shown_in_part_only() {
-        assert!(mac("52:54:00:00:00:01").is_ok());
-        assert!(mac(&":".repeat(100_000)).unwrap_err().message.len() < 200);
+        let params = |mac: &str| serde_json::json!({ "mac": mac }).to_string();
+        let good = RawValue::from_string(params("52:54:00:00:00:01")).unwrap();
+        assert!(read_params::<FdbDel>(Some(&good)).is_ok());
+        let error = refused::<FdbDel>(&params(&":".repeat(100_000)));
+        assert!(error.message.len() < 200);
     }
 }

@@ -2,7 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ringway_bridge::{DropCounts, DropReason};
+use ringway_api::Drops;
+use ringway_bridge::DropReason;
 
 use super::queue::{Account, Outcome};
 
@@ -80,12 +81,9 @@ impl DropCounters {
         self.0[reason.index()].add(n);
     }
 
-    pub(crate) fn read(&self) -> DropCounts {
-        let mut counts = DropCounts::default();
-        for reason in DropReason::ALL {
-            counts[reason] = self.0[reason.index()].get();
-        }
-        counts
+    pub(crate) fn read(&self) -> Drops {
+        let counts = DropReason::ALL.map(|reason| (reason, self.0[reason.index()].get()));
+        counts.into_iter().collect()
     }
 
     pub(crate) fn clear(&self) {

@@ -11,7 +11,7 @@ mod vhost;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use ringway_api::PortName;
+use ringway_api::{PortCounters, PortName, PortState, QueueInfo};
 use ringway_bridge::PortId;
 
 pub(crate) use af_xdp::AfXdpPort;
@@ -23,7 +23,6 @@ pub(crate) use queue::{
 pub(crate) use tap::TapPort;
 pub(crate) use vhost::VhostPort;
 
-use crate::info::{PortCounters, PortState, QueueInfo};
 use crate::wire::Offloads;
 
 /// A port as workers see it. Dispatched once per burst.

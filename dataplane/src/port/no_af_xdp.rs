@@ -4,11 +4,10 @@
 use std::convert::Infallible;
 use std::os::fd::BorrowedFd;
 
-use ringway_api::{AfXdpConfig, SwitchError};
+use ringway_api::{AfXdpConfig, AfXdpInfo, PortState, QueueInfo, SwitchError};
 
 use super::tap::receive::TapRx;
 use super::{Job, Outcome, PortBase, QueueCounters, Tools, Unavailable};
-use crate::info::{AfXdpInfo, PortState, QueueInfo};
 use crate::wire::Offloads;
 
 /// Queues of an interface: none.
@@ -31,11 +30,7 @@ impl AfXdpPort {
     ///
     /// # Errors
     /// Always.
-    pub(crate) fn open(
-        _base: PortBase,
-        config: &AfXdpConfig,
-        _mtu: Option<u16>,
-    ) -> Result<Self, SwitchError> {
+    pub(crate) fn open(_base: PortBase, config: &AfXdpConfig) -> Result<Self, SwitchError> {
         Err(SwitchError::AfXdp {
             ifname: config.ifname.clone(),
             reason: "this ringwayd was built without it".to_owned(),

@@ -11,7 +11,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use ringway_api::SwitchError;
+use ringway_api::{Mtu, PortState, QueueInfo, SwitchError, TapConfig};
 use ringway_bridge::DropReason;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
@@ -19,14 +19,10 @@ use self::receive::TapReader;
 use super::queue::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
 use super::{PortBase, QueueCounters, max_l2_bytes};
 use crate::burst_lock::BurstLock;
-use crate::info::{PortState, QueueInfo};
 use crate::memory::IoVecs;
 use crate::offload::OutFrame;
 use crate::wire::Offloads;
 use crate::wire::net_header::HEADER_BYTES;
-
-/// Longest interface name (IFNAMSIZ without the final zero).
-const MAX_IFNAME: usize = 15;
 
 #[derive(Debug, Default)]
 struct Counters {
@@ -54,30 +50,23 @@ impl std::fmt::Debug for TapPort {
 }
 
 impl TapPort {
-    /// Opens `pairs` queues of interface `ifname`, which is created if there is none, and brings
-    /// it up. Without `offload`, frames are whole and their checksums complete, both ways.
+    /// Opens the interface's queues, and brings it up; it is created if there is none.
     ///
     /// # Errors
-    /// A name that no interface can have, an interface that is no tap or in use, no permission.
-    pub(crate) fn open(
-        base: PortBase,
-        ifname: &str,
-        pairs: u16,
-        mtu: Option<u16>,
-        (persist, offload): (bool, bool),
-    ) -> Result<Self, SwitchError> {
-        check_ifname(ifname)?;
+    /// An interface that is no tap or in use, no permission.
+    pub(crate) fn open(base: PortBase, config: &TapConfig) -> Result<Self, SwitchError> {
+        let (ifname, pairs) = (config.ifname.as_str(), config.queues.get());
         let existed = interface_exists(ifname);
-        let explain = |error: &io::Error| explain(ifname, pairs, existed, error);
+        let explain = |error: &io::Error| explain(config, existed, error);
         let queues = open_queues(ifname, pairs).map_err(|error| explain(&error))?;
-        let offloads = if offload { &LADDER[..] } else { &[] };
+        let offloads = if config.offload { &LADDER[..] } else { &[] };
         let offloads = set_offloads(&queues, offloads).map_err(|error| explain(&error))?;
         let set_up = |first: &SyncDevice| -> io::Result<()> {
-            if let Some(mtu) = mtu {
-                first.set_mtu(mtu)?;
+            if let Some(mtu) = config.mtu {
+                first.set_mtu(mtu.get())?;
             }
             first.enabled(true)?;
-            if persist {
+            if config.persist {
                 first.persist()?;
             }
             Ok(())
@@ -93,7 +82,7 @@ impl TapPort {
             queues,
             readers,
             counters,
-            mtu,
+            mtu: config.mtu.map(Mtu::get),
             offloads,
         })
     }
@@ -211,19 +200,6 @@ impl TxQueue for TapTx<'_> {
     }
 }
 
-fn check_ifname(ifname: &str) -> Result<(), SwitchError> {
-    let bad = |b: u8| b == b'/' || b == b':' || b == b'%' || !b.is_ascii_graphic();
-    let fits = !ifname.is_empty() && ifname.len() <= MAX_IFNAME;
-    if fits && !ifname.bytes().any(bad) && ifname != "." && ifname != ".." {
-        return Ok(());
-    }
-    Err(SwitchError::Tap {
-        ifname: ifname.to_owned(),
-        reason: "no interface can have this name".into(),
-        hint: format!("use 1 to {MAX_IFNAME} printable characters other than / : and %"),
-    })
-}
-
 /// Whether this network namespace has an interface of this name. (sysfs may be another's.)
 fn interface_exists(ifname: &str) -> bool {
     let Ok(text) = CString::new(ifname) else {
@@ -324,7 +300,7 @@ fn set_flags(queues: &[SyncDevice], flags: libc::c_uint) -> io::Result<()> {
     Ok(())
 }
 
-fn explain(ifname: &str, pairs: u16, existed: bool, error: &io::Error) -> SwitchError {
+fn explain(config: &TapConfig, existed: bool, error: &io::Error) -> SwitchError {
     let (reason, hint) = match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => (
             "not permitted".to_owned(),
@@ -340,7 +316,7 @@ fn explain(ifname: &str, pairs: u16, existed: bool, error: &io::Error) -> Switch
         ),
         Some(libc::EINVAL) if existed => (
             "it exists and is no tap that can be attached".to_owned(),
-            if pairs > 1 {
+            if config.queues.get() > 1 {
                 "a tap for several queues is made with `ip tuntap add mode tap multi_queue`"
             } else {
                 "choose a name that is free, or make a tap with `ip tuntap add mode tap`"
@@ -354,7 +330,7 @@ fn explain(ifname: &str, pairs: u16, existed: bool, error: &io::Error) -> Switch
         _ => (error.to_string(), "see `ip -d link show`".to_owned()),
     };
     SwitchError::Tap {
-        ifname: ifname.to_owned(),
+        ifname: config.ifname.clone(),
         reason,
         hint,
     }

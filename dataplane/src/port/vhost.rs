@@ -11,11 +11,12 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ringway_api::{PortState, QueueInfo};
+
 pub(crate) use self::rings::RxScratch;
 pub(super) use self::rings::choose_receiver;
 use self::rings::{QueueState, StartedRing, VhostQueue};
 use super::{PortBase, QueueCounters};
-use crate::info::{PortState, QueueInfo};
 use crate::memory::GuestMemory;
 use crate::wake::Binding;
 use crate::wire::{Features, ProtocolFeatures};

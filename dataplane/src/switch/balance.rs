@@ -134,7 +134,7 @@ fn queue_loads(state: &State, held: &BTreeMap<QueueId, u32>) -> Vec<QueueLoad> {
                     queue,
                     worker: *worker,
                     load: rate.load,
-                    is_fixed: entry.config.pins.contains_key(&pair) || held.contains_key(&queue),
+                    is_fixed: entry.config.pins().contains_key(&pair) || held.contains_key(&queue),
                 })
             })
     });
@@ -146,7 +146,9 @@ mod tests {
     use super::*;
     use crate::switch::Switch;
     use crate::switch::load::QueueRate;
-    use ringway_api::{IdleConfig, PortConfig, PortKind, QueuePairs, SocketSpec, SwitchConfig};
+    use ringway_api::{
+        IdleConfig, PortConfig, QueuePairs, SocketSpec, SwitchConfig, VhostUserConfig,
+    };
     use std::time::Duration;
 
     fn name(port: u16) -> PortName {
@@ -168,16 +170,12 @@ mod tests {
         })
         .unwrap();
         for port in 0..4 {
-            let kind = PortKind::VhostUser {
-                socket: SocketSpec::Listen(folder.join(name(port).as_str())),
-                queue_pairs: QueuePairs::new(1).unwrap(),
-            };
-            let config = PortConfig {
-                kind,
-                mtu: None,
-                fdb_limit: None,
-                pins: BTreeMap::new(),
-            };
+            let path = folder.join(name(port).as_str());
+            let socket = SocketSpec::Listen(path.as_path().try_into().unwrap());
+            let config = PortConfig::VhostUser(VhostUserConfig {
+                queues: QueuePairs::ONE,
+                ..VhostUserConfig::new(socket)
+            });
             switch.add_port(name(port), config).unwrap();
         }
         switch

@@ -104,7 +104,7 @@ impl InlineSwitch {
         config: &AfXdpConfig,
     ) -> Result<(), SwitchError> {
         let base = PortBase::new(name, self.next_id()?);
-        let port = AfXdpPort::open(base, config, None)?;
+        let port = AfXdpPort::open(base, config)?;
         self.add_to_worker(Port::AfXdp(Box::new(port)));
         Ok(())
     }

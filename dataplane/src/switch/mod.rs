@@ -8,10 +8,14 @@ mod port_table;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
-use ringway_api::{PortConfig, PortKind, PortName, SocketSpec, SwitchConfig, SwitchError};
-use ringway_bridge::{Bridge, BridgeConfig, DropCounts, MacAddr, PortId, Tick};
+use ringway_api::{
+    FdbEntry, FdbLimit, HeaderAction, Mtu, PairCounters, PolledQueue, PortConfig, PortDetail,
+    PortInfo, PortName, QueuePairs, SocketSpec, SwitchConfig, SwitchError, WorkerDetail,
+    WorkerInfo,
+};
+use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
 
 #[cfg(any(test, feature = "inline"))]
 pub use inline::InlineSwitch;
@@ -19,10 +23,6 @@ pub use inline::InlineSwitch;
 use self::balance::Balancer;
 use self::port_table::{PortTable, State, check_pair};
 use crate::housekeeping::Housekeeping;
-use crate::info::{
-    FdbEntryInfo, HeaderAction, PairCounters, PolledQueue, PortDetail, PortInfo, WorkerDetail,
-    WorkerInfo,
-};
 use crate::offload::Action;
 use crate::placement::QueueId;
 use crate::port::{AfXdpPort, Port, PortBase, TapPort, VhostPort};
@@ -106,20 +106,23 @@ impl Switch {
             return Err(SwitchError::PortExists { name });
         }
         let id = state.topology.free_id().ok_or(SwitchError::TooManyPorts)?;
-        for (pair, worker) in &config.pins {
-            check_pair(&name, *pair, config.queue_pairs().get())?;
+        let queues = config.queues().unwrap_or(QueuePairs::MAX).get();
+        for (pair, worker) in config.pins() {
+            check_pair(&name, *pair, queues)?;
             self.table.check_worker(*worker)?;
         }
         let base = PortBase::new(name.clone(), id);
         // What can be refused comes first; nothing of it outlives an error.
         let (port, endpoint) = open_port(base, &config)?;
-        for pair in config.pins.keys() {
+        for pair in config.pins().keys() {
             check_pair(&name, *pair, port.queue_pairs())?;
         }
         let port = Arc::new(port);
         let (pairs, workers) = (port.queue_pairs(), self.table.worker_count());
-        let desired = state.topology.with_port(id, pairs, workers, &config.pins);
-        self.bridge.fdb().set_limit(id, config.fdb_limit);
+        let desired = state.topology.with_port(id, pairs, workers, config.pins());
+        self.bridge
+            .fdb()
+            .set_limit(id, config.fdb_limit().map(FdbLimit::get));
         state.insert(name.clone(), config, Arc::clone(&port));
         let added = self.table.change_topology(&mut state, &desired);
         let started = added.and_then(|()| match (&*port, endpoint) {
@@ -170,64 +173,52 @@ impl Switch {
         let port = &state.find(name)?.port;
         let placement = state.topology.placement(port.base().id);
         let queues = port.queues(|pair| placement.get(usize::from(pair)).copied().unwrap_or(0));
-        let (rx, tx) = port.offloads();
-        let (rx_offloads, tx_offloads) = (rx.names(), tx.names());
-        let actions = header_actions(&state, port);
+        let (rx_offloads, tx_offloads) = port.offloads();
+        let detail = PortDetail {
+            port: info,
+            queues,
+            features: Vec::new(),
+            protocol_features: Vec::new(),
+            connections: 0,
+            mapped_bytes: 0,
+            memory_regions: 0,
+            last_error: None,
+            mtu: None,
+            rx_offloads: owned(rx_offloads.names()),
+            tx_offloads: owned(tx_offloads.names()),
+            actions: header_actions(&state, port),
+            af_xdp: None,
+        };
         Ok(match &**port {
             Port::VhostUser(guest) => {
                 let (features, protocol_features) = guest.features();
                 let (mapped_bytes, memory_regions) = guest.mapped();
                 PortDetail {
-                    info,
-                    queues,
-                    features: features.names(),
-                    protocol_features: protocol_features.names(),
+                    features: owned(features.names()),
+                    protocol_features: owned(protocol_features.names()),
                     connections: guest.connections(),
                     mapped_bytes,
                     memory_regions,
                     last_error: guest.last_error(),
                     mtu: guest.mtu(),
-                    rx_offloads,
-                    tx_offloads,
-                    actions,
-                    af_xdp: None,
+                    ..detail
                 }
             }
             Port::Tap(tap) => PortDetail {
-                info,
-                queues,
-                features: tap.feature_names(),
-                protocol_features: Vec::new(),
-                connections: 0,
-                mapped_bytes: 0,
-                memory_regions: 0,
-                last_error: None,
+                features: owned(tap.feature_names()),
                 mtu: tap.mtu(),
-                rx_offloads,
-                tx_offloads,
-                actions,
-                af_xdp: None,
+                ..detail
             },
             Port::AfXdp(xdp) => PortDetail {
-                info,
-                queues,
-                features: Vec::new(),
-                protocol_features: Vec::new(),
-                connections: 0,
-                mapped_bytes: 0,
-                memory_regions: 0,
-                last_error: None,
                 mtu: Some(xdp.mtu()),
-                rx_offloads,
-                tx_offloads,
-                actions,
                 af_xdp: Some(xdp.info()),
+                ..detail
             },
         })
     }
 
     /// The forwarding database, by address.
-    pub fn fdb(&self) -> Vec<FdbEntryInfo> {
+    pub fn fdb(&self) -> Vec<FdbEntry> {
         let state = self.table.lock();
         let names = state.names();
         let now = Tick::after(self.epoch.elapsed());
@@ -237,11 +228,11 @@ impl Switch {
             .for_each(|mac, port, is_static, last_seen| {
                 if let Some(name) = names.get(&port) {
                     let age_ticks = if is_static { 0 } else { now.since(last_seen) };
-                    entries.push(FdbEntryInfo {
+                    entries.push(FdbEntry {
                         mac,
                         port: (*name).clone(),
                         is_static,
-                        age: Duration::from_secs(1) * age_ticks / Tick::PER_SECOND,
+                        age_seconds: f64::from(age_ticks) / f64::from(Tick::PER_SECOND),
                     });
                 }
             });
@@ -311,21 +302,21 @@ impl Switch {
             let per_second = |n: u64| if n == 0 { 0.0 } else { n as f64 / seconds };
             Some(PolledQueue {
                 port: entry.port.base().name.clone(),
-                pair,
-                is_pinned: entry.config.pins.contains_key(&pair),
+                queue: pair,
+                is_pinned: entry.config.pins().contains_key(&pair),
                 rx_frames,
                 rx_bytes,
                 frames_per_second: per_second(rate.frames),
                 bits_per_second: per_second(rate.bytes) * 8.0,
-                recent_busy: f64::from(rate.load) / 1000.0,
+                recent_busy_share: f64::from(rate.load) / 1000.0,
             })
         };
         let polled = state.topology.pairs().filter(|(_, _, at)| *at == index);
         let mut queues: Vec<_> = polled.filter_map(queue).collect();
-        queues.sort_by(|a, b| (&a.port, a.pair).cmp(&(&b.port, b.pair)));
+        queues.sort_by(|a, b| (&a.port, a.queue).cmp(&(&b.port, b.queue)));
         Ok(WorkerDetail {
-            info: self.worker_info(&state, &self.table.workers[usize::from(index)]),
-            interval: state.load.interval,
+            worker: self.worker_info(&state, &self.table.workers[usize::from(index)]),
+            interval_seconds: state.load.interval.as_secs_f64(),
             queues,
         })
     }
@@ -333,7 +324,7 @@ impl Switch {
     fn worker_info(&self, state: &State, worker: &WorkerThread) -> WorkerInfo {
         let recent = state.load.workers.get(usize::from(worker.handle.index));
         WorkerInfo {
-            recent_busy: f64::from(recent.copied().unwrap_or(0)) / 1000.0,
+            recent_busy_share: f64::from(recent.copied().unwrap_or(0)) / 1000.0,
             ..worker.info(self.epoch)
         }
     }
@@ -362,29 +353,17 @@ impl Switch {
         let state = self.table.lock();
         let names = state.names();
         let mut sums: BTreeMap<(PortId, PortId), PairCounters> = BTreeMap::new();
-        for pair in self
-            .table
-            .workers
-            .iter()
-            .flat_map(|worker| worker.handle.pairs.snapshot())
-        {
+        let workers = self.table.workers.iter();
+        for pair in workers.flat_map(|worker| worker.handle.pairs.snapshot()) {
             let (Some(from), Some(to)) = (names.get(&pair.from), names.get(&pair.to)) else {
                 continue;
             };
             let sum = sums
                 .entry((pair.from, pair.to))
-                .or_insert_with(|| PairCounters {
-                    from: (*from).clone(),
-                    to: (*to).clone(),
-                    frames: 0,
-                    bytes: 0,
-                    drops: DropCounts::default(),
-                });
+                .or_insert_with(|| PairCounters::new((*from).clone(), (*to).clone()));
             sum.frames += pair.frames;
             sum.bytes += pair.bytes;
-            for (reason, count) in pair.drops.nonzero() {
-                sum.drops[reason] += count;
-            }
+            sum.drops.add(&pair.drops);
         }
         sums.into_values().collect()
     }
@@ -448,43 +427,33 @@ fn header_actions(state: &State, from: &Port) -> Vec<HeaderAction> {
             let (_, tx) = entry.port.offloads();
             HeaderAction {
                 to: name.clone(),
-                action: Action::between(rx, tx).as_str(),
-                passed: rx.and(tx).names(),
-                done: rx.without(tx).names(),
+                action: Action::between(rx, tx).as_str().to_owned(),
+                passed: owned(rx.and(tx).names()),
+                done: owned(rx.without(tx).names()),
             }
         })
         .collect()
 }
 
+/// Names for a report.
+fn owned(names: Vec<&str>) -> Vec<String> {
+    names.into_iter().map(str::to_owned).collect()
+}
+
 /// Opens what is behind a port: everything that can be refused.
 fn open_port(base: PortBase, config: &PortConfig) -> Result<(Port, Option<Endpoint>), SwitchError> {
-    match &config.kind {
-        PortKind::VhostUser {
-            socket,
-            queue_pairs,
-        } => {
-            let endpoint = match socket {
-                SocketSpec::Listen(path) => Endpoint::listen(path)?,
-                SocketSpec::Connect(path) => Endpoint::connect(path)?,
+    Ok(match config {
+        PortConfig::VhostUser(guest) => {
+            let endpoint = match &guest.socket {
+                SocketSpec::Listen(path) => Endpoint::listen(path.as_path())?,
+                SocketSpec::Connect(path) => Endpoint::connect(path.as_path())?,
             };
-            let guest = VhostPort::new(base, queue_pairs.get(), config.mtu);
-            Ok((Port::VhostUser(Arc::new(guest)), Some(endpoint)))
+            let port = VhostPort::new(base, guest.queues.get(), guest.mtu.map(Mtu::get));
+            (Port::VhostUser(Arc::new(port)), Some(endpoint))
         }
-        PortKind::Tap {
-            ifname,
-            queue_pairs,
-            persist,
-            offload,
-        } => {
-            let flags = (*persist, *offload);
-            let tap = TapPort::open(base, ifname, queue_pairs.get(), config.mtu, flags)?;
-            Ok((Port::Tap(Box::new(tap)), None))
-        }
-        PortKind::AfXdp(xdp) => {
-            let port = AfXdpPort::open(base, xdp, config.mtu)?;
-            Ok((Port::AfXdp(Box::new(port)), None))
-        }
-    }
+        PortConfig::Tap(tap) => (Port::Tap(Box::new(TapPort::open(base, tap)?)), None),
+        PortConfig::AfXdp(nic) => (Port::AfXdp(Box::new(AfXdpPort::open(base, nic)?)), None),
+    })
 }
 
 /// Each worker CPU exists, is allowed to this process and is named once.

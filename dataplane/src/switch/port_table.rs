@@ -267,7 +267,7 @@ impl PortTable {
         let Some(entry) = state.ports.get_mut(name) else {
             return Ok(false);
         };
-        let pins = &mut entry.config.pins;
+        let pins = entry.config.pins_mut();
         let old = match worker {
             Some(worker) => pins.insert(pair, worker),
             None => pins.remove(&pair),

@@ -146,14 +146,7 @@ fn address(path: &Path) -> Result<SocketAddrUnix, SwitchError> {
     if path.as_os_str().is_empty() {
         return Err(refusal(path, "the path is empty", "name a socket file"));
     }
-    SocketAddrUnix::new(path).map_err(|error| match error {
-        Errno::NAMETOOLONG => refusal(
-            path,
-            "the path is too long for a Unix socket",
-            "use a path of at most 107 bytes",
-        ),
-        error => refusal(path, &error.to_string(), "use another path"),
-    })
+    SocketAddrUnix::new(path).map_err(|error| refusal(path, &error.to_string(), "use another path"))
 }
 
 /// Removes a socket file that nobody serves; anything else in the way is an error.

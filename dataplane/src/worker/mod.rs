@@ -22,14 +22,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{self as channel, Receiver, Sender};
-use ringway_api::{IdleConfig, SwitchError};
+use ringway_api::{IdleConfig, SwitchError, WorkerInfo};
 use ringway_bridge::{Bridge, PortId};
 use tracing::warn;
 
 pub(crate) use pairs::PairTable;
 pub(crate) use turn::Worker;
 
-use crate::info::WorkerInfo;
+use self::idle::saturating_ns;
+
 use crate::port::{Counter, Port};
 use crate::wake::{Request, Token, Waker};
 
@@ -208,27 +209,24 @@ impl WorkerThread {
     pub(crate) fn info(&self, epoch: Instant) -> WorkerInfo {
         let stats = &self.handle.stats;
         let count = |counter: &Counter| u32::try_from(counter.get()).unwrap_or(u32::MAX);
-        let asleep = Duration::from_nanos(stats.asleep_ns.get());
-        let since = Duration::from_nanos(stats.sleeping_since_ns.get());
-        let current = if since.is_zero() {
-            since
-        } else {
-            epoch.elapsed().saturating_sub(since)
+        let sleeping = match stats.sleeping_since_ns.get() {
+            0 => 0,
+            since => saturating_ns(epoch.elapsed()).saturating_sub(since),
         };
         WorkerInfo {
             index: self.handle.index,
-            cpu: Some(self.cpu),
+            cpu: self.cpu,
             queues: count(&stats.queues),
             active_queues: count(&stats.active_queues),
-            busy: Duration::from_nanos(stats.busy_ns.get()),
-            polling: Duration::from_nanos(stats.polling_ns.get()),
-            asleep: asleep + current,
+            busy_ns: stats.busy_ns.get(),
+            polling_ns: stats.polling_ns.get(),
+            asleep_ns: stats.asleep_ns.get() + sleeping,
             turns: stats.turns.get(),
             bursts: stats.bursts.get(),
             frames: stats.frames.get(),
             sleeps: stats.sleeps.get(),
             contended: stats.contended.get(),
-            recent_busy: 0.0,
+            recent_busy_share: 0.0,
         }
     }
 }

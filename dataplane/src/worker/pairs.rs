@@ -2,7 +2,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use ringway_bridge::{DropCounts, DropReason, PortId};
+use ringway_api::Drops;
+use ringway_bridge::{DropReason, PortId};
 
 use crate::port::{Counter, DropCounters};
 
@@ -31,13 +32,13 @@ pub(crate) struct PairTable {
 }
 
 /// A snapshot of one pair.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct PairSnapshot {
     pub(crate) from: PortId,
     pub(crate) to: PortId,
     pub(crate) frames: u64,
     pub(crate) bytes: u64,
-    pub(crate) drops: DropCounts,
+    pub(crate) drops: Drops,
 }
 
 /// The pair as a number that is neither [`EMPTY`] nor [`REMOVED`]: ports are below 4,096.

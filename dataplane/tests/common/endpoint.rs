@@ -6,7 +6,7 @@
 //!   AF_XDP      packet socket on farN  -- veth, xdpN -- port
 //! ```
 
-use ringway_dataplane::XdpMode;
+use ringway_api::{Mtu, PortConfig, XdpMode};
 use ringway_guest::features::{
     TSO, USO, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_HOST_ECN,
@@ -15,7 +15,7 @@ use ringway_guest::{Guest, GuestBuilder, Layout};
 
 use super::host::{Raw, veth_named};
 use super::packet::{GSO_ECN, NEEDS_CSUM, Packet, complete, judge, pattern};
-use super::{DEADLINE, Lab, af_xdp, frame, mac, name, tap};
+use super::{DEADLINE, Lab, af_xdp, frame, ifname, mac, name, tap};
 
 /// Both sides leave checksums open.
 pub(crate) const CSUM: u64 = VIRTIO_NET_F_CSUM | VIRTIO_NET_F_GUEST_CSUM;
@@ -260,14 +260,18 @@ impl Endpoint {
             let guest = lab.guest(&port, setting.guest(features));
             Side::Guest(Box::new(guest))
         };
-        let host = |ifname: &str, mut config: ringway_dataplane::PortConfig| {
-            config.mtu = Some(setting.mtu);
+        let host = |interface: &str, mut config: PortConfig| {
+            match &mut config {
+                PortConfig::VhostUser(guest) => guest.mtu = Mtu::new(setting.mtu),
+                PortConfig::Tap(tap) => tap.mtu = Mtu::new(setting.mtu),
+                PortConfig::AfXdp(nic) => nic.mtu = Mtu::new(setting.mtu),
+            }
             lab.switch.add_port(name(&port), config).unwrap();
-            Side::Host(Raw::with_headers(ifname))
+            Side::Host(Raw::with_headers(interface))
         };
         let of_tap = |offload| {
-            let ifname = format!("rw{station}");
-            host(&ifname, tap(&ifname, 1, offload))
+            let interface = format!("rw{station}");
+            host(&interface, tap(&interface, 1, offload))
         };
         let side = match kind {
             Kind::GuestAll => guest(ALL),
@@ -279,7 +283,7 @@ impl Endpoint {
                 let (near, far) = (format!("xdp{station}"), format!("far{station}"));
                 veth_named([&near, &far], 1, setting.mtu.into());
                 let config = af_xdp(|nic| {
-                    nic.ifname = near;
+                    nic.ifname = ifname(&near);
                     nic.mode = setting.mode;
                 });
                 host(&far, config)

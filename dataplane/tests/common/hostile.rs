@@ -8,8 +8,8 @@ use std::sync::{Arc, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ringway_api::{PortDetail, SwitchConfig};
 use ringway_bridge::{DropReason, MacAddr};
-use ringway_dataplane::{PortDetail, SwitchConfig};
 use ringway_guest::features::{
     VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC,
 };

@@ -9,15 +9,15 @@ pub(crate) mod endpoint;
 pub(crate) mod hostile;
 pub(crate) mod observe;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ringway_dataplane::{
-    AfXdpConfig, AfXdpInfo, BalanceConfig, IdleConfig, PortConfig, PortCounters, PortKind,
-    PortName, QueuePairs, SocketSpec, Switch, SwitchConfig, UmemFrames, XdpMode,
+use ringway_api::{
+    AfXdpConfig, AfXdpInfo, BalanceConfig, IdleConfig, IfName, PortConfig, PortCounters, PortName,
+    QueuePairs, SocketSpec, SwitchConfig, TapConfig, VhostUserConfig,
 };
+use ringway_dataplane::Switch;
 use ringway_guest::{Guest, GuestBuilder, Layout, Received};
 use tempfile::TempDir;
 
@@ -74,14 +74,13 @@ impl Lab {
     pub(crate) fn add_port_with(
         &self,
         port: &str,
-        change: impl FnOnce(&mut PortConfig),
+        change: impl FnOnce(&mut VhostUserConfig),
     ) -> PathBuf {
         let path = self.socket(port);
-        let mut config = port_of(PortKind::VhostUser {
-            socket: SocketSpec::Listen(path.clone()),
-            queue_pairs: QueuePairs::new(8).unwrap(),
-        });
+        let socket = SocketSpec::Listen(path.as_path().try_into().unwrap());
+        let mut config = VhostUserConfig::new(socket);
         change(&mut config);
+        let config = PortConfig::VhostUser(config);
         self.switch.add_port(name(port), config).unwrap();
         path
     }
@@ -93,7 +92,7 @@ impl Lab {
     }
 
     pub(crate) fn counters(&self, port: &str) -> PortCounters {
-        self.switch.port(&name(port)).unwrap().info.counters
+        self.switch.port(&name(port)).unwrap().port.counters
     }
 
     /// Waits until a port's count of drops is `expected`: counters of a source follow those of the
@@ -144,41 +143,27 @@ pub(crate) fn name(port: &str) -> PortName {
     port.parse().unwrap()
 }
 
-/// A port of this kind of which nothing else is said.
-pub(crate) fn port_of(kind: PortKind) -> PortConfig {
-    PortConfig {
-        kind,
-        mtu: None,
-        fdb_limit: None,
-        pins: BTreeMap::new(),
-    }
+pub(crate) fn ifname(name: &str) -> IfName {
+    name.parse().unwrap()
 }
 
-pub(crate) fn tap(ifname: &str, queues: u16, offload: bool) -> PortConfig {
-    port_of(PortKind::Tap {
-        ifname: ifname.to_owned(),
-        queue_pairs: QueuePairs::new(queues).unwrap(),
-        persist: false,
+pub(crate) fn tap(interface: &str, queues: u16, offload: bool) -> PortConfig {
+    PortConfig::Tap(TapConfig {
+        queues: QueuePairs::new(queues).unwrap(),
         offload,
+        ..TapConfig::new(ifname(interface))
     })
 }
 
 /// All queues of `xdp0`, unless changed.
 pub(crate) fn nic_config(change: impl FnOnce(&mut AfXdpConfig)) -> AfXdpConfig {
-    let mut config = AfXdpConfig {
-        ifname: "xdp0".into(),
-        queue_pairs: None,
-        mode: XdpMode::Auto,
-        umem_frames: UmemFrames::DEFAULT,
-        busy_poll: None,
-        gro: true,
-    };
+    let mut config = AfXdpConfig::new(ifname("xdp0"));
     change(&mut config);
     config
 }
 
 pub(crate) fn af_xdp(change: impl FnOnce(&mut AfXdpConfig)) -> PortConfig {
-    port_of(PortKind::AfXdp(nic_config(change)))
+    PortConfig::AfXdp(nic_config(change))
 }
 
 /// A lab whose port `nic` is one end of a veth pair in a fresh namespace; a raw socket has the other.

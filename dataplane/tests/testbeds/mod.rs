@@ -1,7 +1,7 @@
 //! Testbeds for tests that count: with frames to segment, and with an AF_XDP port.
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
 
-use ringway_dataplane::XdpMode;
+use ringway_api::XdpMode;
 use ringway_guest::Layout;
 
 use crate::common::endpoint::ALL;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use ringway_control::api::PortShowResult;
+use ringway_control::api::PortDetail;
 use serde_json::{Map, Value};
 
 use super::super::accel::Accel;
@@ -238,7 +238,7 @@ impl NicGuest {
         let text = self
             .guest
             .run(&format!("{RINGWAY} -j port show nic"), SLACK)?;
-        let shown: PortShowResult =
+        let shown: PortDetail =
             serde_json::from_str(&text).context("reading `ringway -j port show`")?;
         let in_effect = shown.af_xdp.map(|af_xdp| af_xdp.mode.as_str());
         if in_effect != Some(wanted) {

@@ -16,7 +16,7 @@ use self::rates::{Filter, Interval, Measurement};
 use super::args::MeasureArgs;
 use super::units::Rate;
 use super::{EXIT_BELOW_MIN, EXIT_REFUSED, Failure, Stop, emit, emit_json};
-use crate::api::{DaemonInfo, DaemonReport, MeasureSample, NoParams, Sample};
+use crate::api::{DaemonInfo, DaemonReport, MeasureSample, NoParams, PortName, Sample};
 use crate::rpc::Client;
 
 /// Measures, and prints as it goes.
@@ -25,8 +25,8 @@ pub(super) fn run(client: &mut Client, args: &MeasureArgs, as_json: bool) -> Res
     let daemon = client.call::<DaemonInfo>(&NoParams {})?;
     let first = client.call::<MeasureSample>(&NoParams {})?;
     let filter = Filter {
-        from: args.from.as_ref().map(ToString::to_string),
-        to: args.to.as_ref().map(ToString::to_string),
+        from: args.from.clone(),
+        to: args.to.clone(),
     };
     for name in [&filter.from, &filter.to].into_iter().flatten() {
         must_exist(name, &first)?;
@@ -74,8 +74,8 @@ pub(super) fn run(client: &mut Client, args: &MeasureArgs, as_json: bool) -> Res
 }
 
 /// A port that is not there now is more likely a typing error than a port to come.
-fn must_exist(name: &str, sample: &Sample) -> Result<(), Stop> {
-    if sample.ports.iter().any(|port| port.name == name) {
+fn must_exist(name: &PortName, sample: &Sample) -> Result<(), Stop> {
+    if sample.ports.iter().any(|port| port.name == *name) {
         return Ok(());
     }
     Err(Stop::Failed(Failure::new(
@@ -144,8 +144,8 @@ fn document(
             "daemon_version": daemon.version,
             "daemon_pid": daemon.pid,
             "unix_seconds": unix_seconds,
-            "from": args.from.as_ref().map(ToString::to_string),
-            "to": args.to.as_ref().map(ToString::to_string),
+            "from": args.from,
+            "to": args.to,
             "duration_seconds": args.time.as_secs_f64(),
             "interval_seconds": args.interval.as_secs_f64(),
         },

@@ -4,24 +4,24 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::api::{Drops, PairSample, Sample, WorkerSample};
+use crate::api::{Drops, PairCounters, PortName, Sample, WorkerSample};
 
 /// Which pairs count.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Filter {
     /// Only from this port.
-    pub from: Option<String>,
+    pub from: Option<PortName>,
     /// Only to this port.
-    pub to: Option<String>,
+    pub to: Option<PortName>,
 }
 
 impl Filter {
-    fn source(&self, from: &str) -> bool {
-        self.from.as_deref().is_none_or(|wanted| wanted == from)
+    fn source(&self, from: &PortName) -> bool {
+        self.from.as_ref().is_none_or(|wanted| wanted == from)
     }
 
-    fn pair(&self, from: &str, to: &str) -> bool {
-        self.source(from) && self.to.as_deref().is_none_or(|wanted| wanted == to)
+    fn pair(&self, from: &PortName, to: &PortName) -> bool {
+        self.source(from) && self.to.as_ref().is_none_or(|wanted| wanted == to)
     }
 }
 
@@ -50,9 +50,9 @@ pub(crate) struct Flow {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Stream {
     /// The source.
-    pub from: String,
+    pub from: PortName,
     /// The destination.
-    pub to: String,
+    pub to: PortName,
     /// How much.
     #[serde(flatten)]
     pub flow: Flow,
@@ -62,7 +62,7 @@ pub(crate) struct Stream {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct SourceDrops {
     /// The source.
-    pub from: String,
+    pub from: PortName,
     /// How many, why.
     pub drops: Drops,
 }
@@ -73,7 +73,7 @@ pub(crate) struct WorkerUse {
     /// Its number.
     pub index: u16,
     /// Its CPU.
-    pub cpu: Option<usize>,
+    pub cpu: usize,
     /// In turns that moved frames.
     pub busy_percent: f64,
     /// Polling without finding a frame.
@@ -115,13 +115,13 @@ impl Amount {
 }
 
 /// Busy, polling and asleep in nanoseconds.
-type WorkerTimes = BTreeMap<u16, (Option<usize>, [u64; 3])>;
+type WorkerTimes = BTreeMap<u16, (usize, [u64; 3])>;
 
 /// What was counted between two moments.
 #[derive(Clone, Debug, Default)]
 struct Tally {
-    pairs: BTreeMap<(String, String), Amount>,
-    sources: BTreeMap<String, Drops>,
+    pairs: BTreeMap<(PortName, PortName), Amount>,
+    sources: BTreeMap<PortName, Drops>,
     workers: WorkerTimes,
 }
 
@@ -183,7 +183,7 @@ impl Tally {
 }
 
 fn tally(filter: &Filter, before: &Sample, after: &Sample) -> Tally {
-    let born = |sample: &Sample| -> BTreeMap<String, u64> {
+    let born = |sample: &Sample| -> BTreeMap<PortName, u64> {
         let ports = sample.ports.iter();
         ports
             .map(|port| (port.name.clone(), port.added_monotonic_ns))
@@ -191,11 +191,11 @@ fn tally(filter: &Filter, before: &Sample, after: &Sample) -> Tally {
     };
     let (born_before, born_after) = (born(before), born(after));
     // A port that was added again under its old name counts from zero.
-    let same = |name: &str| born_before.get(name) == born_after.get(name);
-    let old_pairs: BTreeMap<(&str, &str), &PairSample> = before
+    let same = |name: &PortName| born_before.get(name) == born_after.get(name);
+    let old_pairs: BTreeMap<(&PortName, &PortName), &PairCounters> = before
         .pairs
         .iter()
-        .map(|pair| ((pair.from.as_str(), pair.to.as_str()), pair))
+        .map(|pair| ((&pair.from, &pair.to), pair))
         .collect();
     let mut tally = Tally::default();
     for pair in after
@@ -204,7 +204,7 @@ fn tally(filter: &Filter, before: &Sample, after: &Sample) -> Tally {
         .filter(|pair| filter.pair(&pair.from, &pair.to))
     {
         let old = old_pairs
-            .get(&(pair.from.as_str(), pair.to.as_str()))
+            .get(&(&pair.from, &pair.to))
             .filter(|_| same(&pair.from) && same(&pair.to));
         let amount = pair_since(pair, old.copied());
         if !amount.is_zero() {
@@ -212,15 +212,13 @@ fn tally(filter: &Filter, before: &Sample, after: &Sample) -> Tally {
             tally.pairs.insert(key, amount);
         }
     }
-    let old_ports: BTreeMap<&str, &Drops> = before
+    let old_ports: BTreeMap<&PortName, &Drops> = before
         .ports
         .iter()
-        .map(|port| (port.name.as_str(), &port.rx_drops))
+        .map(|port| (&port.name, &port.rx_drops))
         .collect();
     for port in after.ports.iter().filter(|port| filter.source(&port.name)) {
-        let old = old_ports
-            .get(port.name.as_str())
-            .filter(|_| same(&port.name));
+        let old = old_ports.get(&port.name).filter(|_| same(&port.name));
         let drops = port
             .rx_drops
             .since(old.copied().unwrap_or(&Drops::default()));
@@ -237,7 +235,7 @@ fn since(after: u64, before: u64) -> u64 {
     after.checked_sub(before).unwrap_or(after)
 }
 
-fn pair_since(after: &PairSample, before: Option<&PairSample>) -> Amount {
+fn pair_since(after: &PairCounters, before: Option<&PairCounters>) -> Amount {
     // One counter that fell says that all of them were reset.
     let before = before.filter(|b| b.frames <= after.frames && b.bytes <= after.bytes);
     Amount {
@@ -313,7 +311,7 @@ fn flow(amount: &Amount, (start, end): (f64, f64)) -> Flow {
 
 /// Parts of the time that the worker accounted for, which need not be that between the samples: it
 /// publishes its times in batches.
-fn worker_use(index: u16, cpu: Option<usize>, times: [u64; 3]) -> WorkerUse {
+fn worker_use(index: u16, cpu: usize, times: [u64; 3]) -> WorkerUse {
     let total: f64 = times.iter().map(|time| *time as f64).sum();
     let [busy_percent, polling_percent, asleep_percent] = times.map(|time| {
         if total > 0.0 {

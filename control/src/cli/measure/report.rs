@@ -52,14 +52,14 @@ pub(crate) fn summary(out: &mut dyn Write, end: &Interval) -> fmt::Result {
     )?;
     interval(out, end)?;
     for worker in &end.workers {
-        let cpu = match worker.cpu {
-            Some(cpu) => format!("CPU {cpu}"),
-            None => "not pinned".to_owned(),
-        };
         writeln!(
             out,
-            "worker {} ({cpu}): {:.1} % busy, {:.1} % polling, {:.1} % asleep",
-            worker.index, worker.busy_percent, worker.polling_percent, worker.asleep_percent
+            "worker {} (CPU {}): {:.1} % busy, {:.1} % polling, {:.1} % asleep",
+            worker.index,
+            worker.cpu,
+            worker.busy_percent,
+            worker.polling_percent,
+            worker.asleep_percent
         )?;
     }
     Ok(())

@@ -1,6 +1,6 @@
 use super::rates::{Filter, Measurement};
 use super::report;
-use crate::api::{Drops, PairSample, PortSample, Sample, WorkerSample};
+use crate::api::{Drops, PairCounters, PortSample, Sample, WorkerSample};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -10,30 +10,30 @@ fn drops(list: &[(&str, u64)]) -> Drops {
 
 fn port(name: &str, added: u64) -> PortSample {
     PortSample {
-        name: name.into(),
+        name: name.parse().unwrap(),
         added_monotonic_ns: added,
         rx_drops: Drops::default(),
     }
 }
 
-fn pair(from: &str, to: &str, frames: u64, bytes: u64) -> PairSample {
-    PairSample {
-        from: from.into(),
-        to: to.into(),
+fn pair(from: &str, to: &str, frames: u64, bytes: u64) -> PairCounters {
+    PairCounters {
+        from: from.parse().unwrap(),
+        to: to.parse().unwrap(),
         frames,
         bytes,
         drops: Drops::default(),
     }
 }
 
-fn sample(seconds: u64, pairs: Vec<PairSample>) -> Sample {
+fn sample(seconds: u64, pairs: Vec<PairCounters>) -> Sample {
     Sample {
         monotonic_ns: 100 * SECOND + seconds * SECOND,
         pairs,
         ports: vec![port("a", 1), port("b", 2), port("c", 3)],
         workers: vec![WorkerSample {
             index: 0,
-            cpu: Some(1),
+            cpu: 1,
             busy_ns: seconds * SECOND / 4,
             polling_ns: seconds * SECOND / 4,
             asleep_ns: seconds * SECOND / 2,
@@ -71,7 +71,7 @@ fn a_pair_that_is_new_counts_from_zero_and_one_that_is_silent_is_left_out() {
     new.push(pair("b", "a", 7, 700));
     let interval = measurement.push(sample(1, new));
     assert_eq!(interval.streams.len(), 1);
-    assert_eq!(interval.streams[0].from, "b");
+    assert_eq!(interval.streams[0].from.as_str(), "b");
     assert_eq!(interval.streams[0].flow.packets, 7);
 }
 
@@ -117,8 +117,8 @@ fn the_end_sums_all_intervals_over_a_reset() {
 #[test]
 fn the_filter_keeps_one_direction() {
     let filter = Filter {
-        from: Some("a".into()),
-        to: Some("b".into()),
+        from: Some("a".parse().unwrap()),
+        to: Some("b".parse().unwrap()),
     };
     let mut measurement = Measurement::new(filter, sample(0, vec![]));
     let pairs = vec![
@@ -132,7 +132,7 @@ fn the_filter_keeps_one_direction() {
     let interval = measurement.push(next);
     assert_eq!(interval.sum.packets, 1);
     assert_eq!(interval.source_drops.len(), 1);
-    assert_eq!(interval.source_drops[0].from, "a");
+    assert_eq!(interval.source_drops[0].from.as_str(), "a");
 }
 
 #[test]

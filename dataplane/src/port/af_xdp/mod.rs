@@ -26,7 +26,7 @@ use std::sync::MutexGuard;
 
 pub(crate) use transmit::Transmitter;
 
-use ringway_api::XdpMode;
+use ringway_api::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo, XdpMode};
 
 use self::interface::Interface;
 use self::program::Program;
@@ -35,7 +35,6 @@ use super::counters::Counter;
 use super::vhost::choose_receiver;
 use super::{PortBase, QueueCounters};
 use crate::burst_lock::BurstLock;
-use crate::info::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo};
 use crate::wire::Offloads;
 
 /// Longest L3 MTU: what common NICs carry in several buffers.
@@ -60,7 +59,6 @@ pub(crate) struct AfXdpQueue {
 #[derive(Debug)]
 pub(crate) struct AfXdpPort {
     pub(crate) base: PortBase,
-    ifname: String,
     // Dropped in this order: no frame is redirected any more when the sockets are closed.
     program: Program,
     queues: Box<[AfXdpQueue]>,
@@ -141,13 +139,15 @@ impl AfXdpPort {
     /// All that only a port of this kind has.
     pub(crate) fn info(&self) -> AfXdpInfo {
         AfXdpInfo {
-            ifname: self.ifname.clone(),
             mode: self.mode,
             program_id: self.program.id(),
             multi_buffer: self.has_several_chunks,
             umem_bytes: self.umem_bytes,
             huge_pages: self.is_huge,
-            queues: self.queues.iter().map(AfXdpQueue::info).collect(),
+            queues: (0..)
+                .zip(&self.queues)
+                .map(|(index, queue)| queue.info(index))
+                .collect(),
         }
     }
 }
@@ -165,7 +165,7 @@ impl AfXdpQueue {
         self.transmitter.try_lock()
     }
 
-    fn info(&self) -> AfXdpQueueInfo {
+    fn info(&self, index: u16) -> AfXdpQueueInfo {
         let mut receiver = self.receiver.lock();
         let (fill_level, rx_level) = receiver.levels(self.ring_size);
         let received = receiver.statistics();
@@ -178,6 +178,7 @@ impl AfXdpQueue {
             received.as_ref().map(read).unwrap_or_default()
         };
         AfXdpQueueInfo {
+            index,
             ring_size: self.ring_size,
             fill_level,
             rx_level,

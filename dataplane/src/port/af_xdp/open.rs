@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use ringway_api::{AfXdpConfig, MAX_QUEUE_PAIRS, SwitchError, XdpMode};
+use ringway_api::{AfXdpConfig, MAX_QUEUE_PAIRS, Mtu, QueuePairs, SwitchError, XdpMode};
 use ringway_xdp::Hook;
 use xsk_rs::Socket;
 use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSize, SocketConfig};
@@ -65,12 +65,8 @@ impl AfXdpPort {
     /// # Errors
     /// An interface that is not there, down, in use, can't do it in this mode or with its MTU; too
     /// few queues, too little memory that may be locked, no permission.
-    pub(crate) fn open(
-        base: PortBase,
-        config: &AfXdpConfig,
-        mtu: Option<u16>,
-    ) -> Result<Self, SwitchError> {
-        let ifname = &config.ifname;
+    pub(crate) fn open(base: PortBase, config: &AfXdpConfig) -> Result<Self, SwitchError> {
+        let ifname = config.ifname.as_str();
         let found = Interface::find(ifname).map_err(|error| system(config, "socket", &error))?;
         let Some(interface) = found else {
             return Err(refuse(
@@ -83,20 +79,22 @@ impl AfXdpPort {
             let hint = format!("`ip link set {ifname} up` sets it up");
             return Err(refuse(config, "it is down", hint));
         }
-        let plan = plan(config, &interface, mtu)?;
+        let plan = plan(config, &interface)?;
         let (mode, opened) = plan.open_first()?;
         let receives_all = interface
             .receive_all()
             .map_err(|error| not_promiscuous(config, &error))?;
         Ok(Self {
             base,
-            ifname: ifname.clone(),
             mode,
             has_several_chunks: plan.layout.several_chunks,
             sends: plan.sends(mode),
             umem_bytes: opened.umem_bytes,
             is_huge: opened.is_huge,
-            mtu: mtu.unwrap_or(u16::try_from(plan.interface_mtu).unwrap_or(u16::MAX)),
+            mtu: config.mtu.map_or(
+                u16::try_from(plan.interface_mtu).unwrap_or(u16::MAX),
+                Mtu::get,
+            ),
             program: opened.program,
             queues: opened.queues,
             interface,
@@ -113,14 +111,10 @@ struct Opened {
     is_huge: bool,
 }
 
-fn plan<'a>(
-    config: &'a AfXdpConfig,
-    interface: &'a Interface,
-    mtu: Option<u16>,
-) -> Result<Plan<'a>, SwitchError> {
+fn plan<'a>(config: &'a AfXdpConfig, interface: &'a Interface) -> Result<Plan<'a>, SwitchError> {
     let ifname = &config.ifname;
     let there = interface.queues();
-    let queues = match config.queue_pairs.map(|wanted| wanted.get()) {
+    let queues = match config.queues.map(QueuePairs::get) {
         Some(wanted) if wanted > there => {
             let reason = format!("{wanted} queues are asked for, and it has {there}");
             let hint = format!("ask for fewer, or `ethtool -L {ifname} combined {wanted}` first");
@@ -130,7 +124,7 @@ fn plan<'a>(
         None => there.min(MAX_QUEUE_PAIRS),
     };
     let interface_mtu = interface.mtu().unwrap_or(1500);
-    let greatest = interface_mtu.max(mtu.map_or(0, u32::from));
+    let greatest = interface_mtu.max(config.mtu.map_or(0, |mtu| u32::from(mtu.get())));
     if greatest > MAX_MTU {
         let reason = format!("its MTU of {greatest} is above the {MAX_MTU} that AF_XDP carries");
         let hint = format!("`ip link set {ifname} mtu {MAX_MTU}`, and leave out a greater --mtu");
@@ -246,7 +240,7 @@ impl Plan<'_> {
             flags |= BindFlags::XDP_USE_SG;
         }
         let size = config.umem_frames.get() / 2;
-        let name: InterfaceName = config.ifname.parse().map_err(|_| {
+        let name: InterfaceName = config.ifname.as_str().parse().map_err(|_| {
             Refusal::Final(refuse(
                 config,
                 "no interface can have this name",
@@ -283,11 +277,10 @@ impl Plan<'_> {
             (ring, ..) =
                 bind(LEAST_RING, size).map_err(|error| self.cannot_bind(index, mode, &error))?;
         }
-        if let Some(time) = config.busy_poll {
-            let us = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        if let Some(time) = config.busy_poll_us {
             let options = [
                 (libc::SO_PREFER_BUSY_POLL, 1_u32),
-                (libc::SO_BUSY_POLL, us),
+                (libc::SO_BUSY_POLL, time.get()),
                 (libc::SO_BUSY_POLL_BUDGET, BUSY_POLL_BUDGET),
             ];
             for (name, value) in options {
@@ -305,7 +298,7 @@ impl Plan<'_> {
                 chunks,
                 &memory.to_receive,
                 Receiving {
-                    busy_poll: config.busy_poll.is_some(),
+                    busy_poll: config.busy_poll_us.is_some(),
                     open_checksums: self.sends(mode) != Offloads::NONE,
                     gro: config.gro,
                 },

@@ -2,11 +2,14 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Index;
 
-use ringway_bridge::{DropCounts, DropReason};
-use ringway_dataplane::{PairCounters, WorkerInfo};
+use ringway_bridge::DropReason;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+
+use crate::info::WorkerInfo;
+use crate::value::PortName;
 
 /// Frames that were dropped, by reason; a reason that is absent has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,14 +50,33 @@ impl From<BTreeMap<String, u64>> for Drops {
     }
 }
 
-impl From<&DropCounts> for Drops {
-    fn from(counts: &DropCounts) -> Self {
+impl FromIterator<(DropReason, u64)> for Drops {
+    /// The counts that are not zero.
+    fn from_iter<I: IntoIterator<Item = (DropReason, u64)>>(counts: I) -> Self {
+        let counts = counts.into_iter().filter(|(_, n)| *n > 0);
         Self(
             counts
-                .nonzero()
                 .map(|(reason, n)| (reason.as_str().to_owned(), n))
                 .collect(),
         )
+    }
+}
+
+impl Drops {
+    /// The reasons with a count that is not zero, in the order of [`DropReason::ALL`].
+    pub fn nonzero(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
+        let counts = DropReason::ALL
+            .into_iter()
+            .map(|reason| (reason, self[reason]));
+        counts.filter(|(_, n)| *n > 0)
+    }
+}
+
+impl Index<DropReason> for Drops {
+    type Output = u64;
+
+    fn index(&self, reason: DropReason) -> &u64 {
+        self.0.get(reason.as_str()).unwrap_or(&0)
     }
 }
 
@@ -88,7 +110,7 @@ pub struct Sample {
     /// When: the daemon host's CLOCK_MONOTONIC, in nanoseconds.
     pub monotonic_ns: u64,
     /// Pairs of ports that exchanged frames since both were added.
-    pub pairs: Vec<PairSample>,
+    pub pairs: Vec<PairCounters>,
     /// All ports, by name.
     pub ports: Vec<PortSample>,
     /// All workers, by number.
@@ -97,11 +119,11 @@ pub struct Sample {
 
 /// Frames from one port to another since both were added.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct PairSample {
+pub struct PairCounters {
     /// The source port.
-    pub from: String,
+    pub from: PortName,
     /// The destination port.
-    pub to: String,
+    pub to: PortName,
     /// Frames delivered, each flooded copy counted.
     pub frames: u64,
     /// L2 bytes delivered, without FCS and virtio-net headers.
@@ -110,14 +132,15 @@ pub struct PairSample {
     pub drops: Drops,
 }
 
-impl From<&PairCounters> for PairSample {
-    fn from(pair: &PairCounters) -> Self {
+impl PairCounters {
+    /// Two ports that exchanged nothing yet.
+    pub fn new(from: PortName, to: PortName) -> Self {
         Self {
-            from: pair.from.to_string(),
-            to: pair.to.to_string(),
-            frames: pair.frames,
-            bytes: pair.bytes,
-            drops: (&pair.drops).into(),
+            from,
+            to,
+            frames: 0,
+            bytes: 0,
+            drops: Drops::default(),
         }
     }
 }
@@ -126,7 +149,7 @@ impl From<&PairCounters> for PairSample {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PortSample {
     /// Its name.
-    pub name: String,
+    pub name: PortName,
     /// When it was added, by the clock of `monotonic_ns`: another value under the same name means
     /// that the port was added again and its counters began at zero.
     pub added_monotonic_ns: u64,
@@ -139,8 +162,8 @@ pub struct PortSample {
 pub struct WorkerSample {
     /// Its number.
     pub index: u16,
-    /// The CPU it is pinned to; null if it could not be pinned.
-    pub cpu: Option<usize>,
+    /// The CPU it is pinned to.
+    pub cpu: usize,
     /// Time in turns that moved frames.
     pub busy_ns: u64,
     /// Time polling without finding a frame.
@@ -154,9 +177,9 @@ impl From<&WorkerInfo> for WorkerSample {
         Self {
             index: worker.index,
             cpu: worker.cpu,
-            busy_ns: super::state::nanos(worker.busy),
-            polling_ns: super::state::nanos(worker.polling),
-            asleep_ns: super::state::nanos(worker.asleep),
+            busy_ns: worker.busy_ns,
+            polling_ns: worker.polling_ns,
+            asleep_ns: worker.asleep_ns,
         }
     }
 }

@@ -1,0 +1,227 @@
+//! The list of methods: name, parameters, result and one sentence each.
+
+use ringway_bridge::MacAddr;
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::info::{DaemonReport, FdbEntry, PortDetail, PortInfo, WorkerDetail, WorkerInfo};
+use crate::measure::Sample;
+use crate::port::PortConfig;
+use crate::value::PortName;
+
+/// A method of the control API.
+pub trait Method {
+    /// Its name on the wire.
+    const NAME: &'static str;
+    /// One sentence for the schema document.
+    const ABOUT: &'static str;
+    /// Its parameters: an object, by name.
+    type Params: Serialize + DeserializeOwned + JsonSchema;
+    /// Its result: an object.
+    type Result: Serialize + DeserializeOwned + JsonSchema;
+}
+
+macro_rules! methods {
+    ($($name:ident = $wire:literal ($params:ty) -> $result:ty: $about:literal;)*) => {
+        $(
+            #[doc = concat!("`", $wire, "`: ", $about)]
+            #[derive(Debug)]
+            pub enum $name {}
+
+            impl Method for $name {
+                const NAME: &'static str = $wire;
+                const ABOUT: &'static str = $about;
+                type Params = $params;
+                type Result = $result;
+            }
+        )*
+
+        /// Shows `visitor` every method, in the order of the list.
+        pub(crate) fn for_each(visitor: &mut crate::schema::Visitor<'_>) {
+            $(visitor.method::<$name>();)*
+        }
+
+        /// The names of all methods.
+        pub fn method_names() -> &'static [&'static str] {
+            &[$($wire),*]
+        }
+    };
+}
+
+methods! {
+    PortAdd = "port.add" (PortAddParams) -> PortInfo:
+        "Adds a port; it forwards as soon as its guest or interface is ready.";
+    PortDel = "port.del" (PortDelParams) -> PortDelResult:
+        "Removes a port: afterwards its socket, interface and memory are gone.";
+    PortList = "port.list" (NoParams) -> PortListResult:
+        "All ports, by name.";
+    PortShow = "port.show" (PortShowParams) -> PortDetail:
+        "One port with its queue pairs and session.";
+    FdbList = "fdb.list" (FdbListParams) -> FdbListResult:
+        "The forwarding database, by address.";
+    FdbAdd = "fdb.add" (FdbAddParams) -> Done:
+        "Adds a static entry, or makes a learned one static.";
+    FdbDel = "fdb.del" (FdbDelParams) -> Done:
+        "Deletes an entry, static or learned.";
+    FdbFlush = "fdb.flush" (FdbFlushParams) -> FdbFlushResult:
+        "Forgets the learned entries of all ports or one.";
+    WorkerList = "worker.list" (NoParams) -> WorkerListResult:
+        "All workers, by number.";
+    WorkerShow = "worker.show" (WorkerShowParams) -> WorkerDetail:
+        "One worker with the queue pairs that it polls.";
+    WorkerPin = "worker.pin" (WorkerPinParams) -> Done:
+        "Has a worker poll a queue pair, whatever its load; no frame is lost.";
+    WorkerUnpin = "worker.unpin" (WorkerUnpinParams) -> WorkerUnpinResult:
+        "Leaves it to the daemon again which worker polls a queue pair.";
+    MeasureSample = "measure.sample" (NoParams) -> Sample:
+        "All counters at one moment; two samples make an interval.";
+    DaemonInfo = "daemon.info" (NoParams) -> DaemonReport:
+        "Version, process and uptime of the daemon.";
+}
+
+/// No parameters: absent or `{}`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NoParams {}
+
+/// Nothing to tell but success: `{}`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Done {}
+
+/// Parameters of `port.add`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortAddParams {
+    /// The new port's name: 1 to 63 of `A-Z a-z 0-9 . _ -`, starting with a letter or digit.
+    pub name: PortName,
+    /// Its settings.
+    pub config: PortConfig,
+}
+
+/// Parameters of `port.del`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortDelParams {
+    /// The port.
+    pub name: PortName,
+    /// Succeed also if there is no such port.
+    #[serde(default)]
+    pub if_exists: bool,
+}
+
+/// Result of `port.del`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PortDelResult {
+    /// Whether there was such a port.
+    pub deleted: bool,
+}
+
+/// Parameters of `port.show`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortShowParams {
+    /// The port.
+    pub name: PortName,
+}
+
+/// Result of `port.list`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PortListResult {
+    /// The ports, by name.
+    pub ports: Vec<PortInfo>,
+}
+
+/// Parameters of `fdb.list`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FdbListParams {
+    /// Only the entries of this port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<PortName>,
+}
+
+/// Result of `fdb.list`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct FdbListResult {
+    /// The entries, by address.
+    pub entries: Vec<FdbEntry>,
+}
+
+/// Parameters of `fdb.add`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FdbAddParams {
+    /// The address: six hexadecimal bytes with colons.
+    pub mac: MacAddr,
+    /// The port behind which it is.
+    pub port: PortName,
+}
+
+/// Parameters of `fdb.del`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FdbDelParams {
+    /// The address: six hexadecimal bytes with colons.
+    pub mac: MacAddr,
+}
+
+/// Parameters of `fdb.flush`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FdbFlushParams {
+    /// Only the entries of this port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<PortName>,
+}
+
+/// Result of `fdb.flush`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct FdbFlushResult {
+    /// How many learned entries were forgotten.
+    pub flushed: u64,
+}
+
+/// Parameters of `worker.pin`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerPinParams {
+    /// The port.
+    pub port: PortName,
+    /// Number of the queue pair, from 0.
+    pub queue: u16,
+    /// Number of the worker.
+    pub worker: u16,
+}
+
+/// Parameters of `worker.unpin`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerUnpinParams {
+    /// The port.
+    pub port: PortName,
+    /// Number of the queue pair, from 0.
+    pub queue: u16,
+}
+
+/// Result of `worker.unpin`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct WorkerUnpinResult {
+    /// Whether the queue pair was pinned.
+    pub was_pinned: bool,
+}
+
+/// Result of `worker.list`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct WorkerListResult {
+    /// The workers, by number.
+    pub workers: Vec<WorkerInfo>,
+}
+
+/// Parameters of `worker.show`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerShowParams {
+    /// The worker's number.
+    pub index: u16,
+}
