@@ -106,7 +106,7 @@ impl Fdb {
         self.capacity
     }
 
-    /// Replaces the ageing: see [`FdbConfig::ageing_ticks`].
+    /// Replaces the ageing: see [`super::FdbConfig::ageing_ticks`].
     pub fn set_ageing(&self, ticks: u32) {
         self.ageing_ticks.store(ticks, Ordering::Relaxed);
     }
