@@ -93,7 +93,7 @@ pub enum FdbError {
 pub struct Fdb {
     table: Table,
     capacity: usize,
-    ageing_ticks: AtomicU32,
+    ageing_ticks: u32,
     limits: Box<[AtomicU32]>,
     shared: Shared,
 }
@@ -123,7 +123,7 @@ impl Fdb {
         Self {
             table: Table::new(buckets, config.seed),
             capacity,
-            ageing_ticks: AtomicU32::new(config.ageing_ticks),
+            ageing_ticks: config.ageing_ticks,
             limits: per_port(UNLIMITED),
             shared: Shared {
                 writer: Mutex::new(()),
@@ -165,7 +165,7 @@ impl Fdb {
     #[inline]
     pub(crate) fn lookup_probe(&self, probe: Probe, now: Tick) -> Option<PortId> {
         let (_, entry) = self.table.find(probe)?;
-        let ageing = self.ageing_ticks.load(Ordering::Relaxed);
+        let ageing = self.ageing_ticks;
         (!entry.is_expired(now, ageing)).then(|| entry.port())
     }
 

@@ -81,7 +81,7 @@ impl Bridge {
             port: None,
         };
         for run in probed.iter() {
-            match self.decide(run, burst.in_port, now, &mut previous, &mut result.learned) {
+            match self.decide(run, burst.in_port, now, &mut previous) {
                 Ok(Some(port)) if members.contains(port) => result.deliver(port, run.frames),
                 Ok(_) => result.flood(members, burst.in_port, run.frames),
                 Err(reason) => result.drop(reason, run.frames),
@@ -127,7 +127,6 @@ impl Bridge {
         in_port: PortId,
         now: Tick,
         previous: &mut Known,
-        learned: &mut LearnCounts,
     ) -> Result<Option<PortId>, DropReason> {
         let (src, dst) = (run.src.mac(), run.dst.mac());
         if !is_station(src) {
@@ -139,7 +138,6 @@ impl Bridge {
         if src != previous.src {
             previous.src = src;
             let result = self.fdb.learn_probe(run.src, in_port, now);
-            learned.count(result);
             // Its look-up may have changed, also by the refresh of an expired entry.
             if result != Learned::Refreshed || src == previous.dst {
                 previous.dst = u64::MAX;
@@ -233,16 +231,6 @@ impl Members {
     }
 }
 
-impl Clone for Members {
-    /// Unlike a derived one, with room for [`MAX_PORTS`] again.
-    fn clone(&self) -> Self {
-        let mut copy = Self::new();
-        copy.bitmap.copy_from_slice(&self.bitmap);
-        copy.list.extend_from_slice(&self.list);
-        copy
-    }
-}
-
 impl Default for Members {
     fn default() -> Self {
         Self::new()
@@ -264,7 +252,6 @@ struct Lists {
     destinations: Vec<(PortId, FrameSet)>,
     drops: Vec<(DropReason, FrameSet)>,
     flooded: FrameSet,
-    learned: LearnCounts,
 }
 
 impl Decisions {
@@ -278,7 +265,6 @@ impl Decisions {
                 destinations: Vec::with_capacity(MAX_PORTS),
                 drops: Vec::with_capacity(DropReason::ALL.len()),
                 flooded: FrameSet::EMPTY,
-                learned: LearnCounts::default(),
             },
         }
     }
@@ -300,18 +286,12 @@ impl Decisions {
         self.result.flooded
     }
 
-    /// What learning the sources changed, and why it did not.
-    pub fn learned(&self) -> LearnCounts {
-        self.result.learned
-    }
-
     /// Forgets the last burst.
     pub fn clear(&mut self) {
         self.probed.clear();
         self.result.destinations.clear();
         self.result.drops.clear();
         self.result.flooded = FrameSet::EMPTY;
-        self.result.learned = LearnCounts::default();
     }
 }
 
@@ -359,38 +339,6 @@ impl Lists {
     fn finish(&mut self) {
         for (port, frames) in &mut self.destinations {
             *frames = std::mem::take(&mut self.by_port[port.index()]) | self.flooded;
-        }
-    }
-}
-
-/// Results of learning the sources of a burst that changed something or should have. Successive
-/// frames of one source count once.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LearnCounts {
-    /// [`Learned::New`]
-    pub new: u32,
-    /// [`Learned::Moved`]
-    pub moved: u32,
-    /// [`Learned::Static`]: a station uses an address that is pinned to another port.
-    pub pinned_elsewhere: u32,
-    /// [`Learned::LimitReached`]
-    pub limit_reached: u32,
-    /// [`Learned::Full`]
-    pub full: u32,
-    /// [`Learned::Busy`]
-    pub busy: u32,
-}
-
-impl LearnCounts {
-    fn count(&mut self, result: Learned) {
-        match result {
-            Learned::Refreshed | Learned::NotUnicast => {}
-            Learned::New => self.new += 1,
-            Learned::Moved { .. } => self.moved += 1,
-            Learned::Static => self.pinned_elsewhere += 1,
-            Learned::LimitReached => self.limit_reached += 1,
-            Learned::Full => self.full += 1,
-            Learned::Busy => self.busy += 1,
         }
     }
 }

@@ -18,7 +18,6 @@ enum Step {
     Age,
     Wait(u32),
     SetLimit(PortId, Option<u32>),
-    SetAgeing(u32),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -118,17 +117,16 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Age),
         3 => (0..20u32).prop_map(Step::Wait),
         1 => (port(), prop::option::of(0..4u32)).prop_map(|(p, limit)| Step::SetLimit(p, limit)),
-        1 => (0..40u32).prop_map(Step::SetAgeing),
     ];
     prop::collection::vec(step, 1..80)
 }
 
 proptest! {
     #[test]
-    fn the_database_behaves_like_a_map(steps in steps(), seed: u64) {
-        let fdb = Fdb::new(FdbConfig { capacity: CAPACITY, ageing_ticks: 20, seed });
+    fn the_database_behaves_like_a_map(steps in steps(), ageing in 0..40u32, seed: u64) {
+        let fdb = Fdb::new(FdbConfig { capacity: CAPACITY, ageing_ticks: ageing, seed });
         let (entries, limits) = Default::default();
-        let mut model = Model { entries, limits, ageing: 20, now: 5 };
+        let mut model = Model { entries, limits, ageing, now: 5 };
         for step in steps {
             let now = Tick(model.now);
             match step.clone() {
@@ -160,10 +158,6 @@ proptest! {
                     fdb.set_limit(port, limit);
                     model.limits.remove(&port);
                     model.limits.extend(limit.map(|limit| (port, limit)));
-                }
-                Step::SetAgeing(ticks) => {
-                    fdb.set_ageing(ticks);
-                    model.ageing = ticks;
                 }
             }
             let now = Tick(model.now);

@@ -68,7 +68,7 @@ impl Fdb {
     /// Lets go of the lock now and then; an entry that moves within the table meanwhile is left to
     /// the next sweep.
     pub fn age(&self, now: Tick) -> usize {
-        let ageing = self.ageing_ticks.load(Ordering::Relaxed);
+        let ageing = self.ageing_ticks;
         let end = self.table.bucket_count();
         (0..end)
             .step_by(SWEEP_BUCKETS)
@@ -104,11 +104,6 @@ impl Fdb {
     /// Most entries.
     pub fn capacity(&self) -> usize {
         self.capacity
-    }
-
-    /// Replaces the ageing: see [`super::FdbConfig::ageing_ticks`].
-    pub fn set_ageing(&self, ticks: u32) {
-        self.ageing_ticks.store(ticks, Ordering::Relaxed);
     }
 
     /// Calls `visit(mac, port, is_static, last_seen)` for every entry, expired ones included; static
