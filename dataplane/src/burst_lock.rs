@@ -8,6 +8,12 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
+/// The value of a mutex, also after a panic of a thread that held it: what is kept in one here is whole at
+/// each step. Not for workers.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A mutex that workers try and others announce.
 #[derive(Debug, Default)]
 pub(crate) struct BurstLock<T> {
@@ -43,7 +49,7 @@ impl<T> BurstLock<T> {
     /// The value, once the worker that has it is done with its burst. Not for workers.
     pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let guard = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        let guard = lock(&self.value);
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         guard
     }

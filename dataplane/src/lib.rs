@@ -23,6 +23,7 @@
 
 mod burst;
 mod burst_lock;
+mod cpus;
 mod housekeeping;
 mod isa;
 mod memory;
@@ -37,6 +38,7 @@ mod wake;
 mod wire;
 mod worker;
 
+pub use cpus::{allowed_cpus, pin_to_cpu};
 pub use isa::isa_level;
 #[cfg(any(test, feature = "inline"))]
 pub use switch::InlineSwitch;

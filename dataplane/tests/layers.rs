@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&str] = &[
     // Leaves: of the processor, or pure functions.
     "burst_lock",
+    "cpus",
     "isa",
     "placement",
     "topology",

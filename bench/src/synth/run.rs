@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use rustix::thread::{CpuSet, sched_setaffinity};
+use ringway_control::config::pin_to_cpu;
 use serde::Serialize;
 
 use super::args::{FrameSize, LoadArgs, LoadPlace};
@@ -192,9 +192,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode> {
 /// Runs something on a thread of its own that is pinned to a CPU.
 pub(crate) fn on_cpu<T: Send>(cpu: usize, work: impl FnOnce() -> T + Send) -> Result<T> {
     let pinned = || -> Result<T> {
-        let mut set = CpuSet::new();
-        set.set(cpu);
-        sched_setaffinity(None, &set).with_context(|| format!("can't run on CPU {cpu}"))?;
+        anyhow::ensure!(pin_to_cpu(cpu), "can't run on CPU {cpu}");
         Ok(work())
     };
     thread::scope(|scope| scope.spawn(pinned).join())

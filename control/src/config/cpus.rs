@@ -3,10 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use rustix::thread::CpuSet;
-
-/// One more than the greatest CPU number that affinity masks of this build can name.
-const CPU_END: usize = CpuSet::MAX_CPU;
+/// One more than the greatest CPU number that the affinity masks of libc can name.
+const CPU_END: usize = 1024;
 
 /// CPUs in the order given, each once, at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,8 +29,11 @@ impl CpuList {
     /// # Errors
     /// The kernel refuses to tell, as it does beyond 1,024 CPUs.
     pub fn allowed() -> std::io::Result<Self> {
-        let set = rustix::thread::sched_getaffinity(None)?;
-        Ok(Self((0..CPU_END).filter(|cpu| set.is_set(*cpu)).collect()))
+        let cpus = ringway_dataplane::allowed_cpus();
+        if cpus.is_empty() {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(Self(cpus))
     }
 
     /// The highest-numbered CPU of the list: CPU 0 usually has the interrupts.
@@ -64,14 +65,12 @@ impl FromStr for CpuList {
 
     fn from_str(text: &str) -> Result<Self, CpuListError> {
         let mut cpus = Vec::new();
-        let mut seen = CpuSet::new();
         for item in text.split(',') {
             let (first, last) = parse_range(item).map_err(|reason| bad(text, reason))?;
             for cpu in first..=last {
-                if seen.is_set(cpu) {
+                if cpus.contains(&cpu) {
                     return Err(bad(text, format!("CPU {cpu} is named twice")));
                 }
-                seen.set(cpu);
                 cpus.push(cpu);
             }
         }

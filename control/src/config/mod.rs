@@ -17,6 +17,7 @@ use ringway_api::{BalanceConfig, IdleConfig, PortConfig, PortName};
 use serde::Deserialize;
 
 pub use cpus::{CpuList, CpuListError};
+pub use ringway_dataplane::pin_to_cpu;
 
 /// Where the control socket is when nothing else is said.
 pub const DEFAULT_CONTROL: &str = "/run/ringway/control.sock";

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ringway_api::MAX_SOCKET_PATH;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -57,7 +58,7 @@ impl ControlSocket {
         let address = SocketAddrUnix::new(path).map_err(|_| {
             refuse(
                 "the path is too long".into(),
-                "a path has at most 107 bytes",
+                &format!("a path has at most {MAX_SOCKET_PATH} bytes"),
             )
         })?;
         if path == Path::new(DEFAULT_CONTROL) {

@@ -11,9 +11,11 @@
 use std::cell::OnceCell;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Once, Weak};
 
 use rustix::io::Errno;
+
+use crate::burst_lock::lock;
 
 /// One thread that makes calls.
 #[derive(Debug)]
@@ -57,7 +59,7 @@ pub(crate) fn signal(eventfd: impl AsFd) -> Result<(), Blocked> {
 
 /// Interrupts the writes that have lasted since the last time. To be called a few times a second.
 pub(crate) fn interrupt_stuck_calls() {
-    let mut watches = WATCHES.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut watches = lock(&WATCHES);
     watches.retain_mut(|(watch, last)| {
         let Some(watch) = watch.upgrade() else {
             return false;
@@ -81,7 +83,7 @@ fn register() -> Arc<Watch> {
         thread,
         calls: AtomicU64::new(0),
     });
-    let mut watches = WATCHES.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut watches = lock(&WATCHES);
     watches.push((Arc::downgrade(&watch), 0));
     watch
 }

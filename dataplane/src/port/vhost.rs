@@ -9,7 +9,7 @@ mod rings;
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use ringway_api::{PortState, QueueInfo};
 
@@ -17,6 +17,7 @@ pub(crate) use self::rings::RxScratch;
 pub(super) use self::rings::choose_receiver;
 use self::rings::{QueueState, StartedRing, VhostQueue};
 use super::{PortBase, QueueCounters};
+use crate::burst_lock::lock;
 use crate::memory::GuestMemory;
 use crate::wake::Binding;
 use crate::wire::{Features, ProtocolFeatures};
@@ -136,15 +137,12 @@ impl VhostPort {
     }
 
     pub(crate) fn last_error(&self) -> Option<String> {
-        self.last_error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.last_error).clone()
     }
 
     /// Bytes and regions of guest memory that are mapped.
     pub(crate) fn mapped(&self) -> (u64, u32) {
-        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let memory = lock(&self.memory);
         (
             memory.bytes(),
             u32::try_from(memory.regions().len()).unwrap_or(u32::MAX),
@@ -186,10 +184,7 @@ impl VhostPort {
     }
 
     fn set_last_error(&self, error: Option<String>) {
-        *self
-            .last_error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = error;
+        *lock(&self.last_error) = error;
     }
 
     /// Takes a started ring out of use. Its kick fd leaves the worker's epoll instance first: the

@@ -22,6 +22,7 @@ pub use inline::InlineSwitch;
 
 use self::balance::Balancer;
 use self::port_table::{PortTable, State, check_pair};
+use crate::cpus::allowed_cpus;
 use crate::housekeeping::Housekeeping;
 use crate::offload::Action;
 use crate::placement::QueueId;
@@ -466,11 +467,7 @@ fn check_cpus(cpus: &[usize]) -> Result<(), SwitchError> {
     if cpus.is_empty() {
         return bad("there must be at least one");
     }
-    let allowed: Vec<_> = core_affinity::get_core_ids()
-        .unwrap_or_default()
-        .iter()
-        .map(|core| core.id)
-        .collect();
+    let allowed = allowed_cpus();
     for (at, cpu) in cpus.iter().enumerate() {
         if !allowed.contains(cpu) {
             let allowed = allowed

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crossbeam_channel as channel;
 use ringway_api::{PortConfig, PortName, SwitchError};
@@ -11,6 +11,7 @@ use ringway_bridge::PortId;
 use tracing::warn;
 
 use super::load::Load;
+use crate::burst_lock::lock;
 use crate::port::Port;
 use crate::topology::{Action, Topology, diff};
 use crate::wake::{Binding, Token, Waker};
@@ -102,8 +103,7 @@ impl PortTable {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic while it was held would have left each entry whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Number of workers.

@@ -1,7 +1,9 @@
 //! A bound on log lines that a front-end can cause.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use crate::burst_lock::lock;
 
 /// Lines in one period; more would let a front-end fill the disk.
 const LINES: u32 = 5;
@@ -25,7 +27,7 @@ impl LogLimit {
     /// Whether a line may be logged at `now`: `Some` with the number of lines left out since the
     /// last one that passed.
     pub(crate) fn pass(&self, now: Instant) -> Option<u64> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.0);
         let fresh = state
             .since
             .is_none_or(|since| now.saturating_duration_since(since) >= PERIOD);

@@ -31,6 +31,7 @@ pub(crate) use turn::Worker;
 
 use self::idle::saturating_ns;
 
+use crate::cpus::pin_to_cpu;
 use crate::port::{Counter, Port};
 use crate::wake::{Request, Token, Waker};
 
@@ -191,7 +192,7 @@ fn run_pinned(
     bridge: Arc<Bridge>,
     idle: IdleConfig,
 ) {
-    let is_pinned = core_affinity::set_for_current(core_affinity::CoreId { id: cpu });
+    let is_pinned = pin_to_cpu(cpu);
     // The starter waits for this answer.
     let _ = pinned.send(is_pinned);
     if is_pinned {

@@ -1,13 +1,14 @@
 //! What a session does to a port: rings that start, stop and move, each under its lock.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use ringway_bridge::MacAddr;
 use tracing::info;
 
 use super::{CALL_BLOCKS, StartedRing, VhostPort};
+use crate::burst_lock::lock;
 use crate::memory::GuestMemory;
 use crate::ring::Ring;
 use crate::vhost_user::{Device, RingError, RingStart};
@@ -36,7 +37,7 @@ impl Device for VhostPort {
     }
 
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Vec<(u16, RingError)> {
-        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&memory);
+        *lock(&self.memory) = Arc::clone(&memory);
         let mut refused = Vec::new();
         for (index, queue) in (0..).zip(&self.queues) {
             let mut state = queue.lock();
