@@ -5,106 +5,72 @@ use serde::{Deserialize, Serialize};
 
 use crate::refusal::SwitchError;
 
-/// What went wrong: the stable name of an error, in `error.data.kind`. The codes of the first five
-/// are JSON-RPC's own; all others are in -32099 to -32000, which JSON-RPC leaves to servers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ErrorKind {
-    /// The line is no JSON.
-    ParseError,
-    /// The JSON is no JSON-RPC 2.0 request.
-    InvalidRequest,
-    /// There is no such method.
-    MethodNotFound,
-    /// The parameters are not those of the method.
-    InvalidParams,
-    /// The daemon failed in a way that it does not understand.
-    InternalError,
-    /// The name is taken.
-    PortExists,
-    /// There is no port of that name.
-    NoSuchPort,
-    /// The port has no such queue pair.
-    NoSuchQueue,
-    /// All slots are taken.
-    TooManyPorts,
-    /// The path of a vhost-user socket can't be used.
-    SocketPath,
-    /// The tap can't be created or attached.
-    Tap,
-    /// The interface can't be used through AF_XDP.
-    AfXdp,
-    /// The forwarding database has no such entry.
-    NoSuchFdbEntry,
-    /// The forwarding database can't take the entry.
-    FdbRefused,
-    /// There is no worker of that number.
-    NoSuchWorker,
-    /// There is no such CPU, or it is not allowed to the daemon.
-    NoSuchCpu,
-    /// The list of worker CPUs is empty or names one twice.
-    BadWorkerCpus,
-    /// A system call failed.
-    System,
-    /// All connections of the control socket are taken.
-    TooManyConnections,
-    /// A line is longer than the server takes; it closes the connection.
-    LineTooLong,
-    /// A batch has more requests, or would have a longer answer, than the server takes.
-    BatchTooLarge,
+/// The enum of kinds, and the list of all.
+macro_rules! kinds {
+    ($(#[$about:meta])* enum $name:ident { $($(#[$doc:meta])* $kind:ident = $code:literal,)* }) => {
+        $(#[$about])*
+        pub enum $name { $($(#[$doc])* $kind = $code,)* }
+
+        impl $name {
+            /// Every kind, in declaration order.
+            pub const ALL: &[Self] = &[$(Self::$kind,)*];
+
+            /// The kind as `error.code` (JSON-RPC 2.0, 5.1).
+            pub const fn code(self) -> i32 {
+                self as i32
+            }
+        }
+    };
 }
 
-impl ErrorKind {
-    /// Every kind, in declaration order.
-    pub const ALL: [Self; 21] = [
-        Self::ParseError,
-        Self::InvalidRequest,
-        Self::MethodNotFound,
-        Self::InvalidParams,
-        Self::InternalError,
-        Self::PortExists,
-        Self::NoSuchPort,
-        Self::NoSuchQueue,
-        Self::TooManyPorts,
-        Self::SocketPath,
-        Self::Tap,
-        Self::AfXdp,
-        Self::NoSuchFdbEntry,
-        Self::FdbRefused,
-        Self::NoSuchWorker,
-        Self::NoSuchCpu,
-        Self::BadWorkerCpus,
-        Self::System,
-        Self::TooManyConnections,
-        Self::LineTooLong,
-        Self::BatchTooLarge,
-    ];
-
-    /// The kind as `error.code` (JSON-RPC 2.0, 5.1).
-    pub const fn code(self) -> i32 {
-        match self {
-            Self::ParseError => -32700,
-            Self::InvalidRequest => -32600,
-            Self::MethodNotFound => -32601,
-            Self::InvalidParams => -32602,
-            Self::InternalError => -32603,
-            Self::PortExists => -32001,
-            Self::NoSuchPort => -32002,
-            Self::TooManyPorts => -32003,
-            Self::SocketPath => -32004,
-            Self::Tap => -32005,
-            Self::NoSuchQueue => -32006,
-            Self::AfXdp => -32007,
-            Self::NoSuchFdbEntry => -32010,
-            Self::FdbRefused => -32011,
-            Self::NoSuchWorker => -32020,
-            Self::NoSuchCpu => -32021,
-            Self::BadWorkerCpus => -32022,
-            Self::System => -32030,
-            Self::TooManyConnections => -32040,
-            Self::LineTooLong => -32041,
-            Self::BatchTooLarge => -32042,
-        }
+kinds! {
+    /// What went wrong: the stable name of an error, in `error.data.kind`. The codes of the first five
+    /// are JSON-RPC's own; all others are in -32099 to -32000, which JSON-RPC leaves to servers.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+    #[serde(rename_all = "snake_case")]
+    enum ErrorKind {
+        /// The line is no JSON.
+        ParseError = -32700,
+        /// The JSON is no JSON-RPC 2.0 request.
+        InvalidRequest = -32600,
+        /// There is no such method.
+        MethodNotFound = -32601,
+        /// The parameters are not those of the method.
+        InvalidParams = -32602,
+        /// The daemon failed in a way that it does not understand.
+        InternalError = -32603,
+        /// The name is taken.
+        PortExists = -32001,
+        /// There is no port of that name.
+        NoSuchPort = -32002,
+        /// The port has no such queue pair.
+        NoSuchQueue = -32006,
+        /// All slots are taken.
+        TooManyPorts = -32003,
+        /// The path of a vhost-user socket can't be used.
+        SocketPath = -32004,
+        /// The tap can't be created or attached.
+        Tap = -32005,
+        /// The interface can't be used through AF_XDP.
+        AfXdp = -32007,
+        /// The forwarding database has no such entry.
+        NoSuchFdbEntry = -32010,
+        /// The forwarding database can't take the entry.
+        FdbRefused = -32011,
+        /// There is no worker of that number.
+        NoSuchWorker = -32020,
+        /// There is no such CPU, or it is not allowed to the daemon.
+        NoSuchCpu = -32021,
+        /// The list of worker CPUs is empty or names one twice.
+        BadWorkerCpus = -32022,
+        /// A system call failed.
+        System = -32030,
+        /// All connections of the control socket are taken.
+        TooManyConnections = -32040,
+        /// A line is longer than the server takes; it closes the connection.
+        LineTooLong = -32041,
+        /// A batch has more requests, or would have a longer answer, than the server takes.
+        BatchTooLarge = -32042,
     }
 }
 

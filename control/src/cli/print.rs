@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write};
 
-use super::table::{Align, Table};
+use super::table::Table;
 use super::units;
 use crate::api::{
     AfXdpConfig, AfXdpInfo, DaemonReport, Drops, FdbListResult, HeaderAction, PolledQueue,
@@ -18,19 +18,10 @@ pub(super) fn ports(out: &mut dyn Write, list: &PortListResult) -> fmt::Result {
     if list.ports.is_empty() {
         return writeln!(out, "no ports; `ringway port add` adds one");
     }
-    let mut table = Table::new(&[
-        ("NAME", Align::Left),
-        ("KIND", Align::Left),
-        ("STATE", Align::Left),
-        ("QUEUES", Align::Right),
-        ("MTU", Align::Right),
-        ("RX FRAMES", Align::Right),
-        ("RX BYTES", Align::Right),
-        ("TX FRAMES", Align::Right),
-        ("TX BYTES", Align::Right),
-        ("DROPS", Align::Right),
-        ("MACS", Align::Right),
-    ]);
+    let mut table = Table::new(
+        "NAME|KIND|STATE|>QUEUES|>MTU|>RX FRAMES|>RX BYTES|\
+         >TX FRAMES|>TX BYTES|>DROPS|>MACS",
+    );
     for port in &list.ports {
         let counters = &port.counters;
         let drops = counters
@@ -122,11 +113,7 @@ fn actions(out: &mut dyn Write, actions: &[HeaderAction]) -> fmt::Result {
     if kinds.is_empty() {
         return Ok(());
     }
-    let mut table = Table::new(&[
-        ("HEADER ACTION", Align::Left),
-        ("DONE HERE", Align::Left),
-        ("TOWARDS", Align::Left),
-    ]);
+    let mut table = Table::new("HEADER ACTION|DONE HERE|TOWARDS");
     for (action, names) in kinds {
         let done = match action.done.join(" ") {
             none if none.is_empty() => NONE.to_owned(),
@@ -167,17 +154,10 @@ fn gro(out: &mut dyn Write, config: &AfXdpConfig, counters: &PortCounters) -> fm
 
 /// The rings between an AF_XDP port and the kernel, and what the kernel lost.
 fn rings(out: &mut dyn Write, xdp: &AfXdpInfo) -> fmt::Result {
-    let mut table = Table::new(&[
-        ("QUEUE", Align::Right),
-        ("FILL", Align::Right),
-        ("RX", Align::Right),
-        ("TX", Align::Right),
-        ("TX PENDING", Align::Right),
-        ("RX FULL", Align::Right),
-        ("FILL EMPTY", Align::Right),
-        ("RX DROPPED", Align::Right),
-        ("INVALID", Align::Right),
-    ]);
+    let mut table = Table::new(
+        ">QUEUE|>FILL|>RX|>TX|>TX PENDING|>RX FULL|\
+         >FILL EMPTY|>RX DROPPED|>INVALID",
+    );
     for queue in &xdp.queues {
         let level = |level: u32| format!("{level}/{}", queue.ring_size);
         table.row([
@@ -244,17 +224,10 @@ fn queues(out: &mut dyn Write, queues: &[QueueInfo]) -> fmt::Result {
     if queues.is_empty() {
         return Ok(());
     }
-    let mut table = Table::new(&[
-        ("QUEUE", Align::Right),
-        ("ENABLED", Align::Left),
-        ("RX RING", Align::Right),
-        ("TX RING", Align::Right),
-        ("WORKER", Align::Right),
-        ("RX FRAMES", Align::Right),
-        ("TX FRAMES", Align::Right),
-        ("CALLS", Align::Right),
-        ("CONTENDED", Align::Right),
-    ]);
+    let mut table = Table::new(
+        ">QUEUE|ENABLED|>RX RING|>TX RING|>WORKER|\
+         >RX FRAMES|>TX FRAMES|>CALLS|>CONTENDED",
+    );
     let ring = |started: bool, size: u16| match (started, size) {
         (false, _) => "stopped".to_owned(),
         (true, 0) => "started".to_owned(),
@@ -279,12 +252,7 @@ fn queues(out: &mut dyn Write, queues: &[QueueInfo]) -> fmt::Result {
 
 /// `ringway fdb list`.
 pub(super) fn fdb(out: &mut dyn Write, list: &FdbListResult) -> fmt::Result {
-    let mut table = Table::new(&[
-        ("MAC", Align::Left),
-        ("PORT", Align::Left),
-        ("TYPE", Align::Left),
-        ("LAST SEEN", Align::Right),
-    ]);
+    let mut table = Table::new("MAC|PORT|TYPE|>LAST SEEN");
     for entry in &list.entries {
         let (kind, age) = if entry.is_static {
             ("static", NONE.to_owned())
@@ -303,19 +271,10 @@ pub(super) fn fdb(out: &mut dyn Write, list: &FdbListResult) -> fmt::Result {
 
 /// `ringway worker list`.
 pub(super) fn workers(out: &mut dyn Write, list: &WorkerListResult) -> fmt::Result {
-    let mut table = Table::new(&[
-        ("WORKER", Align::Right),
-        ("CPU", Align::Right),
-        ("QUEUES", Align::Right),
-        ("ACTIVE", Align::Right),
-        ("NOW", Align::Right),
-        ("BUSY", Align::Right),
-        ("POLLING", Align::Right),
-        ("ASLEEP", Align::Right),
-        ("FRAMES", Align::Right),
-        ("CONTENDED", Align::Right),
-        ("SLEEPS", Align::Right),
-    ]);
+    let mut table = Table::new(
+        ">WORKER|>CPU|>QUEUES|>ACTIVE|>NOW|>BUSY|>POLLING|\
+         >ASLEEP|>FRAMES|>CONTENDED|>SLEEPS",
+    );
     for worker in &list.workers {
         let [busy, polling, asleep] = shares(worker);
         table.row([
@@ -365,16 +324,7 @@ fn polled_queues(out: &mut dyn Write, queues: &[PolledQueue]) -> fmt::Result {
     if shown.peek().is_none() {
         return Ok(());
     }
-    let mut table = Table::new(&[
-        ("PORT", Align::Left),
-        ("QUEUE", Align::Right),
-        ("PINNED", Align::Left),
-        ("PACKETS", Align::Right),
-        ("BITRATE", Align::Right),
-        ("SHARE", Align::Right),
-        ("RX FRAMES", Align::Right),
-        ("RX BYTES", Align::Right),
-    ]);
+    let mut table = Table::new("PORT|>QUEUE|PINNED|>PACKETS|>BITRATE|>SHARE|>RX FRAMES|>RX BYTES");
     for queue in shown {
         table.row([
             queue.port.to_string(),

@@ -2,27 +2,19 @@
 
 use std::fmt;
 
-/// On which side a column is flush.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Align {
-    /// Words.
-    Left,
-    /// Numbers.
-    Right,
-}
-
 /// Rows below a heading.
 #[derive(Debug)]
 pub(super) struct Table {
-    columns: Vec<(&'static str, Align)>,
+    /// The headings; `>` in front of one makes its column flush right, as numbers are.
+    columns: Vec<&'static str>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// A table of these columns.
-    pub(super) fn new(columns: &[(&'static str, Align)]) -> Self {
+    /// A table with these headings, as in `NAME|>FRAMES|>BYTES`: `>` for columns of numbers.
+    pub(super) fn new(headings: &'static str) -> Self {
         Self {
-            columns: columns.to_vec(),
+            columns: headings.split('|').collect(),
             rows: Vec::new(),
         }
     }
@@ -35,24 +27,17 @@ impl Table {
 
     /// Writes heading and rows.
     pub(super) fn write(&self, out: &mut dyn fmt::Write) -> fmt::Result {
-        let widths: Vec<usize> = self
-            .columns
-            .iter()
-            .enumerate()
-            .map(|(at, (heading, _))| {
-                let cells = self.rows.iter().filter_map(|row| row.get(at));
-                let widest = cells.map(|cell| cell.chars().count()).max();
-                widest.unwrap_or(0).max(heading.len())
-            })
-            .collect();
-        let headings: Vec<String> = self.columns.iter().map(|(h, _)| (*h).to_owned()).collect();
-        for row in std::iter::once(&headings).chain(&self.rows) {
+        let headings: Vec<String> = self.columns.iter().map(|h| h.replace('>', "")).collect();
+        let rows = || std::iter::once(&headings).chain(&self.rows);
+        let width = |at: usize| rows().map(|row| row[at].chars().count()).max();
+        let widths: Vec<usize> = (0..headings.len()).filter_map(width).collect();
+        for row in rows() {
             let mut line = String::new();
-            for ((cell, width), (_, align)) in row.iter().zip(&widths).zip(&self.columns) {
-                match align {
-                    Align::Left => line.push_str(&format!("{cell:<width$}  ")),
-                    Align::Right => line.push_str(&format!("{cell:>width$}  ")),
-                }
+            for ((cell, width), heading) in row.iter().zip(&widths).zip(&self.columns) {
+                line.push_str(&match heading.starts_with('>') {
+                    true => format!("{cell:>width$}  "),
+                    false => format!("{cell:<width$}  "),
+                });
             }
             writeln!(out, "{}", line.trim_end())?;
         }
@@ -66,11 +51,7 @@ mod tests {
 
     #[test]
     fn columns_align_and_lines_end_without_spaces() {
-        let mut table = Table::new(&[
-            ("NAME", Align::Left),
-            ("N", Align::Right),
-            ("X", Align::Left),
-        ]);
+        let mut table = Table::new("NAME|>N|X");
         table.row(["a".into(), "1".into(), "long".into()]);
         table.row(["longer".into(), "100".into(), String::new()]);
         let mut out = String::new();
