@@ -20,11 +20,11 @@ use clap::{Parser, Subcommand};
 #[command(name = "ringway-bench", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Tool,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum Tool {
     /// Boot two QEMU guests and a host tap on ringwayd and run ping and iperf3 between them
     Lab(Box<lab::LabArgs>),
     /// Drive a switch with synthetic guests and measure it
@@ -38,9 +38,9 @@ const EXIT_INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
-        Command::Lab(args) => lab::run(*args),
-        Command::Run(args) => synth::run(&args),
-        Command::Compare(args) => synth::compare(&args),
+        Tool::Lab(args) => lab::run(*args),
+        Tool::Run(args) => synth::run(&args),
+        Tool::Compare(args) => synth::compare(&args),
     };
     match outcome {
         Ok(code) => code,

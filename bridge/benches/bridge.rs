@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ringway_bridge::{
-    Bridge, BridgeConfig, Burst, Decisions, FrameHead, FrameSet, MacAddr, Members, PortId, Run,
+    Arrivals, Bridge, BridgeConfig, Decisions, FrameHead, FrameSet, MacAddr, Members, PortId, Run,
     Tick,
 };
 
@@ -75,7 +75,7 @@ fn forward(criterion: &mut Criterion) {
         ("flood", vec![run(all, MacAddr::BROADCAST, source[0])]),
     ];
     for (name, runs) in &cases {
-        let burst = Burst {
+        let burst = Arrivals {
             in_port: port(0),
             runs,
         };

@@ -23,7 +23,7 @@ pub struct Bridge {
 
 /// Frames that a port delivered together.
 #[derive(Clone, Copy, Debug)]
-pub struct Burst<'a> {
+pub struct Arrivals<'a> {
     /// The port that the frames came from.
     pub in_port: PortId,
     /// The frames, in their order, successive ones with one head together. At most [`MAX_BURST`].
@@ -71,7 +71,7 @@ impl Bridge {
     ///
     /// Destinations are members, and never `burst.in_port`. The source of a dropped
     /// [`DropReason::LinkLocal`] frame is not learned.
-    pub fn forward(&self, members: &Members, now: Tick, burst: &Burst<'_>, out: &mut Decisions) {
+    pub fn forward(&self, members: &Members, now: Tick, burst: &Arrivals<'_>, out: &mut Decisions) {
         out.clear();
         self.probe_all(burst.runs, &mut out.probed);
         let Decisions { probed, result } = out;

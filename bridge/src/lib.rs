@@ -21,7 +21,7 @@ mod types;
 
 pub use drop_reason::{DropCounts, DropReason};
 pub use fdb::{Fdb, FdbConfig, FdbError, Learned, MAX_FDB_CAPACITY};
-pub use forward::{Bridge, BridgeConfig, Burst, Decisions, Members, Run};
+pub use forward::{Arrivals, Bridge, BridgeConfig, Decisions, Members, Run};
 pub use frame::{FrameHead, Headers, L4Protocol, MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS};
 pub use frame_set::FrameSet;
 pub use types::{MAX_BURST, MAX_PORTS, MacAddr, NoSuchSlot, ParseMacError, PortId, Tick};

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use proptest::prelude::*;
 use ringway_bridge::{
-    Bridge, BridgeConfig, Burst, Decisions, DropReason, FrameHead, FrameSet, MacAddr, Members,
+    Arrivals, Bridge, BridgeConfig, Decisions, DropReason, FrameHead, FrameSet, MacAddr, Members,
     PortId, Run, Tick,
 };
 
@@ -120,7 +120,7 @@ proptest! {
                 .filter(|(i, _)| valid >> i & 1 != 0)
                 .map(|(i, head)| (i, model.forward(&member_ports, now, in_port, head)))
                 .collect();
-            let burst = Burst { in_port, runs: &runs(&heads, valid) };
+            let burst = Arrivals { in_port, runs: &runs(&heads, valid) };
             bridge.forward(&members, Tick(now), &burst, &mut out);
 
             let with = |wanted: Fate| {
@@ -188,7 +188,7 @@ fn a_full_burst_uses_all_64_bits() {
         ether_type: 0x0806,
     };
     let mut out = Decisions::new();
-    let burst = Burst {
+    let burst = Arrivals {
         in_port: port(1),
         runs: &runs(&[head; 64], u64::MAX),
     };
@@ -213,7 +213,7 @@ fn a_limit_keeps_a_source_from_being_learned_but_not_its_frames_from_going() {
         ether_type: 0x0800,
     };
     let mut out = Decisions::new();
-    let burst = Burst {
+    let burst = Arrivals {
         in_port: port(1),
         runs: &runs(&[head; 3], 0b101),
     };

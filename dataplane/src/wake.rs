@@ -45,7 +45,7 @@ impl Token {
 
 /// What a port asks of a worker.
 #[derive(Debug)]
-pub(crate) enum Request {
+pub(crate) enum WakeRequest {
     /// Look at a source queue that may have become active.
     Activate(Token),
     /// Forward a frame as if the port had sent it.
@@ -61,7 +61,7 @@ pub(crate) struct Waker {
     doorbell: OwnedFd,
     /// Requests or commands are there: the worker looks once per turn.
     is_rung: AtomicBool,
-    requests: Sender<Request>,
+    requests: Sender<WakeRequest>,
 }
 
 impl Waker {
@@ -69,7 +69,7 @@ impl Waker {
     ///
     /// # Errors
     /// No epoll instance or eventfd can be made.
-    pub(crate) fn new(worker: u16) -> io::Result<(Arc<Self>, Receiver<Request>)> {
+    pub(crate) fn new(worker: u16) -> io::Result<(Arc<Self>, Receiver<WakeRequest>)> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (requests, receiver) = channel::bounded(MAX_REQUESTS);
@@ -140,7 +140,7 @@ impl Waker {
         }
     }
 
-    fn request(&self, request: Request) {
+    fn request(&self, request: WakeRequest) {
         // The worker lives longer than its ports.
         if self.requests.send(request).is_ok() {
             self.ring();
@@ -188,12 +188,12 @@ impl Binding {
 
     /// Has the worker look at the queue soon.
     pub(crate) fn activate(&self) {
-        self.waker.request(Request::Activate(self.token));
+        self.waker.request(WakeRequest::Activate(self.token));
     }
 
     /// Has the worker forward a frame as if `from` had sent it.
     pub(crate) fn inject(&self, from: PortId, frame: Box<[u8]>) {
-        self.waker.request(Request::Inject { from, frame });
+        self.waker.request(WakeRequest::Inject { from, frame });
     }
 }
 
@@ -247,6 +247,6 @@ mod tests {
         assert_eq!(events.tokens().count(), 0);
         waker.answer();
         assert!(!waker.is_rung());
-        assert!(matches!(requests.try_recv(), Ok(Request::Activate(found)) if found == token));
+        assert!(matches!(requests.try_recv(), Ok(WakeRequest::Activate(found)) if found == token));
     }
 }

@@ -231,9 +231,9 @@ fn chains_that_wait_for_a_full_destination_come_again_whole() {
 }
 
 #[test]
-fn a_full_destination_delays_others_at_most_by_the_patience() {
-    let patience = std::time::Duration::from_millis(1);
-    let lab = Lab::with_config(|config| config.idle.backpressure = patience);
+fn a_full_destination_delays_others_at_most_by_the_time_of_backpressure() {
+    let backpressure = std::time::Duration::from_millis(1);
+    let lab = Lab::with_config(|config| config.idle.backpressure = backpressure);
     let mut a = lab.guest("a", Guest::builder().queue_size(512));
     let b = lab.guest("b", Guest::builder().queue_size(8));
     let mut c = lab.guest("c", Guest::builder().queue_size(512));

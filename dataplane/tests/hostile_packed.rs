@@ -10,8 +10,8 @@ use common::hostile::{BAD, Innocents, PEER, RX, TX, plain};
 use common::{DEADLINE, Lab, eventually, frame, name, receive};
 use ringway_bridge::DropReason;
 use ringway_guest::{
-    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, Guest, GuestBuilder,
-    Layout, PackedArea, PackedDesc, Ring,
+    DESC_F_AVAIL, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_USED, DESC_F_WRITE, DriverRing, Guest,
+    GuestBuilder, Layout, PackedArea, PackedDesc,
 };
 
 const NOT_MEMORY: &str = "is not in guest memory";
@@ -69,8 +69,8 @@ impl Scene {
             bad.transmit_queue(0).ring()
         };
         match ring {
-            Ring::Packed(ring) => ring.area().clone(),
-            Ring::Split(_) => unreachable!("the bad guest's rings are packed"),
+            DriverRing::Packed(ring) => ring.area().clone(),
+            DriverRing::Split(_) => unreachable!("the bad guest's rings are packed"),
         }
     }
 

@@ -9,7 +9,7 @@ use ringway_guest::Layout;
 use serde::Serialize;
 
 use super::frame::{MAX_FLOWS, MAX_FRAME, MAX_PLAIN, MIN_FRAME, MIN_STAMPED, Style};
-use super::guest::Shape;
+use super::guest::GuestShape;
 use super::huge::{HugePages, free_pages, pages_of_load};
 use super::load::LoadConfig;
 use super::switch::SwitchSetup;
@@ -225,7 +225,7 @@ impl LoadArgs {
         Ok(LoadConfig {
             sockets: sockets.to_vec(),
             listen: place.listen,
-            shape: Shape {
+            shape: GuestShape {
                 layout: match self.layout {
                     LayoutArg::Split => Layout::Split,
                     LayoutArg::Packed => Layout::Packed,

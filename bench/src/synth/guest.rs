@@ -36,7 +36,7 @@ const LOOK: Timespec = Timespec {
 
 /// How the guests of a load drive their rings.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Shape {
+pub(crate) struct GuestShape {
     pub(crate) layout: Layout,
     pub(crate) mergeable: bool,
     pub(crate) in_order: bool,
@@ -54,7 +54,7 @@ pub(crate) struct Shape {
     pub(crate) huge: bool,
 }
 
-impl Shape {
+impl GuestShape {
     /// A guest that needs what the shape tells, and takes what else is useful and offered.
     fn builder(self, segmented: bool) -> GuestBuilder {
         const CHECKSUM: u64 = VIRTIO_NET_F_CSUM | VIRTIO_NET_F_GUEST_CSUM;
@@ -111,7 +111,7 @@ impl Shape {
 
 /// What a queue pair did in one turn.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Turn {
+pub(crate) struct PairTurn {
     /// Frames whose last buffer arrived.
     pub(crate) received: u64,
     /// Bytes that arrived, virtio-net headers included.
@@ -120,7 +120,7 @@ pub(crate) struct Turn {
     pub(crate) sent: u64,
 }
 
-impl std::ops::AddAssign for Turn {
+impl std::ops::AddAssign for PairTurn {
     #[inline]
     fn add_assign(&mut self, other: Self) {
         self.received += other.received;
@@ -169,9 +169,9 @@ impl LoadPair {
     /// Takes what arrived, gives the buffers back and refills the transmit ring; frames are not
     /// looked at.
     #[inline]
-    pub(crate) fn turn(&mut self) -> Result<Turn, LoadError> {
+    pub(crate) fn turn(&mut self) -> Result<PairTurn, LoadError> {
         let taken = self.take()?;
-        Ok(Turn {
+        Ok(PairTurn {
             sent: self.refill()?,
             ..taken
         })
@@ -179,8 +179,8 @@ impl LoadPair {
 
     /// Takes what arrived and gives the buffers back; frames are not looked at.
     #[inline]
-    pub(crate) fn take(&mut self) -> Result<Turn, LoadError> {
-        let mut turn = Turn::default();
+    pub(crate) fn take(&mut self) -> Result<PairTurn, LoadError> {
+        let mut turn = PairTurn::default();
         let mut used = [UsedSlot::default(); BURST];
         let count = self.rx.ring.harvest(&mut used)?;
         for slot in &used[..count] {
@@ -210,8 +210,8 @@ impl LoadPair {
         &mut self,
         head: &mut [u8],
         mut each: impl FnMut(&[u8]),
-    ) -> Result<Turn, LoadError> {
-        let mut turn = Turn::default();
+    ) -> Result<PairTurn, LoadError> {
+        let mut turn = PairTurn::default();
         let mut used = [UsedSlot::default(); BURST];
         let count = self.rx.ring.harvest(&mut used)?;
         let mut inside = self.headless || !self.partial.is_empty();
@@ -260,7 +260,7 @@ impl LoadPair {
 }
 
 /// Bytes of a receive buffer for frames of this size.
-pub(crate) fn receive_buffer_bytes(shape: Shape, frame: u32) -> u32 {
+pub(crate) fn receive_buffer_bytes(shape: GuestShape, frame: u32) -> u32 {
     if shape.mergeable {
         MERGE_BUFFER
     } else {
@@ -283,12 +283,12 @@ fn receive_buffer(mergeable: bool, frames: &[Template]) -> u32 {
 
 /// A socket at which a guest waits for its back-end; its file goes with it.
 #[derive(Debug)]
-pub(crate) struct Listener {
+pub(crate) struct GuestListener {
     socket: UnixListener,
     path: PathBuf,
 }
 
-impl Listener {
+impl GuestListener {
     /// Listens in place of whoever did before.
     pub(crate) fn bind(path: &Path) -> Result<Self, LoadError> {
         let _ = std::fs::remove_file(path);
@@ -322,7 +322,7 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
+impl Drop for GuestListener {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
     }
@@ -341,7 +341,7 @@ impl LoadGuest {
     /// sent.
     pub(crate) fn start(
         frontend: Frontend,
-        shape: Shape,
+        shape: GuestShape,
         frames: &[Template],
         flows: u16,
     ) -> Result<Self, LoadError> {
@@ -399,7 +399,7 @@ mod tests {
 
     #[test]
     fn features_that_are_needed_and_not_offered_are_named() {
-        let shape = Shape {
+        let shape = GuestShape {
             layout: Layout::Packed,
             mergeable: true,
             in_order: true,

@@ -7,7 +7,7 @@ use ringway_guest::Frontend;
 
 use super::error::LoadError;
 use super::frame::{Route, Stamp, Style, Template, guest_mac};
-use super::guest::{Listener, LoadGuest, Shape, Turn};
+use super::guest::{GuestListener, GuestShape, LoadGuest, PairTurn};
 use super::meter::{MaxResult, Meter};
 use crate::interrupt;
 
@@ -30,7 +30,7 @@ pub(crate) struct LoadConfig {
     pub(crate) sockets: Vec<PathBuf>,
     /// The guests listen there and the switch connects.
     pub(crate) listen: bool,
-    pub(crate) shape: Shape,
+    pub(crate) shape: GuestShape,
     /// Sizes of the frames, taken in turn.
     pub(crate) sizes: Vec<u32>,
     pub(crate) style: Style,
@@ -58,12 +58,12 @@ impl LoadConfig {
             let connect = |path: &PathBuf| Ok(Frontend::connect(path)?);
             return self.sockets.iter().map(connect).collect();
         }
-        let listeners: Vec<Listener> = self
+        let listeners: Vec<GuestListener> = self
             .sockets
             .iter()
-            .map(|path| Listener::bind(path))
+            .map(|path| GuestListener::bind(path))
             .collect::<Result<_, _>>()?;
-        listeners.iter().map(Listener::accept).collect()
+        listeners.iter().map(GuestListener::accept).collect()
     }
 
     /// All guests, their queues started.
@@ -198,7 +198,7 @@ impl Load {
         let mut meter = Meter::start(duration);
         let mut received_by = vec![0; self.guests.len()];
         while !meter.is_over() {
-            let mut sum = Turn::default();
+            let mut sum = PairTurn::default();
             for (guest, received_by) in self.guests.iter_mut().zip(&mut received_by) {
                 for pair in &mut guest.pairs {
                     let turn = pair.turn()?;

@@ -3,7 +3,7 @@
 use std::hint;
 use std::time::{Duration, Instant};
 
-use super::guest::Turn;
+use super::guest::PairTurn;
 
 /// How often a full-rate run looks whether the switch still lives.
 const CHECK_EVERY: Duration = Duration::from_millis(20);
@@ -138,7 +138,7 @@ impl Meter {
 
     /// Notes what one turn of the load did, and pauses if it `moved` few frames.
     #[inline]
-    pub(crate) fn note(&mut self, turn: Turn, moved: u64) {
+    pub(crate) fn note(&mut self, turn: PairTurn, moved: u64) {
         let turned = Instant::now();
         let result = &mut self.result;
         result.turns += 1;

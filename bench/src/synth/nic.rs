@@ -16,7 +16,7 @@ use ringway_guest::{FrameSource, NET_HEADER_BYTES};
 
 use super::error::LoadError;
 use super::frame::Template;
-use super::guest::{BURST, LoadGuest, Turn};
+use super::guest::{BURST, LoadGuest, PairTurn};
 use super::load::{FIRST_FRAME, LoadConfig, STALL};
 use super::meter::{MaxResult, Meter};
 use crate::interrupt;
@@ -166,19 +166,19 @@ impl NicLoad {
     }
 
     /// Has the guest offer frames.
-    fn offer(&mut self) -> Result<Turn> {
-        Ok(Turn {
+    fn offer(&mut self) -> Result<PairTurn> {
+        Ok(PairTurn {
             sent: self.guest.pairs[0].refill()?,
-            ..Turn::default()
+            ..PairTurn::default()
         })
     }
 
     /// Makes frames, and has the guest take what arrived meanwhile.
-    fn make_and_take(&mut self) -> Result<Turn> {
+    fn make_and_take(&mut self) -> Result<PairTurn> {
         self.source.send(self.call).context("making frames")?;
-        let mut sum = Turn {
+        let mut sum = PairTurn {
             sent: self.call.into(),
-            ..Turn::default()
+            ..PairTurn::default()
         };
         loop {
             let turn = self.guest.pairs[0].take()?;

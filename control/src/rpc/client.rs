@@ -67,7 +67,7 @@ pub struct Client {
 }
 
 #[derive(Serialize)]
-struct Request<'a, P> {
+struct Call<'a, P> {
     jsonrpc: &'static str,
     id: u64,
     method: &'static str,
@@ -75,24 +75,24 @@ struct Request<'a, P> {
 }
 
 #[derive(Deserialize)]
-struct Response<'a> {
+struct CallAnswer<'a> {
     id: Option<u64>,
     #[serde(borrow)]
     result: Option<&'a RawValue>,
-    error: Option<ErrorObject>,
+    error: Option<CallRefusal>,
 }
 
 #[derive(Deserialize)]
-struct ErrorObject {
+struct CallRefusal {
     code: i64,
     message: String,
     #[serde(default)]
-    data: ErrorData,
+    data: CallRefusalData,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct ErrorData {
+struct CallRefusalData {
     kind: String,
     hint: String,
 }
@@ -124,7 +124,7 @@ impl Client {
     pub fn call<M: Method>(&mut self, params: &M::Params) -> Result<M::Result, CallError> {
         let id = self.next_id;
         self.next_id += 1;
-        let request = Request {
+        let request = Call {
             jsonrpc: "2.0",
             id,
             method: M::NAME,
@@ -161,10 +161,10 @@ fn read_answer<M: Method>(path: &Path, line: &[u8], id: u64) -> Result<M::Result
         path: path.to_owned(),
         reason,
     };
-    let response: Response<'_> =
+    let response: CallAnswer<'_> =
         serde_json::from_slice(line).map_err(|error| garbled(error.to_string()))?;
     match response {
-        Response {
+        CallAnswer {
             error: Some(error), ..
         } => Err(CallError::Refused {
             code: error.code,
@@ -172,7 +172,7 @@ fn read_answer<M: Method>(path: &Path, line: &[u8], id: u64) -> Result<M::Result
             message: error.message,
             hint: error.data.hint,
         }),
-        Response {
+        CallAnswer {
             id: Some(answered),
             result: Some(result),
             ..

@@ -118,24 +118,24 @@ impl Drop for Server {
 /// The open connections, each with a handle by which to close it.
 #[derive(Debug)]
 struct Connections {
-    table: Mutex<Table>,
+    table: Mutex<OpenConnections>,
     closed: Condvar,
     write_timeout: Duration,
 }
 
 #[derive(Debug, Default)]
-struct Table {
+struct OpenConnections {
     open: BTreeMap<u64, UnixStream>,
     next: u64,
 }
 
 impl Connections {
-    fn lock(&self) -> MutexGuard<'_, Table> {
+    fn lock(&self) -> MutexGuard<'_, OpenConnections> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn close_all(&self) {
-        let shut = |table: &Table, how| {
+        let shut = |table: &OpenConnections, how| {
             for stream in table.open.values() {
                 let _ = stream.shutdown(how);
             }
@@ -150,7 +150,7 @@ impl Connections {
         self.wait_until_none(table);
     }
 
-    fn wait_until_none(&self, table: MutexGuard<'_, Table>) {
+    fn wait_until_none(&self, table: MutexGuard<'_, OpenConnections>) {
         let none = self
             .closed
             .wait_while(table, |table| !table.open.is_empty());

@@ -10,13 +10,13 @@ const HEADER_LEN: u32 = 12;
 
 /// Buffers that lie one behind the other.
 #[derive(Debug)]
-pub struct Buffers {
+pub struct BufferPool {
     addr: u64,
     stride: u32,
     window: Window,
 }
 
-impl Buffers {
+impl BufferPool {
     pub(crate) fn new(
         memory: &Arc<DriverMemory>,
         count: u16,

@@ -15,7 +15,7 @@ use super::frontend::{Frontend, FrontendError, WANTED_PROTOCOL_FEATURES};
 use super::guest::{Guest, GuestError};
 use super::memory::{DriverMemory, DriverMemoryError, HUGE_PAGE_BYTES, RegionLayout};
 use super::queue::{Layout, RingOptions};
-use super::session::{DeviceStart, RingStart};
+use super::session::{DeviceStart, RingSetup};
 
 macro_rules! options {
     ($($(#[$doc:meta])* $name:ident: $type:ty = $default:expr;)+) => {
@@ -212,7 +212,7 @@ impl Negotiated {
     pub fn start(
         mut self,
         memory: &DriverMemory,
-        rings: Vec<RingStart<'_>>,
+        rings: Vec<RingSetup<'_>>,
     ) -> Result<Frontend, FrontendError> {
         let device = DeviceStart {
             features: self.features,

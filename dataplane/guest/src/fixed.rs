@@ -3,15 +3,15 @@
 use std::io;
 use std::sync::Arc;
 
-use super::buffers::Buffers;
+use super::buffers::BufferPool;
 use super::builder::{GuestBuilder, Negotiated};
 use super::event::EventFd;
 use super::frontend::Frontend;
 use super::guest::GuestError;
 use super::memory::DriverMemory;
-use super::preposted::{Direction, Preposted, PrepostedShape};
+use super::preposted::{BufferSide, Preposted, PrepostedShape};
 use super::queue::{Calls, Layout};
-use super::session::RingStart;
+use super::session::RingSetup;
 
 /// Least distance from one buffer to the next: that of DPDK's packet buffers.
 const MIN_STRIDE: u32 = 2304;
@@ -50,7 +50,7 @@ pub struct FixedQueue {
     /// The ring.
     pub ring: Preposted,
     /// A buffer for each slot.
-    pub buffers: Buffers,
+    pub buffers: BufferPool,
     kick: EventFd,
     /// Nobody waits on it: the driver polls.
     call: EventFd,
@@ -61,7 +61,7 @@ impl FixedQueue {
         memory: &Arc<DriverMemory>,
         layout: Layout,
         negotiated: &Negotiated,
-        direction: Direction,
+        direction: BufferSide,
         slots: &FixedSlots,
     ) -> Result<Self, GuestError> {
         let options = negotiated.ring_options(slots.per_slot());
@@ -70,7 +70,7 @@ impl FixedQueue {
         } else {
             slots.per_slot()
         };
-        let buffers = Buffers::new(memory, slots.entries / per_slot, slots.stride())?;
+        let buffers = BufferPool::new(memory, slots.entries / per_slot, slots.stride())?;
         let shape = PrepostedShape {
             layout,
             size: slots.entries,
@@ -106,8 +106,8 @@ impl FixedQueue {
         Ok(count)
     }
 
-    fn start(&self) -> RingStart<'_> {
-        RingStart {
+    fn start(&self) -> RingSetup<'_> {
+        RingSetup {
             place: self.ring.place(),
             kick: &self.kick,
             call: &self.call,
@@ -149,8 +149,8 @@ impl FixedGuest {
         let mut pairs = Vec::new();
         for _ in 0..config.queue_pairs {
             let (mut rx, tx) = (
-                queue(Direction::Receive, rx_slots)?,
-                queue(Direction::Transmit, tx_slots)?,
+                queue(BufferSide::Receive, rx_slots)?,
+                queue(BufferSide::Transmit, tx_slots)?,
             );
             // Nobody listens yet; a back-end looks at each ring once when it starts.
             rx.ring.push(u16::MAX);

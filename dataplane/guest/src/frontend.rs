@@ -93,7 +93,7 @@ pub enum FrontendError {
 
 /// A message from the back-end.
 #[derive(Debug)]
-pub struct Reply {
+pub struct FrontendReply {
     /// Request that it answers.
     pub request: u32,
     /// Header flags.
@@ -444,7 +444,7 @@ impl Frontend {
     ///
     /// # Errors
     /// The back-end closed the socket or sent a body longer than [`MAX_REPLY_BYTES`].
-    pub fn receive(&self) -> io::Result<Reply> {
+    pub fn receive(&self) -> io::Result<FrontendReply> {
         let mut header = [0; HEADER_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -482,7 +482,7 @@ impl Frontend {
         }
         let mut body = vec![0; size];
         io::Read::read_exact(&mut &self.socket, &mut body)?;
-        Ok(Reply {
+        Ok(FrontendReply {
             request: word(0),
             flags: word(4),
             body,
@@ -502,7 +502,7 @@ impl Frontend {
             .map_err(|source| FrontendError::Socket { request, source })
     }
 
-    fn reply_to(&self, request: FrontendReq) -> Result<Reply, FrontendError> {
+    fn reply_to(&self, request: FrontendReq) -> Result<FrontendReply, FrontendError> {
         let reply = self
             .receive()
             .map_err(|source| FrontendError::Socket { request, source })?;

@@ -9,9 +9,9 @@ use super::event::{EventFd, wait_any};
 use super::features::names;
 use super::frontend::{Frontend, FrontendError};
 use super::memory::{DriverMemory, DriverMemoryError};
-use super::pair::{RxQueue, TxQueue};
-use super::queue::{AddError, DeviceFault, Ring, RingSetupError};
-use super::session::RingStart;
+use super::pair::{GuestRxQueue, GuestTxQueue};
+use super::queue::{AddError, DeviceFault, DriverRing, RingSetupError};
+use super::session::RingSetup;
 
 /// Bytes of the header in front of every frame (virtio 1.3, 5.1.6, with num_buffers).
 pub const NET_HEADER_BYTES: usize = 12;
@@ -78,7 +78,7 @@ pub enum GuestError {
 
 /// A frame that the guest received.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Received {
+pub struct ReceivedFrame {
     /// Queue pair on which it came.
     pub pair: u16,
     /// The virtio-net header.
@@ -87,7 +87,7 @@ pub struct Received {
     pub frame: Vec<u8>,
 }
 
-impl Received {
+impl ReceivedFrame {
     /// num_buffers of the header.
     pub fn num_buffers(&self) -> u16 {
         u16::from_le_bytes([self.header[10], self.header[11]])
@@ -100,8 +100,8 @@ pub struct Guest {
     frontend: Frontend,
     features: u64,
     memory: Arc<DriverMemory>,
-    receive: Vec<RxQueue>,
-    transmit: Vec<TxQueue>,
+    receive: Vec<GuestRxQueue>,
+    transmit: Vec<GuestTxQueue>,
 }
 
 impl Guest {
@@ -119,12 +119,12 @@ impl Guest {
         let entry_bytes = u64::from(config.buffer_size) + 32 + u64::from(options.indirect) * 16;
         let ring_bytes = u64::from(config.queue_size) * entry_bytes + 4096;
         let memory = config.memory(2 * ring_bytes)?;
-        let ring = || Ring::new(&memory, config.layout, config.queue_size, options);
+        let ring = || DriverRing::new(&memory, config.layout, config.queue_size, options);
         let mut receive = Vec::new();
         let mut transmit = Vec::new();
         for pair in 0..config.queue_pairs {
-            receive.push(RxQueue::new(&memory, ring()?, pair, &config)?);
-            transmit.push(TxQueue::new(&memory, ring()?, &config)?);
+            receive.push(GuestRxQueue::new(&memory, ring()?, pair, &config)?);
+            transmit.push(GuestTxQueue::new(&memory, ring()?, &config)?);
         }
         let features = negotiated.features;
         let frontend = negotiated.start(&memory, ring_starts(&receive, &transmit))?;
@@ -162,7 +162,7 @@ impl Guest {
     ///
     /// # Panics
     /// There is no such pair.
-    pub fn receive_queue(&mut self, pair: u16) -> &mut RxQueue {
+    pub fn receive_queue(&mut self, pair: u16) -> &mut GuestRxQueue {
         &mut self.receive[usize::from(pair)]
     }
 
@@ -170,7 +170,7 @@ impl Guest {
     ///
     /// # Panics
     /// There is no such pair.
-    pub fn transmit_queue(&mut self, pair: u16) -> &mut TxQueue {
+    pub fn transmit_queue(&mut self, pair: u16) -> &mut GuestTxQueue {
         &mut self.transmit[usize::from(pair)]
     }
 
@@ -253,7 +253,7 @@ impl Guest {
     ///
     /// # Errors
     /// The device broke a rule.
-    pub fn recv(&mut self, timeout: Duration) -> Result<Option<Received>, GuestError> {
+    pub fn recv(&mut self, timeout: Duration) -> Result<Option<ReceivedFrame>, GuestError> {
         let deadline = Instant::now() + timeout;
         loop {
             let mut used_meanwhile = false;
@@ -267,7 +267,7 @@ impl Guest {
                 continue;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let calls: Vec<&EventFd> = self.receive.iter().map(RxQueue::call).collect();
+            let calls: Vec<&EventFd> = self.receive.iter().map(GuestRxQueue::call).collect();
             if left.is_zero() || wait_any(&calls, left)?.is_none() {
                 // A call may be lost only by a fault of the device's: that is for tests to see.
                 return Ok(None);
@@ -282,7 +282,7 @@ impl Guest {
     ///
     /// # Panics
     /// There is no such pair.
-    pub fn try_recv(&mut self, pair: u16) -> Result<Option<Received>, GuestError> {
+    pub fn try_recv(&mut self, pair: u16) -> Result<Option<ReceivedFrame>, GuestError> {
         self.receive[usize::from(pair)].try_recv()
     }
 
@@ -316,7 +316,10 @@ impl Guest {
 }
 
 /// Receive and transmit ring of each pair in turn, where the driver's account stands.
-fn ring_starts<'a>(receive: &'a [RxQueue], transmit: &'a [TxQueue]) -> Vec<RingStart<'a>> {
+fn ring_starts<'a>(
+    receive: &'a [GuestRxQueue],
+    transmit: &'a [GuestTxQueue],
+) -> Vec<RingSetup<'a>> {
     receive
         .iter()
         .zip(transmit)

@@ -5,7 +5,7 @@
 //! misreading of the specification then shows as a failing test instead of agreeing with itself.
 //!
 //! ```text
-//! GuestBuilder ── Guest ── Ring              chains of any shape, rules kept
+//! GuestBuilder ── Guest ── DriverRing        chains of any shape, rules kept
 //!   │        └── FixedGuest ── Preposted      fixed buffers, bursts at full rate
 //!   │                 └─ SplitArea | PackedArea      raw fields, rules may be broken
 //!   │                         └─ Window ─ DriverMemory (memfd regions)
@@ -31,28 +31,30 @@ mod queue;
 mod session;
 mod split;
 
-pub use buffers::Buffers;
+pub use buffers::BufferPool;
 pub use builder::{GuestBuilder, Negotiated};
 pub use event::{EventFd, wait_any};
 pub use fixed::{FixedGuest, FixedPair, FixedQueue, FixedSlots};
 pub use frame_source::FrameSource;
 pub use frontend::{
-    Frontend, FrontendError, HEADER_BYTES, MAX_FDS, MAX_REPLY_BYTES, Reply,
+    Frontend, FrontendError, FrontendReply, HEADER_BYTES, MAX_FDS, MAX_REPLY_BYTES,
     WANTED_PROTOCOL_FEATURES, encode,
 };
-pub use guest::{Guest, GuestError, NET_HEADER_BYTES, Received};
+pub use guest::{Guest, GuestError, NET_HEADER_BYTES, ReceivedFrame};
 pub use memory::{
     DriverMemory, DriverMemoryError, HUGE_PAGE_BYTES, RegionLayout, RegionView, Window,
 };
-pub use packed::{DESC_F_AVAIL, DESC_F_USED, PackedArea, PackedDesc, PackedRing, Position};
-pub use pair::{RxQueue, TxQueue};
-pub use preposted::{Direction, Preposted, PrepostedShape, UsedSlot};
+pub use packed::{DESC_F_AVAIL, DESC_F_USED, PackedArea, PackedDesc, PackedDriverRing, Position};
+pub use pair::{GuestRxQueue, GuestTxQueue};
+pub use preposted::{BufferSide, Preposted, PrepostedShape, UsedSlot};
 pub use queue::{
-    AddError, Buffer, Calls, DESC_BYTES, DeviceFault, Layout, MAX_QUEUE_SIZE, Ring, RingOptions,
-    RingPlace, RingSetupError, Used,
+    AddError, Buffer, Calls, DESC_BYTES, DeviceFault, DriverRing, Layout, MAX_QUEUE_SIZE,
+    RingOptions, RingPlace, RingSetupError, Used,
 };
-pub use session::{DeviceStart, RingStart};
-pub use split::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, SplitArea, SplitDesc, SplitRing};
+pub use session::{DeviceStart, RingSetup};
+pub use split::{
+    DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, SplitArea, SplitDesc, SplitDriverRing,
+};
 
 #[cfg(test)]
 mod tests;

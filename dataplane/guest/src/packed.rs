@@ -1,7 +1,7 @@
 //! The driver's side of a packed virtqueue (virtio 1.3, 2.8).
 //!
 //! [`PackedArea`] is the ring's memory and writes whatever it is told to, as tests of hostile
-//! guests need; [`PackedRing`] keeps the rules.
+//! guests need; [`PackedDriverRing`] keeps the rules.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -243,7 +243,7 @@ impl PackedArea {
 
 /// The driver's side of a packed ring. Nothing that the device can change is trusted.
 #[derive(Debug)]
-pub struct PackedRing {
+pub struct PackedDriverRing {
     area: PackedArea,
     options: RingOptions,
     /// One indirect table of `options.indirect` descriptors per buffer id.
@@ -264,7 +264,7 @@ pub struct PackedRing {
     next_used: Position,
 }
 
-impl PackedRing {
+impl PackedDriverRing {
     /// An empty ring of `size` entries in `memory`.
     ///
     /// # Errors
@@ -315,7 +315,7 @@ impl PackedRing {
         self.in_flight
     }
 
-    /// See [`super::Ring::add`].
+    /// See [`super::DriverRing::add`].
     ///
     /// # Errors
     /// The ring is full, or can never hold such a chain.
@@ -379,7 +379,7 @@ impl PackedRing {
         Ok(())
     }
 
-    /// See [`super::Ring::publish`].
+    /// See [`super::DriverRing::publish`].
     #[must_use = "a device that wants a kick may sleep for ever without it"]
     pub fn publish(&mut self) -> bool {
         let Some((slot, flags)) = self.held.take() else {
@@ -393,7 +393,7 @@ impl PackedRing {
         self.area.wants_kick(self.next_avail, added)
     }
 
-    /// See [`super::Ring::reap`].
+    /// See [`super::DriverRing::reap`].
     ///
     /// # Errors
     /// The device broke a rule; what it used before that is in `into`.
@@ -424,7 +424,7 @@ impl PackedRing {
         Ok(into.len() - before)
     }
 
-    /// See [`super::Ring::set_calls`].
+    /// See [`super::DriverRing::set_calls`].
     pub fn set_calls(&mut self, calls: Calls) -> bool {
         self.area
             .request_calls(self.options.event_idx, calls, self.next_used);

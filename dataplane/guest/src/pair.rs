@@ -5,21 +5,21 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::buffers::Buffers;
+use super::buffers::BufferPool;
 use super::builder::GuestBuilder;
 use super::event::EventFd;
-use super::guest::{GuestError, NET_HEADER_BYTES, Received};
+use super::guest::{GuestError, NET_HEADER_BYTES, ReceivedFrame};
 use super::memory::DriverMemory;
-use super::queue::{AddError, Calls, Ring, Used};
-use super::session::RingStart;
+use super::queue::{AddError, Calls, DriverRing, Used};
+use super::session::RingSetup;
 
 /// A receive queue whose buffers are posted.
 #[derive(Debug)]
-pub struct RxQueue {
-    ring: Ring,
+pub struct GuestRxQueue {
+    ring: DriverRing,
     kick: EventFd,
     call: EventFd,
-    buffers: Buffers,
+    buffers: BufferPool,
     pair: u16,
     mergeable: bool,
     chained: bool,
@@ -28,10 +28,10 @@ pub struct RxQueue {
     used: Vec<Used>,
 }
 
-impl RxQueue {
+impl GuestRxQueue {
     pub(super) fn new(
         memory: &Arc<DriverMemory>,
-        ring: Ring,
+        ring: DriverRing,
         pair: u16,
         config: &GuestBuilder,
     ) -> Result<Self, GuestError> {
@@ -41,7 +41,7 @@ impl RxQueue {
             ring,
             kick: EventFd::new()?,
             call: EventFd::new()?,
-            buffers: Buffers::new(memory, count, config.buffer_size)?,
+            buffers: BufferPool::new(memory, count, config.buffer_size)?,
             pair,
             mergeable: config.mergeable,
             chained: config.chained,
@@ -57,12 +57,12 @@ impl RxQueue {
     }
 
     /// Its ring.
-    pub fn ring(&self) -> &Ring {
+    pub fn ring(&self) -> &DriverRing {
         &self.ring
     }
 
     /// Its ring, for tests that break rules.
-    pub fn ring_mut(&mut self) -> &mut Ring {
+    pub fn ring_mut(&mut self) -> &mut DriverRing {
         &mut self.ring
     }
 
@@ -77,8 +77,8 @@ impl RxQueue {
     }
 
     /// Its ring and events as a session starts them.
-    pub(super) fn start(&self) -> RingStart<'_> {
-        RingStart {
+    pub(super) fn start(&self) -> RingSetup<'_> {
+        RingSetup {
             place: self.ring.place(),
             kick: &self.kick,
             call: &self.call,
@@ -100,7 +100,7 @@ impl RxQueue {
     }
 
     /// The next frame if there is one; its buffers are posted again.
-    pub(super) fn try_recv(&mut self) -> Result<Option<Received>, GuestError> {
+    pub(super) fn try_recv(&mut self) -> Result<Option<ReceivedFrame>, GuestError> {
         self.reap()?;
         let Some(first) = self.pending.front().copied() else {
             return Ok(None);
@@ -141,7 +141,7 @@ impl RxQueue {
         if self.ring.publish() {
             self.kick.signal()?;
         }
-        Ok(Some(Received {
+        Ok(Some(ReceivedFrame {
             pair: self.pair,
             header,
             frame,
@@ -157,11 +157,11 @@ impl RxQueue {
 
 /// A transmit queue and its buffers.
 #[derive(Debug)]
-pub struct TxQueue {
-    ring: Ring,
+pub struct GuestTxQueue {
+    ring: DriverRing,
     kick: EventFd,
     call: EventFd,
-    buffers: Buffers,
+    buffers: BufferPool,
     chained: bool,
     free: Vec<u16>,
     /// Buffers of the frame that starts in this one, while it is in flight.
@@ -169,10 +169,10 @@ pub struct TxQueue {
     used: Vec<Used>,
 }
 
-impl TxQueue {
+impl GuestTxQueue {
     pub(super) fn new(
         memory: &Arc<DriverMemory>,
-        ring: Ring,
+        ring: DriverRing,
         config: &GuestBuilder,
     ) -> Result<Self, GuestError> {
         let count = config.queue_size;
@@ -180,7 +180,7 @@ impl TxQueue {
             ring,
             kick: EventFd::new()?,
             call: EventFd::new()?,
-            buffers: Buffers::new(memory, count, config.buffer_size)?,
+            buffers: BufferPool::new(memory, count, config.buffer_size)?,
             chained: config.chained,
             free: (0..count).rev().collect(),
             frames: vec![Vec::new(); usize::from(count)],
@@ -189,12 +189,12 @@ impl TxQueue {
     }
 
     /// Its ring.
-    pub fn ring(&self) -> &Ring {
+    pub fn ring(&self) -> &DriverRing {
         &self.ring
     }
 
     /// Its ring, for tests that break rules.
-    pub fn ring_mut(&mut self) -> &mut Ring {
+    pub fn ring_mut(&mut self) -> &mut DriverRing {
         &mut self.ring
     }
 
@@ -209,8 +209,8 @@ impl TxQueue {
     }
 
     /// Its ring and events as a session starts them.
-    pub(super) fn start(&self) -> RingStart<'_> {
-        RingStart {
+    pub(super) fn start(&self) -> RingSetup<'_> {
+        RingSetup {
             place: self.ring.place(),
             kick: &self.kick,
             call: &self.call,

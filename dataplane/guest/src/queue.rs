@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::memory::{DriverMemory, DriverMemoryError};
-use super::packed::PackedRing;
-use super::split::SplitRing;
+use super::packed::PackedDriverRing;
+use super::split::SplitDriverRing;
 
 /// Most entries of a virtqueue (virtio 1.3, 2.7 and 2.8.10.1).
 pub const MAX_QUEUE_SIZE: u16 = 32_768;
@@ -177,14 +177,14 @@ pub(crate) fn passes_event(event: u16, new: u16, old: u16) -> bool {
 
 /// The driver's side of a virtqueue of either layout.
 #[derive(Debug)]
-pub enum Ring {
+pub enum DriverRing {
     /// A split ring.
-    Split(SplitRing),
+    Split(SplitDriverRing),
     /// A packed ring.
-    Packed(PackedRing),
+    Packed(PackedDriverRing),
 }
 
-impl Ring {
+impl DriverRing {
     /// An empty ring of `size` entries in `memory`.
     ///
     /// # Errors
@@ -196,8 +196,8 @@ impl Ring {
         options: RingOptions,
     ) -> Result<Self, RingSetupError> {
         Ok(match layout {
-            Layout::Split => Self::Split(SplitRing::new(memory, size, options)?),
-            Layout::Packed => Self::Packed(PackedRing::new(memory, size, options)?),
+            Layout::Split => Self::Split(SplitDriverRing::new(memory, size, options)?),
+            Layout::Packed => Self::Packed(PackedDriverRing::new(memory, size, options)?),
         })
     }
 
@@ -226,7 +226,7 @@ impl Ring {
     }
 
     /// Adds a chain of buffers that the device reads, then ones that it writes; it sees the chain
-    /// at the next [`Ring::publish`]. `token` comes back in [`Used`].
+    /// at the next [`DriverRing::publish`]. `token` comes back in [`Used`].
     ///
     /// # Errors
     /// The ring is full, or can never hold such a chain.

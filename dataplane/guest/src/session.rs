@@ -13,7 +13,7 @@ const STATUS_RUNNING: u8 = 15;
 
 /// A ring to start.
 #[derive(Clone, Copy, Debug)]
-pub struct RingStart<'a> {
+pub struct RingSetup<'a> {
     /// Where it lies and where the device begins.
     pub place: RingPlace,
     /// Driver to device.
@@ -32,7 +32,7 @@ pub struct DeviceStart<'a> {
     /// Memory that holds all rings and buffers.
     pub memory: &'a DriverMemory,
     /// All rings, receive and transmit of each pair in turn.
-    pub rings: Vec<RingStart<'a>>,
+    pub rings: Vec<RingSetup<'a>>,
 }
 
 impl Frontend {
@@ -63,7 +63,7 @@ impl Frontend {
     pub fn start_rings(
         &mut self,
         memory: &DriverMemory,
-        rings: &[RingStart<'_>],
+        rings: &[RingSetup<'_>],
     ) -> Result<(), FrontendError> {
         for (index, ring) in (0..).zip(rings) {
             let (kick, call) = (Some(ring.kick), Some(ring.call));
@@ -83,14 +83,20 @@ mod tests {
     use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
     use super::*;
-    use crate::{Layout, RegionLayout, Reply, Ring, RingOptions, WANTED_PROTOCOL_FEATURES, encode};
+    use crate::{
+        DriverRing, FrontendReply, Layout, RegionLayout, RingOptions, WANTED_PROTOCOL_FEATURES,
+        encode,
+    };
 
     const REPLY: u32 = 5;
     const NEED_REPLY: u32 = 8;
 
     /// Answers requests as a back-end with these protocol features, until the socket closes, and
     /// returns them.
-    fn scripted_backend(socket: UnixStream, protocol: VhostUserProtocolFeatures) -> Vec<Reply> {
+    fn scripted_backend(
+        socket: UnixStream,
+        protocol: VhostUserProtocolFeatures,
+    ) -> Vec<FrontendReply> {
         let backend = Frontend::new(socket);
         let mut seen = Vec::new();
         while let Ok(message) = backend.receive() {
@@ -112,7 +118,7 @@ mod tests {
         seen
     }
 
-    fn session(protocol: VhostUserProtocolFeatures) -> Vec<Reply> {
+    fn session(protocol: VhostUserProtocolFeatures) -> Vec<FrontendReply> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let backend = thread::spawn(move || scripted_backend(theirs, protocol));
         let layout = |guest_addr| RegionLayout {
@@ -121,14 +127,16 @@ mod tests {
             file_offset: 4096,
         };
         let memory = DriverMemory::new(&[layout(0), layout(1 << 32)], false).unwrap();
-        let ring = |_| Ring::new(&memory, Layout::Packed, 16, RingOptions::default()).unwrap();
-        let (rings, event): (Vec<Ring>, _) = ((0..2).map(ring).collect(), EventFd::new().unwrap());
+        let ring =
+            |_| DriverRing::new(&memory, Layout::Packed, 16, RingOptions::default()).unwrap();
+        let (rings, event): (Vec<DriverRing>, _) =
+            ((0..2).map(ring).collect(), EventFd::new().unwrap());
         let mut frontend = Frontend::new(ours);
         let offered = frontend
             .negotiate_protocol(WANTED_PROTOCOL_FEATURES)
             .unwrap();
         assert_eq!(frontend.queue_pairs().unwrap(), 1);
-        let start = |ring: &Ring| RingStart {
+        let start = |ring: &DriverRing| RingSetup {
             place: ring.place(),
             kick: &event,
             call: &event,
@@ -145,8 +153,8 @@ mod tests {
         backend.join().unwrap()
     }
 
-    fn bodies(seen: &[Reply], request: FrontendReq) -> Vec<&[u8]> {
-        let of_kind = |m: &&Reply| m.request == request as u32;
+    fn bodies(seen: &[FrontendReply], request: FrontendReq) -> Vec<&[u8]> {
+        let of_kind = |m: &&FrontendReply| m.request == request as u32;
         seen.iter().filter(of_kind).map(|m| &m.body[..]).collect()
     }
 

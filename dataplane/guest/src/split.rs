@@ -1,7 +1,7 @@
 //! The driver's side of a split virtqueue (virtio 1.3, 2.7).
 //!
 //! [`SplitArea`] is the ring's memory and writes whatever it is told to, as tests of hostile
-//! guests need; [`SplitRing`] keeps the rules.
+//! guests need; [`SplitDriverRing`] keeps the rules.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -209,7 +209,7 @@ fn write_desc(table: &Window, index: usize, desc: SplitDesc) {
 /// The driver's side of a split ring. Nothing that the device can change is trusted: links and
 /// lengths of chains are remembered in private memory.
 #[derive(Debug)]
-pub struct SplitRing {
+pub struct SplitDriverRing {
     area: SplitArea,
     options: RingOptions,
     /// One indirect table of `options.indirect` descriptors per descriptor of the ring.
@@ -228,7 +228,7 @@ pub struct SplitRing {
     last_used: u16,
 }
 
-impl SplitRing {
+impl SplitDriverRing {
     /// An empty ring of `size` entries in `memory`.
     ///
     /// # Errors
@@ -278,7 +278,7 @@ impl SplitRing {
         self.in_flight
     }
 
-    /// See [`super::Ring::add`].
+    /// See [`super::DriverRing::add`].
     ///
     /// # Errors
     /// The ring is full, or can never hold such a chain.
@@ -359,7 +359,7 @@ impl SplitRing {
         Ok(())
     }
 
-    /// See [`super::Ring::publish`].
+    /// See [`super::DriverRing::publish`].
     #[must_use = "a device that wants a kick may sleep for ever without it"]
     pub fn publish(&mut self) -> bool {
         let old = std::mem::replace(&mut self.published, self.next_avail);
@@ -374,7 +374,7 @@ impl SplitRing {
             .wants_kick(self.options.event_idx, self.next_avail, old)
     }
 
-    /// See [`super::Ring::reap`].
+    /// See [`super::DriverRing::reap`].
     ///
     /// # Errors
     /// The device broke a rule; what it used before that is in `into`.
@@ -399,7 +399,7 @@ impl SplitRing {
         Ok(into.len() - before)
     }
 
-    /// See [`super::Ring::set_calls`].
+    /// See [`super::DriverRing::set_calls`].
     pub fn set_calls(&mut self, calls: Calls) -> bool {
         self.area
             .request_calls(self.options.event_idx, calls, self.last_used);

@@ -30,7 +30,7 @@ use vm_memory::{FileOffset, MmapRegion};
 
 pub(crate) use iovec::IoVecs;
 pub(crate) use kept::{Hold, Kept, List};
-pub(crate) use pieces::{Pieces, Run};
+pub(crate) use pieces::{PieceRun, Pieces};
 pub(crate) use sigbus::breaks;
 pub(crate) use slice::{GuestSlice, HEAD_BYTES, HEAD_LEN, RegionHint};
 pub(crate) use sum::{fold, sum_of};

@@ -82,12 +82,12 @@ impl<'a> Pieces<'a> {
 
 /// So many bytes of slices, one part after the other.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Run<'a> {
+pub(crate) struct PieceRun<'a> {
     pieces: Pieces<'a>,
     left: u32,
 }
 
-impl<'a> Run<'a> {
+impl<'a> PieceRun<'a> {
     /// The next `bytes` of `pieces`.
     pub(crate) fn new(pieces: Pieces<'a>, bytes: u32) -> Self {
         Self {
@@ -134,7 +134,7 @@ impl<'a> Run<'a> {
     }
 }
 
-impl<'a> Iterator for Run<'a> {
+impl<'a> Iterator for PieceRun<'a> {
     type Item = GuestSlice<'a>;
 
     #[inline]

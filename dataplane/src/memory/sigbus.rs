@@ -11,15 +11,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 /// with many. The table is untouched memory until it is used.
 const MAX_MAPPED: usize = 16_384;
 
-struct Slot {
+struct MappedRange {
     /// First address, 0 for a free slot. Written last when a slot is taken.
     start: AtomicUsize,
     len: AtomicUsize,
     broken: AtomicBool,
 }
 
-static SLOTS: [Slot; MAX_MAPPED] = [const {
-    Slot {
+static SLOTS: [MappedRange; MAX_MAPPED] = [const {
+    MappedRange {
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
         broken: AtomicBool::new(false),
@@ -52,7 +52,7 @@ impl Guard {
     pub(super) fn new(start: usize, len: usize) -> Option<Self> {
         static INSTALL: Once = Once::new();
         INSTALL.call_once(install);
-        let take = |slot: &Slot| {
+        let take = |slot: &MappedRange| {
             slot.start
                 .compare_exchange(0, RESERVED, Ordering::Acquire, Ordering::Relaxed)
                 .is_ok()

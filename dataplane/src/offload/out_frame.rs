@@ -5,7 +5,7 @@ use ringway_bridge::{DropReason, Headers};
 use super::gso::Segmenter;
 use super::{Action, MAX_GSO_SEGMENTS};
 use crate::burst::{Burst, MAX_SNAPSHOT_BYTES};
-use crate::memory::{GuestSlice, IoVecs, Pieces, Run};
+use crate::memory::{GuestSlice, IoVecs, PieceRun, Pieces};
 use crate::wire::Offloads;
 use crate::wire::checksum::Sum;
 use crate::wire::net_header::{self, Fields, HEADER_BYTES, HEADER_LEN};
@@ -167,7 +167,7 @@ impl<'a> OutFrames<'a> {
         };
         Some(OutFrame {
             head: self.head,
-            body: Run::new(body, body_bytes),
+            body: PieceRun::new(body, body_bytes),
             pending: self.pending,
             field: [0; 2],
         })
@@ -180,7 +180,7 @@ pub(crate) struct OutFrame<'a> {
     /// The virtio-net header and the frame's first bytes, private.
     head: &'a mut [u8],
     /// What follows, in buffers of the source.
-    body: Run<'a>,
+    body: PieceRun<'a>,
     pending: Option<PendingChecksum>,
     /// A checksum that is completed behind the head.
     field: [u8; 2],

@@ -32,7 +32,7 @@ pub(super) struct QueueRate {
 
 /// The last interval.
 #[derive(Debug, Default)]
-pub(super) struct Load {
+pub(super) struct LoadMeter {
     /// Its length; zero if there was none yet.
     pub(super) interval: Duration,
     /// Each worker's busy time, in thousandths of a core.
@@ -44,7 +44,7 @@ pub(super) struct Load {
     counts: BTreeMap<QueueId, QueueCount>,
 }
 
-impl Load {
+impl LoadMeter {
     /// Ends an interval `now`, since the switch started. `busy` is each worker's busy time so far,
     /// `counts` the counters of all queues.
     pub(super) fn measure(
@@ -118,7 +118,7 @@ mod tests {
         }
     }
 
-    fn loads(load: &Load) -> Vec<(u16, u32)> {
+    fn loads(load: &LoadMeter) -> Vec<(u16, u32)> {
         let loads = load.queues.iter();
         loads
             .map(|(queue, rate)| (queue.port.get(), rate.load))
@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn a_worker_s_busy_time_is_divided_by_what_its_queues_took() {
         let second = Duration::from_secs(1);
-        let mut load = Load::default();
+        let mut load = LoadMeter::default();
         let start = [count(0, 0, 1000, 64), count(3, 0, 0, 0)];
         load.measure(second, vec![second; 2], start.into_iter());
         let next = [
@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn a_port_s_slot_in_other_hands_starts_from_zero() {
         let second = Duration::from_secs(1);
-        let mut load = Load::default();
+        let mut load = LoadMeter::default();
         load.measure(second, vec![second], [count(0, 0, 1000, 64)].into_iter());
         let successor = QueueCount {
             generation: 1,

@@ -10,7 +10,7 @@ use ringway_api::{PortConfig, PortName, SwitchError};
 use ringway_bridge::PortId;
 use tracing::warn;
 
-use super::load::Load;
+use super::load::LoadMeter;
 use crate::burst_lock::lock;
 use crate::port::Port;
 use crate::topology::{Action, Topology, diff};
@@ -20,17 +20,17 @@ use crate::worker::{Command, WorkerThread};
 /// What changes when ports come and go.
 #[derive(Debug, Default)]
 pub(super) struct State {
-    pub(super) ports: BTreeMap<PortName, Entry>,
+    pub(super) ports: BTreeMap<PortName, PortEntry>,
     pub(super) topology: Topology,
     /// Counts additions, so that tokens of a slot's successive ports differ.
     generation: u32,
     /// What the queues took lately.
-    pub(super) load: Load,
+    pub(super) load: LoadMeter,
 }
 
 /// A port as the switch keeps it.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct PortEntry {
     pub(super) config: PortConfig,
     pub(super) port: Arc<Port>,
     pub(super) generation: u32,
@@ -46,7 +46,7 @@ pub(super) struct PortTable {
 impl State {
     /// # Errors
     /// There is no such port.
-    pub(super) fn find(&self, name: &PortName) -> Result<&Entry, SwitchError> {
+    pub(super) fn find(&self, name: &PortName) -> Result<&PortEntry, SwitchError> {
         let missing = || SwitchError::NoSuchPort { name: name.clone() };
         self.ports.get(name).ok_or_else(missing)
     }
@@ -63,7 +63,7 @@ impl State {
     pub(super) fn insert(&mut self, name: PortName, config: PortConfig, port: Arc<Port>) {
         self.generation = self.generation.wrapping_add(1);
         let generation = self.generation;
-        let entry = Entry {
+        let entry = PortEntry {
             config,
             port,
             generation,
@@ -71,12 +71,12 @@ impl State {
         self.ports.insert(name, entry);
     }
 
-    pub(super) fn entry_of(&self, id: PortId) -> Option<&Entry> {
+    pub(super) fn entry_of(&self, id: PortId) -> Option<&PortEntry> {
         self.ports.values().find(|entry| entry.port.base().id == id)
     }
 }
 
-impl Entry {
+impl PortEntry {
     fn token(&self, pair: u16) -> Token {
         Token::new(self.port.base().id, pair, self.generation)
     }
@@ -150,7 +150,7 @@ impl PortTable {
         Ok(())
     }
 
-    fn add_to_workers(&self, entry: &Entry, placement: &[u16]) -> io::Result<()> {
+    fn add_to_workers(&self, entry: &PortEntry, placement: &[u16]) -> io::Result<()> {
         let pairs = || (0..).zip(placement);
         for (pair, worker) in pairs() {
             if let Port::VhostUser(guest) = &*entry.port {
@@ -172,7 +172,7 @@ impl PortTable {
         &self.workers[usize::from(worker)].handle.waker
     }
 
-    fn binding(&self, entry: &Entry, pair: u16, worker: u16) -> Binding {
+    fn binding(&self, entry: &PortEntry, pair: u16, worker: u16) -> Binding {
         Binding {
             waker: Arc::clone(self.waker(worker)),
             token: entry.token(pair),
@@ -181,7 +181,7 @@ impl PortTable {
 
     /// Hands a pair over: its events go to the new worker, the old one lets go of it between two
     /// turns, and the new one looks at it. What happens meanwhile is found by that look.
-    fn move_pair(&self, entry: &Entry, pair: u16, from: u16, to: u16) -> io::Result<()> {
+    fn move_pair(&self, entry: &PortEntry, pair: u16, from: u16, to: u16) -> io::Result<()> {
         let binding = self.binding(entry, pair, to);
         let [from, to] = [from, to].map(|worker| &self.workers[usize::from(worker)].handle);
         match &*entry.port {

@@ -14,10 +14,10 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// Lets [`LINES`] lines pass in each [`PERIOD`] and counts the others. Clones share the count: a
 /// port has one for all of its sessions, so that to reconnect gains nothing.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct LogLimit(Arc<Mutex<Lines>>);
+pub(crate) struct LogLimit(Arc<Mutex<LineCount>>);
 
 #[derive(Debug, Default)]
-struct Lines {
+struct LineCount {
     since: Option<Instant>,
     lines: u32,
     suppressed: u64,

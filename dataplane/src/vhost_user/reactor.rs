@@ -84,7 +84,7 @@ struct Link<D: Device> {
 }
 
 /// Whether a session goes on.
-enum Turn {
+enum SessionState {
     Goes,
     /// It ended, with a reason if that was an error.
     Ended(Option<String>),
@@ -224,12 +224,12 @@ impl<D: Device> Reactor<D> {
         let _entered = span.enter();
         let turn = link.serve(flags);
         match turn {
-            Turn::Goes => {
+            SessionState::Goes => {
                 if let Err(error) = link.watch(&self.epoll) {
                     self.end_link(id, Some(format!("can't watch the socket: {error}")));
                 }
             }
-            Turn::Ended(reason) => self.end_link(id, reason),
+            SessionState::Ended(reason) => self.end_link(id, reason),
         }
     }
 
@@ -433,25 +433,25 @@ fn port_of(token: u64) -> Option<PortId> {
 impl<D: Device> Link<D> {
     /// Sends what waits and handles a bounded number of messages. Epoll is level-triggered: what
     /// is left brings the next turn.
-    fn serve(&mut self, flags: EventFlags) -> Turn {
+    fn serve(&mut self, flags: EventFlags) -> SessionState {
         if flags.contains(EventFlags::OUT)
             && let Err(error) = self.connection.flush()
         {
-            return Turn::Ended(Some(error.to_string()));
+            return SessionState::Ended(Some(error.to_string()));
         }
         for _ in 0..MAX_MESSAGES_PER_TURN {
             match self.connection.receive() {
                 Ok(Received::Message(message)) => {
                     if let Err(reason) = self.handle(message) {
-                        return Turn::Ended(Some(reason));
+                        return SessionState::Ended(Some(reason));
                     }
                 }
                 Ok(Received::Pending) => break,
-                Ok(Received::Closed) => return Turn::Ended(None),
-                Err(error) => return Turn::Ended(Some(error.to_string())),
+                Ok(Received::Closed) => return SessionState::Ended(None),
+                Err(error) => return SessionState::Ended(Some(error.to_string())),
             }
         }
-        Turn::Goes
+        SessionState::Goes
     }
 
     fn handle(&mut self, message: Message) -> Result<(), String> {

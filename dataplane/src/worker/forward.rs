@@ -25,7 +25,7 @@ pub(super) struct Forwarder {
     full_since: Box<[u64]>,
     /// How long a full destination holds a source up: a source waits for so long before frames are
     /// dropped.
-    pub(super) patience_ns: u64,
+    pub(super) backpressure_ns: u64,
     /// Queues of ports that hold frames for which the kernel had no room.
     pub(super) unsent: Vec<(PortId, u16)>,
     /// Per destination: the queue pairs that this worker polls, a bit each. Frames go to their
@@ -50,7 +50,7 @@ struct Round<'a> {
 }
 
 impl Forwarder {
-    pub(super) fn new(bridge: Arc<Bridge>, patience_ns: u64) -> Self {
+    pub(super) fn new(bridge: Arc<Bridge>, backpressure_ns: u64) -> Self {
         Self {
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             members: Members::new(),
@@ -58,7 +58,7 @@ impl Forwarder {
             decisions: Decisions::new(),
             tools: Tools::new(),
             full_since: vec![0; MAX_PORTS].into(),
-            patience_ns,
+            backpressure_ns,
             unsent: Vec::with_capacity(MAX_PORTS),
             owned: vec![0; MAX_PORTS].into(),
         }
@@ -86,7 +86,7 @@ impl Forwarder {
         now: Now,
     ) -> usize {
         let from = source.base().id;
-        let heads = ringway_bridge::Burst {
+        let heads = ringway_bridge::Arrivals {
             in_port: from,
             runs: burst.runs(),
         };
@@ -197,14 +197,16 @@ impl Forwarder {
     #[inline]
     fn no_wait(&self, to: PortId, flooded: FrameSet, now_ns: u64) -> FrameSet {
         let since = self.full_since[to.index()];
-        if since == 0 && self.patience_ns != 0 || now_ns.saturating_sub(since) < self.patience_ns {
+        if since == 0 && self.backpressure_ns != 0
+            || now_ns.saturating_sub(since) < self.backpressure_ns
+        {
             flooded
         } else {
             FrameSet::ALL
         }
     }
 
-    /// Whether a source waits for a destination that refused frames: for `patience_ns` since it
+    /// Whether a source waits for a destination that refused frames: for `backpressure_ns` since it
     /// last took one.
     #[cold]
     fn may_wait(&mut self, to: PortId, outcome: &Outcome, now_ns: u64) -> bool {
@@ -212,7 +214,7 @@ impl Forwarder {
         if !outcome.sent.is_empty() || *since == 0 {
             *since = now_ns.max(1);
         }
-        now_ns.saturating_sub(*since) < self.patience_ns
+        now_ns.saturating_sub(*since) < self.backpressure_ns
     }
 
     /// Counts what was done to a destination's frames, and empties the account.

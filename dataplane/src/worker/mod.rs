@@ -33,7 +33,7 @@ use self::idle::saturating_ns;
 
 use crate::cpus::pin_to_cpu;
 use crate::port::{Counter, Port};
-use crate::wake::{Request, Token, Waker};
+use crate::wake::{Token, WakeRequest, Waker};
 
 /// Commands that wait for a worker: topology changes are few, and their sender waits anyway.
 const COMMAND_QUEUE: usize = 256;
@@ -97,7 +97,7 @@ pub(crate) struct Inbox {
     /// Of the switch.
     commands: Receiver<Command>,
     /// Of the ports.
-    requests: Receiver<Request>,
+    requests: Receiver<WakeRequest>,
 }
 
 impl WorkerHandle {

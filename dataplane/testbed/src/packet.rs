@@ -47,7 +47,7 @@ pub struct Packet {
 
 /// Where a packet's checksum is.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct HeaderPlace {
     /// Offset of the IP header.
     pub l3: usize,
     /// Offset of TCP's or UDP's header.
@@ -78,7 +78,7 @@ impl Packet {
     }
 
     /// Where its headers are.
-    pub fn place(&self) -> Place {
+    pub fn place(&self) -> HeaderPlace {
         let l3 = 14 + 4 * self.tags;
         let l4 = l3
             + if self.is_ipv4 {
@@ -91,7 +91,7 @@ impl Packet {
         } else {
             (20 + 4 * self.tcp_options, 16)
         };
-        Place {
+        HeaderPlace {
             l3,
             l4,
             headers: l4 + l4_bytes,
@@ -307,12 +307,12 @@ pub fn judge(frame: &[u8]) -> Result<Judged, String> {
 }
 
 /// Where the headers of a frame of TCP or UDP are.
-pub fn place_of(frame: &[u8]) -> Place {
+pub fn place_of(frame: &[u8]) -> HeaderPlace {
     let parsed = PacketHeaders::from_ethernet_slice(frame).unwrap();
     let headers = parsed.payload.slice().as_ptr().addr() - frame.as_ptr().addr();
     let transport = parsed.transport.unwrap();
     let l4 = headers - transport.header_len();
-    Place {
+    HeaderPlace {
         l3: l4 - parsed.net.unwrap().header_len(),
         l4,
         headers,

@@ -18,7 +18,7 @@ use ringway_api::{
     QueuePairs, SocketSpec, SwitchConfig, TapConfig, VhostUserConfig,
 };
 use ringway_dataplane::Switch;
-use ringway_guest::{Guest, GuestBuilder, Layout, Received};
+use ringway_guest::{Guest, GuestBuilder, Layout, ReceivedFrame};
 use tempfile::TempDir;
 
 pub(crate) use ringway_testbed::{DEADLINE, eventually, host, packet};
@@ -209,6 +209,6 @@ pub(crate) fn mac(station: u8) -> [u8; 6] {
 }
 
 /// Receives one frame or fails.
-pub(crate) fn receive(guest: &mut Guest) -> Received {
+pub(crate) fn receive(guest: &mut Guest) -> ReceivedFrame {
     guest.recv(DEADLINE).unwrap().expect("a frame")
 }

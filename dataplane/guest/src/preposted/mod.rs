@@ -33,7 +33,7 @@ pub struct UsedSlot {
 
 /// Which side fills the buffers of a preposted ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
+pub enum BufferSide {
     /// The driver; the device reads.
     Transmit,
     /// The device.
@@ -48,7 +48,7 @@ pub struct PrepostedShape {
     /// Entries; a power of two.
     pub size: u16,
     /// Which side fills the buffers.
-    pub direction: Direction,
+    pub direction: BufferSide,
     /// Buffers of a slot, each one descriptor of the ring, or of an indirect table if there are
     /// several and [`RingOptions::indirect`] allows for so many.
     pub per_slot: u16,
@@ -58,7 +58,7 @@ pub struct PrepostedShape {
 type Described = (Buffer, u16);
 
 #[derive(Debug)]
-enum Ring {
+enum PrepostedRing {
     Split(SplitSlots),
     Packed(PackedSlots),
 }
@@ -66,7 +66,7 @@ enum Ring {
 /// One ring of fixed buffers.
 #[derive(Debug)]
 pub struct Preposted {
-    ring: Ring,
+    ring: PrepostedRing,
     slots: Slots,
     event_idx: bool,
 }
@@ -99,8 +99,8 @@ impl Preposted {
             let mut of_slot = buffers(slot);
             of_slot.resize(usize::from(per_slot), Buffer { addr: 0, len: 0 });
             rooms.push(match direction {
-                Direction::Transmit => 0,
-                Direction::Receive => of_slot.iter().map(|buffer| buffer.len).sum(),
+                BufferSide::Transmit => 0,
+                BufferSide::Receive => of_slot.iter().map(|buffer| buffer.len).sum(),
             });
             let flags = (0..).map(|number| chain_flags(direction, number, per_slot));
             descs.extend(of_slot.into_iter().zip(flags));
@@ -111,12 +111,12 @@ impl Preposted {
         let per_slot = if indirect { 1 } else { per_slot };
         let slots = Slots::new(direction, options.in_order, per_slot, rooms);
         let ring = match layout {
-            Layout::Split => Ring::Split(SplitSlots::new(
+            Layout::Split => PrepostedRing::Split(SplitSlots::new(
                 SplitArea::new(memory, size)?,
                 &descs,
                 &slots,
             )),
-            Layout::Packed => Ring::Packed(PackedSlots::new(
+            Layout::Packed => PrepostedRing::Packed(PackedSlots::new(
                 PackedArea::new(memory, size)?,
                 &descs,
                 &slots,
@@ -132,8 +132,8 @@ impl Preposted {
     /// Where the ring lies; the base is that of a fresh ring.
     pub fn place(&self) -> RingPlace {
         match &self.ring {
-            Ring::Split(ring) => ring.area.place(),
-            Ring::Packed(ring) => ring.area.place(),
+            PrepostedRing::Split(ring) => ring.area.place(),
+            PrepostedRing::Packed(ring) => ring.area.place(),
         }
     }
 
@@ -164,8 +164,8 @@ impl Preposted {
             return;
         }
         match &mut self.ring {
-            Ring::Split(ring) => ring.push(&self.slots, count),
-            Ring::Packed(ring) => ring.push(&self.slots, count),
+            PrepostedRing::Split(ring) => ring.push(&self.slots, count),
+            PrepostedRing::Packed(ring) => ring.push(&self.slots, count),
         }
         self.slots.pushed = self.slots.pushed.wrapping_add(u32::from(count));
     }
@@ -177,8 +177,8 @@ impl Preposted {
         // one of the two sees the other's store.
         fence(Ordering::SeqCst);
         match &self.ring {
-            Ring::Split(ring) => ring.wants_kick(&self.slots, self.event_idx, count),
-            Ring::Packed(ring) => ring.wants_kick(&self.slots, count),
+            PrepostedRing::Split(ring) => ring.wants_kick(&self.slots, self.event_idx, count),
+            PrepostedRing::Packed(ring) => ring.wants_kick(&self.slots, count),
         }
     }
 
@@ -191,8 +191,8 @@ impl Preposted {
     pub fn reclaim(&mut self) -> Result<u16, DeviceFault> {
         if self.slots.in_order {
             let outcome = match &mut self.ring {
-                Ring::Split(ring) => Some(ring.reclaim_in_order(&mut self.slots)),
-                Ring::Packed(ring) => ring.reclaim_in_order(&mut self.slots),
+                PrepostedRing::Split(ring) => Some(ring.reclaim_in_order(&mut self.slots)),
+                PrepostedRing::Packed(ring) => ring.reclaim_in_order(&mut self.slots),
             };
             if let Some(outcome) = outcome {
                 return outcome;
@@ -218,8 +218,8 @@ impl Preposted {
     #[inline]
     pub fn harvest(&mut self, into: &mut [UsedSlot]) -> Result<usize, DeviceFault> {
         match &mut self.ring {
-            Ring::Split(ring) => ring.harvest(&mut self.slots, into),
-            Ring::Packed(ring) => ring.harvest(&mut self.slots, into),
+            PrepostedRing::Split(ring) => ring.harvest(&mut self.slots, into),
+            PrepostedRing::Packed(ring) => ring.harvest(&mut self.slots, into),
         }
     }
 
@@ -227,14 +227,14 @@ impl Preposted {
     /// for them.
     pub fn set_calls(&mut self, calls: Calls) -> bool {
         match &self.ring {
-            Ring::Split(ring) => ring.request_calls(self.event_idx, calls),
-            Ring::Packed(ring) => ring.request_calls(self.event_idx, calls),
+            PrepostedRing::Split(ring) => ring.request_calls(self.event_idx, calls),
+            PrepostedRing::Packed(ring) => ring.request_calls(self.event_idx, calls),
         }
         // Pairs with the device's fence before its look at the event.
         fence(Ordering::SeqCst);
         match &self.ring {
-            Ring::Split(ring) => ring.is_used(),
-            Ring::Packed(ring) => self.free() < self.slots() && ring.is_used(),
+            PrepostedRing::Split(ring) => ring.is_used(),
+            PrepostedRing::Packed(ring) => self.free() < self.slots() && ring.is_used(),
         }
     }
 
@@ -242,17 +242,17 @@ impl Preposted {
     #[cfg(test)]
     pub(crate) fn areas(&self) -> (Option<&SplitArea>, Option<&PackedArea>) {
         match &self.ring {
-            Ring::Split(ring) => (Some(&ring.area), None),
-            Ring::Packed(ring) => (None, Some(&ring.area)),
+            PrepostedRing::Split(ring) => (Some(&ring.area), None),
+            PrepostedRing::Packed(ring) => (None, Some(&ring.area)),
         }
     }
 }
 
 /// Flags of a buffer's descriptor in a chain.
-fn chain_flags(direction: Direction, number: u16, buffers: u16) -> u16 {
+fn chain_flags(direction: BufferSide, number: u16, buffers: u16) -> u16 {
     let write = match direction {
-        Direction::Transmit => 0,
-        Direction::Receive => DESC_F_WRITE,
+        BufferSide::Transmit => 0,
+        BufferSide::Receive => DESC_F_WRITE,
     };
     write | if number + 1 < buffers { DESC_F_NEXT } else { 0 }
 }

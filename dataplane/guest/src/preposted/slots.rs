@@ -1,12 +1,12 @@
 //! Which slots are with the device, and in what order.
 
 use super::super::queue::DeviceFault;
-use super::{Direction, UsedSlot};
+use super::{BufferSide, UsedSlot};
 
 /// The account of a preposted ring's slots, of which there are a power of two.
 #[derive(Debug)]
 pub(super) struct Slots {
-    direction: Direction,
+    direction: BufferSide,
     pub(super) in_order: bool,
     /// Descriptors of the ring that a slot takes: this power of two.
     pub(super) shift: u32,
@@ -26,7 +26,7 @@ pub(super) struct Slots {
 
 impl Slots {
     pub(super) fn new(
-        direction: Direction,
+        direction: BufferSide,
         in_order: bool,
         per_slot: u16,
         rooms: Vec<u32>,
@@ -90,8 +90,8 @@ impl Slots {
     #[inline]
     pub(super) fn written(&self, len: u32) -> u32 {
         match self.direction {
-            Direction::Transmit => 0,
-            Direction::Receive => len,
+            BufferSide::Transmit => 0,
+            BufferSide::Receive => len,
         }
     }
 

@@ -10,12 +10,12 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use super::super::*;
 
 /// Buffers of a chain as a device sees them, in order: address, length, writable.
-pub(super) type Buffers = Vec<(u64, u32, bool)>;
+pub(super) type BufferPool = Vec<(u64, u32, bool)>;
 
 /// The device's side of a ring.
 pub(super) trait Device {
     /// Chains that are newly available: id and buffers.
-    fn pop(&mut self) -> Option<(u16, Buffers)>;
+    fn pop(&mut self) -> Option<(u16, BufferPool)>;
     /// Uses chains, in this order; an in-order device may write one entry for all.
     fn put(&mut self, used: &[(u16, u32)], one_entry: bool);
     /// Wants a kick for the next chain; false if one is available already.
@@ -82,7 +82,7 @@ impl SplitDevice {
 }
 
 impl Device for SplitDevice {
-    fn pop(&mut self) -> Option<(u16, Buffers)> {
+    fn pop(&mut self) -> Option<(u16, BufferPool)> {
         let chain = self.queue.pop_descriptor_chain(&self.memory)?;
         let head = chain.head_index();
         let buffers = chain.map(|desc| (desc.addr().0, desc.len(), desc.is_write_only()));
@@ -160,7 +160,7 @@ impl PackedDevice {
         avail == self.avail.wrap && avail != (flags & DESC_F_USED != 0)
     }
 
-    fn table(&self, desc: PackedDesc) -> Buffers {
+    fn table(&self, desc: PackedDesc) -> BufferPool {
         let window = self.memory.window(desc.addr, u64::from(desc.len)).unwrap();
         (0..desc.len as usize / DESC_BYTES)
             .map(|i| {
@@ -174,7 +174,7 @@ impl PackedDevice {
 }
 
 impl Device for PackedDevice {
-    fn pop(&mut self) -> Option<(u16, Buffers)> {
+    fn pop(&mut self) -> Option<(u16, BufferPool)> {
         if !self.is_available(self.area.read_desc(self.avail.slot).flags) {
             return None;
         }

@@ -7,15 +7,19 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
-use self::devices::{Buffers, Device, PackedDevice, SplitDevice};
+use self::devices::{BufferPool, Device, PackedDevice, SplitDevice};
 use super::*;
 
-fn ring_and_device(layout: Layout, size: u16, options: RingOptions) -> (Ring, Box<dyn Device>) {
+fn ring_and_device(
+    layout: Layout,
+    size: u16,
+    options: RingOptions,
+) -> (DriverRing, Box<dyn Device>) {
     let memory = DriverMemory::single(1 << 20, false).unwrap();
-    let ring = Ring::new(&memory, layout, size, options).unwrap();
+    let ring = DriverRing::new(&memory, layout, size, options).unwrap();
     let device: Box<dyn Device> = match &ring {
-        Ring::Split(ring) => Box::new(SplitDevice::new(&memory, ring.area(), options)),
-        Ring::Packed(ring) => Box::new(PackedDevice::new(&memory, ring.area(), options)),
+        DriverRing::Split(ring) => Box::new(SplitDevice::new(&memory, ring.area(), options)),
+        DriverRing::Packed(ring) => Box::new(PackedDevice::new(&memory, ring.area(), options)),
     };
     (ring, device)
 }
@@ -66,7 +70,7 @@ fn options() -> impl Strategy<Value = RingOptions> {
 /// woken; nothing leaks.
 fn holds_against_device(layout: Layout, size: u16, options: RingOptions, steps: &[Step]) {
     let (mut ring, mut device) = ring_and_device(layout, size, options);
-    let mut added: VecDeque<(u32, Buffers)> = VecDeque::new();
+    let mut added: VecDeque<(u32, BufferPool)> = VecDeque::new();
     let mut published = 0;
     let mut held: VecDeque<(u16, u32, u32)> = VecDeque::new();
     let mut expected: VecDeque<Used> = VecDeque::new();
@@ -228,7 +232,7 @@ fn split_rings_survive_the_wrap_of_their_index() {
 #[test]
 fn sizes_that_a_ring_cannot_have_are_refused() {
     let memory = DriverMemory::single(1 << 20, false).unwrap();
-    let make = |layout, size| Ring::new(&memory, layout, size, RingOptions::default());
+    let make = |layout, size| DriverRing::new(&memory, layout, size, RingOptions::default());
     for (layout, size) in [
         (Layout::Split, 0),
         (Layout::Split, 3),
@@ -269,7 +273,7 @@ fn a_device_that_breaks_rules_is_caught() {
         }
     }
     let memory = DriverMemory::single(1 << 16, false).unwrap();
-    let mut ring = SplitRing::new(&memory, 4, RingOptions::default()).unwrap();
+    let mut ring = SplitDriverRing::new(&memory, 4, RingOptions::default()).unwrap();
     memory
         .write(ring.place().device + 2, &9u16.to_le_bytes())
         .unwrap();
@@ -340,7 +344,7 @@ proptest! {
         steps in slot_steps(),
     ) {
         let (packed, log, receive, two) = shape;
-        let direction = if receive { Direction::Receive } else { Direction::Transmit };
+        let direction = if receive { BufferSide::Receive } else { BufferSide::Transmit };
         let shape = PrepostedShape {
             layout: if packed { Layout::Packed } else { Layout::Split },
             size: 1 << log,

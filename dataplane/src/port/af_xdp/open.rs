@@ -13,7 +13,7 @@ use super::interface::{Interface, set_option};
 use super::program::{self, Program};
 use super::receive::{Receiver, Receiving};
 use super::transmit::Transmitter;
-use super::umem::{Layout, SharedMemory, os_error};
+use super::umem::{ChunkLayout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
 use crate::port::{PortBase, max_l2_bytes};
 use crate::wire::Offloads;
@@ -40,7 +40,7 @@ const VIRTIO_ZERO_COPY_HINT: &str = "give the device disable-legacy=on,iommu_pla
      queue_reset and mrg_rxbuf on (QEMU's default); or use --mode copy";
 
 /// Why the interface can't be opened in one mode.
-enum Refusal {
+enum OpenRefusal {
     /// Another mode may do.
     Mode(SwitchError),
     /// No mode will.
@@ -52,7 +52,7 @@ struct Plan<'a> {
     config: &'a AfXdpConfig,
     interface: &'a Interface,
     queues: u16,
-    layout: Layout,
+    layout: ChunkLayout,
     /// The interface's own.
     interface_mtu: u32,
     /// The name of its driver, if that tells.
@@ -134,7 +134,7 @@ fn plan<'a>(config: &'a AfXdpConfig, interface: &'a Interface) -> Result<Plan<'a
         config,
         interface,
         queues,
-        layout: Layout::for_frames(max_l2_bytes(u16::try_from(greatest).ok())),
+        layout: ChunkLayout::for_frames(max_l2_bytes(u16::try_from(greatest).ok())),
         interface_mtu,
         driver: interface.driver(),
     })
@@ -166,8 +166,8 @@ impl Plan<'_> {
             }
             match self.open(*mode) {
                 Ok(opened) => return Ok((*mode, opened)),
-                Err(Refusal::Final(error)) => return Err(error),
-                Err(Refusal::Mode(error)) => {
+                Err(OpenRefusal::Final(error)) => return Err(error),
+                Err(OpenRefusal::Mode(error)) => {
                     if config.mode == XdpMode::Auto {
                         tracing::info!(?mode, %error, "the next mode is tried");
                     }
@@ -178,7 +178,7 @@ impl Plan<'_> {
         Err(refused.unwrap_or_else(|| refuse(config, "no mode is left", "see `ip -d link`")))
     }
 
-    fn open(&self, mode: XdpMode) -> Result<Opened, Refusal> {
+    fn open(&self, mode: XdpMode) -> Result<Opened, OpenRefusal> {
         let hook = match mode {
             XdpMode::Skb => Hook::Generic,
             XdpMode::Auto | XdpMode::ZeroCopy | XdpMode::Copy => Hook::Driver,
@@ -193,13 +193,13 @@ impl Plan<'_> {
         };
         for index in 0..self.queues {
             let memory = SharedMemory::new(layout, self.config.umem_frames.get())
-                .map_err(|error| Refusal::Final(self.no_memory(&error)))?;
+                .map_err(|error| OpenRefusal::Final(self.no_memory(&error)))?;
             umem_bytes += memory.total_bytes;
             is_huge &= memory.is_huge;
             let queue = self.open_queue(index, mode, layout, memory)?;
             program
                 .redirect(index, queue.fd())
-                .map_err(|error| Refusal::Final(system(self.config, "XSKMAP", &error)))?;
+                .map_err(|error| OpenRefusal::Final(system(self.config, "XSKMAP", &error)))?;
             queues.push(queue);
         }
         Ok(Opened {
@@ -225,9 +225,9 @@ impl Plan<'_> {
         &self,
         index: u16,
         mode: XdpMode,
-        layout: Layout,
+        layout: ChunkLayout,
         memory: SharedMemory,
-    ) -> Result<AfXdpQueue, Refusal> {
+    ) -> Result<AfXdpQueue, OpenRefusal> {
         let config = self.config;
         let is_zero_copy = mode == XdpMode::ZeroCopy;
         let mut flags = BindFlags::XDP_USE_NEED_WAKEUP;
@@ -241,7 +241,7 @@ impl Plan<'_> {
         }
         let size = config.umem_frames.get() / 2;
         let name: InterfaceName = config.ifname.as_str().parse().map_err(|_| {
-            Refusal::Final(refuse(
+            OpenRefusal::Final(refuse(
                 config,
                 "no interface can have this name",
                 "see `ip link`",
@@ -271,7 +271,7 @@ impl Plan<'_> {
         };
         let Some((fill, completions)) = rings else {
             let error = io::Error::other("no fill ring");
-            return Err(Refusal::Final(system(config, "socket", &error)));
+            return Err(OpenRefusal::Final(system(config, "socket", &error)));
         };
         if !is_zero_copy {
             (ring, ..) =
@@ -285,7 +285,7 @@ impl Plan<'_> {
             ];
             for (name, value) in options {
                 set_option(received.fd(), libc::SOL_SOCKET, name, &value)
-                    .map_err(|error| Refusal::Final(system(config, "busy polling", &error)))?;
+                    .map_err(|error| OpenRefusal::Final(system(config, "busy polling", &error)))?;
             }
         }
         let fd = received.fd().as_raw_fd();
@@ -309,32 +309,32 @@ impl Plan<'_> {
         ))
     }
 
-    fn cannot_attach(&self, error: &io::Error) -> Refusal {
+    fn cannot_attach(&self, error: &io::Error) -> OpenRefusal {
         let config = self.config;
         let ifname = &config.ifname;
         match error.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => Refusal::Final(not_permitted(config)),
+            Some(libc::EPERM | libc::EACCES) => OpenRefusal::Final(not_permitted(config)),
             Some(libc::EBUSY | libc::EEXIST) => {
                 // Somebody was faster.
                 let support = program::query(self.interface.index()).ok();
                 let id = support.and_then(|support| support.program).unwrap_or(0);
-                Refusal::Final(self.has_program(id))
+                OpenRefusal::Final(self.has_program(id))
             }
             // Through skbs its frames would come merged, and with open checksums.
-            Some(libc::EOPNOTSUPP) if self.is_virtio() => Refusal::Final(refuse(
+            Some(libc::EOPNOTSUPP) if self.is_virtio() => OpenRefusal::Final(refuse(
                 config,
                 "its driver can't run XDP programs while its device merges or checks frames",
                 VIRTIO_XDP_HINT,
             )),
-            Some(libc::EOPNOTSUPP) => Refusal::Mode(refuse(
+            Some(libc::EOPNOTSUPP) => OpenRefusal::Mode(refuse(
                 config,
                 "its driver can't run XDP programs",
                 "use --mode skb, which needs nothing of the driver and is slower",
             )),
             Some(libc::ERANGE | libc::EINVAL) if self.interface_mtu > 1500 => {
-                Refusal::Mode(self.too_long())
+                OpenRefusal::Mode(self.too_long())
             }
-            _ => Refusal::Mode(refuse(
+            _ => OpenRefusal::Mode(refuse(
                 config,
                 format!("its driver refused the XDP program: {error}"),
                 format!("see `ethtool -i {ifname}` and the kernel's log, or use --mode skb"),
@@ -342,33 +342,35 @@ impl Plan<'_> {
         }
     }
 
-    fn cannot_bind(&self, index: u16, mode: XdpMode, error: &io::Error) -> Refusal {
+    fn cannot_bind(&self, index: u16, mode: XdpMode, error: &io::Error) -> OpenRefusal {
         let config = self.config;
         let ifname = &config.ifname;
         match error.raw_os_error() {
-            Some(libc::EBUSY) => Refusal::Final(refuse(
+            Some(libc::EBUSY) => OpenRefusal::Final(refuse(
                 config,
                 format!("queue {index} is bound to another AF_XDP socket"),
                 "end the program that has it; `ss --xdp -p` shows it",
             )),
-            Some(libc::ENETDOWN) => Refusal::Final(refuse(
+            Some(libc::ENETDOWN) => OpenRefusal::Final(refuse(
                 config,
                 "it is down",
                 format!("`ip link set {ifname} up` sets it up"),
             )),
-            Some(libc::EPERM | libc::EACCES) => Refusal::Final(not_permitted(config)),
-            Some(libc::EOPNOTSUPP) if self.layout.several_chunks => Refusal::Mode(self.too_long()),
+            Some(libc::EPERM | libc::EACCES) => OpenRefusal::Final(not_permitted(config)),
+            Some(libc::EOPNOTSUPP) if self.layout.several_chunks => {
+                OpenRefusal::Mode(self.too_long())
+            }
             Some(libc::EOPNOTSUPP) if mode == XdpMode::ZeroCopy => {
-                Refusal::Mode(self.no_zero_copy())
+                OpenRefusal::Mode(self.no_zero_copy())
             }
             Some(libc::EINVAL | libc::ENOENT) if mode == XdpMode::ZeroCopy && self.is_virtio() => {
-                Refusal::Mode(refuse(
+                OpenRefusal::Mode(refuse(
                     config,
                     format!("its device is not fit for zero-copy: {error}"),
                     VIRTIO_ZERO_COPY_HINT,
                 ))
             }
-            _ => Refusal::Mode(refuse(
+            _ => OpenRefusal::Mode(refuse(
                 config,
                 format!("queue {index} can't be bound: {error}"),
                 format!("see `ethtool -l {ifname}` and the kernel's log, or use --mode skb"),

@@ -53,7 +53,7 @@ struct Merged {
 }
 
 /// A frame in the ring.
-struct Frame<'a> {
+struct NicFrame<'a> {
     /// What is in its first chunk.
     head: &'a [u8],
     /// Its whole length, 0 if the kernel told what can't be.
@@ -233,14 +233,14 @@ struct Waiting<'m> {
 impl<'m> Waiting<'m> {
     /// The frame whose descriptors begin at `at`, if all of them are there.
     #[inline]
-    fn frame(&self, at: usize) -> Option<Frame<'m>> {
+    fn frame(&self, at: usize) -> Option<NicFrame<'m>> {
         let waiting = self.descs.get(at..)?;
         let last = waiting.iter().position(|desc| !desc.has_more_frames())?;
         let mut pieces = waiting[..=last]
             .iter()
             .map(|desc| self.chunks.received(desc));
         let bytes = pieces.try_fold(0, |sum, piece| Some(sum + piece?.len()));
-        Some(Frame {
+        Some(NicFrame {
             head: self.chunks.bytes(&waiting[0]).unwrap_or_default(),
             bytes: bytes.unwrap_or(0),
             end: at + last + 1,
@@ -252,7 +252,7 @@ impl<'m> Waiting<'m> {
     #[inline]
     fn push_frame(
         &self,
-        frame: &Frame<'_>,
+        frame: &NicFrame<'_>,
         headers: Option<&Headers>,
         at: usize,
         burst: &mut Burst<'m>,
@@ -286,7 +286,7 @@ impl<'m> Waiting<'m> {
     fn join(
         &self,
         at: usize,
-        first: &Frame<'m>,
+        first: &NicFrame<'m>,
         headers: &Headers,
         takes: impl Fn(&[u8]) -> Offloads,
     ) -> Option<(GroFrame<'m>, usize)> {
@@ -314,7 +314,7 @@ impl<'m> Waiting<'m> {
     }
 
     /// Whether a frame's TCP checksum is right, or open.
-    fn is_right(&self, frame: &Frame<'_>, at: usize, headers: &Headers) -> bool {
+    fn is_right(&self, frame: &NicFrame<'_>, at: usize, headers: &Headers) -> bool {
         if self.open_checksums && find_open_checksum(frame.head, headers, frame.bytes).is_some() {
             return true;
         }

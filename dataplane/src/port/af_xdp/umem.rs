@@ -28,13 +28,13 @@ const CHUNK_BYTES: [u32; 2] = [2048, 4096];
 
 /// Sizes of chunk and frame, by the frames that are to be carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Layout {
+pub(super) struct ChunkLayout {
     chunk_bytes: u32,
     /// Frames may need several chunks.
     pub(super) several_chunks: bool,
 }
 
-impl Layout {
+impl ChunkLayout {
     /// The layout for frames of up to `l2_bytes`.
     pub(super) fn for_frames(l2_bytes: u32) -> Self {
         let [small, large] = CHUNK_BYTES;
@@ -90,7 +90,7 @@ impl SharedMemory {
     /// # Errors
     /// Too little memory (`ENOMEM`), or too little that may be locked (`ENOBUFS`); no permission
     /// for AF_XDP sockets (`EPERM`).
-    pub(super) fn new(layout: Layout, count: u32) -> io::Result<Self> {
+    pub(super) fn new(layout: ChunkLayout, count: u32) -> io::Result<Self> {
         let size = QueueSize::new(count / 2).map_err(io::Error::other)?;
         let chunk_bytes = FrameSize::new(layout.chunk_bytes).map_err(io::Error::other)?;
         let config = UmemConfig::builder()
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn a_frame_gets_the_smallest_chunk_that_holds_it() {
-        let layout = |bytes| Layout::for_frames(bytes);
+        let layout = |bytes| ChunkLayout::for_frames(bytes);
         assert_eq!(layout(1518).room_bytes(), 1792);
         assert!(!layout(1518).several_chunks);
         assert_eq!(layout(1792), layout(1518));
@@ -234,11 +234,11 @@ mod tests {
     #[test]
     fn a_nic_that_counts_room_in_kilobytes_gets_whole_frames_into_a_chunk() {
         for l2_bytes in [60, 1518, 1792, 3072] {
-            let layout = Layout::for_frames(l2_bytes).for_zero_copy();
+            let layout = ChunkLayout::for_frames(l2_bytes).for_zero_copy();
             assert!(layout.room_bytes() / 1024 * 1024 >= l2_bytes, "{l2_bytes}");
             assert!(!layout.several_chunks);
         }
-        assert!(Layout::for_frames(9018).for_zero_copy().several_chunks);
+        assert!(ChunkLayout::for_frames(9018).for_zero_copy().several_chunks);
     }
 
     /// What needs root, which `--profile user` leaves out.
@@ -248,7 +248,7 @@ mod tests {
         #[test]
         fn what_is_in_front_of_a_frame_is_its_chunks() {
             // Needs CAP_NET_RAW, as all AF_XDP does.
-            let memory = SharedMemory::new(Layout::for_frames(1518), 128).unwrap();
+            let memory = SharedMemory::new(ChunkLayout::for_frames(1518), 128).unwrap();
             let chunks = memory.chunks;
             assert_eq!(
                 (memory.to_receive.len(), memory.to_transmit.len()),

@@ -10,7 +10,7 @@ use super::{Path, Source, Worker};
 use crate::burst::{Entry, Frame};
 use crate::memory::{GuestSlice, breaks};
 use crate::port::Port;
-use crate::wake::{Request, Token};
+use crate::wake::{Token, WakeRequest};
 use crate::wire::Offloads;
 use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
 use crate::worker::{Command, Inbox};
@@ -48,8 +48,8 @@ impl Worker {
         }
         while let Ok(request) = inbox.requests.try_recv() {
             match request {
-                Request::Activate(token) => self.activate(token),
-                Request::Inject { from, frame } => self.inject(from, &frame),
+                WakeRequest::Activate(token) => self.activate(token),
+                WakeRequest::Inject { from, frame } => self.inject(from, &frame),
             }
         }
         true
@@ -133,9 +133,9 @@ impl Worker {
         burst.extend(1, || Some(frame_with_header));
         burst.take_snapshots(HEADER_BYTES, Offloads::NONE);
         // It has no ring to wait in.
-        let patience_ns = std::mem::replace(&mut forwarder.patience_ns, 0);
+        let backpressure_ns = std::mem::replace(&mut forwarder.backpressure_ns, 0);
         forwarder.forward(&port, 0, &burst, &self.handle.pairs, now);
-        forwarder.patience_ns = patience_ns;
+        forwarder.backpressure_ns = backpressure_ns;
         let counters = &port.base().injected;
         counters.frames.add(1);
         counters.bytes.add(frame.len() as u64);
