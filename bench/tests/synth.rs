@@ -62,8 +62,8 @@ fn run(arguments: &[&str]) -> Output {
     output
 }
 
-/// Whether a run failed as one does whose switch had no core, or no turn for one of its guests, for as
-/// long as others took the machine.
+/// Whether a run failed as one does whose switch had no core, or no turn for one of its guests, for
+/// as long as others took the machine.
 fn was_starved(stderr: &str) -> bool {
     let signs = [
         "no frame came through the switch",
@@ -278,7 +278,8 @@ fn requests_are_answered() {
     assert!(result["transactions_per_second"].as_f64() > Some(0.0));
 }
 
-/// ringway alone: rates, its busy share, latency at three levels, and the copy loop for long frames.
+/// ringway alone: rates, its busy share, latency at three levels, and the copy loop for long
+/// frames.
 #[test]
 fn a_comparison_tells_rates_shares_latency_and_the_copy_loop() {
     let _alone = alone();

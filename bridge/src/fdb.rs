@@ -1,5 +1,5 @@
-//! The forwarding database: which port a MAC address was last seen behind. What workers ask and tell it
-//! is here; what an operator and housekeeping do to it is in `fdb/admin.rs`.
+//! The forwarding database: which port a MAC address was last seen behind. What workers ask and
+//! tell it is here; what an operator and housekeeping do to it is in `fdb/admin.rs`.
 
 mod admin;
 mod table;
@@ -216,7 +216,8 @@ impl Fdb {
         self.count(port) >= self.limits[port.index()].load(Ordering::Relaxed)
     }
 
-    /// For control threads: waits. A poisoned lock is taken: every step leaves the table consistent.
+    /// For control threads: waits. A poisoned lock is taken: every step leaves the table
+    /// consistent.
     fn lock(&self) -> Writer<'_> {
         let guard = self
             .shared

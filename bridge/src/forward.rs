@@ -35,8 +35,8 @@ pub struct Arrivals<'a> {
 pub struct Run {
     /// What they begin with.
     pub head: FrameHead,
-    /// Bit i is frame i of the burst, and bit i of all results. Frames in no run, runts for example,
-    /// are in no result.
+    /// Bit i is frame i of the burst, and bit i of all results. Frames in no run, runts for
+    /// example, are in no result.
     pub frames: FrameSet,
 }
 
@@ -255,8 +255,8 @@ struct Lists {
 }
 
 impl Decisions {
-    /// Scratch for bursts of up to [`MAX_BURST`] frames to up to [`MAX_PORTS`] ports: about 100 KiB,
-    /// of which a burst touches 24 bytes for each port that it goes to.
+    /// Scratch for bursts of up to [`MAX_BURST`] frames to up to [`MAX_PORTS`] ports: about 100
+    /// KiB, of which a burst touches 24 bytes for each port that it goes to.
     pub fn new() -> Self {
         Self {
             probed: Vec::with_capacity(MAX_BURST),
@@ -275,8 +275,8 @@ impl Decisions {
         &self.result.destinations
     }
 
-    /// The reasons for which frames are dropped and the frames of each (never none), in the order of
-    /// first appearance.
+    /// The reasons for which frames are dropped and the frames of each (never none), in the order
+    /// of first appearance.
     pub fn drops(&self) -> &[(DropReason, FrameSet)] {
         &self.result.drops
     }

@@ -96,8 +96,8 @@ impl Headers {
     ///
     /// Skips up to [`MAX_VLAN_TAGS`] tags, IPv4 options and up to [`MAX_EXTENSION_HEADERS`] IPv6
     /// extension headers. `None` if the headers are truncated, exceed the length that the IP header
-    /// gives, or are not those of a whole TCP or UDP packet: fragments have no offloads. Whether the
-    /// payload is as long as the IP header says is not looked at.
+    /// gives, or are not those of a whole TCP or UDP packet: fragments have no offloads. Whether
+    /// the payload is as long as the IP header says is not looked at.
     pub fn parse(frame: &[u8]) -> Option<Self> {
         let (ether_type, l3_offset) = skip_tags(frame)?;
         let packet = frame.get(l3_offset..)?;

@@ -23,8 +23,8 @@ struct Daemon {
     directory: tempfile::TempDir,
 }
 
-/// A daemon with the ports a and b, between which 1,000 frames of 125 bytes pass from each sample to
-/// the next, which are a second apart by its clock.
+/// A daemon with the ports a and b, between which 1,000 frames of 125 bytes pass from each sample
+/// to the next, which are a second apart by its clock.
 fn daemon() -> Daemon {
     let directory = tempfile::tempdir().unwrap();
     let socket = ControlSocket::bind(&directory.path().join("control.sock")).unwrap();

@@ -4,8 +4,8 @@
 //!   receive    live frames of the kernel -> far0 -> xdp0 -> socket -> dropped
 //!   transmit   socket (fed by a guest, or by nobody) -> xdp0 -> far0, where nobody listens
 //! ```
-//! and with busy polling and huge pages next to without. Prints the medians of both, and the median of
-//! the ratios with the lowest and the highest. Run by hand as root:
+//! and with busy polling and huge pages next to without. Prints the medians of both, and the median
+//! of the ratios with the lowest and the highest. Run by hand as root:
 //! `cargo bench -p ringway-dataplane --bench af_xdp -- [PAIRS [SECONDS [CASE]]]`.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a program run by hand")]
 
@@ -262,7 +262,8 @@ fn transmit_by_switch(time: Duration) -> f64 {
     rate
 }
 
-/// A socket as xsk-rs makes it, with libxdp's own program; the second half of the frames is to send.
+/// A socket as xsk-rs makes it, with libxdp's own program; the second half of the frames is to
+/// send.
 fn bare() -> (
     xsk_rs::TxQueue,
     RxQueue,

@@ -1,5 +1,5 @@
-//! What header actions cost: checksums, and a TCP frame of 64 KiB towards guests that take it whole,
-//! in segments with open checksums, and in whole segments.
+//! What header actions cost: checksums, and a TCP frame of 64 KiB towards guests that take it
+//! whole, in segments with open checksums, and in whole segments.
 #![allow(
     clippy::unwrap_used,
     reason = "what can't be set up has nothing to measure"

@@ -1,5 +1,5 @@
-//! What many ports, addresses and copies cost: each figure is a ratio of two cases that are measured
-//! in turns, the median of the rounds with the extremes.
+//! What many ports, addresses and copies cost: each figure is a ratio of two cases that are
+//! measured in turns, the median of the rounds with the extremes.
 //!
 //! `cargo bench --bench scale [fdb|flood|idle]`
 #![allow(

@@ -251,7 +251,8 @@ impl<'m> Burst<'m> {
         }
     }
 
-    /// What lies behind the first `bytes` of frame `index` and its header, which are in the snapshot.
+    /// What lies behind the first `bytes` of frame `index` and its header, which are in the
+    /// snapshot.
     #[inline]
     pub(crate) fn body(&self, index: usize, bytes: u32) -> Pieces<'_> {
         if self.plain.contains(index) {
@@ -270,7 +271,8 @@ impl<'m> Burst<'m> {
         }
     }
 
-    /// Appends frames of one buffer each, `most` of them or as many as `next` gives. Returns how many.
+    /// Appends frames of one buffer each, `most` of them or as many as `next` gives. Returns how
+    /// many.
     #[inline(always)]
     pub(crate) fn extend(&mut self, most: usize, next: impl FnMut() -> Option<Frame<'m>>) -> usize {
         self.frames.extend(most, next)
@@ -411,8 +413,8 @@ impl<'m> Burst<'m> {
         Ok(Head::of(snapshot))
     }
 
-    /// Reads a range of header and frame into the snapshot of frame `index`, whose chain begins `gap`
-    /// bytes behind the snapshot.
+    /// Reads a range of header and frame into the snapshot of frame `index`, whose chain begins
+    /// `gap` bytes behind the snapshot.
     fn read_snapshot(&mut self, index: usize, gap: u32, range: std::ops::Range<u32>) {
         let mut seen = [0; SNAPSHOT_LEN];
         let seen = &mut seen[..range.len()];

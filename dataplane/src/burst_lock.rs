@@ -8,8 +8,8 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-/// The value of a mutex, also after a panic of a thread that held it: what is kept in one here is whole at
-/// each step. Not for workers.
+/// The value of a mutex, also after a panic of a thread that held it: what is kept in one here is
+/// whole at each step. Not for workers.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,8 +2,8 @@
 
 use core_affinity::CoreId;
 
-/// The CPUs that the calling thread may run on, ascending; none if the kernel refuses to tell, as it does
-/// beyond 1,024 CPUs.
+/// The CPUs that the calling thread may run on, ascending; none if the kernel refuses to tell, as
+/// it does beyond 1,024 CPUs.
 pub fn allowed_cpus() -> Vec<usize> {
     let cores = core_affinity::get_core_ids().unwrap_or_default();
     cores.iter().map(|core| core.id).collect()

@@ -7,10 +7,11 @@
 //!    |                      deliver   guest rings | taps | NIC queues, one copy
 //!    +-- sockets --> vhost-user session thread: maps guest memory, starts and stops rings
 //! ```
-//! A [`Switch`] is all that a control plane needs; its types are those of `ringway-api`. Which module may
-//! import which, and where `unsafe` is, is in docs/architecture.md.
+//! A [`Switch`] is all that a control plane needs; its types are those of `ringway-api`. Which
+//! module may import which, and where `unsafe` is, is in docs/architecture.md.
 //!
-//! The feature `af-xdp`, on by default, has ports on a NIC's queues; it takes libxdp and libbpf, which are C.
+//! The feature `af-xdp`, on by default, has ports on a NIC's queues; it takes libxdp and libbpf,
+//! which are C.
 #![deny(unsafe_code)]
 #![cfg_attr(
     not(feature = "af-xdp"),

@@ -352,8 +352,8 @@ fn stream(at: usize, bytes: usize) -> Packet {
     packet
 }
 
-/// Receives a stream of TCP up to its byte `end`, each frame of which is judged; returns how many there
-/// were.
+/// Receives a stream of TCP up to its byte `end`, each frame of which is judged; returns how many
+/// there were.
 fn receive_stream(guest: &mut Guest, end: usize) -> usize {
     let (mut payload, mut frames) = (Vec::new(), 0);
     while payload.len() < end {

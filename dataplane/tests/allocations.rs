@@ -1,5 +1,5 @@
-//! Forwarding in steady state allocates and frees nothing, whatever becomes of the frames. NIC ports
-//! need root and iproute2.
+//! Forwarding in steady state allocates and frees nothing, whatever becomes of the frames. NIC
+//! ports need root and iproute2.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;

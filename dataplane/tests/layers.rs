@@ -1,5 +1,5 @@
-//! The order of the dataplane's modules, and the files that may hold `unsafe`: read from the sources, so
-//! that neither is a matter of habit.
+//! The order of the dataplane's modules, and the files that may hold `unsafe`: read from the
+//! sources, so that neither is a matter of habit.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
@@ -83,8 +83,8 @@ fn lines_of(file: &Path) -> Vec<Line> {
         .collect()
 }
 
-/// The first names of the paths in a line that begin at the crate's root, for a file whose module is
-/// `depth` below it: behind `crate::`, or behind as many `super::`.
+/// The first names of the paths in a line that begin at the crate's root, for a file whose module
+/// is `depth` below it: behind `crate::`, or behind as many `super::`.
 fn names_at_root(code: &str, depth: usize) -> Vec<&str> {
     let supers = "super::".repeat(depth);
     ["crate::", &supers]

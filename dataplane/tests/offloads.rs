@@ -1,5 +1,6 @@
-//! Frames that pass whole, headers that are refused, segments and their room, real TCP through taps, and
-//! what is told of each pair. Every pair of kinds is in `offload_matrix`. Taps need root and iproute2.
+//! Frames that pass whole, headers that are refused, segments and their room, real TCP through
+//! taps, and what is told of each pair. Every pair of kinds is in `offload_matrix`. Taps need root
+//! and iproute2.
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
 
 mod common;

@@ -1,5 +1,5 @@
-//! Forwarding in steady state makes no system call but the calls that guests ask for, and one for each
-//! burst to a NIC. NIC ports need root and iproute2.
+//! Forwarding in steady state makes no system call but the calls that guests ask for, and one for
+//! each burst to a NIC. NIC ports need root and iproute2.
 #![cfg(target_arch = "x86_64")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -25,8 +25,8 @@ use testbeds::{STATION, bed_with_nic, for_segments};
 const BURSTS: u32 = 1000;
 const FRAMES: u64 = BURST as u64;
 
-/// More than any test makes of one system call, even if there is one for each frame: the thread waits
-/// in a loop for something that can't happen.
+/// More than any test makes of one system call, even if there is one for each frame: the thread
+/// waits in a loop for something that can't happen.
 const HANGS: u32 = 200_000;
 
 /// How long the worker does not look for events of queues that sleep.
@@ -54,7 +54,8 @@ const ARGUMENTS: [usize; 4] = [
 /// to send.
 extern "C" fn count(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let context = context.cast::<libc::ucontext_t>();
-    // SAFETY: SA_SIGINFO: the third argument is the interrupted thread's context, and ours to change.
+    // SAFETY: SA_SIGINFO: the third argument is the interrupted thread's context, and ours to
+    // change.
     let registers = unsafe { &mut (*context).uc_mcontext.gregs };
     let [fd, buffer, bytes, flags] = ARGUMENTS.map(|register| registers[register]);
     let result = &mut registers[libc::REG_RAX as usize];
@@ -166,7 +167,8 @@ fn bursts(bed: &mut Testbed, count: u32) -> u64 {
     (0..count).map(|_| bed.burst()).sum()
 }
 
-/// Asserts that bursts of which nobody wants to be told fill `buffers` each and make no system call.
+/// Asserts that bursts of which nobody wants to be told fill `buffers` each and make no system
+/// call.
 fn assert_none(shape: Shape, prepare: fn(&mut Testbed), buffers: u64) {
     for layout in [Layout::Split, Layout::Packed] {
         let shape = Shape { layout, ..shape };

@@ -112,7 +112,8 @@ impl Checksums {
     }
 }
 
-/// First word of a capture as tcpdump writes it, in the machine's byte order; times in microseconds.
+/// First word of a capture as tcpdump writes it, in the machine's byte order; times in
+/// microseconds.
 const MAGIC: u32 = 0xa1b2_c3d4;
 
 /// Lengths of the frames of a pcap file, all of which must be there whole.

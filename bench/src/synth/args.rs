@@ -72,7 +72,8 @@ pub(crate) struct LoadArgs {
     /// CPU of the switch's forwarding thread [default: the last that is allowed]
     #[arg(long, value_name = "CPU")]
     switch_cpu: Option<usize>,
-    /// Compare the bytes of what arrives: all in open loop, else those of 0.2 s after the measurement
+    /// Compare the bytes of what arrives: all in open loop, else those of 0.2 s after the
+    /// measurement
     #[arg(long)]
     pub(crate) verify: bool,
 }

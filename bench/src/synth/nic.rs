@@ -1,5 +1,5 @@
-//! A NIC in place of the second guest: the switch has one end of a veth pair, and at the other end the
-//! kernel makes frames, or drops and counts them.
+//! A NIC in place of the second guest: the switch has one end of a veth pair, and at the other end
+//! the kernel makes frames, or drops and counts them.
 //!
 //! ```text
 //!   to the NIC     guest -> switch -> nic0 -> far0 -> dropped: they are for somebody else

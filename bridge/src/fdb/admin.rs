@@ -62,8 +62,9 @@ impl Fdb {
         self.lock().sweep(all, |entry| entry.port() == port)
     }
 
-    /// Removes the entries that expired by `now`; how many. To be called every few seconds: look-ups
-    /// ignore what expired, but it takes room, and counts against its port's limit, until it is swept.
+    /// Removes the entries that expired by `now`; how many. To be called every few seconds:
+    /// look-ups ignore what expired, but it takes room, and counts against its port's limit, until
+    /// it is swept.
     ///
     /// Lets go of the lock now and then; an entry that moves within the table meanwhile is left to
     /// the next sweep.
@@ -80,8 +81,8 @@ impl Fdb {
             .sum()
     }
 
-    /// Bounds the learned entries of `port`; `None` lifts the bound. What is above a new bound stays
-    /// until it ages.
+    /// Bounds the learned entries of `port`; `None` lifts the bound. What is above a new bound
+    /// stays until it ages.
     pub fn set_limit(&self, port: PortId, limit: Option<u32>) {
         self.limits[port.index()].store(limit.unwrap_or(UNLIMITED), Ordering::Relaxed);
     }
@@ -106,9 +107,9 @@ impl Fdb {
         self.capacity
     }
 
-    /// Calls `visit(mac, port, is_static, last_seen)` for every entry, expired ones included; static
-    /// ones were seen at tick 0. Takes no lock: entries that change meanwhile may be visited twice or
-    /// not at all.
+    /// Calls `visit(mac, port, is_static, last_seen)` for every entry, expired ones included;
+    /// static ones were seen at tick 0. Takes no lock: entries that change meanwhile may be visited
+    /// twice or not at all.
     pub fn for_each(&self, mut visit: impl FnMut(MacAddr, PortId, bool, Tick)) {
         self.table.for_each(|mac, entry| {
             visit(

@@ -19,9 +19,9 @@
 //! | [`Slot::replace`] | W5 value := other port or flags, same generation (Release) |
 //! | [`Slot::refresh`], without the mutex | W6 value.tick := now (compare-and-swap) |
 //!
-//! A reader ([`Slot::read`]) loads the value (R1, Acquire), the key (R2, Acquire) and the value again
-//! (R3, Relaxed), and believes them if R2 is its key and R1 and R3 are valid and of one generation,
-//! say era f's. Then R2 read the key of era f too:
+//! A reader ([`Slot::read`]) loads the value (R1, Acquire), the key (R2, Acquire) and the value
+//! again (R3, Relaxed), and believes them if R2 is its key and R1 and R3 are valid and of one
+//! generation, say era f's. Then R2 read the key of era f too:
 //! - R2 pairs with W2: the era of the key is no later than that of R3, because W1 precedes W2.
 //! - R1 pairs with W1 (or W5, which follows it under the mutex; W6 is a read-modify-write and so
 //!   continues their release sequences): the W4 that ended era f-1 happens before W1 of era f, so
@@ -30,8 +30,8 @@
 //! So no re-use of the slot lends one MAC another's port, unless the generation wraps (16,384
 //! re-uses of one slot) between R1 and R3. The scan that finds the slot is a hint (Relaxed).
 //!
-//! W6 compares the whole value, generation included: a refresh that comes after a move, a removal or
-//! a re-use fails, and resurrects nothing.
+//! W6 compares the whole value, generation included: a refresh that comes after a move, a removal
+//! or a re-use fails, and resurrects nothing.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -318,8 +318,8 @@ impl Table {
 
     /// Stores an entry whose key is absent; false if there is no room. The caller holds the mutex.
     ///
-    /// Goes to the first candidate bucket that has room, so that at half load 19 look-ups of 20 need
-    /// no second one; where both are full, to the place of an entry that can move to its other
+    /// Goes to the first candidate bucket that has room, so that at half load 19 look-ups of 20
+    /// need no second one; where both are full, to the place of an entry that can move to its other
     /// bucket. At half load that one step fails about never.
     pub(super) fn insert(&self, probe: Probe, entry: Entry) -> bool {
         let slot = self
@@ -356,8 +356,9 @@ impl Table {
         slots.find(|slot| slot.key.load(Ordering::Relaxed) == 0)
     }
 
-    /// Frees a slot of two full buckets. The entry is in both places for a moment and never in none,
-    /// so that [`find`](Self::find) misses it only if it looks at the places in the wrong order.
+    /// Frees a slot of two full buckets. The entry is in both places for a moment and never in
+    /// none, so that [`find`](Self::find) misses it only if it looks at the places in the wrong
+    /// order.
     fn displace(&self, buckets: [u32; 2]) -> Option<Slot<'_>> {
         for slot in buckets
             .into_iter()

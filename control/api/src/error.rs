@@ -24,8 +24,9 @@ macro_rules! kinds {
 }
 
 kinds! {
-    /// What went wrong: the stable name of an error, in `error.data.kind`. The codes of the first five
-    /// are JSON-RPC's own; all others are in -32099 to -32000, which JSON-RPC leaves to servers.
+    /// What went wrong: the stable name of an error, in `error.data.kind`. The codes of the first
+    /// five are JSON-RPC's own; all others are in -32099 to -32000, which JSON-RPC leaves to
+    /// servers.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
     #[serde(rename_all = "snake_case")]
     enum ErrorKind {

@@ -38,7 +38,8 @@ pub struct PortCounters {
     pub rx_frames: u64,
     /// L2 bytes taken from the port, without FCS and virtio-net headers.
     pub rx_bytes: u64,
-    /// Of `rx_frames`, TCP segments that were joined to the frame before and travel on as a part of it.
+    /// Of `rx_frames`, TCP segments that were joined to the frame before and travel on as a part of
+    /// it.
     pub rx_gro_merged: u64,
     /// Frames delivered to the port, each flooded copy and each segment counted: what its guest
     /// received.
@@ -188,7 +189,8 @@ pub struct HeaderAction {
     pub action: String,
     /// Offloads that pass through.
     pub passed: Vec<String>,
-    /// Offloads that the source may ask for and the destination does not take: the switch does them.
+    /// Offloads that the source may ask for and the destination does not take: the switch does
+    /// them.
     pub done: Vec<String>,
 }
 

@@ -5,9 +5,10 @@
 //!                                  ringway.toml --^
 //! ```
 //!
-//! The dataplane takes and returns them, so a setting, a counter or an error is declared once: here,
-//! with the text that the JSON schema (`docs/control-api.schema.json`) tells of it. Values are parsed
-//! once, by the types of this crate; what has a [`PortName`] has a name that a port can have.
+//! The dataplane takes and returns them, so a setting, a counter or an error is declared once:
+//! here, with the text that the JSON schema (`docs/control-api.schema.json`) tells of it. Values
+//! are parsed once, by the types of this crate; what has a [`PortName`] has a name that a port can
+//! have.
 //!
 //! Names are snake_case and carry their units. Rx and Tx are from the switch's point of view: what
 //! a guest transmits is our Rx. Parameters refuse unknown fields; clients should ignore unknown

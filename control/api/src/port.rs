@@ -91,8 +91,8 @@ struct VhostUserFields {
     /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     fdb_limit: Option<FdbLimit>,
-    /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and of
-    /// the worker. The switch places the others.
+    /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and
+    /// of the worker. The switch places the others.
     #[serde(default, skip_serializing_if = "Pins::is_empty")]
     #[serde(deserialize_with = "read_pins")]
     #[schemars(with = "BTreeMap<String, u16>")]
@@ -111,8 +111,8 @@ impl VhostUserConfig {
         }
     }
 
-    /// An upper bound that costs nothing until the guest starts them, and what guests of up to eight
-    /// vCPUs ask for.
+    /// An upper bound that costs nothing until the guest starts them, and what guests of up to
+    /// eight vCPUs ask for.
     const fn default_queues() -> QueuePairs {
         QueuePairs::EIGHT
     }
@@ -183,8 +183,8 @@ pub struct TapConfig {
     /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fdb_limit: Option<FdbLimit>,
-    /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and of
-    /// the worker. The switch places the others.
+    /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and
+    /// of the worker. The switch places the others.
     #[serde(default, skip_serializing_if = "Pins::is_empty")]
     #[serde(deserialize_with = "read_pins")]
     #[schemars(with = "BTreeMap<String, u16>")]
@@ -240,8 +240,8 @@ pub struct AfXdpConfig {
     /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fdb_limit: Option<FdbLimit>,
-    /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and of
-    /// the worker. The switch places the others.
+    /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and
+    /// of the worker. The switch places the others.
     #[serde(default, skip_serializing_if = "Pins::is_empty")]
     #[serde(deserialize_with = "read_pins")]
     #[schemars(with = "BTreeMap<String, u16>")]
@@ -349,8 +349,8 @@ impl PortConfig {
         }
     }
 
-    /// Queue pairs of the port: for a guest the most that it may use, for a NIC a number only if one
-    /// is given.
+    /// Queue pairs of the port: for a guest the most that it may use, for a NIC a number only if
+    /// one is given.
     pub const fn queues(&self) -> Option<QueuePairs> {
         match self {
             Self::VhostUser(guest) => Some(guest.queues),

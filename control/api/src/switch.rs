@@ -5,8 +5,8 @@ use std::time::Duration;
 /// Bounds of the idle ladder: spin, then pause, then sleep in epoll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdleConfig {
-    /// Poll a silent queue at full speed for this long; less if somebody else wants the core, unless
-    /// it is [`Duration::MAX`], which means for ever.
+    /// Poll a silent queue at full speed for this long; less if somebody else wants the core,
+    /// unless it is [`Duration::MAX`], which means for ever.
     pub spin: Duration,
     /// Then poll with pauses for this long, then arm notifications and sleep.
     pub pause: Duration,

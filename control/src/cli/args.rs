@@ -18,8 +18,8 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Operate the ringway software switch
 ///
-/// Talks to ringwayd through its control socket. A port is what a guest (vhost-user), the host (tap)
-/// or a NIC (af-xdp) is plugged into; frames are switched between all ports by MAC address.
+/// Talks to ringwayd through its control socket. A port is what a guest (vhost-user), the host
+/// (tap) or a NIC (af-xdp) is plugged into; frames are switched between all ports by MAC address.
 ///
 /// Rx and Tx are from the switch's point of view everywhere: what a guest transmits is our Rx, what
 /// it receives is our Tx. Bytes are L2 bytes without FCS; k, M, G are powers of ten, KiB, MiB, GiB
@@ -131,8 +131,8 @@ pub enum PortVerb {
     /// List the ports with their counters
     #[command(after_help = LIST_HELP)]
     List,
-    /// Show one port with its queue pairs, features and drops by reason, and what is done to headers
-    /// on the way to each other port
+    /// Show one port with its queue pairs, features and drops by reason, and what is done to
+    /// headers on the way to each other port
     #[command(after_help = SHOW_HELP)]
     Show {
         /// The port

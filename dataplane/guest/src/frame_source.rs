@@ -1,8 +1,8 @@
 //! What stands at the far end of a NIC port in tests and benches: an XDP program that sends frames,
 //! within the kernel, so that it costs less than what it measures.
 //!
-//! Frames to the far end are best left to the kernel, which drops those for somebody else: a program
-//! there that drops them has a veth copy each first, and takes 1.3 times as long.
+//! Frames to the far end are best left to the kernel, which drops those for somebody else: a
+//! program there that drops them has a veth copy each first, and takes 1.3 times as long.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -45,8 +45,8 @@ impl FrameSource {
         })
     }
 
-    /// Sends so many frames; returns once they are on their way. A receiver without room loses some.
-    /// To be called in the same namespace.
+    /// Sends so many frames; returns once they are on their way. A receiver without room loses
+    /// some. To be called in the same namespace.
     ///
     /// # Errors
     /// A frame longer than some 3,500 bytes (`EINVAL`); a kernel before 5.18 (`EINVAL`).

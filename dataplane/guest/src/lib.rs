@@ -11,8 +11,8 @@
 //!   │                         └─ Window ─ DriverMemory (memfd regions)
 //!   └── Frontend ── socket ── back-end
 //! ```
-//! A [`FrameSource`] stands at the other end of a NIC instead; its XDP program is loaded by the same
-//! few calls (`ringway-xdp`) as a NIC port's.
+//! A [`FrameSource`] stands at the other end of a NIC instead; its XDP program is loaded by the
+//! same few calls (`ringway-xdp`) as a NIC port's.
 
 mod buffers;
 mod builder;

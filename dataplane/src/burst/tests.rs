@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// A virtio-net header that asks for nothing, of `header_bytes`, and a frame that is told apart by its
-/// last source byte.
+/// A virtio-net header that asks for nothing, of `header_bytes`, and a frame that is told apart by
+/// its last source byte.
 fn message(header_bytes: usize, station: u8, l2_bytes: usize) -> Vec<u8> {
     let mut message = vec![0; header_bytes + l2_bytes];
     let frame = &mut message[header_bytes..];

@@ -33,9 +33,9 @@ impl<T: Hold> Kept<T> {
     pub(crate) fn list<'m>(&'m mut self) -> List<'m, T::For<'m>> {
         let items: *mut [MaybeUninit<T::For<'static>>] = &raw mut *self.items;
         #[expect(clippy::unnecessary_cast, reason = "the types differ in a lifetime")]
-        // SAFETY: the two types differ in a lifetime only, so they have one layout. What was written
-        // for another lifetime is never read: the list begins empty, and reads what was written
-        // through it only.
+        // SAFETY: the two types differ in a lifetime only, so they have one layout. What was
+        // written for another lifetime is never read: the list begins empty, and reads what was
+        // written through it only.
         let items = unsafe { &mut *(items as *mut [MaybeUninit<T::For<'m>>]) };
         List { items, len: 0 }
     }
@@ -84,8 +84,8 @@ impl<T: Copy> List<'_, T> {
         self.extend(1, || Some(value)) == 1
     }
 
-    /// Appends what `next` gives, until it gives nothing or `most` were appended or there is no more
-    /// room. Returns how many were.
+    /// Appends what `next` gives, until it gives nothing or `most` were appended or there is no
+    /// more room. Returns how many were.
     #[inline(always)]
     pub(crate) fn extend(&mut self, most: usize, mut next: impl FnMut() -> Option<T>) -> usize {
         let most = most.min(self.room());

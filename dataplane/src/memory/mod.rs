@@ -2,12 +2,12 @@
 //!
 //! The contract, on which every `unsafe` block of the data path rests:
 //! - A guest address becomes a [`GuestSlice`] only through [`MemoryView::translate`] and its hint
-//!   (a ring's areas through [`GuestMemory::translate_user`]), which check the *whole* range against
-//!   the regions and yield slices that each lie in one mapping.
+//!   (a ring's areas through [`GuestMemory::translate_user`]), which check the *whole* range
+//!   against the regions and yield slices that each lie in one mapping.
 //! - A slice borrows the view, so it can't outlive the mapping; a ring's areas are kept by the
 //!   [`Arc<GuestMemory>`] beside them, which is replaced under the queue's lock.
-//! - No Rust reference to the bytes of guest memory is ever formed, since the guest writes them at any
-//!   time: raw copies, volatile reads, and atomics for the words of a ring.
+//! - No Rust reference to the bytes of guest memory is ever formed, since the guest writes them at
+//!   any time: raw copies, volatile reads, and atomics for the words of a ring.
 //! - A file that shrinks under its mapping raises SIGBUS; [`sigbus`] replaces the region by
 //!   private zero pages and marks it broken, and the port goes down.
 #![allow(unsafe_code, reason = "it owns pointers into guest memory")]

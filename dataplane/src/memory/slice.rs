@@ -1,10 +1,10 @@
-//! Guest memory as a type: a range that is valid for as long as its lifetime says, with all that may
-//! be done to it.
+//! Guest memory as a type: a range that is valid for as long as its lifetime says, with all that
+//! may be done to it.
 //!
 //! Whoever holds a [`GuestSlice`] holds a borrow of what keeps the range mapped: a guest's
-//! [`super::GuestMemory`], a NIC queue's UMEM, a private buffer. The guest, or the kernel, may write
-//! the range at any time, so no reference to its bytes is ever formed, and what is read is any mix of
-//! old and new bytes.
+//! [`super::GuestMemory`], a NIC queue's UMEM, a private buffer. The guest, or the kernel, may
+//! write the range at any time, so no reference to its bytes is ever formed, and what is read is
+//! any mix of old and new bytes.
 
 use std::marker::PhantomData;
 
@@ -109,8 +109,8 @@ impl<'m> GuestSlice<'m> {
         }))
     }
 
-    /// Reads the 16 bytes of descriptor `index` of a table by one load, in memory order from the lowest;
-    /// `None` if the table ends before.
+    /// Reads the 16 bytes of descriptor `index` of a table by one load, in memory order from the
+    /// lowest; `None` if the table ends before.
     #[inline(always)]
     pub(crate) fn read_descriptor(self, index: u16) -> Option<u128> {
         // Packed, since indirect tables may lie anywhere.
@@ -198,16 +198,16 @@ impl<'m> GuestSlice<'m> {
         prefetch_to_read(self.ptr.wrapping_add(LINE as usize));
     }
 
-    /// Brings the first two lines towards the cache, to be written, handed over by whoever wrote them
-    /// last. A hint.
+    /// Brings the first two lines towards the cache, to be written, handed over by whoever wrote
+    /// them last. A hint.
     #[inline(always)]
     pub(crate) fn prefetch_to_write(self) {
         prefetch_to_write(self.ptr);
         prefetch_to_write(self.ptr.wrapping_add(LINE as usize));
     }
 
-    /// Brings the lines that [`GuestSlice::prefetch_to_write`] left out, as far as its first `bytes`.
-    /// A hint.
+    /// Brings the lines that [`GuestSlice::prefetch_to_write`] left out, as far as its first
+    /// `bytes`. A hint.
     #[inline(always)]
     pub(crate) fn prefetch_rest(self, bytes: u32) {
         let mut at = 2 * LINE;
@@ -225,8 +225,8 @@ impl<'m> GuestSlice<'m> {
     }
 }
 
-/// The region that served a translation last, apart from the list of regions, so that the next look-up
-/// follows no pointer.
+/// The region that served a translation last, apart from the list of regions, so that the next
+/// look-up follows no pointer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RegionHint<'m> {
     guest_addr: u64,

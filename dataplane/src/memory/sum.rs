@@ -1,4 +1,5 @@
-//! The ones' complement sum (RFC 1071) of memory that others may write, alone or while it is copied.
+//! The ones' complement sum (RFC 1071) of memory that others may write, alone or while it is
+//! copied.
 //!
 //! Words of 32 bits in the machine's own order are added in lanes that the compiler turns into
 //! vectors, and [`fold`]ed at the end: the sum does not depend on the order of bytes until it is

@@ -66,7 +66,8 @@ impl MemoryView {
             let spec = region.spec;
             let room = spec.size - (addr - spec.guest_addr);
             let part = u32::try_from(room).map_or(len, |room| room.min(len));
-            // SAFETY: the region is one of `memory`, which the hint and all that it finds is kept with.
+            // SAFETY: the region is one of `memory`, which the hint and all that it finds is kept
+            // with.
             let hint = unsafe { RegionHint::new(spec.guest_addr, spec.size, region.host) };
             if !piece(hint.find(addr, part)?) {
                 return None;

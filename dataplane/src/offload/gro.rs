@@ -1,9 +1,10 @@
-//! GroFrames: TCP segments that follow one another, joined into one frame to be segmented again.
+//! Generic receive offload: TCP segments that follow one another are joined into one frame to be
+//! segmented again.
 //!
 //! ```text
 //!   segments  | headers | payload 1 | | headers | payload 2 | | headers | payload 3 |
 //!                  |          |____________________ | ______________________|
-//!   train     | headers' | payload 1 | payload 2 | payload 3 |
+//!   one frame | headers' | payload 1 | payload 2 | payload 3 |
 //! ```
 //! What a receiver that takes such frames makes of them is what it would have made of the segments:
 //! all that they have in their headers is the same in all, or can be told from the first: that is
@@ -40,7 +41,8 @@ pub(crate) struct GroFrame<'a> {
 }
 
 impl<'a> GroFrame<'a> {
-    /// A train of one frame of `l2_bytes` that begins with `frame`, if others could follow.
+    /// A joined frame of one segment so far, whose frame of `l2_bytes` begins with `frame`, if
+    /// others could follow.
     pub(crate) fn begin(frame: &'a [u8], headers: &Headers, l2_bytes: u32) -> Option<Self> {
         if headers.l4_protocol != L4Protocol::Tcp {
             return None;
@@ -62,7 +64,7 @@ impl<'a> GroFrame<'a> {
         })
     }
 
-    /// What a destination must take for this to be a train.
+    /// What a destination must take for the segments to be joined.
     pub(crate) fn needs(&self) -> Offloads {
         let kind = if self.headers.is_ipv4 {
             Offloads::TSO4

@@ -1,8 +1,8 @@
 //! Software segmentation: the headers of the segments that one frame becomes.
 //!
 //! The first bytes of the source's frame, in private memory, are the template; what differs from
-//! segment to segment is written over it: lengths, IPv4's identification and checksum, TCP's sequence
-//! number and flags, and the sum of the pseudo header.
+//! segment to segment is written over it: lengths, IPv4's identification and checksum, TCP's
+//! sequence number and flags, and the sum of the pseudo header.
 
 use ringway_bridge::{Headers, L4Protocol};
 
@@ -36,7 +36,8 @@ pub(super) struct Segmenter {
 
 impl Segmenter {
     /// Segments a frame of `frame_bytes` that begins with `frame`, its headers at least, with
-    /// `segment_bytes` of payload each; `None` if the length that its IP header tells is not its length.
+    /// `segment_bytes` of payload each; `None` if the length that its IP header tells is not its
+    /// length.
     pub(super) fn new(
         frame: &[u8],
         headers: &Headers,

@@ -226,8 +226,8 @@ impl OutFrame<'_> {
         Pieces::new(to).skip(at).write(&sum.finish());
     }
 
-    /// Appends its parts to `parts`. A pending checksum is completed in private memory, by summing the
-    /// source's bytes before.
+    /// Appends its parts to `parts`. A pending checksum is completed in private memory, by summing
+    /// the source's bytes before.
     pub(crate) fn gather<'p>(&'p mut self, parts: &mut IoVecs<'p>) {
         let Some(pending) = self.pending else {
             parts.push_private(self.head);

@@ -199,7 +199,7 @@ proptest! {
         let count = packet.payload.len().div_ceil(gso_size.into()).max(1);
         let action = Action::between(needs, taken);
         let mut frames = match scratch.frames(&burst, 0, taken, u32::MAX) {
-            Ok(parcels) => parcels,
+            Ok(frames) => frames,
             Err(reason) => {
                 prop_assert_eq!(reason, DropReason::TooManySegments);
                 prop_assert!(count > MAX_GSO_SEGMENTS as usize && action != Action::Pass);

@@ -1,5 +1,5 @@
-//! In place of `af_xdp/` where the cargo feature `af-xdp` is off: a port that can't be opened. No value
-//! of these types exists, so that nothing but [`AfXdpPort::open`] is ever called.
+//! In place of `af_xdp/` where the cargo feature `af-xdp` is off: a port that can't be opened. No
+//! value of these types exists, so that nothing but [`AfXdpPort::open`] is ever called.
 
 use std::convert::Infallible;
 use std::os::fd::BorrowedFd;

@@ -1,14 +1,15 @@
 //! A queue of a port as a worker has it for one burst, whatever the port's kind, and the loop that
 //! delivers a burst's frames to it.
 //!
-//! A kind of port implements [`RxQueue`] and [`TxQueue`], has a function `rx(pair)` that takes a queue to
-//! receive from and a function `deliver` that takes one to deliver to, and a line in `with_rx_queue!` and
-//! in [`super::Port::deliver`]: the kind is looked at once per burst.
+//! A kind of port implements [`RxQueue`] and [`TxQueue`], has a function `rx(pair)` that takes a
+//! queue to receive from and a function `deliver` that takes one to deliver to, and a line in
+//! `with_rx_queue!` and in [`super::Port::deliver`]: the kind is looked at once per burst.
 //!
-//! Frames are delivered in order. One that finds no room refuses those behind it, lest they overtake it.
-//! One that is segmented is delivered from its beginning, as far as there is room: it counts as
-//! delivered if its first segment was, and each segment behind the last that was delivered is a drop of
-//! its own. Before that, it waits for room for all of its segments as other frames wait for theirs.
+//! Frames are delivered in order. One that finds no room refuses those behind it, lest they
+//! overtake it. One that is segmented is delivered from its beginning, as far as there is room: it
+//! counts as delivered if its first segment was, and each segment behind the last that was
+//! delivered is a drop of its own. Before that, it waits for room for all of its segments as other
+//! frames wait for theirs.
 
 use ringway_bridge::{DropCounts, DropReason, FrameSet};
 
@@ -48,8 +49,8 @@ pub(crate) enum Gathered<C> {
 
 /// What completes a burst while its frames lie in the queue's memory.
 pub(crate) trait Completion {
-    /// Completes the burst's first `taken` frames; the others are gathered again. Returns the L2 bytes
-    /// of those that were taken.
+    /// Completes the burst's first `taken` frames; the others are gathered again. Returns the L2
+    /// bytes of those that were taken.
     fn complete(self, burst: &Burst<'_>, taken: usize) -> u64;
 }
 
@@ -71,8 +72,8 @@ pub(crate) trait RxQueue {
 
     fn counters(&self) -> &QueueCounters;
 
-    /// Puts up to `limit` frames into the empty burst. `takes` tells what the destination of a frame
-    /// that begins so may be asked for.
+    /// Puts up to `limit` frames into the empty burst. `takes` tells what the destination of a
+    /// frame that begins so may be asked for.
     fn gather<'m>(
         &'m mut self,
         limit: usize,
@@ -80,8 +81,8 @@ pub(crate) trait RxQueue {
         takes: impl Fn(&[u8]) -> Offloads,
     ) -> Gathered<Self::Completion<'m>>;
 
-    /// Ends the burst, of which the first `taken` frames were completed and counted and `kept` others
-    /// stay: shows the other side what was completed.
+    /// Ends the burst, of which the first `taken` frames were completed and counted and `kept`
+    /// others stay: shows the other side what was completed.
     fn finish(&mut self, taken: usize, kept: usize);
 
     /// Has the next frame be an event, and returns whether the queue is still empty, so that
@@ -149,8 +150,8 @@ pub(crate) trait TxQueue {
         (FrameSet::EMPTY, 0)
     }
 
-    /// Whether `count` frames of up to `total_bytes`, with their headers, had better wait: there will
-    /// be room for all of them, and there is not yet.
+    /// Whether `count` frames of up to `total_bytes`, with their headers, had better wait: there
+    /// will be room for all of them, and there is not yet.
     ///
     /// # Errors
     /// The queue is broken.
@@ -174,8 +175,8 @@ pub(crate) struct Job<'a, 'm> {
     pub(crate) no_wait: FrameSet,
     /// The source's queue: a flow stays in one queue of the destination.
     pub(crate) source_queue: u16,
-    /// The destination's queue pairs that this worker polls, a bit each: no other worker wants their
-    /// locks.
+    /// The destination's queue pairs that this worker polls, a bit each: no other worker wants
+    /// their locks.
     pub(crate) owned: u64,
 }
 
@@ -204,8 +205,8 @@ impl Outcome {
     }
 }
 
-/// What was done to the frames for one destination in one burst, but for those that were delivered as
-/// they were.
+/// What was done to the frames for one destination in one burst, but for those that were delivered
+/// as they were.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Account {
     is_used: bool,
@@ -261,8 +262,8 @@ impl Tools {
         }
     }
 
-    /// What `try_lock` gives, tried again for as long as somebody else's burst may take; counts that
-    /// it was not to be had at once.
+    /// What `try_lock` gives, tried again for as long as somebody else's burst may take; counts
+    /// that it was not to be had at once.
     #[inline]
     pub(crate) fn lock<G>(
         &mut self,

@@ -1,8 +1,8 @@
 //! A tap port: an interface of the host's network stack, one fd per queue.
 //!
 //! Frames carry a virtio-net header of 12 bytes both ways (IFF_VNET_HDR), so that checksums and
-//! segmentation are left to whoever can do them, unless the port is to have no offload; a frame goes
-//! to the kernel by one writev from the source's buffers.
+//! segmentation are left to whoever can do them, unless the port is to have no offload; a frame
+//! goes to the kernel by one writev from the source's buffers.
 #![allow(unsafe_code, reason = "ioctls")]
 
 pub(super) mod receive;

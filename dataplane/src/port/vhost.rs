@@ -1,7 +1,8 @@
 //! A vhost-user port: its rings, and how sessions and workers share them.
 //!
-//! Each ring has a [`BurstLock`](crate::burst_lock::BurstLock). A worker tries it once per burst; the session thread waits for it
-//! to start, stop, move or enable the ring, so what it replaces is out of use when its call returns.
+//! Each ring has a [`BurstLock`](crate::burst_lock::BurstLock). A worker tries it once per burst;
+//! the session thread waits for it to start, stop, move or enable the ring, so what it replaces is
+//! out of use when its call returns.
 
 mod allowance;
 mod device;

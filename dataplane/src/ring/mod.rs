@@ -134,8 +134,8 @@ pub(crate) trait DeviceRing {
     fn publish(&mut self) -> bool;
 }
 
-/// Device side of one virtqueue, and the guest's memory that it leads to. Its owner holds the queue's
-/// lock.
+/// Device side of one virtqueue, and the guest's memory that it leads to. Its owner holds the
+/// queue's lock.
 #[derive(Debug)]
 pub(crate) struct Ring {
     memory: MemoryView,
@@ -180,8 +180,8 @@ impl Ring {
                     reason = "split rings use the low half"
                 )]
                 let next_avail = base as u16;
-                // SAFETY: `RingLayout::place` found the areas of a ring of this size in this memory, which
-                // is kept beside the ring.
+                // SAFETY: `RingLayout::place` found the areas of a ring of this size in this
+                // memory, which is kept beside the ring.
                 AnyRing::Split(unsafe { SplitRing::new(size, at, next_avail, features) })
             }
             RingLayout::Packed => {
@@ -203,8 +203,8 @@ impl Ring {
         memory: &Arc<GuestMemory>,
     ) -> Result<(), PlaceError> {
         let PlacedAreas { at, memory, .. } = self.layout().place(self.size(), addresses, memory)?;
-        // SAFETY: `RingLayout::place` found the areas of a ring of this layout and size in this memory,
-        // which is kept beside the ring.
+        // SAFETY: `RingLayout::place` found the areas of a ring of this layout and size in this
+        // memory, which is kept beside the ring.
         each!(&mut self.rings, ring => unsafe { ring.relocate(at) });
         self.memory = MemoryView::new(memory);
         Ok(())

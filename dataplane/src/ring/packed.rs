@@ -153,8 +153,8 @@ impl PackedRing {
     /// taken was used. `None` if there are no such slots.
     ///
     /// # Safety
-    /// The areas are those of a ring of `size` entries, 1 to 32,768, as [`super::RingLayout::place`] finds
-    /// them; they are valid as long as the ring is used.
+    /// The areas are those of a ring of `size` entries, 1 to 32,768, as
+    /// [`super::RingLayout::place`] finds them; they are valid as long as the ring is used.
     #[expect(clippy::cast_possible_truncation, reason = "the halves of the base")]
     pub(crate) unsafe fn new(size: u16, at: Areas, base: u32, features: Features) -> Option<Self> {
         let (avail, used) = (base as u16, (base >> 16) as u16);

@@ -68,8 +68,8 @@ impl SplitRing {
     /// A ring that goes on at avail index `next_avail`, and at the used index that is in memory.
     ///
     /// # Safety
-    /// The areas are those of a ring of `size` entries, a power of two, as [`super::RingLayout::place`]
-    /// finds them; they are valid as long as the ring is used.
+    /// The areas are those of a ring of `size` entries, a power of two, as
+    /// [`super::RingLayout::place`] finds them; they are valid as long as the ring is used.
     pub(crate) unsafe fn new(size: u16, at: Areas, next_avail: u16, features: Features) -> Self {
         debug_assert!(size.is_power_of_two());
         let mut ring = Self {

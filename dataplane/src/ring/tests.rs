@@ -406,8 +406,8 @@ impl Source {
     }
 }
 
-// 2.7.9: a batch of an in-order driver's buffers is used by one entry with the last one's id, in the
-// first one's place.
+// 2.7.9: a batch of an in-order driver's buffers is used by one entry with the last one's id, in
+// the first one's place.
 #[test]
 fn an_in_order_driver_gets_one_used_entry_for_a_burst() {
     let chain = || Chain {

@@ -13,9 +13,9 @@ use crate::vhost_user::{Endpoint, SessionThread};
 use crate::wake::{Binding, Token};
 use crate::worker::{Command, Inbox, Worker, WorkerHandle};
 
-/// A switch of vhost-user and AF_XDP ports whose worker runs in the caller's thread, one turn at a time, and
-/// never sleeps: for benches, instruction counts and tests that want no scheduler in between.
-/// Sessions have their thread as ever; it is idle once the rings are started.
+/// A switch of vhost-user and AF_XDP ports whose worker runs in the caller's thread, one turn at a
+/// time, and never sleeps: for benches, instruction counts and tests that want no scheduler in
+/// between. Sessions have their thread as ever; it is idle once the rings are started.
 pub struct InlineSwitch {
     worker: Worker,
     handle: Arc<WorkerHandle>,

@@ -21,8 +21,8 @@ impl Sum {
         self.note(piece.len() as usize, piece.sum());
     }
 
-    /// Copies as much of a piece of the source as `to` has room for, adds that, and returns how much
-    /// it was: each byte is read once.
+    /// Copies as much of a piece of the source as `to` has room for, adds that, and returns how
+    /// much it was: each byte is read once.
     pub(crate) fn add_copied(&mut self, to: GuestSlice<'_>, piece: GuestSlice<'_>) -> u32 {
         let (bytes, sum) = to.copy_summed(piece);
         self.note(bytes as usize, sum);

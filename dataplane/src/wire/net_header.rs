@@ -220,8 +220,8 @@ pub(crate) fn set_needs_csum(snapshot: &mut [u8], csum_start: u16, csum_offset: 
     snapshot[..HEADER_LEN].copy_from_slice(&header);
 }
 
-/// Makes a header ask for TCP's segmentation, which asks for its checksum too. `lengths` are those of all
-/// headers and of a segment.
+/// Makes a header ask for TCP's segmentation, which asks for its checksum too. `lengths` are those
+/// of all headers and of a segment.
 pub(crate) fn set_gso_tcp(header: &mut [u8], is_ipv4: bool, lengths: (u16, u16), csum_start: u16) {
     let gso_type = if is_ipv4 { GSO_TCPV4 } else { GSO_TCPV6 };
     let csum = [csum_start, checksum_offset(L4Protocol::Tcp)];

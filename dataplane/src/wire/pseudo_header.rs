@@ -1,10 +1,10 @@
-//! The sum of TCP's and UDP's pseudo header (RFC 9293, 3.1; RFC 768; RFC 8200, 8.1), and what it tells of
-//! frames that come without a virtio-net header.
+//! The sum of TCP's and UDP's pseudo header (RFC 9293, 3.1; RFC 768; RFC 8200, 8.1), and what it
+//! tells of frames that come without a virtio-net header.
 //!
-//! Where the sender is another part of this kernel, as behind a veth, its checksums may be left to a
-//! NIC that there is none: the field has the pseudo header's sum then. One in 65,536 whole checksums
-//! looks the same, and completing it once more changes nothing, as it is computed from the same
-//! bytes.
+//! Where the sender is another part of this kernel, as behind a veth, its checksums may be left to
+//! a NIC that there is none: the field has the pseudo header's sum then. One in 65,536 whole
+//! checksums looks the same, and completing it once more changes nothing, as it is computed from
+//! the same bytes.
 
 use ringway_bridge::{Headers, L4Protocol};
 

@@ -1,8 +1,8 @@
 //! CPU contention: whether a worker has its core to itself.
 //!
 //! Polling an empty queue is free on a core of one's own, and on a shared one it takes the time
-//! that a guest's vCPU needs to fill the queue. The kernel tells: a thread that was ready to run and
-//! did not for much of the time shares its core.
+//! that a guest's vCPU needs to fill the queue. The kernel tells: a thread that was ready to run
+//! and did not for much of the time shares its core.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,12 +11,12 @@ use std::os::unix::fs::FileExt;
 const INTERVAL_NS: u64 = 20_000_000;
 
 /// A core is contended if the worker waited for it for this part of an interval: one in so many.
-/// Whoever is there to stay takes about half; kernel threads, timers and short-lived processes take one slice, up to
-/// 4 ms (a tick at 250 Hz), and are gone.
+/// Whoever is there to stay takes about half; kernel threads, timers and short-lived processes take
+/// one slice, up to 4 ms (a tick at 250 Hz), and are gone.
 const PART: u64 = 3;
 
-/// How long a core counts as contended after that; then the worker polls for an interval to find out
-/// again, which is 2 % of the time.
+/// How long a core counts as contended after that; then the worker polls for an interval to find
+/// out again, which is 2 % of the time.
 const MEMORY_NS: u64 = 1_000_000_000;
 
 /// Watches the calling thread.

@@ -43,7 +43,8 @@ pub(super) struct Now {
 /// What the deliveries of one burst have in common.
 struct Round<'a> {
     from: PortId,
-    /// Frames with several destinations, which can't wait: those that have them would get them twice.
+    /// Frames with several destinations, which can't wait: those that have them would get them
+    /// twice.
     flooded: FrameSet,
     pairs: &'a PairTable,
     now_ns: u64,
@@ -178,8 +179,8 @@ impl Forwarder {
         });
     }
 
-    /// What the one destination of a frame from `source` takes that begins with `frame`; nothing if it
-    /// has none or several.
+    /// What the one destination of a frame from `source` takes that begins with `frame`; nothing if
+    /// it has none or several.
     pub(super) fn takes(&self, source: &Port, frame: &[u8], now: Tick) -> Offloads {
         let Some(to) = frame.first_chunk().map(|mac| MacAddr(*mac)) else {
             return Offloads::NONE;
@@ -192,8 +193,8 @@ impl Forwarder {
         }
     }
 
-    /// Frames that are not to wait until a destination has room for all of their segments: those that
-    /// can't wait at all, or all of them if it did not take a frame for long.
+    /// Frames that are not to wait until a destination has room for all of their segments: those
+    /// that can't wait at all, or all of them if it did not take a frame for long.
     #[inline]
     fn no_wait(&self, to: PortId, flooded: FrameSet, now_ns: u64) -> FrameSet {
         let since = self.full_since[to.index()];

@@ -5,9 +5,9 @@
 //!   a worker   spins          pauses, longer and longer
 //!   a source   is polled                              has its notifications on, is not polled
 //! ```
-//! With no source left to poll the worker sleeps until an event. While frames wait for room it naps,
-//! since nobody tells when there is some. On a core that somebody else wants there is no silence to
-//! wait for: what is empty is armed at once, and what waits naps at once.
+//! With no source left to poll the worker sleeps until an event. While frames wait for room it
+//! naps, since nobody tells when there is some. On a core that somebody else wants there is no
+//! silence to wait for: what is empty is armed at once, and what waits naps at once.
 
 use std::time::Duration;
 

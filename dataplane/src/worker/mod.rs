@@ -6,8 +6,8 @@
 //! ```
 //! A worker moves between three states per source queue: *active* (polled every turn), *silent*
 //! (polled, with growing pauses), *armed* (notifications on, off the schedule). With nothing on the
-//! schedule it sleeps in `epoll_wait`. Arming re-checks the queue after a full fence, so no frame is
-//! left behind; an armed queue costs nothing.
+//! schedule it sleeps in `epoll_wait`. Arming re-checks the queue after a full fence, so no frame
+//! is left behind; an armed queue costs nothing.
 
 mod contention;
 mod forward;

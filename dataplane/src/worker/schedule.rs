@@ -1,8 +1,9 @@
 //! Which sources a worker polls in a turn, and in which order: a pure value.
 //!
 //! Each active source has one burst a turn. A source whose frames have to wait for a destination
-//! comes first in the next turn until it had a full burst, and then others that wait come before it:
-//! deficit round robin. Else the room at that destination would go to whoever is polled first each time.
+//! comes first in the next turn until it had a full burst, and then others that wait come before
+//! it: deficit round robin. Else the room at that destination would go to whoever is polled first
+//! each time.
 
 use ringway_bridge::MAX_BURST;
 

@@ -1,8 +1,8 @@
 //! The loop of a worker: poll each active source once, ask the idle policy, obey.
 //!
-//! What is decided is decided elsewhere, by pure values: [`Schedule`] knows who is polled and in which
-//! order, [`Idle`] whether to go on at once, to pause or to sleep. What is done to a burst is the same
-//! for all kinds of port, whose receive sides are [`RxQueue`]s.
+//! What is decided is decided elsewhere, by pure values: [`Schedule`] knows who is polled and in
+//! which order, [`Idle`] whether to go on at once, to pause or to sleep. What is done to a burst is
+//! the same for all kinds of port, whose receive sides are [`RxQueue`]s.
 
 mod commands;
 

@@ -109,9 +109,10 @@ impl Lab {
         assert_eq!(count(self.counters(port)), expected);
     }
 
-    /// Asserts that every frame received was delivered or dropped for a reason, or joined to one that was, or
-    /// cut into segments that were. `extra_copies` is what floods to several ports made of one frame. Counters of a source follow those of the
-    /// destination by the rest of a burst, hence the wait.
+    /// Asserts that every frame received was delivered or dropped for a reason, or joined to one
+    /// that was, or cut into segments that were. `extra_copies` is what floods to several ports
+    /// made of one frame. Counters of a source follow those of the destination by the rest of a
+    /// burst, hence the wait.
     pub(crate) fn assert_conserved(&self, ports: &[&str], extra_copies: u64) {
         eventually("received + copies = sent + dropped", || {
             let all: Vec<_> = ports.iter().map(|port| self.counters(port)).collect();
@@ -166,7 +167,8 @@ pub(crate) fn af_xdp(change: impl FnOnce(&mut AfXdpConfig)) -> PortConfig {
     PortConfig::AfXdp(nic_config(change))
 }
 
-/// A lab whose port `nic` is one end of a veth pair in a fresh namespace; a raw socket has the other.
+/// A lab whose port `nic` is one end of a veth pair in a fresh namespace; a raw socket has the
+/// other.
 pub(crate) fn lab_with_nic(
     queues: u16,
     mtu: u32,

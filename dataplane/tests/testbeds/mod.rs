@@ -10,8 +10,8 @@ use crate::common::packet::{Packet, pattern};
 use crate::common::{eventually, frame, name, nic_config};
 use ringway_testbed::{Shape, Testbed, station};
 
-/// The shape of a testbed for a frame of so many segments from the first guest to station `to`, whose
-/// receivers negotiated `takes`; and the frame with its header.
+/// The shape of a testbed for a frame of so many segments from the first guest to station `to`,
+/// whose receivers negotiated `takes`; and the frame with its header.
 pub(crate) fn for_segments(segments: u16, to: [u8; 6], takes: u64) -> (Shape, Vec<u8>) {
     const GSO_SIZE: u16 = 500;
     let packet = Packet {
@@ -31,8 +31,8 @@ pub(crate) fn for_segments(segments: u16, to: [u8; 6], takes: u64) -> (Shape, Ve
 /// The station behind the port; those of guests count from 1.
 pub(crate) const STATION: u8 = 100;
 
-/// A testbed with a port of one end of a veth pair, in a fresh namespace; a raw socket has the other, and
-/// the switch knows of it.
+/// A testbed with a port of one end of a veth pair, in a fresh namespace; a raw socket has the
+/// other, and the switch knows of it.
 pub(crate) fn bed_with_nic(shape: Shape) -> (Testbed, Raw) {
     quiet_namespace();
     veth(1, 1500);

@@ -84,8 +84,8 @@ pub fn load(name: &CStr, code: &[Instruction]) -> io::Result<OwnedFd> {
     })
 }
 
-/// Attaches a program to an interface for as long as the link lives: the kernel detaches it when its
-/// last fd is closed, by whatever end of the process.
+/// Attaches a program to an interface for as long as the link lives: the kernel detaches it when
+/// its last fd is closed, by whatever end of the process.
 ///
 /// # Errors
 /// There is a program already (`EBUSY`, `EEXIST`); the driver can't run one, or not with this MTU

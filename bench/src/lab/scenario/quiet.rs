@@ -92,8 +92,8 @@ pub(super) fn idle(stage: &ScenarioStage<'_>) -> Result<Findings> {
     Ok(findings)
 }
 
-/// Milliseconds from a send on the host's interface to the arrival at a second tap. Guests have no part
-/// in it, so that this is the time of ringwayd and of the host's own stack.
+/// Milliseconds from a send on the host's interface to the arrival at a second tap. Guests have no
+/// part in it, so that this is the time of ringwayd and of the host's own stack.
 fn first_frames(network: &LabNetwork) -> Result<Vec<f64>> {
     let control = network.control()?;
     let far = NetNs::create("probe")?;

@@ -54,8 +54,8 @@ struct NicKind {
     /// QEMU's name and properties. Zero-copy of virtio_net needs the platform's DMA.
     device: &'static str,
     queues: u16,
-    /// Frames that come as skbs have their checksums. A virtio NIC's that never saw a wire have not,
-    /// and its driver tells only the kernel's stack.
+    /// Frames that come as skbs have their checksums. A virtio NIC's that never saw a wire have
+    /// not, and its driver tells only the kernel's stack.
     skbs_are_whole: bool,
 }
 
@@ -301,9 +301,9 @@ impl NicGuest {
         }
     }
 
-    /// SIGKILL while frames pass both ways; then, unless ringwayd is to be restarted at once, the NIC
-    /// must have no socket, filter by its address again and serve the kernel. That it has no program
-    /// either shows at the restart, which would be refused.
+    /// SIGKILL while frames pass both ways; then, unless ringwayd is to be restarted at once, the
+    /// NIC must have no socket, filter by its address again and serve the kernel. That it has no
+    /// program either shows at the restart, which would be refused.
     fn kill_under_load(&mut self, uses_nic: bool) -> Result<()> {
         self.wait_for_ping()?;
         let _server = start_host_server(&self.namespace)?;
@@ -377,8 +377,8 @@ fn add_tap() -> String {
     )
 }
 
-/// Promise: from the start of ringwayd after a SIGKILL until the NIC's queues are bound. An emulated
-/// processor takes several times as long.
+/// Promise: from the start of ringwayd after a SIGKILL until the NIC's queues are bound. An
+/// emulated processor takes several times as long.
 fn max_restart(accel: Accel) -> Duration {
     match accel {
         Accel::Kvm => Duration::from_secs(1),

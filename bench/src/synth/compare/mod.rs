@@ -1,9 +1,9 @@
 //! `ringway-bench compare`: several switches, one load, trials in turns.
 //!
 //! All switches are started once and stopped (SIGSTOP) while another is measured on their core, so
-//! that a trial costs no start-up and neighbouring trials see the same neighbours' noise. Sizes that
-//! want switches set up in another way (MTU, segmentation offload) are measured on switches of their
-//! own.
+//! that a trial costs no start-up and neighbouring trials see the same neighbours' noise. Sizes
+//! that want switches set up in another way (MTU, segmentation offload) are measured on switches of
+//! their own.
 
 mod contender;
 mod options;

@@ -86,7 +86,8 @@ fn must_exist(name: &PortName, sample: &Sample) -> Result<(), Stop> {
     )))
 }
 
-/// Calls `take` with a sample at the end of each interval, until the time is over or a signal comes.
+/// Calls `take` with a sample at the end of each interval, until the time is over or a signal
+/// comes.
 fn sample_all(
     client: &mut Client,
     args: &MeasureArgs,

@@ -112,8 +112,8 @@ impl Interface {
         Some(String::from_utf8_lossy(name).into_owned())
     }
 
-    /// Has it receive frames for whatever address, as a port of a switch must: a NIC takes but those
-    /// for its own otherwise. It does so until the socket that this gives is closed.
+    /// Has it receive frames for whatever address, as a port of a switch must: a NIC takes but
+    /// those for its own otherwise. It does so until the socket that this gives is closed.
     ///
     /// # Errors
     /// No permission (`EPERM`), or no packet sockets in this kernel or sandbox (`EAFNOSUPPORT`).

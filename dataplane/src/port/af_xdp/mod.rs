@@ -9,8 +9,8 @@
 //!                            completion ring --> free chunks
 //! ```
 //! In copy mode the transmit ring is that of a socket of its own, which shares the others (ADR 9).
-//! Each queue has a UMEM of its own, so that queues share nothing. Its receiving half is used by the
-//! worker that polls the queue, its transmitting half by all that send to it; each half has a
+//! Each queue has a UMEM of its own, so that queues share nothing. Its receiving half is used by
+//! the worker that polls the queue, its transmitting half by all that send to it; each half has a
 //! [`BurstLock`], tried once per burst.
 #![allow(unsafe_code, reason = "rings and memory that the kernel shares")]
 

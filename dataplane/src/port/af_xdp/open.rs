@@ -211,8 +211,8 @@ impl Plan<'_> {
     }
 
     /// What frames from the interface may ask for: to have their checksum completed, if its driver
-    /// hands on frames that another part of the kernel, or of the host, sent. Offloads of virtio_net
-    /// are off while it runs a program itself.
+    /// hands on frames that another part of the kernel, or of the host, sent. Offloads of
+    /// virtio_net are off while it runs a program itself.
     fn sends(&self, mode: XdpMode) -> Offloads {
         match self.driver.as_deref() {
             Some("veth" | "tun") => Offloads::CSUM,

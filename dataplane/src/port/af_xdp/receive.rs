@@ -157,8 +157,8 @@ impl Receiver {
             return Merged::default();
         };
         let free = &self.descs[self.start..self.ends[last]];
-        // SAFETY: the kernel gave these chunks by the receive ring, once. The fill ring has room for
-        // all there are.
+        // SAFETY: the kernel gave these chunks by the receive ring, once. The fill ring has room
+        // for all there are.
         unsafe { self.fill.produce(free) };
         self.start = self.ends[last];
         self.wake_if_asked();
@@ -324,9 +324,8 @@ impl<'m> Waiting<'m> {
         is_checksum_right(frame.head, headers, frame.bytes, pieces)
     }
 
-    /// Pushes the headers of merged frames, which are written in front of the first of them, and the
-    /// payload of all.
-    /// Returns its length with its header.
+    /// Pushes the headers of merged frames, which are written in front of the first of them, and
+    /// the payload of all. Returns its length with its header.
     fn push_gro(
         &self,
         gro: &GroFrame<'_>,

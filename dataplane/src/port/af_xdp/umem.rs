@@ -45,8 +45,9 @@ impl ChunkLayout {
         }
     }
 
-    /// The same with chunks that a NIC receives into itself. Intel's of one gigabit count the room in
-    /// kilobytes, so of a small chunk they would use 1,024 bytes, and begin another with the rest.
+    /// The same with chunks that a NIC receives into itself. Intel's of one gigabit count the room
+    /// in kilobytes, so of a small chunk they would use 1,024 bytes, and begin another with the
+    /// rest.
     pub(super) fn for_zero_copy(self) -> Self {
         let [_, large] = CHUNK_BYTES;
         Self {
@@ -179,8 +180,8 @@ impl Chunks {
         }
         #[expect(clippy::cast_possible_truncation, reason = "no more than a chunk")]
         let len = len as u32;
-        // SAFETY: the range lies in one chunk of the UMEM, which is mapped as long as the sockets are
-        // open that these chunks belong to.
+        // SAFETY: the range lies in one chunk of the UMEM, which is mapped as long as the sockets
+        // are open that these chunks belong to.
         Some(unsafe { GuestSlice::new(self.base.wrapping_add(at), len) })
     }
 }

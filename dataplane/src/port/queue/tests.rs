@@ -1,5 +1,5 @@
-//! The loop over a queue that does what it is told: what becomes of a burst is conserved, and each frame
-//! is booked once, under its own reason.
+//! The loop over a queue that does what it is told: what becomes of a burst is conserved, and each
+//! frame is booked once, under its own reason.
 
 use std::collections::VecDeque;
 

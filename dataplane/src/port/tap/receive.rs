@@ -21,8 +21,8 @@ const BUFFER_BYTES: usize = (HEADER_BYTES + MAX_FRAME_BYTES) as usize;
 /// below 1 MiB a queue.
 const READS_PER_TURN: usize = 16;
 
-/// Reads one queue of a tap. A frame that could not be delivered yet stays in its buffer and is taken
-/// again.
+/// Reads one queue of a tap. A frame that could not be delivered yet stays in its buffer and is
+/// taken again.
 #[derive(Debug)]
 pub(super) struct TapReader {
     /// [`READS_PER_TURN`] buffers; their pages are touched as frames fill them.

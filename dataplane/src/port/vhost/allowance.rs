@@ -1,5 +1,5 @@
-//! How much a guest's ring may give in one turn: frames of 64 KiB for segmentation offload are taken a few
-//! at a time, so that they don't keep the sources behind them waiting.
+//! How much a guest's ring may give in one turn: frames of 64 KiB for segmentation offload are
+//! taken a few at a time, so that they don't keep the sources behind them waiting.
 
 /// Frames taken from a source queue in one turn. As many as the masks of a burst have bits: the
 /// cost of locks, indices and calls is shared by all of them.
@@ -8,7 +8,8 @@ const MOST: usize = ringway_bridge::MAX_BURST;
 /// Frames that may be taken however long they are.
 const LEAST: usize = 4;
 
-/// L2 bytes per turn that are aimed at: a full burst of 4 KiB frames, some 20 microseconds of copying.
+/// L2 bytes per turn that are aimed at: a full burst of 4 KiB frames, some 20 microseconds of
+/// copying.
 const BYTES: u64 = 256 << 10;
 
 /// What a source may take in its next turn.

@@ -3,8 +3,8 @@
 //! ```text
 //!   guest's transmit ring --VhostRx--> burst ... --GuestTx--> guest's receive ring
 //! ```
-//! Delivery reserves the chains that a frame needs, and copies head and body from source to destination
-//! buffers, once.
+//! Delivery reserves the chains that a frame needs, and copies head and body from source to
+//! destination buffers, once.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -145,8 +145,8 @@ impl VhostPort {
         }
     }
 
-    /// Stops a started ring for a reason of ours. A ring that was stopped in the same burst stays as
-    /// it is: where it stood and the first reason are kept.
+    /// Stops a started ring for a reason of ours. A ring that was stopped in the same burst stays
+    /// as it is: where it stood and the first reason are kept.
     #[cold]
     pub(super) fn stop_in_worker(&self, queue: &VhostQueue, state: &mut QueueState, why: &str) {
         if state.started.is_none() {
@@ -336,8 +336,8 @@ impl RxScratch {
 }
 
 impl VhostPort {
-    /// Delivers frames to the guest: into one of its receive rings, shown to it once and announced by at
-    /// most one call.
+    /// Delivers frames to the guest: into one of its receive rings, shown to it once and announced
+    /// by at most one call.
     #[inline]
     pub(crate) fn deliver(&self, job: &Job<'_, '_>, tools: &mut Tools) -> Outcome {
         let Some(queue) = self.receive_queue(job.source_queue, job.owned) else {
@@ -367,8 +367,8 @@ impl VhostPort {
     }
 }
 
-/// Delivers frames into a ring; used entries are written, to be published with the burst. Also returns
-/// the rule that the guest broke, if it did.
+/// Delivers frames into a ring; used entries are written, to be published with the burst. Also
+/// returns the rule that the guest broke, if it did.
 #[inline(always)]
 fn deliver_into<R: DeviceRing>(
     ring: &mut R,
@@ -539,8 +539,8 @@ impl<'m, R: DeviceRing> GuestTx<'m, R> {
         None
     }
 
-    /// Finds chains with room for `needed` bytes, and returns how many slots they take. Takes nothing
-    /// yet.
+    /// Finds chains with room for `needed` bytes, and returns how many slots they take. Takes
+    /// nothing yet.
     fn reserve(&mut self, needed: u32) -> Result<u16, Refusal> {
         self.clear();
         let mut room: u32 = 0;
