@@ -101,11 +101,13 @@ pub struct PortAddParams {
 
 /// Parameters of `port.del`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(deny_unknown_fields)]
 pub struct PortDelParams {
     /// The port.
     pub name: PortName,
     /// Succeed also if there is no such port.
+    #[cfg_attr(feature = "clap", arg(long))]
     #[serde(default)]
     pub if_exists: bool,
 }
@@ -119,6 +121,7 @@ pub struct PortDelResult {
 
 /// Parameters of `port.show`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(deny_unknown_fields)]
 pub struct PortShowParams {
     /// The port.
@@ -134,9 +137,11 @@ pub struct PortListResult {
 
 /// Parameters of `fdb.list`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(deny_unknown_fields)]
 pub struct FdbListParams {
-    /// Only the entries of this port.
+    /// Only those of this port.
+    #[cfg_attr(feature = "clap", arg(long, value_name = "PORT"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<PortName>,
 }
@@ -150,9 +155,10 @@ pub struct FdbListResult {
 
 /// Parameters of `fdb.add`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(deny_unknown_fields)]
 pub struct FdbAddParams {
-    /// The address: six hexadecimal bytes with colons.
+    /// The address, as 52:54:00:00:00:01.
     pub mac: MacAddr,
     /// The port behind which it is.
     pub port: PortName,
@@ -160,17 +166,20 @@ pub struct FdbAddParams {
 
 /// Parameters of `fdb.del`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(deny_unknown_fields)]
 pub struct FdbDelParams {
-    /// The address: six hexadecimal bytes with colons.
+    /// The address, as 52:54:00:00:00:01.
     pub mac: MacAddr,
 }
 
 /// Parameters of `fdb.flush`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(deny_unknown_fields)]
 pub struct FdbFlushParams {
-    /// Only the entries of this port.
+    /// Only those of this port.
+    #[cfg_attr(feature = "clap", arg(long, value_name = "PORT"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<PortName>,
 }
@@ -184,6 +193,7 @@ pub struct FdbFlushResult {
 
 /// Parameters of `worker.pin`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(deny_unknown_fields)]
 pub struct WorkerPinParams {
     /// The port.
@@ -196,6 +206,7 @@ pub struct WorkerPinParams {
 
 /// Parameters of `worker.unpin`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(deny_unknown_fields)]
 pub struct WorkerUnpinParams {
     /// The port.

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
-use ringway_bridge::MacAddr;
 
 use super::units::Rate;
 use crate::api::{
-    AfXdpConfig, BadValue, BusyPoll, FdbLimit, IfName, Mtu, PortConfig, PortName, QueuePairs,
-    SocketPath, SocketSpec, TapConfig, UmemFrames, VhostUserConfig, XdpMode,
+    AfXdpConfig, BadValue, BusyPoll, FdbAddParams, FdbDelParams, FdbFlushParams, FdbLimit,
+    FdbListParams, IfName, Mtu, PortConfig, PortDelParams, PortName, PortShowParams, QueuePairs,
+    SocketPath, SocketSpec, TapConfig, UmemFrames, VhostUserConfig, WorkerPinParams,
+    WorkerUnpinParams, XdpMode,
 };
 
 /// How long the daemon may take to answer unless told.
@@ -121,23 +122,14 @@ pub enum PortVerb {
         kind: AddKind,
     },
     /// Delete a port: its socket, interface and guest memory are gone afterwards
-    Del {
-        /// The port
-        name: PortName,
-        /// Succeed also if there is no such port
-        #[arg(long)]
-        if_exists: bool,
-    },
+    Del(PortDelParams),
     /// List the ports with their counters
     #[command(after_help = LIST_HELP)]
     List,
     /// Show one port with its queue pairs, features and drops by reason, and what is done to
     /// headers on the way to each other port
     #[command(after_help = SHOW_HELP)]
-    Show {
-        /// The port
-        name: PortName,
-    },
+    Show(PortShowParams),
 }
 
 const ADD_HELP: &str = "\
@@ -322,29 +314,13 @@ impl AddKind {
 #[derive(Debug, Subcommand)]
 pub enum FdbVerb {
     /// List the entries
-    List {
-        /// Only those of this port
-        #[arg(long, value_name = "PORT")]
-        port: Option<PortName>,
-    },
+    List(FdbListParams),
     /// Add a static entry, or make a learned one static: it neither ages nor moves
-    Add {
-        /// The address, as 52:54:00:00:00:01
-        mac: MacAddr,
-        /// The port behind which it is
-        port: PortName,
-    },
+    Add(FdbAddParams),
     /// Delete an entry, static or learned
-    Del {
-        /// The address, as 52:54:00:00:00:01
-        mac: MacAddr,
-    },
+    Del(FdbDelParams),
     /// Forget learned entries; static ones stay
-    Flush {
-        /// Only those of this port
-        #[arg(long, value_name = "PORT")]
-        port: Option<PortName>,
-    },
+    Flush(FdbFlushParams),
 }
 
 /// What to do with workers.
@@ -361,21 +337,9 @@ pub enum WorkerVerb {
     },
     /// Have a worker poll a queue, whatever its load; no frame is lost
     #[command(after_help = PIN_HELP)]
-    Pin {
-        /// The port
-        port: PortName,
-        /// Number of the queue pair, from 0
-        queue: u16,
-        /// Number of the worker
-        worker: u16,
-    },
+    Pin(WorkerPinParams),
     /// Leave it to the daemon again which worker polls a queue
-    Unpin {
-        /// The port
-        port: PortName,
-        /// Number of the queue pair, from 0
-        queue: u16,
-    },
+    Unpin(WorkerUnpinParams),
 }
 
 const WORKER_LIST_HELP: &str = "\

@@ -22,10 +22,9 @@ pub use units::Rate;
 
 use self::args::{FdbVerb, Noun, PortVerb, WorkerVerb};
 use crate::api::{
-    DaemonInfo, FdbAdd, FdbAddParams, FdbDel, FdbDelParams, FdbFlush, FdbFlushParams, FdbList,
-    FdbListParams, Method, NoParams, PortAdd, PortAddParams, PortDel, PortDelParams, PortList,
-    PortShow, PortShowParams, WorkerInfo, WorkerList, WorkerPin, WorkerPinParams, WorkerShow,
-    WorkerShowParams, WorkerUnpin, WorkerUnpinParams,
+    DaemonInfo, FdbAdd, FdbDel, FdbFlush, FdbList, Method, NoParams, PortAdd, PortAddParams,
+    PortDel, PortList, PortShow, WorkerInfo, WorkerList, WorkerPin, WorkerShow, WorkerShowParams,
+    WorkerUnpin,
 };
 use crate::rpc::{CallError, Client};
 use crate::usage;
@@ -217,49 +216,30 @@ fn port(args: &Args, verb: &PortVerb) -> Result<(), Stop> {
                 writeln!(out, "port {} added", port.name)
             })
         }
-        PortVerb::Del { name, if_exists } => {
-            let params = PortDelParams {
-                name: name.clone(),
-                if_exists: *if_exists,
-            };
-            ask::<PortDel>(args, &params, |out, result| match result.deleted {
+        PortVerb::Del(params) => ask::<PortDel>(args, params, |out, result| {
+            let name = &params.name;
+            match result.deleted {
                 true => writeln!(out, "port {name} deleted"),
                 false => writeln!(out, "there was no port {name}"),
-            })
-        }
+            }
+        }),
         PortVerb::List => ask::<PortList>(args, &NoParams {}, print::ports),
-        PortVerb::Show { name } => {
-            let params = PortShowParams { name: name.clone() };
-            ask::<PortShow>(args, &params, print::port)
-        }
+        PortVerb::Show(params) => ask::<PortShow>(args, params, print::port),
     }
 }
 
 fn fdb(args: &Args, verb: &FdbVerb) -> Result<(), Stop> {
     match verb {
-        FdbVerb::List { port } => {
-            let port = port.clone();
-            ask::<FdbList>(args, &FdbListParams { port }, print::fdb)
-        }
-        FdbVerb::Add { mac, port } => {
-            let params = FdbAddParams {
-                mac: *mac,
-                port: port.clone(),
-            };
-            ask::<FdbAdd>(args, &params, |out, _| {
-                writeln!(out, "{mac} is behind {port}")
-            })
-        }
-        FdbVerb::Del { mac } => {
-            let params = FdbDelParams { mac: *mac };
-            ask::<FdbDel>(args, &params, |out, _| writeln!(out, "{mac} deleted"))
-        }
-        FdbVerb::Flush { port } => {
-            let port = port.clone();
-            ask::<FdbFlush>(args, &FdbFlushParams { port }, |out, result| {
-                writeln!(out, "{} learned entries forgotten", result.flushed)
-            })
-        }
+        FdbVerb::List(params) => ask::<FdbList>(args, params, print::fdb),
+        FdbVerb::Add(params) => ask::<FdbAdd>(args, params, |out, _| {
+            writeln!(out, "{} is behind {}", params.mac, params.port)
+        }),
+        FdbVerb::Del(params) => ask::<FdbDel>(args, params, |out, _| {
+            writeln!(out, "{} deleted", params.mac)
+        }),
+        FdbVerb::Flush(params) => ask::<FdbFlush>(args, params, |out, result| {
+            writeln!(out, "{} learned entries forgotten", result.flushed)
+        }),
     }
 }
 
@@ -271,30 +251,17 @@ fn worker(args: &Args, verb: &WorkerVerb) -> Result<(), Stop> {
             ask::<WorkerShow>(args, &params, print::worker)
         }
         WorkerVerb::Show { index: None } => all_workers(args),
-        WorkerVerb::Pin {
-            port,
-            queue,
-            worker,
-        } => {
-            let params = WorkerPinParams {
-                port: port.clone(),
-                queue: *queue,
-                worker: *worker,
-            };
-            ask::<WorkerPin>(args, &params, |out, _| {
-                writeln!(out, "queue {queue} of {port} is polled by worker {worker}")
-            })
-        }
-        WorkerVerb::Unpin { port, queue } => {
-            let params = WorkerUnpinParams {
-                port: port.clone(),
-                queue: *queue,
-            };
-            ask::<WorkerUnpin>(args, &params, |out, result| match result.was_pinned {
+        WorkerVerb::Pin(params) => ask::<WorkerPin>(args, params, |out, _| {
+            let (port, queue, worker) = (&params.port, params.queue, params.worker);
+            writeln!(out, "queue {queue} of {port} is polled by worker {worker}")
+        }),
+        WorkerVerb::Unpin(params) => ask::<WorkerUnpin>(args, params, |out, result| {
+            let (port, queue) = (&params.port, params.queue);
+            match result.was_pinned {
                 true => writeln!(out, "queue {queue} of {port} is no longer pinned"),
                 false => writeln!(out, "queue {queue} of {port} was not pinned"),
-            })
-        }
+            }
+        }),
     }
 }
 
