@@ -27,6 +27,7 @@ mod burst_lock;
 mod cpus;
 mod housekeeping;
 mod isa;
+mod log_limit;
 mod memory;
 mod offload;
 mod placement;
@@ -41,6 +42,7 @@ mod worker;
 
 pub use cpus::{allowed_cpus, pin_to_cpu};
 pub use isa::isa_level;
+pub use log_limit::LogLimit;
 #[cfg(any(test, feature = "inline"))]
 pub use switch::InlineSwitch;
 pub use switch::Switch;

@@ -12,6 +12,7 @@ const LAYERS: &[&str] = &[
     "burst_lock",
     "cpus",
     "isa",
+    "log_limit",
     "placement",
     "topology",
     "wake",

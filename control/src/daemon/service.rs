@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use ringway_api::{
     ApiError, BadValue, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbDel, FdbFlush,
@@ -11,12 +12,15 @@ use ringway_api::{
     WorkerListResult, WorkerPin, WorkerSample, WorkerShow, WorkerUnpin, WorkerUnpinResult,
     method_names,
 };
-use ringway_dataplane::Switch;
+use ringway_dataplane::{LogLimit, Switch};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::value::RawValue;
 
 use crate::rpc::describe;
 use crate::suggest::{Unknown, nearest};
+
+/// Lines in 10 s that tell of changes: as many as a file may have ports.
+const LOG_LINES: u32 = 1000;
 
 /// The switch behind the control API.
 #[derive(Debug)]
@@ -26,6 +30,8 @@ pub struct Service {
     /// When each port was added: tells a port from its namesake that was there before. Held while
     /// the set of ports changes, so that a sample sees names and counters of one moment.
     added: Mutex<BTreeMap<PortName, u64>>,
+    /// Of lines that tell of changes.
+    log: LogLimit,
 }
 
 impl Service {
@@ -35,6 +41,7 @@ impl Service {
             switch,
             started_ns: monotonic_ns(),
             added: Mutex::default(),
+            log: LogLimit::new(LOG_LINES),
         }
     }
 
@@ -46,7 +53,9 @@ impl Service {
         let mut added = self.lock();
         let info = self.switch.add_port(name.clone(), config)?;
         added.insert(name, monotonic_ns());
-        tracing::info!(port = %info.name, "port added");
+        if let Some(suppressed) = self.log.pass(Instant::now()) {
+            tracing::info!(port = %info.name, suppressed, "port added");
+        }
         Ok(info)
     }
 
@@ -89,12 +98,18 @@ impl Service {
             WorkerShow::NAME => reply::<WorkerShow>(params, |p| Ok(self.switch.worker(p.index)?)),
             WorkerPin::NAME => reply::<WorkerPin>(params, |p| {
                 self.switch.pin_queue(&p.port, p.queue, p.worker)?;
-                tracing::info!(port = %p.port, queue = p.queue, worker = p.worker, "queue pinned");
+                if let Some(suppressed) = self.log.pass(Instant::now()) {
+                    let (port, queue, worker) = (&p.port, p.queue, p.worker);
+                    tracing::info!(%port, queue, worker, suppressed, "queue pinned");
+                }
                 Ok(Done {})
             }),
             WorkerUnpin::NAME => reply::<WorkerUnpin>(params, |p| {
                 let was_pinned = self.switch.unpin_queue(&p.port, p.queue)?;
-                tracing::info!(port = %p.port, queue = p.queue, was_pinned, "queue unpinned");
+                if let Some(suppressed) = self.log.pass(Instant::now()) {
+                    let (port, queue) = (&p.port, p.queue);
+                    tracing::info!(%port, queue, was_pinned, suppressed, "queue unpinned");
+                }
                 Ok(WorkerUnpinResult { was_pinned })
             }),
             MeasureSample::NAME => reply::<MeasureSample>(params, |_| Ok(self.sample())),
@@ -126,7 +141,9 @@ impl Service {
         match self.switch.remove_port(&name) {
             Ok(()) => {
                 added.remove(&name);
-                tracing::info!(port = %name, "port removed");
+                if let Some(suppressed) = self.log.pass(Instant::now()) {
+                    tracing::info!(port = %name, suppressed, "port removed");
+                }
                 Ok(PortDelResult { deleted: true })
             }
             Err(SwitchError::NoSuchPort { .. }) if params.if_exists => {

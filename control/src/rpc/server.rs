@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use ringway_dataplane::LogLimit;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::codec::{self, Handler};
@@ -34,6 +35,9 @@ const ACCEPT_BACKOFF: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000_000,
 };
+
+/// Lines in 10 s that tell of connections: a command of the tool is one.
+const LOG_LINES: u32 = 20;
 
 /// Stack of a connection's thread: requests are flat, so this is plenty.
 const STACK: usize = 256 << 10;
@@ -69,6 +73,7 @@ impl Server {
             table: Mutex::default(),
             closed: Condvar::new(),
             write_timeout,
+            log: LogLimit::new(LOG_LINES),
         });
         let shared = Arc::clone(&connections);
         let acceptor = thread::Builder::new()
@@ -121,6 +126,8 @@ struct Connections {
     table: Mutex<OpenConnections>,
     closed: Condvar,
     write_timeout: Duration,
+    /// Of all clients together, who may connect as often as they like.
+    log: LogLimit,
 }
 
 #[derive(Debug, Default)]
@@ -201,14 +208,16 @@ fn accept_all(
         match socket.listener().accept() {
             Ok((stream, _)) => {
                 failing = false;
-                if let Err(error) = admit(stream, connections, handler) {
-                    tracing::warn!(%error, "a control connection was dropped");
+                if let Err(error) = admit(stream, connections, handler)
+                    && let Some(suppressed) = connections.log.pass(Instant::now())
+                {
+                    tracing::warn!(%error, suppressed, "a control connection was dropped");
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => failing = false,
             Err(error) => {
-                if !failing {
-                    tracing::warn!(%error, "can't accept control connections");
+                if !failing && let Some(suppressed) = connections.log.pass(Instant::now()) {
+                    tracing::warn!(%error, suppressed, "can't accept control connections");
                 }
                 failing = true;
             }
@@ -243,8 +252,7 @@ fn admit(
         .stack_size(STACK)
         .spawn(move || {
             let registered = registered;
-            let write_timeout = registered.connections.write_timeout;
-            span.in_scope(|| serve(&stream, &*handler, write_timeout));
+            span.in_scope(|| serve(&stream, &*handler, &registered.connections));
             drop(handler);
             drop(registered);
         })?;
@@ -277,16 +285,23 @@ fn refuse(mut stream: &UnixStream) -> io::Result<()> {
     stream.write_all(line.as_bytes())
 }
 
-fn serve(stream: &UnixStream, handler: &Handler, write_timeout: Duration) {
-    tracing::info!("connected");
+fn serve(stream: &UnixStream, handler: &Handler, connections: &Connections) {
+    let Connections {
+        write_timeout, log, ..
+    } = connections;
+    if let Some(suppressed) = log.pass(Instant::now()) {
+        tracing::info!(suppressed, "connected");
+    }
     let mut lines = Lines::new(stream, MAX_LINE);
     loop {
         let response = match lines.next_line() {
             Ok(Some(line)) => codec::answer(line, handler),
             Ok(None) => break,
             Err(LineError::TooLong { max }) => {
-                tracing::warn!("dropped: sent a line of more than {max} bytes");
-                let _ = send(stream, codec::error_line(&too_long(max)), write_timeout);
+                if let Some(suppressed) = log.pass(Instant::now()) {
+                    tracing::warn!(suppressed, "dropped: sent a line of more than {max} bytes");
+                }
+                let _ = send(stream, codec::error_line(&too_long(max)), *write_timeout);
                 break;
             }
             Err(LineError::Io(error)) => {
@@ -295,9 +310,11 @@ fn serve(stream: &UnixStream, handler: &Handler, write_timeout: Duration) {
             }
         };
         if let Some(response) = response
-            && let Err(error) = send(stream, response, write_timeout)
+            && let Err(error) = send(stream, response, *write_timeout)
         {
-            tracing::warn!(%error, "dropped: does not read its answers");
+            if let Some(suppressed) = log.pass(Instant::now()) {
+                tracing::warn!(%error, suppressed, "dropped: does not read its answers");
+            }
             break;
         }
     }

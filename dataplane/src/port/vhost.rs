@@ -19,6 +19,7 @@ pub(super) use self::rings::choose_receiver;
 use self::rings::{QueueState, StartedRing, VhostQueue};
 use super::{PortBase, QueueCounters};
 use crate::burst_lock::lock;
+use crate::log_limit::LogLimit;
 use crate::memory::GuestMemory;
 use crate::wake::Binding;
 use crate::wire::{Features, ProtocolFeatures};
@@ -45,10 +46,13 @@ pub(crate) struct VhostPort {
     protocol_features: AtomicU64,
     connections: AtomicU64,
     last_error: Mutex<Option<String>>,
+    /// Of lines that tell of rings: a guest can start and stop them as often as it likes.
+    log: LogLimit,
 }
 
 impl VhostPort {
     pub(crate) fn new(base: PortBase, pairs: u16, mtu: Option<u16>) -> Self {
+        let rings = 2 * u32::from(pairs);
         Self {
             base,
             queues: (0..2 * pairs).map(|_| VhostQueue::default()).collect(),
@@ -60,6 +64,8 @@ impl VhostPort {
             protocol_features: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             last_error: Mutex::new(None),
+            // A guest that boots starts its rings in firmware and again in its kernel.
+            log: LogLimit::new(3 * rings + 5),
         }
     }
 

@@ -8,7 +8,6 @@
 
 mod device;
 mod endpoint;
-mod log_limit;
 mod message;
 mod reactor;
 mod server;

@@ -15,11 +15,11 @@ use tracing::Span;
 
 use super::device::Device;
 use super::endpoint::Endpoint;
-use super::log_limit::LogLimit;
 use super::message::Reply;
 use super::server::SessionCommand;
 use super::session::Session;
 use super::socket::{Connection, Message, Received};
+use crate::log_limit::LogLimit;
 
 /// The eventfd's token in the epoll instance.
 pub(super) const WAKE: u64 = u64::MAX;
@@ -360,10 +360,13 @@ impl<D: Device> Reactor<D> {
                 self.open_link(id, socket);
             }
             Err(error) => {
-                if port.connect_error.replace(error) != Some(error) {
+                if port.connect_error.replace(error) != Some(error)
+                    && let Some(suppressed) = port.log.pass(Instant::now())
+                {
                     let reason = io::Error::from(error);
-                    port.span
-                        .in_scope(|| tracing::info!(%reason, "no front-end yet, will try again"));
+                    port.span.in_scope(
+                        || tracing::info!(%reason, suppressed, "no front-end yet, will try again"),
+                    );
                 }
                 self.retry_later(id);
             }

@@ -10,9 +10,9 @@ use std::time::Instant;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::device::{Device, RingError};
-use super::log_limit::LogLimit;
 use super::message::{ReplyBody, Request, VringFd};
 use super::vring::{Footing, Vring};
+use crate::log_limit::LogLimit;
 use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, Region, RegionSpec};
 use crate::ring::RingLayout;
 use crate::wire::{Features, ProtocolFeatures};

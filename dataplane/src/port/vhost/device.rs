@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use ringway_bridge::MacAddr;
 use tracing::info;
@@ -91,7 +92,10 @@ impl Device for VhostPort {
         state.started = Some(started);
         self.show(queue, index, &state);
         drop(state);
-        info!(port = %self.base.name, ring = index, size, ?layout, base, enabled, "ring started");
+        if let Some(suppressed) = self.log.pass(Instant::now()) {
+            let port = &self.base.name;
+            info!(%port, ring = index, size, ?layout, base, enabled, suppressed, "ring started");
+        }
         // Look at the ring once without waiting for a kick: frames may be there already.
         if let Some(binding) = binding {
             binding.activate();
@@ -104,7 +108,10 @@ impl Device for VhostPort {
         let mut state = queue.lock();
         let stopped_at = state.stopped_at.take();
         let base = self.take_started(queue, index, &mut state).or(stopped_at)?;
-        info!(port = %self.base.name, ring = index, base, "ring stopped");
+        drop(state);
+        if let Some(suppressed) = self.log.pass(Instant::now()) {
+            info!(port = %self.base.name, ring = index, base, suppressed, "ring stopped");
+        }
         Some(base)
     }
 

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::MutexGuard;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::time::Instant;
 
 use ringway_bridge::{DropReason, FrameSet, MAX_BURST};
 use tracing::warn;
@@ -153,7 +154,9 @@ impl VhostPort {
             return;
         }
         let index = self.index_of(queue);
-        warn!(port = %self.base.name, ring = index, "ring stopped: {why}");
+        if let Some(suppressed) = self.log.pass(Instant::now()) {
+            warn!(port = %self.base.name, ring = index, suppressed, "ring stopped: {why}");
+        }
         self.set_last_error(Some(format!("ring {index} stopped: {why}")));
         state.stopped_at = self.take_started(queue, index, state);
     }
