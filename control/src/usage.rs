@@ -1,6 +1,7 @@
 //! clap's errors in the form of all our errors: one line that says what, one that says what to do.
 
 use std::error::Error as _;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -17,7 +18,7 @@ pub(crate) fn exit(program: &str, error: &clap::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let (what, hint) = explain(error);
-    eprintln!("{program}: error: {what}\n  hint: {hint}");
+    let _ = writeln!(io::stderr(), "{program}: error: {what}\n  hint: {hint}");
     ExitCode::from(USAGE)
 }
 

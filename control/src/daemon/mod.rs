@@ -1,10 +1,11 @@
 //! The daemon `ringwayd`: starts the switch and its ports, serves the control socket, ends cleanly.
 
 mod args;
+mod log;
 mod service;
 
 use std::fmt;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
 pub use args::Args;
+use log::Log;
 pub use service::Service;
 
 use crate::config::{Config, ConfigError, CpuList, DEFAULT_CONTROL, LogFormat};
@@ -63,22 +65,33 @@ impl From<BindError> for Failure {
     }
 }
 
-/// Runs `ringwayd` with the process's arguments. Exit codes: 0 done, 1 refused, 2 usage.
+/// Runs `ringwayd` with the process's arguments. Exit codes: 0 done, 1 refused, 2 usage. A panic of any
+/// thread ends the process by SIGABRT.
 pub fn main() -> ExitCode {
     let args = match <Args as clap::Parser>::try_parse() {
         Ok(args) => args,
         Err(error) => return usage::exit("ringwayd", &error),
     };
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            eprintln!("{failure}");
-            ExitCode::FAILURE
+    let log = match Log::start() {
+        Ok(log) => log,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "ringwayd: error: no thread to log: {error}");
+            return ExitCode::FAILURE;
         }
+    };
+    log::abort_on_panic(log.clone());
+    let outcome = run(&args, &log);
+    if let Err(failure) = &outcome {
+        log.put(format!("{failure}\n").as_bytes());
+    }
+    log.flush();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 
-fn run(args: &Args) -> Result<(), Failure> {
+fn run(args: &Args, log: &Log) -> Result<(), Failure> {
     let mut config = match &args.config {
         Some(path) => Config::load(path)?,
         None => Config::default(),
@@ -87,10 +100,11 @@ fn run(args: &Args) -> Result<(), Failure> {
     let worker_cpus = worker_cpus(config.worker_cpus.take())?;
     if args.check {
         let ports = config.ports.len();
-        println!("ok: {ports} ports, worker CPUs {worker_cpus}");
+        // A closed pipe is no reason to fail.
+        let _ = writeln!(io::stdout(), "ok: {ports} ports, worker CPUs {worker_cpus}");
         return Ok(());
     }
-    init_logging(config.log_format.unwrap_or_default());
+    init_logging(config.log_format.unwrap_or_default(), log.clone());
     raise_fd_limit();
     // Registered before anything is made, so that no signal can leave something behind.
     let signals = Signals::new([SIGTERM, SIGINT]).map_err(|error| Failure {
@@ -101,7 +115,7 @@ fn run(args: &Args) -> Result<(), Failure> {
 }
 
 fn worker_cpus(given: Option<CpuList>) -> Result<CpuList, Failure> {
-    let system = |error: std::io::Error| Failure {
+    let system = |error: io::Error| Failure {
         what: format!("can't tell which CPUs are allowed: {error}"),
         hint: "name them with --worker-cpus".into(),
     };
@@ -120,14 +134,14 @@ fn worker_cpus(given: Option<CpuList>) -> Result<CpuList, Failure> {
     }
 }
 
-fn init_logging(format: LogFormat) {
+fn init_logging(format: LogFormat, log: Log) {
     let filter = EnvFilter::builder()
         .with_default_directive(tracing::Level::INFO.into())
         .from_env_lossy();
     let logger = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(move || log.clone());
     match format {
         LogFormat::Text => logger.init(),
         LogFormat::Json => logger.json().init(),

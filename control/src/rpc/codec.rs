@@ -1,7 +1,5 @@
 //! The codec: a line in, a line out, no I/O.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
@@ -113,7 +111,7 @@ fn answer_one(raw: &RawValue, handler: &Handler) -> Option<String> {
         Err(error) => return Some(error_line(&error)),
     };
     let outcome =
-        check_params(request.params).and_then(|()| call(handler, &request.method, request.params));
+        check_params(request.params).and_then(|()| handler(&request.method, request.params));
     let id = request.id?;
     Some(response(Some(id), outcome.as_deref()))
 }
@@ -161,22 +159,6 @@ fn check_params(params: Option<&RawValue>) -> Result<(), ApiError> {
         )),
         _ => Ok(()),
     }
-}
-
-/// A handler that panics costs its caller an answer, not the daemon its life.
-fn call(
-    handler: &Handler,
-    method: &str,
-    params: Option<&RawValue>,
-) -> Result<Box<RawValue>, ApiError> {
-    catch_unwind(AssertUnwindSafe(|| handler(method, params))).unwrap_or_else(|_| {
-        tracing::error!(method, "the handler panicked");
-        Err(ApiError::new(
-            ErrorKind::InternalError,
-            format!("{method} failed inside the daemon"),
-            "see the daemon's log, and report it",
-        ))
-    })
 }
 
 #[derive(Serialize)]
@@ -234,7 +216,6 @@ mod tests {
         match method {
             "echo" => Ok(params.map_or_else(|| RawValue::NULL.to_owned(), ToOwned::to_owned)),
             "big" => Ok(RawValue::from_string(format!("\"{}\"", "x".repeat(3 << 20))).unwrap()),
-            "panic" => panic!("as asked"),
             _ => Err(ApiError::new(ErrorKind::MethodNotFound, "no", "none")),
         }
     }
@@ -267,7 +248,6 @@ mod tests {
     fn a_notification_has_no_answer_even_if_it_fails() {
         assert_eq!(ask(r#"{"jsonrpc":"2.0","method":"echo"}"#), None);
         assert_eq!(ask(r#"{"jsonrpc":"2.0","method":"nope"}"#), None);
-        assert_eq!(ask(r#"{"jsonrpc":"2.0","method":"panic"}"#), None);
         assert_eq!(ask(r#"[{"jsonrpc":"2.0","method":"echo"}]"#), None);
     }
 
@@ -348,10 +328,5 @@ mod tests {
         assert_eq!(ask(&deep).unwrap()[0]["error"]["code"], -32600);
         let line = format!(r#"{{"jsonrpc":"2.0","id":{deep},"method":"echo"}}"#);
         assert_eq!(code(&line), -32600);
-    }
-
-    #[test]
-    fn a_handler_that_panics_gives_an_internal_error() {
-        assert_eq!(code(r#"{"jsonrpc":"2.0","id":1,"method":"panic"}"#), -32603);
     }
 }

@@ -46,12 +46,17 @@ impl Place {
 
     /// Starts the daemon and waits for READY=1.
     pub(crate) fn start(&self, args: &[&str]) -> Running {
+        let mut command = self.ringwayd(args);
+        self.start_command(command.stderr(Stdio::piped()))
+    }
+
+    /// The same by a command of the test's own.
+    pub(crate) fn start_command(&self, command: &mut Command) -> Running {
         // A daemon that ran here before had one too.
         let _ = std::fs::remove_file(self.path("notify.sock"));
         let notify = UnixDatagram::bind(self.path("notify.sock")).unwrap();
-        let mut command = self.ringwayd(args);
         command.env("NOTIFY_SOCKET", self.path("notify.sock"));
-        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let child = command.spawn().unwrap();
         let running = Running {
             child,
             notify,
