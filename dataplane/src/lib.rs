@@ -46,5 +46,6 @@ pub use log_limit::LogLimit;
 #[cfg(any(test, feature = "inline"))]
 pub use switch::InlineSwitch;
 pub use switch::Switch;
+pub use wake::Heartbeat;
 #[cfg(feature = "inline")]
 pub use wire::checksum::{copy_and_checksum, internet_checksum};

@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{self as channel, Receiver, Sender};
@@ -61,6 +61,8 @@ pub(crate) struct Waker {
     doorbell: OwnedFd,
     /// Requests or commands are there: the worker looks once per turn.
     is_rung: AtomicBool,
+    /// How often the worker answered: whoever rings finds out whether it lives.
+    answers: AtomicU64,
     requests: Sender<WakeRequest>,
 }
 
@@ -78,6 +80,7 @@ impl Waker {
             epoll,
             doorbell,
             is_rung: AtomicBool::new(false),
+            answers: AtomicU64::new(0),
             requests,
         };
         waker.watch(waker.doorbell.as_fd(), Token::DOORBELL)?;
@@ -102,6 +105,7 @@ impl Waker {
     pub(crate) fn answer(&self) {
         // Acquire: pairs with the release store in `ring`.
         self.is_rung.swap(false, Ordering::Acquire);
+        self.answers.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Has `token` activated whenever `fd` becomes readable.
@@ -145,6 +149,29 @@ impl Waker {
         if self.requests.send(request).is_ok() {
             self.ring();
         }
+    }
+}
+
+/// Finds out whether all workers of a switch go on, those that sleep too: it rings their doorbells,
+/// and each has to answer.
+#[derive(Debug)]
+pub struct Heartbeat(Vec<(Arc<Waker>, Option<u64>)>);
+
+impl Heartbeat {
+    pub(crate) fn new(wakers: impl Iterator<Item = Arc<Waker>>) -> Self {
+        Self(wakers.map(|waker| (waker, None)).collect())
+    }
+
+    /// Whether every worker has answered since the last beat, and rings for the next one. The first
+    /// beat finds all alive.
+    pub fn beat(&mut self) -> bool {
+        let mut all = true;
+        for (waker, seen) in &mut self.0 {
+            let answers = waker.answers.load(Ordering::Relaxed);
+            all &= seen.replace(answers) != Some(answers);
+            waker.ring();
+        }
+        all
     }
 }
 
@@ -228,6 +255,21 @@ mod tests {
         binding.unwatch(kick.as_fd());
         write();
         assert_eq!(tokens(&waker), []);
+    }
+
+    #[test]
+    fn a_heart_beats_while_every_worker_answers() {
+        let wakers = [0, 1].map(|index| Waker::new(index).unwrap().0);
+        let mut heart = Heartbeat::new(wakers.iter().cloned());
+        assert!(heart.beat());
+        wakers.iter().for_each(|waker| waker.answer());
+        assert!(heart.beat());
+        wakers[0].answer();
+        assert!(!heart.beat(), "the second worker hangs");
+        wakers[1].answer();
+        assert!(!heart.beat(), "now the first one does");
+        wakers.iter().for_each(|waker| waker.answer());
+        assert!(heart.beat(), "they go on");
     }
 
     #[test]

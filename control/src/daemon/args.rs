@@ -44,6 +44,7 @@ Examples:
 Environment:
   RUST_LOG       what is logged, as in info,ringway_control=debug [default: info]
   NOTIFY_SOCKET  where READY=1 and STOPPING=1 go (systemd, Type=notify)
+  WATCHDOG_USEC  feed the watchdog (WATCHDOG=1) while all workers go on (systemd, WatchdogSec=)
 
 Exit codes:
   0  stopped by a signal, or --check found no fault

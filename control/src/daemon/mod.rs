@@ -3,6 +3,7 @@
 mod args;
 mod log;
 mod service;
+mod watchdog;
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
@@ -171,6 +172,7 @@ fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(
         fdb_capacity: config.fdb_capacity,
         fdb_ageing: config.fdb_ageing,
     })?;
+    let heartbeat = switch.heartbeat();
     let service = Arc::new(Service::new(switch));
     if let Err(failure) = add_ports(&service, config.ports) {
         end(service);
@@ -192,6 +194,9 @@ fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(
     };
     tracing::info!(control = %control.display(), %worker_cpus, "ready");
     notify(&[NotifyState::Ready]);
+    if let Err(error) = watchdog::start(heartbeat) {
+        tracing::error!(%error, "no thread to feed the watchdog");
+    }
     if let Some(signal) = signals.forever().next() {
         tracing::info!(signal, "stopping");
     }

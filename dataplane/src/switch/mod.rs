@@ -28,6 +28,7 @@ use crate::offload::Action;
 use crate::placement::QueueId;
 use crate::port::{AfXdpPort, Port, PortBase, TapPort, VhostPort};
 use crate::vhost_user::{Endpoint, SessionThread};
+use crate::wake::Heartbeat;
 use crate::worker::WorkerThread;
 
 /// A running switch. All methods may be called from any thread; those that change something run
@@ -276,6 +277,12 @@ impl Switch {
         let state = self.table.lock();
         let id = port.map(|name| state.find(name).map(|entry| entry.port.base().id));
         Ok(self.bridge.fdb().flush(id.transpose()?))
+    }
+
+    /// A watch over the workers.
+    pub fn heartbeat(&self) -> Heartbeat {
+        let workers = self.table.workers.iter();
+        Heartbeat::new(workers.map(|worker| Arc::clone(&worker.handle.waker)))
     }
 
     /// All workers, by index.
