@@ -8,8 +8,8 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-/// The value of a mutex, also after a panic of a thread that held it: what is kept in one here is
-/// whole at each step. Not for workers.
+/// Waits for the value of a mutex, and takes it also after a panic of a thread that held it: what
+/// the dataplane keeps in one is whole at each step. Not for what workers do in each turn.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

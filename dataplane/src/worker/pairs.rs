@@ -8,7 +8,7 @@ use ringway_bridge::{DropReason, PortId};
 use crate::port::{Counter, DropCounters};
 
 /// Pairs that a worker can tell apart, a power of two; traffic of further pairs is not attributed
-/// (the ports' own counters are complete all the same). 170 KiB a worker.
+/// (the ports' own counters are complete all the same). 160 KiB a worker.
 const MAX_PAIRS: usize = 1024;
 
 const EMPTY: u32 = 0;

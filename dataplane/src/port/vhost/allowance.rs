@@ -1,8 +1,8 @@
 //! How much a guest's ring may give in one turn: frames of 64 KiB for segmentation offload are
 //! taken a few at a time, so that they don't keep the sources behind them waiting.
 
-/// Frames taken from a source queue in one turn. As many as the masks of a burst have bits: the
-/// cost of locks, indices and calls is shared by all of them.
+/// Most frames taken from a source queue in one turn, as many as a burst holds: they share the cost
+/// of locks, indices and calls.
 const MOST: usize = ringway_bridge::MAX_BURST;
 
 /// Frames that may be taken however long they are.
