@@ -19,34 +19,31 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// looking costs 10 wake-ups a second.
 const CALL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The thread; ends when dropped.
+/// A thread that does something at regular times; ends when dropped.
 #[derive(Debug)]
-pub(crate) struct Housekeeping {
+pub(crate) struct Periodic {
     /// Dropped to end the thread.
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Housekeeping {
-    /// Starts the thread. `epoch` is the zero of the bridge's ticks.
+impl Periodic {
+    /// Starts a thread of this name that does `work` whenever `interval` is over.
     ///
     /// # Errors
     /// There can be no further thread.
-    pub(crate) fn start(bridge: Arc<Bridge>, epoch: Instant) -> io::Result<Self> {
+    pub(crate) fn start(
+        name: &str,
+        interval: Duration,
+        mut work: impl FnMut() + Send + 'static,
+    ) -> io::Result<Self> {
         let (stop, stopped) = channel::bounded(0);
         let run = move || {
-            let mut swept = Instant::now();
-            while stopped.recv_timeout(CALL_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                interrupt_stuck_calls();
-                if swept.elapsed() >= SWEEP_INTERVAL {
-                    swept = Instant::now();
-                    bridge.fdb().age(Tick::after(epoch.elapsed()));
-                }
+            while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+                work();
             }
         };
-        let thread = std::thread::Builder::new()
-            .name("ringway-house".into())
-            .spawn(run)?;
+        let thread = std::thread::Builder::new().name(name.into()).spawn(run)?;
         Ok(Self {
             stop: Some(stop),
             thread: Some(thread),
@@ -54,12 +51,27 @@ impl Housekeeping {
     }
 }
 
-impl Drop for Housekeeping {
+impl Drop for Periodic {
     fn drop(&mut self) {
         self.stop = None;
         if let Some(thread) = self.thread.take() {
-            // It can't panic, and there is nothing to do if it did.
+            // A panic was told where it happened.
             let _ = thread.join();
         }
     }
+}
+
+/// Starts the housekeeping thread. `epoch` is the zero of the bridge's ticks.
+///
+/// # Errors
+/// There can be no further thread.
+pub(crate) fn start(bridge: Arc<Bridge>, epoch: Instant) -> io::Result<Periodic> {
+    let mut swept = Instant::now();
+    Periodic::start("ringway-house", CALL_INTERVAL, move || {
+        interrupt_stuck_calls();
+        if swept.elapsed() >= SWEEP_INTERVAL {
+            swept = Instant::now();
+            bridge.fdb().age(Tick::after(epoch.elapsed()));
+        }
+    })
 }

@@ -6,65 +6,34 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Instant;
 
-use crossbeam_channel::{self as channel, RecvTimeoutError, Sender};
 use ringway_api::{BalanceConfig, PortName};
 use tracing::{info, warn};
 
 use super::load::QueueCount;
 use super::port_table::{PortTable, State};
+use crate::housekeeping::Periodic;
 use crate::placement::{QueueId, QueueLoad, rebalance};
 
 /// A queue that was moved stays for so many intervals: traffic that comes and goes moves it at most
 /// once in that time.
 const HOLD: u32 = 12;
 
-/// The thread; ends when dropped.
-#[derive(Debug)]
-pub(super) struct Balancer {
-    /// Dropped to end the thread.
-    stop: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Balancer {
-    pub(super) fn start(
-        table: Arc<PortTable>,
-        config: BalanceConfig,
-        epoch: Instant,
-    ) -> io::Result<Self> {
-        let (stop, stopped) = channel::bounded(0);
-        let run = move || {
-            let mut held = BTreeMap::new();
-            while stopped.recv_timeout(config.interval) == Err(RecvTimeoutError::Timeout) {
-                let mut state = table.lock();
-                measure(&table, &mut state, epoch);
-                if config.is_on {
-                    move_queues(&table, &mut state, &mut held);
-                }
-            }
-        };
-        let thread = std::thread::Builder::new()
-            .name("ringway-balance".into())
-            .spawn(run)?;
-        Ok(Self {
-            stop: Some(stop),
-            thread: Some(thread),
-        })
-    }
-}
-
-impl Drop for Balancer {
-    fn drop(&mut self) {
-        self.stop = None;
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            warn!("the balancer panicked");
+/// Starts the thread. `epoch` is the zero of the workers' times.
+pub(super) fn start(
+    table: Arc<PortTable>,
+    config: BalanceConfig,
+    epoch: Instant,
+) -> io::Result<Periodic> {
+    let mut held = BTreeMap::new();
+    Periodic::start("ringway-balance", config.interval, move || {
+        let mut state = table.lock();
+        measure(&table, &mut state, epoch);
+        if config.is_on {
+            move_queues(&table, &mut state, &mut held);
         }
-    }
+    })
 }
 
 /// Ends an interval of the loads.

@@ -20,10 +20,9 @@ use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
 #[cfg(any(test, feature = "inline"))]
 pub use inline::InlineSwitch;
 
-use self::balance::Balancer;
 use self::port_table::{PortTable, State, check_pair};
 use crate::cpus::allowed_cpus;
-use crate::housekeeping::Housekeeping;
+use crate::housekeeping::{self, Periodic};
 use crate::offload::Action;
 use crate::placement::QueueId;
 use crate::port::{AfXdpPort, Port, PortBase, TapPort, VhostPort};
@@ -41,7 +40,7 @@ pub struct Switch {
         dead_code,
         reason = "held for its thread, which ends when it is dropped"
     )]
-    balancer: Balancer,
+    balancer: Periodic,
     sessions: SessionThread<VhostPort>,
     table: Arc<PortTable>,
     bridge: Arc<Bridge>,
@@ -50,7 +49,7 @@ pub struct Switch {
         dead_code,
         reason = "held for its thread, which ends when it is dropped"
     )]
-    housekeeping: Housekeeping,
+    housekeeping: Periodic,
 }
 
 impl std::fmt::Debug for Switch {
@@ -88,11 +87,11 @@ impl Switch {
         let table = Arc::new(PortTable::new(workers));
         Ok(Self {
             sessions: SessionThread::start().map_err(system("vhost-user session thread"))?,
-            balancer: Balancer::start(Arc::clone(&table), config.balance, epoch)
+            balancer: balance::start(Arc::clone(&table), config.balance, epoch)
                 .map_err(system("balancing thread"))?,
             table,
             epoch,
-            housekeeping: Housekeeping::start(Arc::clone(&bridge), epoch)
+            housekeeping: housekeeping::start(Arc::clone(&bridge), epoch)
                 .map_err(system("housekeeping thread"))?,
             bridge,
         })
