@@ -134,7 +134,6 @@ fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_with
         for _ in 0..3 {
             let start = Instant::now();
             let mut daemon = start_with_nic(&place, mode);
-            // One connection: the daemon logs each to a pipe that is read at its end.
             let mut client = daemon.client();
             let show = PortShowParams {
                 name: "nic".parse().unwrap(),
