@@ -30,6 +30,9 @@ const CUT_OFF: &str = "its memory file was cut off";
 /// Why a ring stops whose front-end holds up whoever calls it.
 const CALL_BLOCKS: &str = "its call fd blocks";
 
+/// Lines in 10 s that tell why rings of a port were stopped: each is worth reading.
+const FAULT_LINES: u32 = 100;
+
 /// A port whose guest is behind a vhost-user socket.
 #[derive(Debug)]
 pub(crate) struct VhostPort {
@@ -48,6 +51,8 @@ pub(crate) struct VhostPort {
     last_error: Mutex<Option<String>>,
     /// Of lines that tell of rings: a guest can start and stop them as often as it likes.
     log: LogLimit,
+    /// Of lines that tell of rings stopped for a reason of ours, which the others don't crowd out.
+    fault_log: LogLimit,
 }
 
 impl VhostPort {
@@ -66,6 +71,7 @@ impl VhostPort {
             last_error: Mutex::new(None),
             // A guest that boots starts its rings in firmware and again in its kernel.
             log: LogLimit::new(3 * rings + 5),
+            fault_log: LogLimit::new(FAULT_LINES),
         }
     }
 

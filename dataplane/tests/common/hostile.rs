@@ -22,6 +22,9 @@ use vhost::vhost_user::message::FrontendReq;
 use super::observe::{alone, capture_log, logged};
 use super::{DEADLINE, Lab, eventually, frame, mac, name, receive};
 
+/// Lines in 10 s that tell why rings of a port were stopped; more are left out.
+const FAULT_LINES: u64 = 100;
+
 /// Stations.
 pub(crate) const LEFT: u8 = 1;
 pub(crate) const RIGHT: u8 = 2;
@@ -391,10 +394,10 @@ impl Stage {
             tx_faults,
         );
         let logged = logged(&[&format!("port={} ", self.port), "ring stopped"]);
-        assert_eq!(
-            logged.len() as u64,
-            rx_faults + tx_faults,
-            "logged once: {logged:?}"
+        let (lines, faults) = (logged.len() as u64, rx_faults + tx_faults);
+        assert!(
+            (faults.min(FAULT_LINES)..=faults).contains(&lines),
+            "each of {faults} is logged once, within the limit: {logged:?}"
         );
     }
 

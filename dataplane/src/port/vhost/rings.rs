@@ -154,7 +154,7 @@ impl VhostPort {
             return;
         }
         let index = self.index_of(queue);
-        if let Some(suppressed) = self.log.pass(Instant::now()) {
+        if let Some(suppressed) = self.fault_log.pass(Instant::now()) {
             warn!(port = %self.base.name, ring = index, suppressed, "ring stopped: {why}");
         }
         self.set_last_error(Some(format!("ring {index} stopped: {why}")));
