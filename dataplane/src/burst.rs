@@ -6,8 +6,9 @@
 //!   | header | frame ... | -> frames[i]:    ring entry, first buffer, length
 //!   +--------+-----------+    details[i], buffers[..]: of frames that are not plain
 //! ```
-//! Decisions are taken on the snapshot, and it is the snapshot that is delivered: the source may
-//! rewrite its buffer at any time, and no byte of it is read twice for one destination.
+//! Decisions are taken on the snapshot, and it is the snapshot that is delivered, since the source may
+//! rewrite its buffer at any time. Of a frame that is segmented the headers are delivered from the
+//! snapshot; its payload, which decides nothing, is read again where it lies.
 //!
 //! A *plain* frame lies in one buffer and asks nothing of its destination. Its snapshot is
 //! [`PLAIN_BYTES`] long, which is all that the bridge looks at; of the others it is up to
