@@ -54,9 +54,15 @@ impl QueueCounters {
     /// Counts what was delivered, by the only thread that writes.
     #[inline]
     pub(crate) fn count_owned(&self, outcome: &Outcome, account: &Account) {
-        self.frames
-            .add_owned(u64::from(outcome.sent.len()) + account.extra_delivered());
+        self.frames.add_owned(outcome.frames(account));
         self.bytes.add_owned(outcome.sent_bytes);
+    }
+
+    /// Counts what was delivered, by any of several threads.
+    #[inline]
+    pub(crate) fn count(&self, outcome: &Outcome, account: &Account) {
+        self.frames.add(outcome.frames(account));
+        self.bytes.add(outcome.sent_bytes);
     }
 }
 

@@ -194,6 +194,12 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
+    /// Frames that were delivered, each segment counted.
+    #[inline]
+    pub(crate) fn frames(&self, account: &Account) -> u64 {
+        u64::from(self.sent.len()) + account.extra_delivered()
+    }
+
     fn new() -> Self {
         Self {
             sent: FrameSet::EMPTY,

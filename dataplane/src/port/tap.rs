@@ -172,9 +172,7 @@ impl TapPort {
         let outcome = deliver(&mut tx, job, &mut tools.gso, &mut tools.account);
         // Several workers may write to one tap queue.
         let counters = self.queue_counters(queue).1;
-        let frames = u64::from(outcome.sent.len()) + tools.account.extra_delivered();
-        counters.frames.add(frames);
-        counters.bytes.add(outcome.sent_bytes);
+        counters.count(&outcome, &tools.account);
         outcome
     }
 }

@@ -124,7 +124,7 @@ impl Forwarder {
         let given_back = waiting.suffix(burst.len());
         let late = waiting - given_back;
         if !late.is_empty() {
-            self.drop_late(from, late, pairs);
+            self.drop_late(&round, late);
         }
         self.count_source_drops(source, burst);
         given_back.len() as usize
@@ -133,18 +133,12 @@ impl Forwarder {
     /// Counts what happened to a destination's frames, and returns those that are to wait for it.
     #[inline]
     fn settle(&mut self, round: &Round<'_>, to: PortId, outcome: &Outcome) -> FrameSet {
-        let Round {
-            from,
-            flooded,
-            pairs,
-            now_ns,
-        } = *round;
-        if let Some(pair) = pairs.get(from, to) {
-            pair.frames.add_owned(u64::from(outcome.sent.len()));
+        if let Some(pair) = round.pairs.get(round.from, to) {
+            pair.frames.add_owned(outcome.frames(&self.tools.account));
             pair.bytes.add_owned(outcome.sent_bytes);
         }
         if !self.tools.account.is_empty() {
-            self.count_account(from, to, pairs);
+            self.count_account(round, to);
         }
         if let Some(pair) = outcome.unsent
             && !self.unsent.contains(&(to, pair))
@@ -157,14 +151,14 @@ impl Forwarder {
             }
             return FrameSet::EMPTY;
         }
-        let wait = if self.may_wait(to, outcome, now_ns) {
-            outcome.refused - flooded
+        let wait = if self.may_wait(to, outcome, round.now_ns) {
+            outcome.refused - round.flooded
         } else {
             FrameSet::EMPTY
         };
         let dropped = (outcome.refused - wait).len();
         if dropped > 0 {
-            self.count_drop(from, to, outcome.refusal, u64::from(dropped), pairs);
+            self.count_drop(round, to, outcome.refusal, u64::from(dropped));
         }
         wait
     }
@@ -220,7 +214,7 @@ impl Forwarder {
 
     /// Counts what was done to a destination's frames, and empties the account.
     #[cold]
-    fn count_account(&mut self, from: PortId, to: PortId, pairs: &PairTable) {
+    fn count_account(&mut self, round: &Round<'_>, to: PortId) {
         let account = std::mem::take(&mut self.tools.account);
         if let Some(port) = &self.ports[to.index()] {
             let counters = &port.base().tx_offloads;
@@ -228,26 +222,16 @@ impl Forwarder {
             counters.gso_frames.add(account.gso_frames);
             counters.gso_segments.add(account.gso_segments);
         }
-        if let Some(pair) = pairs.get(from, to) {
-            pair.frames.add_owned(account.extra_delivered());
-        }
         for (reason, frames) in account.drops.nonzero() {
-            self.count_drop(from, to, reason, frames, pairs);
+            self.count_drop(round, to, reason, frames);
         }
     }
 
-    fn count_drop(
-        &self,
-        from: PortId,
-        to: PortId,
-        reason: DropReason,
-        frames: u64,
-        pairs: &PairTable,
-    ) {
+    fn count_drop(&self, round: &Round<'_>, to: PortId, reason: DropReason, frames: u64) {
         if let Some(port) = &self.ports[to.index()] {
             port.base().tx_drops.add(reason, frames);
         }
-        if let Some(pair) = pairs.get(from, to) {
+        if let Some(pair) = round.pairs.get(round.from, to) {
             pair.drop(reason, frames);
         }
     }
@@ -255,11 +239,11 @@ impl Forwarder {
     /// Drops frames that were to wait but are followed by others that were delivered: giving them
     /// back would deliver those twice.
     #[cold]
-    fn drop_late(&self, from: PortId, late: FrameSet, pairs: &PairTable) {
+    fn drop_late(&self, round: &Round<'_>, late: FrameSet) {
         for (to, frames) in self.decisions.destinations() {
             let dropped = (*frames & late).len();
             if dropped > 0 {
-                self.count_drop(from, *to, DropReason::RingFull, u64::from(dropped), pairs);
+                self.count_drop(round, *to, DropReason::RingFull, u64::from(dropped));
             }
         }
     }
