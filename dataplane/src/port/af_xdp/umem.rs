@@ -134,8 +134,7 @@ impl Chunks {
     /// The frame, or part of one, in a chunk that the kernel gave, if it lies in one chunk.
     #[inline]
     pub(super) fn received(&self, desc: &FrameDesc) -> Option<GuestSlice<'_>> {
-        let (at, len) = (desc.addr(), desc.lengths().data());
-        self.slice(at, len)
+        self.received_from(desc, 0)
     }
 
     /// The same with `lead` bytes in front of it, if there is room for them.
@@ -149,9 +148,8 @@ impl Chunks {
     /// So many bytes in front of a frame, if there is room for them.
     #[inline]
     pub(super) fn front(&self, desc: &FrameDesc, bytes: usize) -> Option<GuestSlice<'_>> {
-        let at = desc.addr();
-        let fits = at & (self.chunk_bytes - 1) >= bytes;
-        fits.then(|| self.slice(at - bytes, bytes)).flatten()
+        let frame = self.received_from(desc, bytes)?;
+        Some(frame.first(u32::try_from(bytes).unwrap_or(u32::MAX)))
     }
 
     /// So many of the bytes for a frame in a free chunk, or as many as it has.
