@@ -279,6 +279,12 @@ impl<'m> Burst<'m> {
         self.frames.extend(most, next)
     }
 
+    /// Appends a frame in one buffer, of a source that has no ring; false if the burst is full.
+    #[inline]
+    pub(crate) fn push_whole(&mut self, frame: GuestSlice<'m>) -> bool {
+        self.frames.push(Frame::direct(frame, Entry::single(0)))
+    }
+
     /// Starts a chain: returns a mark for [`Burst::add`], or `None` if the burst is full or a
     /// longest chain might not fit any more.
     #[inline]

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use tracing::warn;
 
 use super::TapPort;
-use crate::burst::{Burst, Entry, Frame};
+use crate::burst::Burst;
 use crate::memory::GuestSlice;
 use crate::port::{Gathered, QueueCounters, RxQueue, Unavailable};
 use crate::wire::Offloads;
@@ -63,9 +63,7 @@ impl TapReader {
         }
         let slots = self.buffers.chunks_exact_mut(BUFFER_BYTES).zip(self.lens);
         for (buffer, len) in slots.take(self.kept.end).skip(self.kept.start) {
-            let frame = GuestSlice::of(buffer).first(len);
-            let entry = Entry::single(0);
-            if burst.extend(1, || Some(Frame::direct(frame, entry))) == 0 {
+            if !burst.push_whole(GuestSlice::of(buffer).first(len)) {
                 break;
             }
             self.kept.start += 1;

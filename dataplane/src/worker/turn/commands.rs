@@ -7,7 +7,6 @@ use ringway_bridge::PortId;
 use tracing::debug;
 
 use super::{Path, Source, Worker};
-use crate::burst::{Entry, Frame};
 use crate::memory::{GuestSlice, breaks};
 use crate::port::Port;
 use crate::wake::{Token, WakeRequest};
@@ -126,11 +125,10 @@ impl Worker {
         };
         let mut bytes = vec![0; HEADER_LEN];
         bytes.extend_from_slice(frame);
-        let frame_with_header = Frame::direct(GuestSlice::of(&mut bytes), Entry::single(0));
         let now = self.now();
         let Path { burst, forwarder } = &mut self.path;
         let mut burst = burst.begin();
-        burst.extend(1, || Some(frame_with_header));
+        burst.push_whole(GuestSlice::of(&mut bytes));
         burst.take_snapshots(HEADER_BYTES, Offloads::NONE);
         // It has no ring to wait in.
         let backpressure_ns = std::mem::replace(&mut forwarder.backpressure_ns, 0);

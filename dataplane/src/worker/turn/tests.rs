@@ -3,7 +3,7 @@
 use ringway_bridge::{BridgeConfig, PortId};
 
 use super::*;
-use crate::burst::{Burst, Entry, Frame};
+use crate::burst::Burst;
 use crate::memory::GuestSlice;
 use crate::port::{PortBase, QueueCounters, VhostPort};
 use crate::wire::Offloads;
@@ -66,8 +66,7 @@ impl RxQueue for &mut Fake {
             State::Stopped => return Gathered::Stopped,
         };
         for frame in self.frames.iter_mut().take(limit) {
-            let frame = Frame::direct(GuestSlice::of(frame), Entry::single(0));
-            burst.extend(1, || Some(frame));
+            burst.push_whole(GuestSlice::of(frame));
         }
         Gathered::Frames {
             header_bytes: HEADER_BYTES,
