@@ -327,12 +327,7 @@ impl PackedDriverRing {
     ) -> Result<(), AddError> {
         let size = self.area.size();
         let buffers = readable.len() + writable.len();
-        let indirect = buffers > 1 && buffers <= usize::from(self.options.indirect);
-        let shape = AddError::Shape { buffers, size };
-        let count = u16::try_from(buffers).map_err(|_| shape)?;
-        if count == 0 || (!indirect && count > size) {
-            return Err(shape);
-        }
+        let (count, indirect) = self.options.shape(buffers, size)?;
         let descs = if indirect { 1 } else { count };
         if self.free < descs {
             return Err(AddError::Full);

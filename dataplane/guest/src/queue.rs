@@ -52,6 +52,22 @@ pub struct RingOptions {
     pub indirect: u16,
 }
 
+impl RingOptions {
+    /// How many buffers a chain has in a ring of `size`, and whether they go into an indirect table.
+    ///
+    /// # Errors
+    /// The ring can never hold such a chain.
+    pub(super) fn shape(self, buffers: usize, size: u16) -> Result<(u16, bool), AddError> {
+        let indirect = buffers > 1 && buffers <= usize::from(self.indirect);
+        let wrong = AddError::Shape { buffers, size };
+        let count = u16::try_from(buffers).map_err(|_| wrong)?;
+        if count == 0 || (!indirect && count > size) {
+            return Err(wrong);
+        }
+        Ok((count, indirect))
+    }
+}
+
 /// When the driver wants calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Calls {

@@ -289,15 +289,7 @@ impl SplitDriverRing {
         token: u32,
     ) -> Result<(), AddError> {
         let buffers = readable.len() + writable.len();
-        let indirect = buffers > 1 && buffers <= usize::from(self.options.indirect);
-        let shape = AddError::Shape {
-            buffers,
-            size: self.area.size,
-        };
-        let count = u16::try_from(buffers).map_err(|_| shape)?;
-        if count == 0 || (!indirect && count > self.area.size) {
-            return Err(shape);
-        }
+        let (count, indirect) = self.options.shape(buffers, self.area.size)?;
         let descs = if indirect { 1 } else { count };
         if self.free.len() < usize::from(descs) {
             return Err(AddError::Full);
