@@ -183,12 +183,10 @@ impl Raw {
     fn receive_with(&self, flags: i32) -> Option<Vec<u8>> {
         let mut buffer = vec![0; 70_000];
         loop {
+            type Parts = (libc::sockaddr_ll, libc::msghdr, [libc::cmsghdr; 4]);
             // SAFETY: all zeros are a valid address, a valid message and a valid control message.
-            let (mut from, mut message, mut control): (
-                libc::sockaddr_ll,
-                libc::msghdr,
-                [libc::cmsghdr; 4],
-            ) = unsafe { MaybeUninit::zeroed().assume_init() };
+            let parts: Parts = unsafe { MaybeUninit::zeroed().assume_init() };
+            let (mut from, mut message, mut control) = parts;
             let mut piece = libc::iovec {
                 iov_base: buffer.as_mut_ptr().cast(),
                 iov_len: buffer.len(),
