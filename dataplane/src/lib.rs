@@ -22,6 +22,7 @@
     )
 )]
 
+mod backoff;
 mod burst;
 mod burst_lock;
 mod cpus;

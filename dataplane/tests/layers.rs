@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 /// Every module of the crate's root; each imports only those before it.
 const LAYERS: &[&str] = &[
     // Leaves: of the processor, or pure functions.
+    "backoff",
     "burst_lock",
     "cpus",
     "isa",

@@ -19,6 +19,7 @@ use super::message::Reply;
 use super::server::SessionCommand;
 use super::session::Session;
 use super::socket::{Connection, Message, Received};
+use crate::backoff::{Backoff, Growth};
 use crate::log_limit::LogLimit;
 
 /// The eventfd's token in the epoll instance.
@@ -34,11 +35,13 @@ const MAX_MESSAGES_PER_TURN: usize = 32;
 /// Connections that one listener accepts before the others have their turn.
 const MAX_ACCEPTS_PER_TURN: usize = 8;
 
-/// First delay before another try to connect, and the delay after a session that was in use.
-const RECONNECT_MIN: Duration = Duration::from_millis(20);
-
-/// Longest delay between two tries to connect: a front-end that is back is found within it.
-const RECONNECT_MAX: Duration = Duration::from_secs(1);
+/// Delays before another try to connect, the first one also after a session that was in use. A
+/// front-end that is back is found within the longest.
+const RECONNECT: Growth = Growth {
+    base: Duration::from_millis(20),
+    max: Duration::from_secs(1),
+    healthy: Duration::from_secs(10),
+};
 
 /// How long a listener rests when this process has no fds or memory for another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -63,7 +66,7 @@ struct ServedPort<D: Device> {
     token: u64,
     link: Option<Link<D>>,
     timer: Option<Instant>,
-    delay: Duration,
+    reconnect: Backoff,
     /// Connections so far.
     connections: u64,
     /// The last reason why no connection came about; told only when it changes.
@@ -181,7 +184,7 @@ impl<D: Device> Reactor<D> {
             token,
             link: None,
             timer: None,
-            delay: RECONNECT_MIN,
+            reconnect: Backoff::new(RECONNECT),
             connections: 0,
             connect_error: None,
             log: LogLimit::default(),
@@ -247,7 +250,7 @@ impl<D: Device> Reactor<D> {
             }
         }
         if link.session.negotiated() {
-            port.delay = RECONNECT_MIN;
+            port.reconnect.forget();
         }
         link.session.close(reason);
         drop(link);
@@ -375,8 +378,7 @@ impl<D: Device> Reactor<D> {
 
     fn retry_later(&mut self, id: PortId) {
         if let Some(port) = self.ports.get_mut(&id) {
-            let delay = port.delay;
-            port.delay = next_delay(delay);
+            let delay = port.reconnect.fail(Instant::now());
             self.set_timer(id, delay);
         }
     }
@@ -421,11 +423,6 @@ impl<D: Device> Reactor<D> {
         // A second at most is ever asked for, so this can't fail.
         Timespec::try_from(wait).ok()
     }
-}
-
-/// The delay after `delay`, when another try to connect has failed.
-fn next_delay(delay: Duration) -> Duration {
-    (delay * 2).min(RECONNECT_MAX)
 }
 
 /// The port that a token belongs to.
@@ -506,22 +503,5 @@ impl<D: Device> Link<D> {
         )];
         let now = Timespec::default();
         poll(&mut fds, Some(&now)).is_ok_and(|count| count > 0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reconnect_delays_grow_to_a_bound_below_two_seconds() {
-        let delays: Vec<_> =
-            std::iter::successors(Some(RECONNECT_MIN), |delay| Some(next_delay(*delay)))
-                .take(20)
-                .collect();
-        assert_eq!(delays[0], Duration::from_millis(20));
-        assert_eq!(delays[1], Duration::from_millis(40));
-        assert_eq!(delays[19], Duration::from_secs(1));
-        assert!(delays.is_sorted());
     }
 }
