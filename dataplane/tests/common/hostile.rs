@@ -100,6 +100,23 @@ impl RawRing {
         self.kick.signal().unwrap();
     }
 
+    /// Makes as much available as the rules allow, whatever was used since: with entries that were
+    /// written once, a ring that never runs dry and costs its driver nothing.
+    pub(crate) fn recycle(&self) {
+        let area = &self.area;
+        area.set_avail_idx(area.used_idx().wrapping_add(area.size()));
+        if area.used_flags() == 0 {
+            self.kick.signal().unwrap();
+        }
+    }
+
+    /// Has all entries name these heads in turn.
+    pub(crate) fn name_heads(&self, heads: &[u16]) {
+        for (slot, head) in (0..self.area.size()).zip(heads.iter().cycle()) {
+            self.area.set_avail_entry(slot, *head);
+        }
+    }
+
     /// Waits until all that was offered is used.
     pub(crate) fn wait_used(&self) {
         eventually("the device uses all chains", || {

@@ -7,6 +7,7 @@
 
 pub(crate) mod endpoint;
 pub(crate) mod hostile;
+pub(crate) mod innocents;
 pub(crate) mod observe;
 
 use std::path::PathBuf;
