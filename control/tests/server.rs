@@ -8,8 +8,10 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ringway_control::api::{ApiError, ErrorKind};
-use ringway_control::rpc::{ControlSocket, MAX_CONNECTIONS, MAX_LINE, Server};
+use ringway_control::api::{ApiError, DaemonInfo, ErrorKind, NoParams};
+use ringway_control::rpc::{
+    Client, ControlSocket, KEPT_CONNECTIONS, MAX_CONNECTIONS, MAX_LINE, Server, Terms,
+};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -35,11 +37,18 @@ fn start() -> Running {
 fn start_with(
     handler: impl Fn(&str, Option<&RawValue>) -> Result<Box<RawValue>, ApiError> + Send + Sync + 'static,
 ) -> Running {
+    start_on(Terms::default(), handler)
+}
+
+fn start_on(
+    terms: Terms,
+    handler: impl Fn(&str, Option<&RawValue>) -> Result<Box<RawValue>, ApiError> + Send + Sync + 'static,
+) -> Running {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.sock");
     let socket = ControlSocket::bind(&path).unwrap();
     Running {
-        server: Server::start(socket, Arc::new(handler)).unwrap(),
+        server: Server::start_on(socket, Arc::new(handler), terms).unwrap(),
         path,
         _directory: directory,
     }
@@ -68,7 +77,27 @@ impl Running {
 const REQUEST: &[u8] = b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"seven\"}\n";
 
 fn seven() -> Running {
-    start_with(|_, _| Ok(RawValue::from_string("7".into()).unwrap()))
+    seven_on(Terms::default())
+}
+
+fn seven_on(terms: Terms) -> Running {
+    start_on(terms, |_, _| Ok(RawValue::from_string("7".into()).unwrap()))
+}
+
+/// Terms on which no user is an operator.
+fn without_operators() -> Terms {
+    Terms {
+        is_operator: |_| false,
+        ..Terms::default()
+    }
+}
+
+/// Terms on which nobody may be idle for long.
+fn impatient() -> Terms {
+    Terms {
+        idle_timeout: Duration::from_millis(50),
+        ..Terms::default()
+    }
 }
 
 fn answer(stream: &UnixStream) -> Value {
@@ -155,7 +184,8 @@ fn lines_that_are_no_request_get_an_error_and_the_connection_lives() {
 
 #[test]
 fn a_thousand_connections_are_bounded_and_leave_no_trace() {
-    let running = seven();
+    const PLACES: usize = MAX_CONNECTIONS - KEPT_CONNECTIONS;
+    let running = seven_on(without_operators());
     let mut streams: Vec<_> = (0..1000).map(|_| running.connect()).collect();
     // Who is over the limit is told so; who is within it is served.
     let (mut served, mut refused) = (0, 0);
@@ -166,14 +196,117 @@ fn a_thousand_connections_are_bounded_and_leave_no_trace() {
             served += 1;
         } else {
             assert_eq!(answer["error"]["data"]["kind"], "too_many_connections");
+            let hint = answer["error"]["data"]["hint"].as_str().unwrap();
+            assert!(hint.contains("as root"), "{hint}");
             refused += 1;
         }
     }
-    assert_eq!((served, refused), (MAX_CONNECTIONS, 1000 - MAX_CONNECTIONS));
-    assert_eq!(running.server.connections(), MAX_CONNECTIONS);
+    assert_eq!((served, refused), (PLACES, 1000 - PLACES));
+    assert_eq!(running.server.connections(), PLACES);
     drop(streams);
     running.server.wait_until_idle();
     running.must_serve();
+}
+
+/// All places are taken by clients that say nothing, half a line, or nothing more: of root, too.
+#[test]
+fn an_operator_is_served_however_many_connections_idle() {
+    let running = seven();
+    let mut idle: Vec<_> = (0..MAX_CONNECTIONS).map(|_| running.connect()).collect();
+    for (at, stream) in idle.iter_mut().enumerate() {
+        match at % 3 {
+            0 => {}
+            1 => stream.write_all(&REQUEST[..20]).unwrap(),
+            _ => {
+                stream.write_all(REQUEST).unwrap();
+                assert_eq!(answer(stream)["result"], 7);
+            }
+        }
+    }
+    for _ in 0..3 {
+        running.must_serve();
+    }
+    // The first one was idle for longest.
+    assert_eq!(answer(&idle[0])["error"]["data"]["kind"], "idle");
+    assert!(matches!(idle[0].read(&mut [0; 1]), Ok(0) | Err(_)));
+}
+
+#[test]
+fn nobodys_request_is_cut_off_for_an_operator() {
+    let (entered, has_entered) = mpsc::channel();
+    let (leave, may_leave) = mpsc::channel::<()>();
+    let may_leave = Mutex::new(may_leave);
+    let running = start_with(move |method, _| {
+        if method == "seven" {
+            entered.send(()).unwrap();
+            may_leave.lock().unwrap().recv().unwrap();
+        }
+        Ok(RawValue::from_string("7".into()).unwrap())
+    });
+    let mut busy: Vec<_> = (0..MAX_CONNECTIONS).map(|_| running.connect()).collect();
+    for stream in &mut busy {
+        stream.write_all(REQUEST).unwrap();
+        has_entered.recv().unwrap();
+    }
+    let refused = answer(&running.connect());
+    assert_eq!(refused["error"]["data"]["kind"], "too_many_connections");
+    // In any order.
+    busy.iter().for_each(|_| leave.send(()).unwrap());
+    for stream in &busy {
+        assert_eq!(answer(stream)["result"], 7);
+    }
+}
+
+#[test]
+fn who_has_sent_nothing_or_half_a_line_for_too_long_is_told_so_and_dropped() {
+    let running = seven_on(impatient());
+    let (mut silent, mut half) = (running.connect(), running.connect());
+    half.write_all(&REQUEST[..20]).unwrap();
+    for stream in [&mut silent, &mut half] {
+        let error = answer(stream);
+        assert_eq!(error["error"]["data"]["kind"], "idle");
+        assert_eq!(error["id"], Value::Null);
+        assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)));
+    }
+    running.server.wait_until_idle();
+}
+
+#[test]
+fn single_bytes_put_no_end_off() {
+    let running = seven_on(impatient());
+    let mut stream = running.connect();
+    // The line never ends, and a byte comes whenever the last one was taken.
+    while stream.write_all(b" ").is_ok() {
+        std::thread::yield_now();
+    }
+    let error = answer(&stream);
+    assert_eq!(error["error"]["data"]["kind"], "idle");
+}
+
+#[test]
+fn a_request_that_runs_for_longer_than_clients_may_idle_is_answered() {
+    let terms = impatient();
+    let running = start_on(terms, move |_, _| {
+        std::thread::sleep(4 * terms.idle_timeout);
+        Ok(RawValue::from_string("7".into()).unwrap())
+    });
+    let mut stream = running.connect();
+    stream.write_all(REQUEST).unwrap();
+    assert_eq!(answer(&stream)["result"], 7);
+}
+
+/// `ringway measure` asks at intervals that may be long.
+#[test]
+fn the_client_connects_again_when_it_was_dropped_for_idling() {
+    let report = r#"{"version":"1","pid":1,"uptime_seconds":1.0}"#;
+    let running = start_on(impatient(), move |_, _| {
+        Ok(RawValue::from_string(report.into()).unwrap())
+    });
+    let mut client = Client::connect(&running.path, Duration::from_secs(30)).unwrap();
+    for _ in 0..3 {
+        assert_eq!(client.call::<DaemonInfo>(&NoParams {}).unwrap().pid, 1);
+        running.server.wait_until_idle();
+    }
 }
 
 #[test]
@@ -198,8 +331,11 @@ fn a_slow_reader_is_dropped_at_the_deadline() {
     let socket = ControlSocket::bind(&path).unwrap();
     let big: Box<RawValue> = RawValue::from_string(format!("\"{}\"", "x".repeat(4 << 20))).unwrap();
     let handler = move |_: &str, _: Option<&RawValue>| Ok(big.clone());
-    let timeout = Duration::from_millis(100);
-    let server = Server::start_with_timeout(socket, Arc::new(handler), timeout).unwrap();
+    let terms = Terms {
+        write_timeout: Duration::from_millis(100),
+        ..Terms::default()
+    };
+    let server = Server::start_on(socket, Arc::new(handler), terms).unwrap();
     let mut slow = UnixStream::connect(&path).unwrap();
     slow.write_all(REQUEST).unwrap();
     slow.read_exact(&mut [0; 1]).unwrap();

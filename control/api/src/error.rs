@@ -66,12 +66,15 @@ kinds! {
         BadWorkerCpus = -32022,
         /// A system call failed.
         System = -32030,
-        /// All connections of the control socket are taken.
+        /// All connections of the control socket that the client may have are taken.
         TooManyConnections = -32040,
         /// A line is longer than the server takes; it closes the connection.
         LineTooLong = -32041,
         /// A batch has more requests, or would have a longer answer, than the server takes.
         BatchTooLarge = -32042,
+        /// The client was idle for too long, or while an operator needed its place; the server
+        /// closes the connection, and nothing that came since the last answer was carried out.
+        Idle = -32043,
     }
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::line::{LineError, Lines};
-use crate::api::Method;
+use crate::api::{ErrorKind, Method};
 
 /// Longest answer taken: a forwarding database of a million entries is half of it.
 const MAX_ANSWER: usize = 256 << 20;
@@ -103,25 +103,32 @@ impl Client {
     /// # Errors
     /// Nobody listens, or nobody accepts in time.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, CallError> {
-        let stream = connect(path, timeout).map_err(|error| failure(path, timeout, error))?;
-        let reader = Deadlined {
-            stream,
-            deadline: Instant::now(),
-        };
         Ok(Self {
-            lines: Lines::new(reader, MAX_ANSWER),
+            lines: open(path, timeout)?,
             path: path.to_owned(),
             timeout,
             next_id: 1,
         })
     }
 
-    /// Calls `M` and waits for its result. After any error but [`CallError::Refused`] the
+    /// Calls `M` and waits for its result. If the daemon has closed the connection since the last
+    /// call, for it was idle, it connects again. After any error but [`CallError::Refused`] the
     /// connection is of no more use.
     ///
     /// # Errors
     /// The daemon refused, went away, or did not answer in time.
     pub fn call<M: Method>(&mut self, params: &M::Params) -> Result<M::Result, CallError> {
+        match self.call_once::<M>(params) {
+            // The daemon says that it did not carry the call out.
+            Err(CallError::Refused { code, .. }) if code == i64::from(ErrorKind::Idle.code()) => {
+                self.lines = open(&self.path, self.timeout)?;
+                self.call_once::<M>(params)
+            }
+            answer => answer,
+        }
+    }
+
+    fn call_once<M: Method>(&mut self, params: &M::Params) -> Result<M::Result, CallError> {
         let id = self.next_id;
         self.next_id += 1;
         let request = Call {
@@ -154,6 +161,15 @@ impl Client {
             reason,
         }
     }
+}
+
+fn open(path: &Path, timeout: Duration) -> Result<Lines<Deadlined>, CallError> {
+    let stream = connect(path, timeout).map_err(|error| failure(path, timeout, error))?;
+    let reader = Deadlined {
+        stream,
+        deadline: Instant::now(),
+    };
+    Ok(Lines::new(reader, MAX_ANSWER))
 }
 
 fn read_answer<M: Method>(path: &Path, line: &[u8], id: u64) -> Result<M::Result, CallError> {

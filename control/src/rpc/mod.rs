@@ -10,6 +10,7 @@
 mod client;
 mod codec;
 mod line;
+mod places;
 mod server;
 mod socket;
 
@@ -17,7 +18,7 @@ pub use client::{CallError, Client};
 pub(crate) use codec::describe;
 pub use codec::{Handler, MAX_BATCH, MAX_BATCH_RESPONSE, answer, error_line};
 pub use line::{LineError, Lines};
-pub use server::{MAX_CONNECTIONS, Server, WRITE_TIMEOUT};
+pub use server::{IDLE_TIMEOUT, KEPT_CONNECTIONS, MAX_CONNECTIONS, Server, Terms, WRITE_TIMEOUT};
 pub use socket::{BindError, ControlSocket};
 
 /// Longest request line, in bytes without the newline: a batch of [`MAX_BATCH`] of the longest

@@ -1,7 +1,6 @@
 //! The server: a thread that accepts, and a thread for each connection.
 
-use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -11,15 +10,25 @@ use std::time::{Duration, Instant};
 
 use ringway_dataplane::LogLimit;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SendFlags, UCred};
 
 use super::codec::{self, Handler};
 use super::line::{LineError, Lines};
+use super::places::{Entry, Places};
 use super::{ControlSocket, MAX_LINE};
 use crate::api::{ApiError, ErrorKind};
 
 /// Most connections at a time; one more is told so and closed. An idle connection costs a thread
 /// that sleeps and a few KiB.
 pub const MAX_CONNECTIONS: usize = 128;
+
+/// Of these, how many only root and the daemon's own user may have: enough for a few operators with
+/// a `ringway measure` each.
+pub const KEPT_CONNECTIONS: usize = 8;
+
+/// A client that has not finished a request this long after its last answer is dropped. Whoever asks
+/// at longer intervals connects again, as [`super::Client`] does.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A client that has not read an answer after this long is dropped.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,6 +51,27 @@ const LOG_LINES: u32 = 20;
 /// Stack of a connection's thread: requests are flat, so this is plenty.
 const STACK: usize = 256 << 10;
 
+/// On what terms clients are served.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// In place of [`WRITE_TIMEOUT`].
+    pub write_timeout: Duration,
+    /// In place of [`IDLE_TIMEOUT`].
+    pub idle_timeout: Duration,
+    /// Whether the user with this id is an operator.
+    pub is_operator: fn(u32) -> bool,
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        Self {
+            write_timeout: WRITE_TIMEOUT,
+            idle_timeout: IDLE_TIMEOUT,
+            is_operator: |uid| uid == 0 || uid == rustix::process::geteuid().as_raw(),
+        }
+    }
+}
+
 /// A running server; [`Server::shutdown`] or dropping it ends all connections and threads.
 #[derive(Debug)]
 pub struct Server {
@@ -56,23 +86,23 @@ impl Server {
     /// # Errors
     /// A thread or a socket can't be made.
     pub fn start(socket: ControlSocket, handler: Arc<Handler>) -> io::Result<Self> {
-        Self::start_with_timeout(socket, handler, WRITE_TIMEOUT)
+        Self::start_on(socket, handler, Terms::default())
     }
 
-    /// As [`Server::start`], with another time than [`WRITE_TIMEOUT`].
+    /// As [`Server::start`], on other terms than the usual ones.
     ///
     /// # Errors
     /// A thread or a socket can't be made.
-    pub fn start_with_timeout(
+    pub fn start_on(
         socket: ControlSocket,
         handler: Arc<Handler>,
-        write_timeout: Duration,
+        terms: Terms,
     ) -> io::Result<Self> {
         let (wake, woken) = UnixStream::pair()?;
         let connections = Arc::new(Connections {
-            table: Mutex::default(),
+            places: Mutex::default(),
             closed: Condvar::new(),
-            write_timeout,
+            terms,
             log: LogLimit::new(LOG_LINES),
         });
         let shared = Arc::clone(&connections);
@@ -88,7 +118,7 @@ impl Server {
 
     /// How many connections are open.
     pub fn connections(&self) -> usize {
-        self.connections.lock().open.len()
+        self.connections.lock().taken()
     }
 
     /// Waits until no connection is open.
@@ -123,57 +153,49 @@ impl Drop for Server {
 /// The open connections, each with a handle by which to close it.
 #[derive(Debug)]
 struct Connections {
-    table: Mutex<OpenConnections>,
+    places: Mutex<Places<UnixStream>>,
     closed: Condvar,
-    write_timeout: Duration,
+    terms: Terms,
     /// Of all clients together, who may connect as often as they like.
     log: LogLimit,
 }
 
-#[derive(Debug, Default)]
-struct OpenConnections {
-    open: BTreeMap<u64, UnixStream>,
-    next: u64,
-}
-
 impl Connections {
-    fn lock(&self) -> MutexGuard<'_, OpenConnections> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Places<UnixStream>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn close_all(&self) {
-        let shut = |table: &OpenConnections, how| {
-            for stream in table.open.values() {
+        let shut = |places: &Places<UnixStream>, how| {
+            for stream in places.handles() {
                 let _ = stream.shutdown(how);
             }
         };
-        let table = self.lock();
-        shut(&table, Shutdown::Read);
+        let places = self.lock();
+        shut(&places, Shutdown::Read);
         let wait = self
             .closed
-            .wait_timeout_while(table, GRACE, |table| !table.open.is_empty());
-        let (table, _) = wait.unwrap_or_else(PoisonError::into_inner);
-        shut(&table, Shutdown::Both);
-        self.wait_until_none(table);
+            .wait_timeout_while(places, GRACE, |places| !places.is_empty());
+        let (places, _) = wait.unwrap_or_else(PoisonError::into_inner);
+        shut(&places, Shutdown::Both);
+        self.wait_until_none(places);
     }
 
-    fn wait_until_none(&self, table: MutexGuard<'_, OpenConnections>) {
-        let none = self
-            .closed
-            .wait_while(table, |table| !table.open.is_empty());
+    fn wait_until_none(&self, places: MutexGuard<'_, Places<UnixStream>>) {
+        let none = self.closed.wait_while(places, |places| !places.is_empty());
         drop(none.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
-/// Takes its connection out of the table, however its thread ends.
+/// A connection's place, which it leaves however its thread ends.
 struct Registered {
     connections: Arc<Connections>,
-    id: u64,
+    place: u64,
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.connections.lock().open.remove(&self.id);
+        self.connections.lock().leave(self.place);
         self.connections.closed.notify_all();
     }
 }
@@ -230,21 +252,19 @@ fn admit(
     connections: &Arc<Connections>,
     handler: &Arc<Handler>,
 ) -> io::Result<()> {
-    let span = span_of(&stream);
-    let registered = {
-        let mut table = connections.lock();
-        if table.open.len() >= MAX_CONNECTIONS {
-            drop(table);
-            span.in_scope(|| tracing::debug!("refused: too many connections"));
-            return refuse(&stream);
+    // Who is at the other end (SO_PEERCRED: as of their connect).
+    let peer = rustix::net::sockopt::socket_peercred(stream.as_fd()).ok();
+    let span = span_of(peer.as_ref());
+    let is_operator = peer.is_some_and(|peer| (connections.terms.is_operator)(peer.uid.as_raw()));
+    let Some(place) = take_place(&stream, connections, is_operator)? else {
+        if let Some(suppressed) = connections.log.pass(Instant::now()) {
+            span.in_scope(|| tracing::warn!(suppressed, "refused: too many connections"));
         }
-        let id = table.next;
-        table.next += 1;
-        table.open.insert(id, stream.try_clone()?);
-        Registered {
-            connections: Arc::clone(connections),
-            id,
-        }
+        return refuse(&stream, is_operator);
+    };
+    let registered = Registered {
+        connections: Arc::clone(connections),
+        place,
     };
     let handler = Arc::clone(handler);
     thread::Builder::new()
@@ -252,56 +272,104 @@ fn admit(
         .stack_size(STACK)
         .spawn(move || {
             let registered = registered;
-            span.in_scope(|| serve(&stream, &*handler, &registered.connections));
+            span.in_scope(|| serve(&stream, &*handler, &registered));
             drop(handler);
             drop(registered);
         })?;
     Ok(())
 }
 
-/// A span with who is at the other end (SO_PEERCRED: as of their connect).
-fn span_of(stream: &UnixStream) -> tracing::Span {
-    match rustix::net::sockopt::socket_peercred(stream.as_fd()) {
-        Ok(peer) => tracing::info_span!(
+/// A place for a client, if it may have one. Who has to go for it is told why.
+fn take_place(
+    stream: &UnixStream,
+    connections: &Connections,
+    is_operator: bool,
+) -> io::Result<Option<u64>> {
+    let handle = stream.try_clone()?;
+    let mut places = connections.lock();
+    match places.enter(handle, is_operator, Instant::now()) {
+        Entry::Admitted(place) => Ok(Some(place)),
+        Entry::Full => Ok(None),
+        Entry::Instead { place, leaves } => {
+            if let Some(idle) = places.handle(leaves) {
+                say_last(idle, &idle_for_an_operator());
+                // Its thread finds the end of its requests.
+                let _ = idle.shutdown(Shutdown::Both);
+            }
+            Ok(Some(place))
+        }
+    }
+}
+
+fn span_of(peer: Option<&UCred>) -> tracing::Span {
+    match peer {
+        Some(peer) => tracing::info_span!(
             "control",
             pid = peer.pid.as_raw_nonzero().get(),
             uid = peer.uid.as_raw(),
             gid = peer.gid.as_raw()
         ),
-        Err(_) => tracing::info_span!("control"),
+        None => tracing::info_span!("control"),
     }
 }
 
-/// One line into an empty socket buffer: it can't block.
-fn refuse(mut stream: &UnixStream) -> io::Result<()> {
-    let error = ApiError::new(
-        ErrorKind::TooManyConnections,
-        format!("all {MAX_CONNECTIONS} control connections are taken"),
-        "close other clients of the control socket, then try again",
+/// Tells a client that there is no place for it.
+fn refuse(stream: &UnixStream, is_operator: bool) -> io::Result<()> {
+    let (places, hint) = if is_operator {
+        let hint =
+            "each of them waits for an answer: try again, or end clients that `ss -xp` shows";
+        (MAX_CONNECTIONS, hint)
+    } else {
+        let hint = "close other clients of the control socket (`ss -xp` shows them) and try again, \
+                    or ask as root: a few connections are kept for it";
+        (MAX_CONNECTIONS - KEPT_CONNECTIONS, hint)
+    };
+    let what = format!("all {places} control connections are taken");
+    say_last(
+        stream,
+        &ApiError::new(ErrorKind::TooManyConnections, what, hint),
     );
-    let mut line = codec::error_line(&error);
-    line.push('\n');
-    stream.set_nonblocking(true)?;
-    stream.write_all(line.as_bytes())
+    Ok(())
 }
 
-fn serve(stream: &UnixStream, handler: &Handler, connections: &Connections) {
-    let Connections {
-        write_timeout, log, ..
-    } = connections;
+/// Says why a connection ends. Who does not read it, does not get it: it does not wait.
+fn say_last(stream: &UnixStream, error: &ApiError) {
+    let mut line = codec::error_line(error);
+    line.push('\n');
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    let _ = rustix::net::send(stream, line.as_bytes(), flags);
+}
+
+fn serve(stream: &UnixStream, handler: &Handler, registered: &Registered) {
+    let (connections, place) = (&*registered.connections, registered.place);
+    let (terms, log) = (&connections.terms, &connections.log);
     if let Some(suppressed) = log.pass(Instant::now()) {
         tracing::info!(suppressed, "connected");
     }
-    let mut lines = Lines::new(stream, MAX_LINE);
+    let reader = Patient {
+        stream,
+        deadline: Instant::now() + terms.idle_timeout,
+    };
+    let mut lines = Lines::new(reader, MAX_LINE);
     loop {
         let response = match lines.next_line() {
+            Ok(Some(_)) if !connections.lock().begin(place) => break,
             Ok(Some(line)) => codec::answer(line, handler),
             Ok(None) => break,
             Err(LineError::TooLong { max }) => {
                 if let Some(suppressed) = log.pass(Instant::now()) {
                     tracing::warn!(suppressed, "dropped: sent a line of more than {max} bytes");
                 }
-                let _ = send(stream, codec::error_line(&too_long(max)), *write_timeout);
+                let _ = send(
+                    stream,
+                    codec::error_line(&too_long(max)),
+                    terms.write_timeout,
+                );
+                break;
+            }
+            Err(LineError::Io(error)) if is_timeout(&error) => {
+                tracing::debug!("dropped: idle");
+                say_last(stream, &idle(terms.idle_timeout));
                 break;
             }
             Err(LineError::Io(error)) => {
@@ -310,15 +378,62 @@ fn serve(stream: &UnixStream, handler: &Handler, connections: &Connections) {
             }
         };
         if let Some(response) = response
-            && let Err(error) = send(stream, response, *write_timeout)
+            && let Err(error) = send(stream, response, terms.write_timeout)
         {
             if let Some(suppressed) = log.pass(Instant::now()) {
                 tracing::warn!(%error, suppressed, "dropped: does not read its answers");
             }
             break;
         }
+        let now = Instant::now();
+        if !connections.lock().answered(place, now) {
+            break;
+        }
+        lines.get_mut().deadline = now + terms.idle_timeout;
     }
     tracing::debug!("disconnected");
+}
+
+/// A client's requests, until it has not finished one for too long: single bytes put nothing off.
+struct Patient<'a> {
+    stream: &'a UnixStream,
+    deadline: Instant,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        let mut stream = self.stream;
+        stream.read(buffer)
+    }
+}
+
+/// A receive timeout of a socket shows as EAGAIN.
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
+    )
+}
+
+fn idle(timeout: Duration) -> ApiError {
+    ApiError::new(
+        ErrorKind::Idle,
+        format!("no request within {} s", timeout.as_secs_f64()),
+        "connect again for the next request; the connection is closed",
+    )
+}
+
+fn idle_for_an_operator() -> ApiError {
+    ApiError::new(
+        ErrorKind::Idle,
+        format!("all {MAX_CONNECTIONS} control connections were taken, and this one idle"),
+        "connect again for the next request; the connection is closed",
+    )
 }
 
 fn too_long(max: usize) -> ApiError {
