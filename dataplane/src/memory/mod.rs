@@ -23,7 +23,7 @@ mod view;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vm_memory::{FileOffset, MmapRegion};
@@ -102,7 +102,7 @@ impl Region {
     /// Maps a region of the file behind `file`.
     ///
     /// # Errors
-    /// Size zero, addresses that wrap, a file that is too short, or mmap's refusal.
+    /// Size zero, addresses that wrap, a file that is no shared memory or too short, or mmap's refusal.
     pub(crate) fn map(spec: RegionSpec, file: OwnedFd) -> Result<Arc<Self>, MemoryError> {
         let bad = |reason| MemoryError::BadSpec { spec, reason };
         if spec.size == 0 {
@@ -112,6 +112,12 @@ impl Region {
             first
                 .checked_add(spec.size)
                 .ok_or_else(|| bad("address and size wrap"))?;
+        }
+        // Before anything that could ask a file system, which might never answer.
+        if !is_shared_memory(file.as_fd()) {
+            return Err(bad(
+                "its file is no shared memory (a memfd, or a file of tmpfs or hugetlbfs)",
+            ));
         }
         let map_error = |reason: io::Error| MemoryError::Map {
             spec,
@@ -161,6 +167,12 @@ impl Region {
     pub(crate) fn is_broken(&self) -> bool {
         self.guard.is_broken()
     }
+}
+
+/// Whether a file is of tmpfs (as memfds are) or hugetlbfs: whether it has seals, which no others
+/// have. To ask for them asks no file system.
+pub(crate) fn is_shared_memory(file: BorrowedFd<'_>) -> bool {
+    rustix::fs::fcntl_get_seals(file).is_ok()
 }
 
 /// The page size of a mapping of `file`: hugetlbfs tells its own as the block size.

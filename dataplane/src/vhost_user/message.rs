@@ -65,6 +65,12 @@ pub(crate) enum CodecError {
     /// More or fewer fds than the request takes.
     #[error("{count} fds came with request {request}")]
     FdCount { request: u32, count: usize },
+    /// A file that no request takes (see `foreign.rs`).
+    #[error(
+        "a file came with request {request} that is neither an eventfd nor shared memory (a memfd, or a \
+         file of tmpfs or hugetlbfs)"
+    )]
+    ForeignFile { request: u32 },
     /// A value outside of its field's range.
     #[error("request {request} has a value of {value:#x}: {rule}")]
     Value {

@@ -8,6 +8,7 @@
 
 mod device;
 mod endpoint;
+mod foreign;
 mod message;
 mod reactor;
 mod server;
@@ -19,4 +20,5 @@ mod vring;
 
 pub(crate) use device::{Device, RingError, RingStart};
 pub(crate) use endpoint::Endpoint;
+pub(crate) use foreign::is_eventfd;
 pub(crate) use server::SessionThread;

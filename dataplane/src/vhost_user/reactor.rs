@@ -15,6 +15,7 @@ use tracing::Span;
 
 use super::device::Device;
 use super::endpoint::Endpoint;
+use super::foreign::Closing;
 use super::message::Reply;
 use super::server::SessionCommand;
 use super::session::Session;
@@ -73,6 +74,7 @@ struct ServedPort<D: Device> {
     connect_error: Option<Errno>,
     /// Shared with the sessions.
     log: LogLimit,
+    closing: Closing,
 }
 
 /// A connected front-end.
@@ -188,6 +190,7 @@ impl<D: Device> Reactor<D> {
             connections: 0,
             connect_error: None,
             log: LogLimit::default(),
+            closing: Closing::default(),
         };
         self.ports.insert(id, port);
         if connects {
@@ -302,33 +305,41 @@ impl<D: Device> Reactor<D> {
         let Some(port) = self.ports.get_mut(&id) else {
             return;
         };
-        if let Some(link) = &port.link {
-            if !link.has_hung_up() {
-                if let Some(suppressed) = port.log.pass(Instant::now()) {
-                    tracing::warn!(suppressed, "second front-end turned away");
-                }
-                return;
+        // Whoever is turned away may have sent files already.
+        let connection = Connection::new(socket, port.closing.clone());
+        let refusal = if port.closing.is_full() {
+            Some("files of the one before don't close")
+        } else {
+            let occupied = port.link.as_ref().is_some_and(|link| !link.has_hung_up());
+            occupied.then_some("there is one already")
+        };
+        if let Some(reason) = refusal {
+            if let Some(suppressed) = port.log.pass(Instant::now()) {
+                tracing::warn!(reason, suppressed, "front-end turned away");
             }
+            return;
+        }
+        if port.link.is_some() {
             self.end_link(id, None);
         }
-        self.open_link(id, socket);
+        self.open_link(id, connection);
     }
 
-    fn open_link(&mut self, id: PortId, socket: OwnedFd) {
+    fn open_link(&mut self, id: PortId, connection: Connection) {
         let token = self.token(id);
         let Some(port) = self.ports.get_mut(&id) else {
             return;
         };
         if let Err(error) = epoll::add(
             &self.epoll,
-            &socket,
+            &connection,
             EventData::new_u64(token),
             EventFlags::IN,
         ) {
             if let Some(suppressed) = port.log.pass(Instant::now()) {
                 tracing::error!(%error, suppressed, "can't watch a front-end's socket");
             }
-            drop(socket);
+            drop(connection);
             if let Endpoint::Connect(_) = port.endpoint {
                 self.retry_later(id);
             }
@@ -343,7 +354,7 @@ impl<D: Device> Reactor<D> {
         let device = Arc::clone(&port.device);
         port.link = Some(Link {
             session: Session::new(device, port.log.clone()),
-            connection: Connection::new(socket),
+            connection,
             token,
             span,
             watches_write: false,
@@ -360,7 +371,8 @@ impl<D: Device> Reactor<D> {
         match connector.connect() {
             Ok(socket) => {
                 port.connect_error = None;
-                self.open_link(id, socket);
+                let connection = Connection::new(socket, port.closing.clone());
+                self.open_link(id, connection);
             }
             Err(error) => {
                 if port.connect_error.replace(error) != Some(error)

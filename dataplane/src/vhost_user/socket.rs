@@ -9,9 +9,11 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, Shutdown,
+    recvmsg, send, shutdown,
 };
 
+use super::foreign::{Closing, is_expected};
 use super::message::{
     CodecError, HEADER_LEN, Header, MAX_BODY, MAX_FDS, REPLY_LEN, Reply, Request,
 };
@@ -19,6 +21,9 @@ use super::message::{
 /// Most replies that wait for a front-end to read: it asks and waits, so even a few are odd. The
 /// socket's own buffer comes on top.
 pub(crate) const MAX_WAITING_REPLIES: usize = 64;
+
+/// Most fds that Linux passes at once.
+const SCM_MAX_FD: usize = 253;
 
 /// Why a connection can't go on.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +38,9 @@ pub(crate) enum ConnectionError {
     /// The peer does not read its replies.
     #[error("the front-end does not read its replies")]
     RepliesUnread,
+    /// Too many foreign files came (see `foreign.rs`).
+    #[error("the front-end gives files that don't close")]
+    Foreign,
     /// The peer closed while a reply was to be sent.
     #[error("the connection ended")]
     Closed,
@@ -79,19 +87,24 @@ pub(crate) struct Connection {
     header: Option<Header>,
     /// Fds of the message that is being received, at most [`MAX_FDS`].
     fds: Vec<OwnedFd>,
+    /// A foreign file came with the message that is being received.
+    has_foreign: bool,
+    closing: Closing,
     /// Replies that the socket has not taken, at most [`MAX_WAITING_REPLIES`].
     outgoing: Vec<u8>,
 }
 
 impl Connection {
-    /// A connection over `socket`, a stream socket.
-    pub(crate) fn new(socket: OwnedFd) -> Self {
+    /// A connection over `socket`, a stream socket; foreign files go to `closing`.
+    pub(crate) fn new(socket: OwnedFd, closing: Closing) -> Self {
         Self {
             socket,
             buffer: Box::new([0; HEADER_LEN + MAX_BODY]),
             filled: 0,
             header: None,
             fds: Vec::new(),
+            has_foreign: false,
+            closing,
             outgoing: Vec::new(),
         }
     }
@@ -105,7 +118,11 @@ impl Connection {
             if let Some(message) = self.complete()? {
                 return Ok(Received::Message(message));
             }
-            match self.read() {
+            if self.closing.is_full() {
+                return Err(ConnectionError::Foreign);
+            }
+            let end = HEADER_LEN + self.header.map_or(0, |header| header.body_len);
+            match self.read(end) {
                 Ok(0) if self.filled == 0 => return Ok(Received::Closed),
                 Ok(0) => return Err(ConnectionError::Truncated),
                 Ok(count) => self.filled += count,
@@ -175,7 +192,13 @@ impl Connection {
             return Ok(None);
         }
         let body = &self.buffer[HEADER_LEN..self.filled];
-        let request = Request::parse(header, body, std::mem::take(&mut self.fds));
+        let fds = std::mem::take(&mut self.fds);
+        let request = if std::mem::take(&mut self.has_foreign) {
+            let request = header.request;
+            Err(CodecError::ForeignFile { request })
+        } else {
+            Request::parse(header, body, fds)
+        };
         self.filled = 0;
         self.header = None;
         Ok(Some(Message {
@@ -185,11 +208,11 @@ impl Connection {
         }))
     }
 
-    /// One read of what is missing of the header or the body.
-    fn read(&mut self) -> Result<usize, ReadError> {
+    /// One read of what is missing of the buffer's first `end` bytes.
+    fn read(&mut self, end: usize) -> Result<usize, ReadError> {
         use rustix::io::Errno;
-        let end = HEADER_LEN + self.header.map_or(0, |header| header.body_len);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        // Room for all that can come: files that the kernel had to drop it would close here.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
             let target = &mut self.buffer[self.filled..end];
@@ -213,7 +236,9 @@ impl Connection {
         })?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
-                self.fds.extend(fds);
+                for fd in fds {
+                    self.sort(fd);
+                }
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) || self.fds.len() > MAX_FDS {
@@ -221,6 +246,31 @@ impl Connection {
             return Err(ReadError::Fatal(ConnectionError::TooManyFds));
         }
         Ok(received.bytes)
+    }
+
+    /// Keeps a file that a request may take, and is rid of others.
+    fn sort(&mut self, fd: OwnedFd) {
+        if is_expected(&fd) {
+            self.fds.push(fd);
+        } else {
+            self.has_foreign = true;
+            self.closing.close(fd);
+        }
+    }
+}
+
+/// Files in messages that nobody reads any more would be closed with the socket.
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // From here on the peer can't send, so the queue ends; there is nobody to tell of errors.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        loop {
+            self.filled = 0;
+            self.fds.clear();
+            if !self.read(self.buffer.len()).is_ok_and(|count| count > 0) {
+                return;
+            }
+        }
     }
 }
 

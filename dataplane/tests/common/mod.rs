@@ -6,6 +6,7 @@
 )]
 
 pub(crate) mod endpoint;
+pub(crate) mod fuse;
 pub(crate) mod hostile;
 pub(crate) mod innocents;
 pub(crate) mod observe;

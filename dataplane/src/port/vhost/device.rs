@@ -1,6 +1,6 @@
 //! What a session does to a port: rings that start, stop and move, each under its lock.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -12,7 +12,7 @@ use super::{CALL_BLOCKS, StartedRing, VhostPort};
 use crate::burst_lock::lock;
 use crate::memory::GuestMemory;
 use crate::ring::Ring;
-use crate::vhost_user::{Device, RingError, RingStart};
+use crate::vhost_user::{Device, RingError, RingStart, is_eventfd};
 use crate::wire::rarp::rarp;
 use crate::wire::{Features, Offloads, ProtocolFeatures};
 
@@ -160,13 +160,8 @@ impl Device for VhostPort {
     }
 }
 
-/// Makes sure that an fd is an eventfd. To poll or write anything else may block: a FUSE file's
-/// poll, for one, waits for whoever serves it.
 fn check_eventfd(which: &'static str, fd: &OwnedFd) -> Result<(), RingError> {
-    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let target = rustix::fs::readlink(link.as_str(), Vec::new());
-    let target = target.map_err(|error| fd_error(which, error.into()))?;
-    if target.as_bytes().starts_with(b"anon_inode:[eventfd]") {
+    if is_eventfd(fd) {
         Ok(())
     } else {
         Err(fd_error(which, std::io::Error::other("it is no eventfd")))

@@ -7,7 +7,7 @@ use crate::vhost_user::test_device::{body64, memfd, open_memfds, send_with_fds, 
 
 fn pair() -> (UnixStream, Connection) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    (theirs, Connection::new(ours.into()))
+    (theirs, Connection::new(ours.into(), Closing::default()))
 }
 
 fn message(connection: &mut Connection) -> Message {
