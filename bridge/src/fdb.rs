@@ -2,15 +2,17 @@
 //! tell it is here; what an operator and housekeeping do to it is in `fdb/admin.rs`.
 
 mod admin;
+mod behind;
 mod table;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use crate::{MAX_PORTS, MacAddr, PortId, Tick};
+use behind::Behind;
 pub(crate) use table::Probe;
 use table::{Entry, Slot, Table};
 
@@ -19,9 +21,6 @@ pub const MAX_FDB_CAPACITY: usize = 1 << 24;
 
 /// Fewest buckets (4 KiB): a tiny database has so much room that no bucket overflows.
 const MIN_BUCKETS: usize = 64;
-
-/// The limit of a port that has none.
-const UNLIMITED: u32 = u32::MAX;
 
 /// What a database is made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +86,10 @@ pub enum FdbError {
 /// What changes the set of entries takes a mutex: workers only try it, control threads wait for it.
 /// The ordering of every access is explained at the protocol of a slot (`fdb/table.rs`).
 ///
+/// A port that goes down is [flushed](Self::flush_port) by one atomic addition: its entries have the
+/// epoch in which they were learned, and count only if that is still its port's. They are swept out
+/// later.
+///
 /// A look-up that races with a change may miss an entry (the frame is flooded), and never finds
 /// another address's port. Ports in entries are not checked to exist: remove a port from the
 /// workers first and then [`purge`](Self::purge_port) it.
@@ -94,19 +97,22 @@ pub struct Fdb {
     table: Table,
     capacity: usize,
     ageing_ticks: u32,
-    limits: Box<[AtomicU32]>,
+    /// By port.
+    behind: Box<[Behind]>,
     shared: Shared,
 }
 
 /// What writers change, apart from the fields that every look-up reads.
 ///
-/// All counters are written under the mutex and read without it as hints, so Relaxed is enough: the
+/// The length is written under the mutex and read without it as a hint, so Relaxed is enough: the
 /// mutex orders the writers, and the exact answer is taken with it held.
 #[repr(align(128))]
 struct Shared {
     writer: Mutex<()>,
+    /// Entries in the table, those that don't count any more included.
     len: AtomicUsize,
-    counts: Box<[AtomicU32]>,
+    /// A port was flushed since the last sweep.
+    is_sweep_due: AtomicBool,
 }
 
 impl Fdb {
@@ -119,16 +125,17 @@ impl Fdb {
     }
 
     fn with_buckets(config: FdbConfig, capacity: usize, buckets: u32) -> Self {
-        let per_port = |value: u32| (0..MAX_PORTS).map(|_| AtomicU32::new(value)).collect();
+        let ports = (0..).map_while(PortId::new);
+        debug_assert_eq!(ports.clone().count(), MAX_PORTS);
         Self {
             table: Table::new(buckets, config.seed),
             capacity,
             ageing_ticks: config.ageing_ticks,
-            limits: per_port(UNLIMITED),
+            behind: ports.map(Behind::new).collect(),
             shared: Shared {
                 writer: Mutex::new(()),
                 len: AtomicUsize::new(0),
-                counts: per_port(0),
+                is_sweep_due: AtomicBool::new(false),
             },
         }
     }
@@ -165,16 +172,28 @@ impl Fdb {
     #[inline]
     pub(crate) fn lookup_probe(&self, probe: Probe, now: Tick) -> Option<PortId> {
         let (_, entry) = self.table.find(probe)?;
-        let ageing = self.ageing_ticks;
-        (!entry.is_expired(now, ageing)).then(|| entry.port())
+        let counts = !self.is_flushed(entry) && !entry.is_expired(now, self.ageing_ticks);
+        counts.then(|| entry.port())
+    }
+
+    /// Whether a learned entry's port was flushed since; static ones stay.
+    #[inline]
+    fn is_flushed(&self, entry: Entry) -> bool {
+        entry.tag() != self.behind(entry.port()).tag() && !entry.is_static()
+    }
+
+    #[inline]
+    fn behind(&self, port: PortId) -> &Behind {
+        &self.behind[port.index()]
     }
 
     /// [`learn`](Self::learn) for an address that is known to be a station's.
     #[inline]
     pub(crate) fn learn_probe(&self, probe: Probe, port: PortId, now: Tick) -> Learned {
+        let tag = self.behind(port).tag();
         let found = self.table.find(probe);
         if let Some((slot, entry)) = found
-            && let Some(learned) = learn_known(slot, entry, port, now)
+            && let Some(learned) = learn_known(slot, entry, tag, port, now)
         {
             return learned;
         }
@@ -184,8 +203,9 @@ impl Fdb {
     /// Learns a new address or moves a known one.
     #[cold]
     fn learn_change(&self, probe: Probe, port: PortId, now: Tick, known: bool) -> Learned {
+        let behind = self.behind(port);
         // Before the lock, or a guest that invents addresses would keep the others from it.
-        if self.is_at_limit(port) {
+        if behind.is_at_limit() {
             return Learned::LimitReached;
         }
         if !known && self.len() >= self.capacity {
@@ -194,26 +214,35 @@ impl Fdb {
         let Some(writer) = self.try_lock() else {
             return Learned::Busy;
         };
+        let tag = behind.tag();
         let found = self.table.find(probe);
-        if let Some(learned) = found.and_then(|(slot, entry)| learn_known(slot, entry, port, now)) {
+        let known = found.and_then(|(slot, entry)| learn_known(slot, entry, tag, port, now));
+        if let Some(learned) = known {
             return learned; // another worker was faster
         }
-        if self.is_at_limit(port) {
+        if behind.is_at_limit() {
             return Learned::LimitReached;
         }
-        let entry = Entry::new(port, false, now);
+        let entry = Entry::learned(tag, now);
+        // First, so that a flush doesn't take the port for one without entries.
+        if !behind.count_in(entry) {
+            return Learned::Busy;
+        }
         match found {
             Some((slot, old)) => {
                 writer.replace(slot, old, entry);
-                Learned::Moved { from: old.port() }
+                if self.is_flushed(old) {
+                    Learned::New
+                } else {
+                    Learned::Moved { from: old.port() }
+                }
             }
             None if writer.insert(probe, entry) => Learned::New,
-            None => Learned::Full,
+            None => {
+                behind.count_out(entry);
+                Learned::Full
+            }
         }
-    }
-
-    fn is_at_limit(&self, port: PortId) -> bool {
-        self.count(port) >= self.limits[port.index()].load(Ordering::Relaxed)
     }
 
     /// For control threads: waits. A poisoned lock is taken: every step leaves the table
@@ -261,19 +290,23 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
+    /// Stores an entry that is counted in already.
     fn insert(&self, probe: Probe, entry: Entry) -> bool {
-        let stored = self.fdb.len() < self.fdb.capacity && self.fdb.table.insert(probe, entry);
+        // An entry that was flushed stays where it is, or a sweep that lets go of the lock might
+        // miss it.
+        let may_move = |other| !self.fdb.is_flushed(other);
+        let stored =
+            self.fdb.len() < self.fdb.capacity && self.fdb.table.insert(probe, entry, may_move);
         if stored {
             self.fdb.shared.len.fetch_add(1, Ordering::Relaxed);
-            self.count_in(entry);
         }
         stored
     }
 
+    /// Stores an entry that is counted in already, in place of another.
     fn replace(&self, slot: Slot<'_>, old: Entry, new: Entry) {
         slot.replace(new);
         self.count_out(old);
-        self.count_in(new);
     }
 
     fn vacate(&self, slot: Slot<'_>, condemned: impl Fn(Entry) -> bool) -> bool {
@@ -285,24 +318,23 @@ impl Writer<'_> {
         removed.is_some()
     }
 
-    fn count_in(&self, entry: Entry) {
-        if !entry.is_static() {
-            self.fdb.shared.counts[entry.port().index()].fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
     fn count_out(&self, entry: Entry) {
         if !entry.is_static() {
-            self.fdb.shared.counts[entry.port().index()].fetch_sub(1, Ordering::Relaxed);
+            self.fdb.behind(entry.port()).count_out(entry);
         }
     }
 }
 
-/// Learns an address that has an entry, unless it has to move.
+/// Learns an address that has an entry behind the `port` of `tag`, unless it has to move.
 #[inline]
-fn learn_known(slot: Slot<'_>, entry: Entry, port: PortId, now: Tick) -> Option<Learned> {
-    if entry.port() != port {
-        return entry.is_static().then_some(Learned::Static);
+fn learn_known(slot: Slot<'_>, entry: Entry, tag: u64, port: PortId, now: Tick) -> Option<Learned> {
+    if entry.tag() != tag {
+        let is_here = entry.port() == port;
+        return entry.is_static().then_some(if is_here {
+            Learned::Refreshed
+        } else {
+            Learned::Static
+        });
     }
     // A tick from this worker's future stays.
     let is_current = entry.is_static() || now.age_of(entry.seen()) == 0;

@@ -14,6 +14,8 @@ enum Step {
     AddStatic(MacAddr, PortId),
     Remove(MacAddr),
     Flush(Option<PortId>),
+    FlushPort(PortId),
+    SweepFlushed,
     Purge(PortId),
     Age,
     Wait(u32),
@@ -25,23 +27,28 @@ struct Entry {
     port: PortId,
     is_static: bool,
     seen: u32,
+    /// It only takes room.
+    is_flushed: bool,
 }
 
 struct Model {
     entries: HashMap<MacAddr, Entry>,
     limits: HashMap<PortId, u32>,
+    /// Flushes of a port since the last sweep.
+    owed: HashMap<PortId, u32>,
     ageing: u32,
     now: u32,
 }
 
 impl Model {
     fn lookup(&self, mac: MacAddr) -> Option<PortId> {
-        let is_fresh = |e: &&Entry| e.is_static || self.now - e.seen <= self.ageing;
+        let is_fresh =
+            |e: &&Entry| e.is_static || !e.is_flushed && self.now - e.seen <= self.ageing;
         self.entries.get(&mac).filter(is_fresh).map(|e| e.port)
     }
 
     fn count(&self, port: PortId) -> u32 {
-        let learned = |e: &&Entry| e.port == port && !e.is_static;
+        let learned = |e: &&Entry| e.port == port && !e.is_static && !e.is_flushed;
         u32::try_from(self.entries.values().filter(learned).count()).unwrap()
     }
 
@@ -50,12 +57,13 @@ impl Model {
             port,
             is_static: false,
             seen: self.now,
+            is_flushed: false,
         };
         let old = self.entries.get(&mac).copied();
         match old {
             Some(old) if old.port == port && old.is_static => return Learned::Refreshed,
             Some(old) if old.is_static => return Learned::Static,
-            Some(old) if old.port == port => {
+            Some(old) if old.port == port && !old.is_flushed => {
                 self.entries.insert(mac, entry);
                 return Learned::Refreshed;
             }
@@ -71,8 +79,14 @@ impl Model {
         if old.is_none() && self.entries.len() == CAPACITY {
             return Learned::Full;
         }
+        if self.owed.get(&port).is_some_and(|owed| *owed == 15) {
+            return Learned::Busy;
+        }
         self.entries.insert(mac, entry);
-        old.map_or(Learned::New, |old| Learned::Moved { from: old.port })
+        match old {
+            Some(old) if !old.is_flushed => Learned::Moved { from: old.port },
+            _ => Learned::New,
+        }
     }
 
     fn add_static(&mut self, mac: MacAddr, port: PortId) -> bool {
@@ -84,10 +98,23 @@ impl Model {
                     port,
                     is_static: true,
                     seen: 0,
+                    is_flushed: false,
                 },
             );
         }
         fits
+    }
+
+    fn flush_port(&mut self, port: PortId) -> bool {
+        let has_flushed = self.count(port) > 0;
+        if has_flushed {
+            *self.owed.entry(port).or_default() += 1;
+        }
+        let learned = |e: &&mut Entry| e.port == port && !e.is_static;
+        for entry in self.entries.values_mut().filter(learned) {
+            entry.is_flushed = true;
+        }
+        has_flushed
     }
 
     fn remove_if(&mut self, condemned: impl Fn(&Entry) -> bool) -> usize {
@@ -113,6 +140,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (mac(), port()).prop_map(|(mac, port)| Step::AddStatic(mac, port)),
         1 => mac().prop_map(Step::Remove),
         1 => prop::option::of(port()).prop_map(Step::Flush),
+        2 => port().prop_map(Step::FlushPort),
+        1 => Just(Step::SweepFlushed),
         1 => port().prop_map(Step::Purge),
         1 => Just(Step::Age),
         3 => (0..20u32).prop_map(Step::Wait),
@@ -125,8 +154,8 @@ proptest! {
     #[test]
     fn the_database_behaves_like_a_map(steps in steps(), ageing in 0..40u32, seed: u64) {
         let fdb = Fdb::new(FdbConfig { capacity: CAPACITY, ageing_ticks: ageing, seed });
-        let (entries, limits) = Default::default();
-        let mut model = Model { entries, limits, ageing, now: 5 };
+        let (entries, limits, owed) = Default::default();
+        let mut model = Model { entries, limits, owed, ageing, now: 5 };
         for step in steps {
             let now = Tick(model.now);
             match step.clone() {
@@ -138,12 +167,24 @@ proptest! {
                     prop_assert_eq!(stored, model.add_static(mac, port));
                 }
                 Step::Remove(mac) => {
-                    prop_assert_eq!(fdb.remove(mac), model.entries.remove(&mac).is_some());
+                    let is_there = model.entries.get(&mac).is_some_and(|e| !e.is_flushed);
+                    if is_there {
+                        model.entries.remove(&mac);
+                    }
+                    prop_assert_eq!(fdb.remove(mac), is_there);
                 }
                 Step::Flush(port) => {
-                    let removed = model
-                        .remove_if(|e| !e.is_static && port.is_none_or(|port| e.port == port));
+                    let removed = model.remove_if(|e| {
+                        !e.is_static && !e.is_flushed && port.is_none_or(|port| e.port == port)
+                    });
                     prop_assert_eq!(fdb.flush(port), removed);
+                }
+                Step::FlushPort(port) => {
+                    prop_assert_eq!(fdb.flush_port(port), model.flush_port(port));
+                }
+                Step::SweepFlushed => {
+                    model.owed.clear();
+                    prop_assert_eq!(fdb.sweep_flushed(), model.remove_if(|e| e.is_flushed));
                 }
                 Step::Purge(port) => {
                     prop_assert_eq!(fdb.purge_port(port), model.remove_if(|e| e.port == port));
@@ -169,10 +210,12 @@ proptest! {
             }
             let mut entries = HashMap::new();
             fdb.for_each(|mac, port, is_static, seen| {
-                entries.insert(mac, Entry { port, is_static, seen: seen.0 });
+                let (seen, is_flushed) = (seen.0, false);
+                entries.insert(mac, Entry { port, is_static, seen, is_flushed });
             });
-            prop_assert_eq!(fdb.len(), entries.len());
-            prop_assert_eq!(&entries, &model.entries);
+            prop_assert_eq!(fdb.len(), model.entries.len());
+            let counted = model.entries.iter().filter(|(_, e)| !e.is_flushed);
+            prop_assert_eq!(entries, counted.map(|(mac, e)| (*mac, *e)).collect());
         }
     }
 }

@@ -1,5 +1,6 @@
-//! Slow work that no worker should do: forgetting addresses that were not seen for long, and
-//! interrupting calls by which a front-end holds up a worker.
+//! Slow work that no worker should do: forgetting addresses that were not seen for long or are
+//! behind an interface that went down, and interrupting calls by which a front-end holds up a
+//! worker.
 
 use std::io;
 use std::sync::Arc;
@@ -15,9 +16,10 @@ use crate::port::interrupt_stuck_calls;
 /// room and keeps the ports' counts true.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How often stuck calls are looked for. A front-end can hold up a worker for two of these, once;
-/// looking costs 10 wake-ups a second.
-const CALL_INTERVAL: Duration = Duration::from_millis(100);
+/// How often stuck calls and interfaces that went down are looked for. A front-end can hold up a
+/// worker for two of these, once; looking costs 10 wake-ups a second, and a system call for each
+/// interface with stations behind it.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A thread that does something at regular times; ends when dropped.
 #[derive(Debug)]
@@ -61,14 +63,22 @@ impl Drop for Periodic {
     }
 }
 
-/// Starts the housekeeping thread. `epoch` is the zero of the bridge's ticks.
+/// Starts the housekeeping thread. `epoch` is the zero of the bridge's ticks; `look_at_ports` is
+/// called at each interval and must not wait, since it would keep stuck calls from being
+/// interrupted.
 ///
 /// # Errors
 /// There can be no further thread.
-pub(crate) fn start(bridge: Arc<Bridge>, epoch: Instant) -> io::Result<Periodic> {
+pub(crate) fn start(
+    bridge: Arc<Bridge>,
+    epoch: Instant,
+    mut look_at_ports: impl FnMut() + Send + 'static,
+) -> io::Result<Periodic> {
     let mut swept = Instant::now();
-    Periodic::start("ringway-house", CALL_INTERVAL, move || {
+    Periodic::start("ringway-house", LOOK_INTERVAL, move || {
         interrupt_stuck_calls();
+        look_at_ports();
+        bridge.fdb().sweep_flushed();
         if swept.elapsed() >= SWEEP_INTERVAL {
             swept = Instant::now();
             bridge.fdb().age(Tick::after(epoch.elapsed()));

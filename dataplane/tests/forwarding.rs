@@ -3,9 +3,11 @@
 
 mod common;
 
-use common::{LAYOUTS, Lab, eventually, frame, receive};
+use std::time::Duration;
+
+use common::{LAYOUTS, Lab, eventually, frame, mac, name, receive};
 use ringway_api::Mtu;
-use ringway_bridge::DropReason;
+use ringway_bridge::{DropReason, MacAddr};
 use ringway_guest::{Guest, GuestBuilder, Layout};
 
 #[test]
@@ -170,6 +172,62 @@ fn a_station_that_moves_is_followed() {
     assert_eq!(receive(&mut c).frame, to_station);
 }
 
+/// A station moves and says nothing: the frame to it is flooded, since its old port forgot it.
+#[test]
+fn a_station_that_moves_silently_off_a_port_that_goes_down_is_found_by_the_next_frame() {
+    type GoDown = fn(&mut Guest);
+    let ways: [GoDown; 3] = [
+        |guest| _ = guest.frontend().stop_ring(0).unwrap(),
+        |guest| guest.frontend().enable_ring(0, false).unwrap(),
+        // The guest goes on transmitting while its receive ring is stopped.
+        |guest| {
+            guest.frontend().stop_ring(0).unwrap();
+            guest.send_frame(&frame(0xff, 9, 64, 8)).unwrap();
+            guest.frontend().stop_ring(1).unwrap();
+        },
+    ];
+    for go_down in ways {
+        let lab = Lab::start();
+        let mut a = lab.guest("a", Guest::builder());
+        let mut b = lab.guest("b", Guest::builder());
+        let mut c = lab.guest("c", Guest::builder());
+        let hello = frame(0xff, 9, 64, 1);
+        b.send_frame(&hello).unwrap();
+        assert_eq!(receive(&mut a).frame, hello);
+        assert_eq!(receive(&mut c).frame, hello);
+        go_down(&mut b);
+        // The answer to a request says that those before it are carried out.
+        b.frontend().queue_pairs().unwrap();
+        while a.recv(Duration::ZERO).unwrap().is_some() {}
+        while c.recv(Duration::ZERO).unwrap().is_some() {}
+        let to_station = frame(9, 1, 64, 3);
+        a.send_frame(&to_station).unwrap();
+        assert_eq!(receive(&mut c).frame, to_station);
+    }
+}
+
+#[test]
+fn a_guest_that_vanishes_is_forgotten_and_one_that_keeps_a_ring_is_not() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", Guest::builder().queue_pairs(2));
+    let mut b = lab.guest("b", Guest::builder());
+    for (guest, from) in [(&mut a, 1), (&mut b, 2)] {
+        guest.send_frame(&frame(0xff, from, 64, 0)).unwrap();
+    }
+    let behind = |port: &str| {
+        let entries = lab.switch.fdb();
+        entries.iter().filter(|e| e.port.as_str() == port).count()
+    };
+    eventually("both are known", || (behind("a"), behind("b")) == (1, 1));
+    lab.switch.fdb_add(MacAddr(mac(3)), &name("b")).unwrap();
+    a.frontend().stop_ring(0).unwrap();
+    a.frontend().queue_pairs().unwrap();
+    assert_eq!(behind("a"), 1, "its second receive ring is left");
+    drop(b);
+    eventually("b has its static entry only", || behind("b") == 1);
+    assert_eq!((behind("a"), lab.switch.fdb()[1].is_static), (1, true));
+}
+
 #[test]
 fn a_full_destination_costs_no_frame_while_the_source_may_wait() {
     for [from, to] in LAYOUTS {
@@ -232,7 +290,7 @@ fn chains_that_wait_for_a_full_destination_come_again_whole() {
 
 #[test]
 fn a_full_destination_delays_others_at_most_by_the_time_of_backpressure() {
-    let backpressure = std::time::Duration::from_millis(1);
+    let backpressure = Duration::from_millis(1);
     let lab = Lab::with_config(|config| config.idle.backpressure = backpressure);
     let mut a = lab.guest("a", Guest::builder().queue_size(512));
     let b = lab.guest("b", Guest::builder().queue_size(8));
@@ -324,8 +382,8 @@ fn ports_come_and_go_under_traffic_without_disturbing_others() {
             }
             assert_eq!(&next, sent, "round {round}");
         }
-        lab.switch.remove_port(&common::name("c")).unwrap();
-        while a.recv(std::time::Duration::ZERO).unwrap().is_some() {}
+        lab.switch.remove_port(&name("c")).unwrap();
+        while a.recv(Duration::ZERO).unwrap().is_some() {}
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::table::Entry;
-use super::{Fdb, FdbError, UNLIMITED, Writer, check_unicast};
+use super::{Fdb, FdbError, Writer, check_unicast};
 use crate::{MacAddr, PortId, Tick};
 
 /// Buckets swept between two releases of the lock: 64 KiB, some ten microseconds during which
@@ -19,7 +19,7 @@ impl Fdb {
     pub fn add_static(&self, mac: MacAddr, port: PortId) -> Result<(), FdbError> {
         check_unicast(mac)?;
         let probe = self.probe(mac.to_u64());
-        let entry = Entry::new(port, true, Tick::default());
+        let entry = Entry::fixed(port);
         let writer = self.lock();
         let stored = match self.table.find(probe) {
             Some((slot, old)) => {
@@ -44,15 +44,50 @@ impl Fdb {
         let writer = self.lock();
         self.table
             .find(probe)
-            .is_some_and(|(slot, _)| writer.vacate(slot, |_| true))
+            .is_some_and(|(slot, entry)| !self.is_flushed(entry) && writer.vacate(slot, |_| true))
     }
 
     /// Removes the learned entries, of `port` only if given; how many.
     pub fn flush(&self, port: Option<PortId>) -> usize {
         let all = 0..self.table.bucket_count();
         self.lock().sweep(all, |entry| {
-            !entry.is_static() && port.is_none_or(|port| entry.port() == port)
+            !entry.is_static()
+                && !self.is_flushed(entry)
+                && port.is_none_or(|port| entry.port() == port)
         })
+    }
+
+    /// Forgets what was learned behind `port`, at once and by one atomic operation; whether anything
+    /// was. For a port that goes down: a station that turns up elsewhere is found by the next frame
+    /// to it, since that is flooded. Static entries stay.
+    ///
+    /// May be called by any thread, from within a burst too. The entries take room until
+    /// [`sweep_flushed`](Self::sweep_flushed). After 15 flushes without it the port learns nothing
+    /// more.
+    pub fn flush_port(&self, port: PortId) -> bool {
+        let has_flushed = self.behind(port).flush();
+        if has_flushed {
+            // Pairs with the swap of sweep_flushed, which so sees what is owed.
+            self.shared.is_sweep_due.store(true, Ordering::Release);
+        }
+        has_flushed
+    }
+
+    /// Takes the entries out of the table that [`flush_port`](Self::flush_port) forgot; how many.
+    /// Costs nothing if it was not called. For one thread at a time.
+    ///
+    /// Lets go of the lock now and then: such entries don't move within the table.
+    pub fn sweep_flushed(&self) -> usize {
+        // Pairs with the store of flush_port.
+        if !self.shared.is_sweep_due.swap(false, Ordering::Acquire) {
+            return 0;
+        }
+        let owed: Vec<_> = self.behind.iter().map(|behind| behind.owed()).collect();
+        let swept = self.sweep_in_steps(|entry| self.is_flushed(entry));
+        for (behind, owed) in self.behind.iter().zip(owed).filter(|(_, owed)| *owed > 0) {
+            behind.settle(owed);
+        }
+        swept
     }
 
     /// Removes all entries of `port`, static ones too; how many. For ports that go away: by then no
@@ -70,13 +105,16 @@ impl Fdb {
     /// the next sweep.
     pub fn age(&self, now: Tick) -> usize {
         let ageing = self.ageing_ticks;
+        self.sweep_in_steps(|entry| entry.is_expired(now, ageing))
+    }
+
+    fn sweep_in_steps(&self, condemned: impl Fn(Entry) -> bool) -> usize {
         let end = self.table.bucket_count();
         (0..end)
             .step_by(SWEEP_BUCKETS)
             .map(|start| {
-                let chunk = start..end.min(start + SWEEP_BUCKETS);
-                self.lock()
-                    .sweep(chunk, |entry| entry.is_expired(now, ageing))
+                let step = start..end.min(start + SWEEP_BUCKETS);
+                self.lock().sweep(step, &condemned)
             })
             .sum()
     }
@@ -84,15 +122,15 @@ impl Fdb {
     /// Bounds the learned entries of `port`; `None` lifts the bound. What is above a new bound
     /// stays until it ages.
     pub fn set_limit(&self, port: PortId, limit: Option<u32>) {
-        self.limits[port.index()].store(limit.unwrap_or(UNLIMITED), Ordering::Relaxed);
+        self.behind(port).set_limit(limit);
     }
 
     /// Learned entries of `port`, including expired ones that were not swept yet.
     pub fn count(&self, port: PortId) -> u32 {
-        self.shared.counts[port.index()].load(Ordering::Relaxed)
+        self.behind(port).count()
     }
 
-    /// All entries, static ones and expired ones that were not swept yet included.
+    /// All entries, static ones and those included that expired or were flushed and not swept yet.
     pub fn len(&self) -> usize {
         self.shared.len.load(Ordering::Relaxed)
     }
@@ -107,11 +145,14 @@ impl Fdb {
         self.capacity
     }
 
-    /// Calls `visit(mac, port, is_static, last_seen)` for every entry, expired ones included;
-    /// static ones were seen at tick 0. Takes no lock: entries that change meanwhile may be visited
+    /// Calls `visit(mac, port, is_static, last_seen)` for every entry that was not flushed, expired
+    /// ones included; static ones were seen at tick 0. Takes no lock: entries that change meanwhile may be visited
     /// twice or not at all.
     pub fn for_each(&self, mut visit: impl FnMut(MacAddr, PortId, bool, Tick)) {
         self.table.for_each(|mac, entry| {
+            if self.is_flushed(entry) {
+                return;
+            }
             visit(
                 MacAddr::from_u64(mac),
                 entry.port(),

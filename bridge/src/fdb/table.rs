@@ -3,7 +3,7 @@
 //! ```text
 //!  bucket (64 bytes)   key 0 | key 1 | key 2 | key 3 | value 0 | value 1 | value 2 | value 3
 //!  key    (0: vacant)  occupied 1 | 0 3 | VLAN 12 | MAC 48
-//!  value               valid 1 | static 1 | generation 14 | port 16 | tick 32
+//!  value               valid 1 | static 1 | generation 14 | epoch 4 | port 12 | tick 32
 //! ```
 //!
 //! A key lives in one of eight slots: four in each of its two candidate buckets.
@@ -35,7 +35,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::{PortId, Tick};
+use crate::{MAX_PORTS, PortId, Tick};
 
 const SLOTS: usize = 4;
 const OCCUPIED: u64 = 1 << 63;
@@ -45,26 +45,42 @@ const VALID: u64 = 1 << 63;
 const STATIC: u64 = 1 << 62;
 const GENERATION_ONE: u64 = 1 << 48;
 const GENERATION: u64 = 0x3fff << 48;
-const PORT_SHIFT: u32 = 32;
 const TICK: u64 = 0xffff_ffff;
+
+/// A port, at the low end of a tag.
+pub(super) const PORT: u64 = MAX_PORTS as u64 - 1;
+pub(super) const TAG_SHIFT: u32 = 32;
+/// What an entry is compared with its port by: the port and its epoch.
+pub(super) const TAG: u64 = 0xffff << TAG_SHIFT;
 
 /// What a slot says of its key: the port, whether it is static, and when it was last seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Entry(u64);
 
 impl Entry {
-    pub(super) fn new(port: PortId, is_static: bool, seen: Tick) -> Self {
-        let flags = if is_static { VALID | STATIC } else { VALID };
-        Self(flags | u64::from(port.get()) << PORT_SHIFT | u64::from(seen.0))
+    /// A learned entry of the port and epoch in `tag`.
+    pub(super) fn learned(tag: u64, seen: Tick) -> Self {
+        Self(VALID | tag & TAG | u64::from(seen.0))
+    }
+
+    /// An entry that is configured.
+    pub(super) fn fixed(port: PortId) -> Self {
+        Self(VALID | STATIC | u64::from(port.get()) << TAG_SHIFT)
     }
 
     #[inline]
     #[expect(
         clippy::cast_possible_truncation,
-        reason = "takes the 16 bits of the port"
+        reason = "takes the 16 bits of the tag, of which the port are some"
     )]
     pub(super) fn port(self) -> PortId {
-        PortId::from_bits((self.0 >> PORT_SHIFT) as u16)
+        PortId::from_bits((self.0 >> TAG_SHIFT) as u16)
+    }
+
+    /// Its port and epoch.
+    #[inline]
+    pub(super) fn tag(self) -> u64 {
+        self.0 & TAG
     }
 
     #[inline]
@@ -320,11 +336,17 @@ impl Table {
     ///
     /// Goes to the first candidate bucket that has room, so that at half load 19 look-ups of 20
     /// need no second one; where both are full, to the place of an entry that can move to its other
-    /// bucket. At half load that one step fails about never.
-    pub(super) fn insert(&self, probe: Probe, entry: Entry) -> bool {
+    /// bucket. At half load that one step fails about never. Entries that `may_move` denies stay
+    /// where they are.
+    pub(super) fn insert(
+        &self,
+        probe: Probe,
+        entry: Entry,
+        may_move: impl Fn(Entry) -> bool,
+    ) -> bool {
         let slot = self
             .vacancy(probe.buckets)
-            .or_else(|| self.displace(probe.buckets));
+            .or_else(|| self.displace(probe.buckets, may_move));
         if let Some(slot) = slot {
             slot.occupy(probe.key, entry);
         }
@@ -359,7 +381,7 @@ impl Table {
     /// Frees a slot of two full buckets. The entry is in both places for a moment and never in
     /// none, so that [`find`](Self::find) misses it only if it looks at the places in the wrong
     /// order.
-    fn displace(&self, buckets: [u32; 2]) -> Option<Slot<'_>> {
+    fn displace(&self, buckets: [u32; 2], may_move: impl Fn(Entry) -> bool) -> Option<Slot<'_>> {
         for slot in buckets
             .into_iter()
             .flat_map(|bucket| self.slots(bucket as usize))
@@ -369,6 +391,9 @@ impl Table {
                 continue;
             };
             let copy = Entry(slot.value.load(Ordering::Relaxed));
+            if !may_move(copy) {
+                continue;
+            }
             to.occupy(key, copy);
             if let Some(last) = slot.vacate(|_| true)
                 && last.seen() != copy.seen()

@@ -89,6 +89,41 @@ fn a_static_entry_neither_moves_nor_ages_nor_is_flushed() {
 }
 
 #[test]
+fn what_was_learned_behind_a_port_is_forgotten_at_once_and_swept_later() {
+    let fdb = Fdb::new(config(8));
+    fdb.learn(mac(1), port(1), NOW);
+    fdb.learn(mac(2), port(2), NOW);
+    fdb.add_static(mac(3), port(1)).unwrap();
+    // It needs no lock: a worker may flush, and housekeeping may sweep meanwhile.
+    let writer = fdb.lock();
+    assert!(fdb.flush_port(port(1)));
+    assert!(!fdb.flush_port(port(1)), "nothing was learned since");
+    drop(writer);
+    assert_eq!(
+        [1, 2, 3].map(|n| fdb.lookup(mac(n), NOW)),
+        [None, Some(port(2)), Some(port(1))]
+    );
+    assert_eq!((fdb.count(port(1)), fdb.len()), (0, 3));
+    assert_eq!((fdb.sweep_flushed(), fdb.sweep_flushed()), (1, 0));
+    assert_eq!(fdb.len(), 2);
+    assert_eq!(fdb.learn(mac(1), port(2), NOW), Learned::New);
+    assert_eq!(fdb.lookup(mac(1), NOW), Some(port(2)));
+}
+
+#[test]
+fn no_entry_of_before_comes_back_however_often_a_port_goes_down() {
+    let fdb = Fdb::new(config(64));
+    let mut learned = 0;
+    for n in 0..40 {
+        learned += usize::from(fdb.learn(mac(n), port(1), NOW) == Learned::New);
+        fdb.flush_port(port(1));
+        assert!((0..=n).all(|n| fdb.lookup(mac(n), NOW).is_none()), "{n}");
+    }
+    assert_eq!((learned, fdb.sweep_flushed()), (15, 15));
+    assert_eq!(fdb.learn(mac(1), port(1), NOW), Learned::New);
+}
+
+#[test]
 fn a_static_entry_takes_over_a_learned_one() {
     let fdb = Fdb::new(config(1));
     fdb.learn(mac(1), port(1), NOW);
@@ -357,7 +392,9 @@ fn concurrent_use_never_shows_a_port_of_another_station() {
             let mut state = 5;
             while is_running.load(Ordering::Relaxed) {
                 let n = pick(&mut state) % STATIONS;
-                match pick(&mut state) % 5 {
+                match pick(&mut state) % 7 {
+                    5 => _ = fdb.flush_port(port(n)),
+                    6 => _ = fdb.sweep_flushed(),
                     0 => drop(fdb.flush(Some(port(n)))),
                     1 => drop(fdb.purge_port(port(n))),
                     2 => drop(fdb.age(Tick(ROUNDS / 2))),
@@ -386,6 +423,7 @@ fn concurrent_use_never_shows_a_port_of_another_station() {
         assert_eq!(u64::from(port.get() % STATIONS), mac.to_u64() & 0xffff);
         *learned.entry(port).or_default() += u32::from(!is_static);
     });
+    fdb.sweep_flushed();
     assert_eq!(fdb.len(), seen.len());
     for port in (0..2 * STATIONS).map(port) {
         assert_eq!(

@@ -12,7 +12,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use ringway_api::{PortCounters, PortName, PortState, QueueInfo};
-use ringway_bridge::PortId;
+use ringway_bridge::{Bridge, PortId};
 
 pub(crate) use af_xdp::AfXdpPort;
 pub(crate) use call::interrupt_stuck_calls;
@@ -46,10 +46,11 @@ pub(crate) struct PortBase {
     pub(crate) tx_offloads: OffloadCounters,
     /// Frames forwarded in its name that came from none of its queues.
     pub(crate) injected: QueueCounters,
+    bridge: Arc<Bridge>,
 }
 
 impl PortBase {
-    pub(crate) fn new(name: PortName, id: PortId) -> Self {
+    pub(crate) fn new(name: PortName, id: PortId, bridge: Arc<Bridge>) -> Self {
         Self {
             name,
             id,
@@ -57,7 +58,20 @@ impl PortBase {
             tx_drops: DropCounters::default(),
             tx_offloads: OffloadCounters::default(),
             injected: QueueCounters::default(),
+            bridge,
         }
+    }
+
+    /// Forgets which stations are behind the port, which is down: by the next frame those are found
+    /// that turned up elsewhere. Never waits, and costs nothing if there is none.
+    #[cold]
+    pub(crate) fn forget_stations(&self) {
+        self.bridge.fdb().flush_port(self.id);
+    }
+
+    /// Whether stations were learned behind the port.
+    pub(crate) fn has_stations(&self) -> bool {
+        self.bridge.fdb().count(self.id) > 0
     }
 }
 

@@ -168,8 +168,12 @@ impl TapPort {
                 offloads: self.offloads,
                 max_bytes: max_l2_bytes(self.configured_mtu()),
             },
+            is_down: false,
         };
         let outcome = deliver(&mut tx, job, &mut tools.gso, &mut tools.account);
+        if tx.is_down {
+            self.base.forget_stations();
+        }
         // Several workers may write to one tap queue.
         let counters = self.queue_counters(queue).1;
         counters.count(&outcome, &tools.account);
@@ -181,6 +185,8 @@ impl TapPort {
 struct TapTx<'a> {
     fd: BorrowedFd<'a>,
     limits: Limits,
+    /// The interface refused a frame of the burst since it is down.
+    is_down: bool,
 }
 
 impl TxQueue for TapTx<'_> {
@@ -193,7 +199,12 @@ impl TxQueue for TapTx<'_> {
         frame.gather(&mut parts);
         match parts.write_to(self.fd) {
             Ok(_) => Ok(()),
-            Err(_) => Err(Refusal::Drop(DropReason::HostError)),
+            Err(error) => {
+                // Down, or deleted.
+                let errors = [Some(libc::EIO), Some(libc::EBADFD)];
+                self.is_down |= errors.contains(&error.raw_os_error());
+                Err(Refusal::Drop(DropReason::HostError))
+            }
         }
     }
 }

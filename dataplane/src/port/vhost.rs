@@ -211,8 +211,8 @@ impl VhostPort {
         Some(started.ring.base())
     }
 
-    /// Tells what became of a ring to those who don't take its lock: display, and the choice of a
-    /// receive ring.
+    /// Tells what became of a ring to those who don't take its lock: display, the choice of a
+    /// receive ring, and the forwarding database if that was the last one.
     fn show(&self, queue: &VhostQueue, index: u16, state: &QueueState) {
         let started = state.started.as_ref();
         let size = started.map_or(0, |started| started.ring.size());
@@ -227,6 +227,12 @@ impl VhostPort {
             } else {
                 self.receivers.fetch_and(!bit, Ordering::Relaxed);
             }
+        }
+        // A transmit ring that stops after the last receive ring may have taught something between.
+        if started.is_none_or(|started| !started.enabled)
+            && self.receivers.load(Ordering::Relaxed) == 0
+        {
+            self.base.forget_stations();
         }
     }
 

@@ -18,6 +18,7 @@ use crate::worker::{Command, Inbox, Worker, WorkerHandle};
 /// between. Sessions have their thread as ever; it is idle once the rings are started.
 pub struct InlineSwitch {
     worker: Worker,
+    bridge: Arc<Bridge>,
     handle: Arc<WorkerHandle>,
     inbox: Inbox,
     // Ends, and stops all rings, before the worker's tables go.
@@ -56,9 +57,10 @@ impl InlineSwitch {
             pause: Duration::ZERO,
             ..IdleConfig::DEFAULT
         };
-        let worker = Worker::new(Arc::clone(&handle), bridge, idle);
+        let worker = Worker::new(Arc::clone(&handle), Arc::clone(&bridge), idle);
         Ok(Self {
             worker,
+            bridge,
             handle,
             inbox,
             sessions,
@@ -75,7 +77,8 @@ impl InlineSwitch {
     pub fn add_port(&mut self, name: PortName, socket: &Path) -> Result<(), SwitchError> {
         let id = self.next_id()?;
         let endpoint = Endpoint::listen(socket)?;
-        let guest = Arc::new(VhostPort::new(PortBase::new(name, id), 1, None));
+        let base = PortBase::new(name, id, Arc::clone(&self.bridge));
+        let guest = Arc::new(VhostPort::new(base, 1, None));
         for pair in 0..guest.pairs() {
             let (waker, token) = (Arc::clone(&self.handle.waker), Token::new(id, pair, 0));
             let bound = guest.bind(pair, Binding { waker, token });
@@ -103,7 +106,7 @@ impl InlineSwitch {
         name: PortName,
         config: &AfXdpConfig,
     ) -> Result<(), SwitchError> {
-        let base = PortBase::new(name, self.next_id()?);
+        let base = PortBase::new(name, self.next_id()?, Arc::clone(&self.bridge));
         let port = AfXdpPort::open(base, config)?;
         self.add_to_worker(Port::AfXdp(Box::new(port)));
         Ok(())

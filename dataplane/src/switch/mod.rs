@@ -85,13 +85,15 @@ impl Switch {
             |source| SwitchError::System { what, source }
         };
         let table = Arc::new(PortTable::new(workers));
+        let watched = Arc::clone(&table);
+        let look_at_ports = move || watched.forget_behind_down_interfaces();
         Ok(Self {
             sessions: SessionThread::start().map_err(system("vhost-user session thread"))?,
             balancer: balance::start(Arc::clone(&table), config.balance, epoch)
                 .map_err(system("balancing thread"))?,
             table,
             epoch,
-            housekeeping: housekeeping::start(Arc::clone(&bridge), epoch)
+            housekeeping: housekeeping::start(Arc::clone(&bridge), epoch, look_at_ports)
                 .map_err(system("housekeeping thread"))?,
             bridge,
         })
@@ -112,7 +114,7 @@ impl Switch {
             check_pair(&name, *pair, queues)?;
             self.table.check_worker(*worker)?;
         }
-        let base = PortBase::new(name.clone(), id);
+        let base = PortBase::new(name.clone(), id, Arc::clone(&self.bridge));
         // What can be refused comes first; nothing of it outlives an error.
         let (port, endpoint) = open_port(base, &config)?;
         for pair in config.pins().keys() {

@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use crossbeam_channel as channel;
-use ringway_api::{PortConfig, PortName, SwitchError};
+use ringway_api::{PortConfig, PortName, PortState, SwitchError};
 use ringway_bridge::PortId;
 use tracing::warn;
 
@@ -104,6 +104,24 @@ impl PortTable {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    /// Forgets the stations behind interfaces that are down. While ports are being changed it
+    /// leaves that to the next time: housekeeping must not wait.
+    pub(super) fn forget_behind_down_interfaces(&self) {
+        let state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let ports = state.ports.values().map(|entry| &entry.port);
+        // A guest's port forgets by itself, when its last receive ring stops.
+        let interfaces = ports.filter(|port| !matches!(***port, Port::VhostUser(_)));
+        for port in interfaces.filter(|port| port.base().has_stations()) {
+            if port.state() == PortState::Down {
+                port.base().forget_stations();
+            }
+        }
     }
 
     /// Number of workers.

@@ -100,10 +100,12 @@ impl Fixture {
             ageing_ticks: u32::MAX,
             seed: 1,
         });
-        let mut forwarder = Forwarder::new(Arc::new(bridge), 0);
+        let bridge = Arc::new(bridge);
+        let mut forwarder = Forwarder::new(Arc::clone(&bridge), 0);
         let [source, other] = [0, 1].map(|number| {
             let id = PortId::new(number).unwrap();
-            let base = PortBase::new(format!("p{number}").parse().unwrap(), id);
+            let name = format!("p{number}").parse().unwrap();
+            let base = PortBase::new(name, id, Arc::clone(&bridge));
             let port = Port::VhostUser(Arc::new(VhostPort::new(base, 1, None)));
             let port = Arc::new(port);
             forwarder.members.add(id);
