@@ -7,9 +7,11 @@
 mod chain;
 mod layout;
 mod packed;
+mod publish;
 mod split;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use ringway_bridge::MAX_BURST;
 
@@ -20,9 +22,29 @@ use crate::wire::net_header::HEADER_BYTES;
 
 use self::chain::F_WRITE;
 use crate::isa::for_this_cpu;
+use publish::Word;
+
 pub(crate) use layout::{Areas, PlaceError, PlacedAreas, RingAddresses, RingLayout};
 pub(crate) use packed::PackedRing;
 pub(crate) use split::SplitRing;
+
+impl Word for AtomicU16 {
+    type Bits = u16;
+
+    #[inline(always)]
+    fn store(&self, bits: u16, order: Ordering) {
+        self.store(bits, order);
+    }
+}
+
+impl Word for AtomicU64 {
+    type Bits = u64;
+
+    #[inline(always)]
+    fn store(&self, bits: u64, order: Ordering) {
+        self.store(bits, order);
+    }
+}
 
 /// Which way a chain's buffers go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use super::chain::{
     ChainRules, DESC_BYTES, F_INDIRECT, F_NEXT, F_WRITE, add_buffer, event_passed, read_descriptor,
 };
+use super::publish::publish;
 use super::{Areas, DeviceRing, Direction, RingFault};
 use crate::burst::{Entry, Frame, MAX_CHAIN};
 use crate::memory::{GuestSlice, MemoryView, RegionHint};
@@ -467,10 +468,7 @@ impl DeviceRing for PackedRing {
         let Some((slot, tail)) = self.held.take() else {
             return false;
         };
-        // Release: pairs with the driver's read barrier after it reads the flags (2.8.21), so that
-        // buffers and the burst's other used descriptors are written before.
-        self.word(slot, 1)
-            .store(tail.bits().to_le(), Ordering::Release);
+        publish(self.word(slot, 1), tail.bits().to_le());
         let used = std::mem::take(&mut self.unpublished);
         // SeqCst: pairs with the driver's full barrier between its write of its event and its read
         // of the flags (2.8.21): one of the two sees the other.

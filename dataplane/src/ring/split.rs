@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use super::chain::{
     ChainRules, DESC_BYTES, F_INDIRECT, F_NEXT, add_buffer, event_passed, read_descriptor,
 };
+use super::publish::publish;
 use super::{Areas, DeviceRing, Direction, RingFault};
 use crate::burst::{Entry, Frame, MAX_CHAIN};
 use crate::memory::{GuestSlice, MemoryView, RegionHint};
@@ -348,9 +349,7 @@ impl DeviceRing for SplitRing {
         if old == new {
             return false;
         }
-        // Release: pairs with the driver's read barrier after it reads used.idx (2.7.14), so that
-        // entries and buffers are written before.
-        self.used_u16(2).store(new.to_le(), Ordering::Release);
+        publish(self.used_u16(2), new.to_le());
         self.published = new;
         // SeqCst: pairs with the driver's full barrier between its write of used_event or flags
         // and its read of used.idx (2.7.7.1, 2.7.10.1): one of the two sees the other.
