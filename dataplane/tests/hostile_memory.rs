@@ -70,7 +70,7 @@ fn bad_tables() -> Vec<(&'static str, RegionWords)> {
             "behind its file",
             [1 << 30, 4 * KIB, user + (1 << 30), 1 << 62],
         ),
-        ("behind its file", [1 << 30, 1 << 62, user + (1 << 30), 0]),
+        ("may map", [1 << 30, 1 << 62, user + (1 << 30), 0]),
     ]
 }
 
@@ -204,6 +204,57 @@ fn too_many_regions_and_unknown_ones_end_the_session_only() {
     );
     stage.assert_works();
     stage.finish();
+}
+
+/// Files with holes need no memory to be mapped, but address space, of which there are 128 TiB.
+#[test]
+fn a_guest_can_not_take_the_address_space_of_all() {
+    let mut stage = Stage::new();
+    // 1 TiB, or twice the host's RAM.
+    let limit = (2 * ram_bytes()).max(1 << 40);
+    let size = limit / 8;
+    let file = memfd(size);
+    let region = |i: u64| [(1 << 45) + i * size, size, (1 << 45) + i * size, 0];
+    // The guest has 2 MiB of its own.
+    for i in 0..7 {
+        let frontend = &mut stage.bad.frontend;
+        frontend
+            .request(
+                FrontendReq::ADD_MEM_REG,
+                &region_body(region(i)),
+                &[file.as_fd()],
+            )
+            .unwrap();
+    }
+    stage.assert_works();
+    let (body, fds) = (region_body(region(7)), [file.as_fd()]);
+    expect_end(&mut stage, FrontendReq::ADD_MEM_REG, &body, &fds, "may map");
+    let table: Vec<_> = (0..8).map(region).chain([GOOD_REGION]).collect();
+    let (body, fds) = (table_body(&table[1..]), [file.as_fd(); 8]);
+    let frontend = &mut stage.bad.frontend;
+    frontend
+        .request(FrontendReq::SET_MEM_TABLE, &body, &fds)
+        .unwrap();
+    let mut more = table[..8].to_vec();
+    more[7][1] += 4096;
+    let body = table_body(&more);
+    ftruncate(&file, size + 4096).unwrap();
+    expect_end(
+        &mut stage,
+        FrontendReq::SET_MEM_TABLE,
+        &body,
+        &fds,
+        "may map",
+    );
+    stage.assert_works();
+    stage.finish();
+}
+
+/// Bytes of the host's memory.
+fn ram_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let kib = text.split_whitespace().nth(1).unwrap();
+    kib.parse::<u64>().unwrap() << 10
 }
 
 /// Memory is no kick or call fd: it is refused, the session goes on and nothing piles up

@@ -8,10 +8,11 @@
 //!   [`Arc<GuestMemory>`] beside them, which is replaced under the queue's lock.
 //! - No Rust reference to the bytes of guest memory is ever formed, since the guest writes them at
 //!   any time: raw copies, volatile reads, and atomics for the words of a ring.
-//! - A file that shrinks under its mapping raises SIGBUS; [`sigbus`] replaces the region by
-//!   private zero pages and marks it broken, and the port goes down.
+//! - A file that shrinks under its mapping raises SIGBUS; [`sigbus`] replaces the page by private
+//!   zeros and marks the region broken, and the port goes down.
 #![allow(unsafe_code, reason = "it owns pointers into guest memory")]
 
+mod allowance;
 mod copy;
 mod iovec;
 mod kept;
@@ -53,6 +54,48 @@ pub(crate) struct RegionSpec {
     pub(crate) mmap_offset: u64,
 }
 
+impl RegionSpec {
+    /// Whether it can be a region at all.
+    fn check(self) -> Result<(), MemoryError> {
+        let bad = |reason| MemoryError::BadSpec { spec: self, reason };
+        if self.size == 0 {
+            return Err(bad("it is empty"));
+        }
+        for first in [self.guest_addr, self.user_addr, self.mmap_offset] {
+            first
+                .checked_add(self.size)
+                .ok_or_else(|| bad("address and size wrap"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes sure, before any of them is mapped, that regions are ones and not more than a guest may have.
+///
+/// # Errors
+/// Size zero, addresses that wrap, or too much of all together.
+pub(crate) fn check_regions(specs: impl Iterator<Item = RegionSpec>) -> Result<(), MemoryError> {
+    let mut bytes = 0_u64;
+    for spec in specs {
+        spec.check()?;
+        bytes = bytes.saturating_add(spec.size);
+    }
+    let limit = allowance::of_port(sysconf(libc::_SC_PHYS_PAGES) * sysconf(libc::_SC_PAGESIZE));
+    if bytes > limit {
+        let (gib, limit_gib) = (bytes >> 30, limit >> 30);
+        return Err(MemoryError::TooMuch { gib, limit_gib });
+    }
+    Ok(())
+}
+
+/// A number that the system tells of itself, 0 if it doesn't.
+fn sysconf(name: libc::c_int) -> u64 {
+    // SAFETY: sysconf has no preconditions. (rustix asks the auxiliary vector, which valgrind
+    // does not show to static readers.)
+    let value = unsafe { libc::sysconf(name) };
+    u64::try_from(value).unwrap_or(0)
+}
+
 /// Why guest memory was refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -64,6 +107,16 @@ pub(crate) enum MemoryError {
         spec: RegionSpec,
         /// What is wrong.
         reason: &'static str,
+    },
+    /// More than a guest may have.
+    #[error(
+        "the guest's memory has {gib} GiB, more than the {limit_gib} GiB that a port may map on this host"
+    )]
+    TooMuch {
+        /// GiB of all its regions.
+        gib: u64,
+        /// GiB that a port may map.
+        limit_gib: u64,
     },
     /// The kernel refused the mapping.
     #[error("can't map memory region {spec:x?}: {reason}")]
@@ -90,6 +143,7 @@ pub(crate) struct Region {
     // Fields drop in order: the guard forgets the address range before it is unmapped.
     guard: sigbus::Guard,
     _mapping: MmapRegion,
+    _share: allowance::Share,
 }
 
 // SAFETY: `host` points into `_mapping`, which lives and dies with the region and is the same in
@@ -102,17 +156,11 @@ impl Region {
     /// Maps a region of the file behind `file`.
     ///
     /// # Errors
-    /// Size zero, addresses that wrap, a file that is no shared memory or too short, or mmap's refusal.
+    /// Size zero, addresses that wrap, a file that is no shared memory or too short, no room for it among
+    /// what all ports map, or mmap's refusal.
     pub(crate) fn map(spec: RegionSpec, file: OwnedFd) -> Result<Arc<Self>, MemoryError> {
+        spec.check()?;
         let bad = |reason| MemoryError::BadSpec { spec, reason };
-        if spec.size == 0 {
-            return Err(bad("it is empty"));
-        }
-        for first in [spec.guest_addr, spec.user_addr, spec.mmap_offset] {
-            first
-                .checked_add(spec.size)
-                .ok_or_else(|| bad("address and size wrap"))?;
-        }
         // Before anything that could ask a file system, which might never answer.
         if !is_shared_memory(file.as_fd()) {
             return Err(bad(
@@ -137,6 +185,9 @@ impl Region {
             .and_then(|length| usize::try_from(length).ok())
             .ok_or_else(|| bad("it does not fit the address space"))?;
         let lead_bytes = usize::try_from(lead).map_err(|_| bad("its page is too large"))?;
+        let share = allowance::MAPPED
+            .take(u64::try_from(length).unwrap_or(u64::MAX))
+            .ok_or_else(|| bad("all ports together may map 64 TiB"))?;
         let mapping = MmapRegion::build(
             Some(FileOffset::new(File::from(file), spec.mmap_offset - lead)),
             length,
@@ -147,14 +198,19 @@ impl Region {
             spec,
             reason: error.to_string(),
         })?;
-        let guard = sigbus::Guard::new(mapping.as_ptr().addr(), length)
-            .ok_or_else(|| bad("too many regions are mapped"))?;
+        let range = sigbus::Range {
+            start: mapping.as_ptr().addr(),
+            len: length,
+            page: usize::try_from(page).map_err(|_| bad("its page is too large"))?,
+        };
+        let guard = sigbus::Guard::new(range).ok_or_else(|| bad("too many regions are mapped"))?;
         let host = mapping.as_ptr().wrapping_add(lead_bytes);
         Ok(Arc::new(Self {
             spec,
             host,
             guard,
             _mapping: mapping,
+            _share: share,
         }))
     }
 
@@ -178,10 +234,7 @@ pub(crate) fn is_shared_memory(file: BorrowedFd<'_>) -> bool {
 /// The page size of a mapping of `file`: hugetlbfs tells its own as the block size.
 fn page_size(file: &OwnedFd, stat: &rustix::fs::Stat) -> io::Result<u64> {
     const HUGETLBFS_MAGIC: i128 = 0x9584_58f6;
-    // SAFETY: sysconf has no preconditions. (rustix asks the auxiliary vector, which valgrind
-    // does not show to static readers.)
-    let base = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    let base = u64::try_from(base).map_err(io::Error::other)?;
+    let base = sysconf(libc::_SC_PAGESIZE).max(1);
     let is_huge = i128::from(rustix::fs::fstatfs(file.as_fd())?.f_type) == HUGETLBFS_MAGIC;
     let block = u64::try_from(stat.st_blksize).unwrap_or(base);
     Ok(if is_huge { block.max(base) } else { base })
@@ -439,5 +492,64 @@ mod tests {
         assert_eq!(value, [0]);
         assert!(memory.is_broken());
         assert!(breaks() > before);
+    }
+
+    /// What the file still holds stays the guest's.
+    #[test]
+    fn only_the_page_behind_the_files_end_is_replaced() {
+        let fd = memfd(MIB);
+        rustix::io::pwrite(&fd, b"kept", 0).unwrap();
+        rustix::io::pwrite(&fd, b"lost", 4096).unwrap();
+        let keep = fd.try_clone().unwrap();
+        let spec = RegionSpec {
+            guest_addr: 0,
+            size: MIB,
+            user_addr: 0,
+            mmap_offset: 0,
+        };
+        let memory = of(vec![Region::map(spec, fd).unwrap()]);
+        let read = |addr| {
+            let mut bytes = [1; 4];
+            MemoryView::new(Arc::clone(&memory))
+                .translate(addr, 4, |slice| slice.read(&mut bytes) == 4)
+                .unwrap();
+            bytes
+        };
+        ftruncate(&keep, 4096).unwrap();
+        assert_eq!(read(4096), [0; 4]);
+        assert!(memory.is_broken());
+        assert_eq!(&read(0), b"kept");
+        rustix::io::pwrite(&keep, b"new ", 0).unwrap();
+        assert_eq!(&read(0), b"new ", "it is still the file's");
+        ftruncate(&keep, MIB).unwrap();
+        rustix::io::pwrite(&keep, b"back", 8192).unwrap();
+        assert_eq!(read(4096), [0; 4]);
+        assert_eq!(&read(8192), b"back");
+    }
+
+    /// Where the host has no huge page left, the first access raises SIGBUS as well, and no part of a
+    /// huge page can be replaced.
+    #[test]
+    fn a_huge_page_is_replaced_whole() {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let Ok(fd) = memfd_create("huge", flags) else {
+            return; // A kernel without hugetlbfs.
+        };
+        ftruncate(&fd, 8 * MIB).unwrap();
+        let keep = fd.try_clone().unwrap();
+        let spec = RegionSpec {
+            guest_addr: 0,
+            size: 6 * MIB,
+            user_addr: 0,
+            mmap_offset: MIB,
+        };
+        let memory = of(vec![Region::map(spec, fd).unwrap()]);
+        ftruncate(&keep, 0).unwrap();
+        let mut value = [1];
+        MemoryView::new(Arc::clone(&memory))
+            .translate(3 * MIB + 4097, 1, |slice| slice.read(&mut value) == 1)
+            .unwrap();
+        assert_eq!(value, [0]);
+        assert!(memory.is_broken());
     }
 }

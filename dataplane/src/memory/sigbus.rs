@@ -1,37 +1,131 @@
 //! What happens when a front-end truncates the file behind its guest's memory: the next access
-//! raises SIGBUS. The handler replaces the whole region by private zero pages, so that the access
-//! goes on harmlessly, and marks it broken; workers see [`breaks`] change and stop the port.
+//! raises SIGBUS. The handler replaces the page of the file that it hit by private zeros, so that the
+//! access goes on harmlessly, and marks the region broken; workers see [`breaks`] change and stop the
+//! port. Not the whole region, since the kernel's time for that would be the worker's; but a burst may
+//! hit many pages before the port is stopped, so each further fault replaces twice as much.
+//!
+//! A slot is read while it may be given up and taken again for another region, so it is a sequence
+//! lock: its range is of one region if the sequence is even and the same before and after.
 
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
 /// Most regions mapped at a time by all ports: 1,000 guests of QEMU with 4 regions, some of them
 /// with many. The table is untouched memory until it is used.
 const MAX_MAPPED: usize = 16_384;
 
-struct MappedRange {
-    /// First address, 0 for a free slot. Written last when a slot is taken.
-    start: AtomicUsize,
-    len: AtomicUsize,
-    broken: AtomicBool,
+/// What is guarded: whole pages of one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Range {
+    /// First address.
+    pub(super) start: usize,
+    /// Bytes.
+    pub(super) len: usize,
+    /// Bytes of a page, of which `start` and `len` are multiples.
+    pub(super) page: usize,
 }
 
-static SLOTS: [MappedRange; MAX_MAPPED] = [const {
-    MappedRange {
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        broken: AtomicBool::new(false),
+impl Range {
+    fn holds(&self, address: usize) -> bool {
+        address.wrapping_sub(self.start) < self.len
     }
-}; MAX_MAPPED];
+
+    /// What to replace around an address that the range holds, after so many faults in it: start and
+    /// bytes, in whole pages.
+    fn chunk_of(&self, address: usize, faults: usize) -> (usize, usize) {
+        let pages = 1_usize << faults.min(30);
+        let chunk = self.page.saturating_mul(pages).min(self.len);
+        let offset = address - self.start;
+        let start = offset - offset % chunk;
+        (self.start + start, chunk.min(self.len - start))
+    }
+}
+
+/// A range that readers see whole or not at all. Writers take turns by [`MappedRange::taken`].
+struct MappedRange {
+    /// A region has this slot.
+    taken: AtomicBool,
+    /// Odd while the range is being written.
+    sequence: AtomicUsize,
+    start: AtomicUsize,
+    len: AtomicUsize,
+    page: AtomicUsize,
+    /// Faults in it: more than none, and it is broken.
+    faults: AtomicUsize,
+}
+
+impl MappedRange {
+    const fn free() -> Self {
+        Self {
+            taken: AtomicBool::new(false),
+            sequence: AtomicUsize::new(0),
+            start: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            page: AtomicUsize::new(1),
+            faults: AtomicUsize::new(0),
+        }
+    }
+
+    fn try_take(&self) -> bool {
+        // Acquire: pairs with `give_up`, whose writes come first.
+        self.taken
+            .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    fn give_up(&self) {
+        self.write(Range {
+            start: 0,
+            len: 0,
+            page: 1,
+        });
+        // Release: pairs with `try_take`.
+        self.taken.store(false, Ordering::Release);
+    }
+
+    /// To be called by whoever has taken the slot.
+    fn write(&self, range: Range) {
+        let before = self.sequence.load(Ordering::Relaxed);
+        self.sequence
+            .store(before.wrapping_add(1), Ordering::Relaxed);
+        // Pairs with the fence in `read`: who sees a word of the new range sees the odd sequence.
+        fence(Ordering::Release);
+        self.start.store(range.start, Ordering::Relaxed);
+        self.len.store(range.len, Ordering::Relaxed);
+        self.page.store(range.page, Ordering::Relaxed);
+        // Release: pairs with the acquire load in `read`, so that the words are the range's.
+        self.sequence
+            .store(before.wrapping_add(2), Ordering::Release);
+    }
+
+    /// The range, with the sequence it had; `None` while it is being written. Never waits: the thread
+    /// that a signal interrupts may be the writer, and whose access faults has had its range written
+    /// long before.
+    fn read(&self) -> Option<Range> {
+        // Acquire: pairs with the last store of `write`.
+        let before = self.sequence.load(Ordering::Acquire);
+        let range = Range {
+            start: self.start.load(Ordering::Relaxed),
+            len: self.len.load(Ordering::Relaxed),
+            page: self.page.load(Ordering::Relaxed),
+        };
+        // Pairs with the fence in `write`.
+        fence(Ordering::Acquire);
+        let after = self.sequence.load(Ordering::Relaxed);
+        (before == after && before.is_multiple_of(2)).then_some(range)
+    }
+}
+
+static SLOTS: [MappedRange; MAX_MAPPED] = [const { MappedRange::free() }; MAX_MAPPED];
 
 /// Slots from here on have never been used.
 static HIGH_WATER: AtomicUsize = AtomicUsize::new(0);
 
 static BREAKS: AtomicU64 = AtomicU64::new(0);
 
-/// How many regions were broken so far: a change tells a worker to look at its queues.
+/// How often a region was broken so far: a change tells a worker to look at its queues.
 #[inline]
 pub(crate) fn breaks() -> u64 {
     // Relaxed: the flag of the region itself is read under the queue's lock later.
@@ -44,38 +138,27 @@ pub(super) struct Guard {
     slot: usize,
 }
 
-/// Marks a slot that is taken but not yet described; no mapping starts there.
-const RESERVED: usize = usize::MAX;
-
 impl Guard {
-    /// Guards `start..start + len`; `None` if [`MAX_MAPPED`] regions are guarded already.
-    pub(super) fn new(start: usize, len: usize) -> Option<Self> {
+    /// Guards a mapping; `None` if [`MAX_MAPPED`] regions are guarded already.
+    pub(super) fn new(range: Range) -> Option<Self> {
         static INSTALL: Once = Once::new();
         INSTALL.call_once(install);
-        let take = |slot: &MappedRange| {
-            slot.start
-                .compare_exchange(0, RESERVED, Ordering::Acquire, Ordering::Relaxed)
-                .is_ok()
-        };
-        let index = SLOTS.iter().position(take)?;
+        let index = SLOTS.iter().position(MappedRange::try_take)?;
         let slot = &SLOTS[index];
-        slot.len.store(len, Ordering::Relaxed);
-        slot.broken.store(false, Ordering::Relaxed);
+        slot.faults.store(0, Ordering::Relaxed);
         HIGH_WATER.fetch_max(index + 1, Ordering::Relaxed);
-        // Release: pairs with the handler's acquire load of `start`.
-        slot.start.store(start, Ordering::Release);
+        slot.write(range);
         Some(Self { slot: index })
     }
 
     pub(super) fn is_broken(&self) -> bool {
-        SLOTS[self.slot].broken.load(Ordering::Relaxed)
+        SLOTS[self.slot].faults.load(Ordering::Relaxed) > 0
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // Release: pairs with `new`'s acquire exchange, which hands the slot on.
-        SLOTS[self.slot].start.store(0, Ordering::Release);
+        SLOTS[self.slot].give_up();
     }
 }
 
@@ -96,41 +179,112 @@ extern "C" fn handler(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
     let info = unsafe { info.as_ref() };
     // SAFETY: for SIGBUS the address is the member that is set.
     let address = info.map(|info| unsafe { info.si_addr() }.addr());
-    if !address.is_some_and(replace_region_at) {
+    if !address.is_some_and(replace_around) {
         // Not ours: die of it as if there were no handler, when the instruction is run again.
         // SAFETY: SIG_DFL is a valid action, and signal() is async-signal-safe.
         unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
     }
 }
 
-/// Puts zero pages in place of the guarded region around `address`, if there is one.
-fn replace_region_at(address: usize) -> bool {
+/// Puts zeros in place of what is around `address`, if a region that is guarded holds it.
+fn replace_around(address: usize) -> bool {
     let used = HIGH_WATER.load(Ordering::Relaxed).min(MAX_MAPPED);
     for slot in &SLOTS[..used] {
-        // Acquire: pairs with the release store in `Guard::new`, so `len` belongs to it.
-        let start = slot.start.load(Ordering::Acquire);
-        let len = slot.len.load(Ordering::Relaxed);
-        if start == 0 || start == RESERVED || address.wrapping_sub(start) >= len {
+        let Some(range) = slot.read().filter(|range| range.holds(address)) else {
             continue;
-        }
-        // SAFETY: the range is a live mapping of ours (the faulting thread uses it, so its region
-        // is held), nothing else lies in it, and no reference points into it.
-        let mapped = unsafe {
-            libc::mmap(
-                std::ptr::without_provenance_mut(start),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
         };
-        if mapped == libc::MAP_FAILED {
+        let faults = slot.faults.fetch_add(1, Ordering::Relaxed);
+        let (start, len) = range.chunk_of(address, faults);
+        // Each chunk takes two mappings of the 65,530 that a process may have by default; where they
+        // have run out, the whole region goes, which gives its own back.
+        if !map_zeros(start, len) && !map_zeros(range.start, range.len) {
             return false;
         }
-        slot.broken.store(true, Ordering::Relaxed);
         BREAKS.fetch_add(1, Ordering::Relaxed);
         return true;
     }
     false
+}
+
+/// Maps zeros in place of what is there; to be called for whole pages of a region in use.
+fn map_zeros(start: usize, len: usize) -> bool {
+    // SAFETY: the range lies in a live mapping of ours (the faulting thread uses it, so its region
+    // is held), nothing else lies in it, and no reference points into it.
+    let mapped = unsafe {
+        libc::mmap(
+            std::ptr::without_provenance_mut(start),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    mapped != libc::MAP_FAILED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_first_fault_replaces_its_page_and_each_further_one_twice_as_much() {
+        let range = Range {
+            start: 0x20_0000,
+            len: 0xe0_0000,
+            page: 0x20_0000,
+        };
+        assert!(range.holds(0x20_0000) && range.holds(0xff_ffff));
+        assert!(!range.holds(0x1f_ffff) && !range.holds(0x100_0000));
+        assert_eq!(range.chunk_of(0x20_0000, 0), (0x20_0000, 0x20_0000));
+        assert_eq!(range.chunk_of(0x5f_ffff, 0), (0x40_0000, 0x20_0000));
+        assert_eq!(range.chunk_of(0xff_ffff, 0), (0xe0_0000, 0x20_0000));
+        assert_eq!(range.chunk_of(0x5f_ffff, 1), (0x20_0000, 0x40_0000));
+        assert_eq!(range.chunk_of(0xff_ffff, 1), (0xe0_0000, 0x20_0000));
+        assert_eq!(range.chunk_of(0xff_ffff, 2), (0xa0_0000, 0x60_0000));
+        for faults in [3, 30, 1000] {
+            assert_eq!(range.chunk_of(0xff_ffff, faults), (0x20_0000, 0xe0_0000));
+        }
+    }
+
+    /// A fault's handler that reads the start of one region and the length of another would replace
+    /// memory that is neither's.
+    #[test]
+    fn a_slot_that_changes_hands_is_read_whole_or_not_at_all() {
+        const CHANGES_SEEN: usize = 100;
+        let slot = MappedRange::free();
+        let stop = AtomicBool::new(false);
+        let range = |n: usize| Range {
+            start: n,
+            len: 3 * n,
+            page: 7 * n,
+        };
+        let (mut seen, mut torn) = (BTreeSet::new(), Vec::new());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 1.. {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    assert!(slot.try_take());
+                    slot.write(range(n));
+                    // For a while it rests, or there would be hardly a time to read it.
+                    (0..100).for_each(|_| std::hint::spin_loop());
+                    slot.give_up();
+                }
+            });
+            while seen.len() < CHANGES_SEEN && torn.is_empty() {
+                let Some(read) = slot.read().filter(|read| read.len > 0) else {
+                    continue;
+                };
+                seen.insert(read.start);
+                if read != range(read.start) {
+                    torn.push(read);
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(torn, []);
+    }
 }

@@ -13,7 +13,7 @@ use super::device::{Device, RingError};
 use super::message::{ReplyBody, Request, VringFd};
 use super::vring::{Footing, Vring};
 use crate::log_limit::LogLimit;
-use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, Region, RegionSpec};
+use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, Region, RegionSpec, check_regions};
 use crate::ring::RingLayout;
 use crate::wire::{Features, ProtocolFeatures};
 
@@ -303,6 +303,7 @@ impl<D: Device> Session<D> {
     }
 
     fn set_mem_table(&mut self, table: Vec<(RegionSpec, OwnedFd)>) -> Result<(), SessionError> {
+        check_regions(table.iter().map(|(spec, _)| *spec))?;
         let regions = table
             .into_iter()
             .map(|(spec, file)| Region::map(spec, file))
@@ -319,6 +320,7 @@ impl<D: Device> Session<D> {
             return Err(SessionError::TooManyRegions);
         }
         let mut regions = self.regions().to_vec();
+        check_regions(regions.iter().map(|region| region.spec()).chain([spec]))?;
         regions.push(Region::map(spec, file)?);
         self.change_memory(regions)
     }
