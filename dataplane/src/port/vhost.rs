@@ -21,6 +21,7 @@ use super::{PortBase, QueueCounters};
 use crate::burst_lock::lock;
 use crate::log_limit::LogLimit;
 use crate::memory::GuestMemory;
+use crate::vhost_user::Announcements;
 use crate::wake::Binding;
 use crate::wire::{Features, ProtocolFeatures};
 
@@ -45,6 +46,8 @@ pub(crate) struct VhostPort {
     configured_mtu: Option<u16>,
     /// What the front-end told, 0 for nothing.
     frontend_mtu: AtomicU16,
+    /// Outlives sessions, so that to reconnect gains nothing.
+    announced: Mutex<Announcements>,
     features: AtomicU64,
     protocol_features: AtomicU64,
     connections: AtomicU64,
@@ -65,6 +68,7 @@ impl VhostPort {
             memory: Mutex::default(),
             configured_mtu: mtu,
             frontend_mtu: AtomicU16::new(0),
+            announced: Mutex::default(),
             features: AtomicU64::new(0),
             protocol_features: AtomicU64::new(0),
             connections: AtomicU64::new(0),

@@ -97,6 +97,6 @@ pub(crate) trait Device: Send + Sync {
     /// The guest's MTU (NET_SET_MTU).
     fn set_mtu(&self, mtu: u16);
 
-    /// Announce this address from the port with a RARP broadcast (SEND_RARP).
+    /// Announce this address from the port with a RARP broadcast (SEND_RARP), if it was not just now.
     fn announce(&self, mac: MacAddr);
 }

@@ -9,7 +9,9 @@
 mod device;
 mod endpoint;
 mod foreign;
+mod link;
 mod message;
+mod price;
 mod reactor;
 mod server;
 mod session;
@@ -21,4 +23,5 @@ mod vring;
 pub(crate) use device::{Device, RingError, RingStart};
 pub(crate) use endpoint::Endpoint;
 pub(crate) use foreign::is_eventfd;
+pub(crate) use price::Announcements;
 pub(crate) use server::SessionThread;

@@ -2,24 +2,25 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError};
 use ringway_bridge::PortId;
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tracing::Span;
 
 use super::device::Device;
 use super::endpoint::Endpoint;
 use super::foreign::Closing;
-use super::message::Reply;
+use super::link::{Link, SPEAK_WITHIN, SessionState};
+use super::price::{self, Budget};
 use super::server::SessionCommand;
 use super::session::Session;
-use super::socket::{Connection, Message, Received};
+use super::socket::Connection;
 use crate::backoff::{Backoff, Growth};
 use crate::log_limit::LogLimit;
 
@@ -28,10 +29,6 @@ pub(super) const WAKE: u64 = u64::MAX;
 
 /// Events taken from the kernel at once.
 const MAX_EVENTS: usize = 64;
-
-/// Messages of one session that are handled before the others have their turn; the start of a
-/// guest with one queue pair takes about as many.
-const MAX_MESSAGES_PER_TURN: usize = 32;
 
 /// Connections that one listener accepts before the others have their turn.
 const MAX_ACCEPTS_PER_TURN: usize = 8;
@@ -66,7 +63,12 @@ struct ServedPort<D: Device> {
     /// Of the listener, if there is one.
     token: u64,
     link: Option<Link<D>>,
+    /// The earliest of what follows, and of the link's own times.
     timer: Option<Instant>,
+    /// What its front-ends cost.
+    budget: Budget,
+    /// Until when nobody is let in, or connected to.
+    rests_until: Option<Instant>,
     reconnect: Backoff,
     /// Connections so far.
     connections: u64,
@@ -75,24 +77,6 @@ struct ServedPort<D: Device> {
     /// Shared with the sessions.
     log: LogLimit,
     closing: Closing,
-}
-
-/// A connected front-end.
-struct Link<D: Device> {
-    // Dropped in this order: rings and memory go before the socket closes.
-    session: Session<D>,
-    connection: Connection,
-    token: u64,
-    span: Span,
-    /// Epoll watches for room to write, too.
-    watches_write: bool,
-}
-
-/// Whether a session goes on.
-enum SessionState {
-    Goes,
-    /// It ended, with a reason if that was an error.
-    Ended(Option<String>),
 }
 
 impl<D: Device> Reactor<D> {
@@ -186,6 +170,8 @@ impl<D: Device> Reactor<D> {
             token,
             link: None,
             timer: None,
+            budget: Budget::default(),
+            rests_until: None,
             reconnect: Backoff::new(RECONNECT),
             connections: 0,
             connect_error: None,
@@ -222,20 +208,31 @@ impl<D: Device> Reactor<D> {
         let Some(id) = port_of(token) else {
             return;
         };
-        let link = self.ports.get_mut(&id).and_then(|port| port.link.as_mut());
-        let Some(link) = link.filter(|link| link.token == token) else {
+        let Some(port) = self.ports.get_mut(&id) else {
+            return;
+        };
+        let Some(link) = port.link.as_mut().filter(|link| link.token == token) else {
             return;
         };
         let span = link.span.clone();
         let _entered = span.enter();
-        let turn = link.serve(flags);
-        match turn {
-            SessionState::Goes => {
-                if let Err(error) = link.watch(&self.epoll) {
-                    self.end_link(id, Some(format!("can't watch the socket: {error}")));
+        let watched = match link.serve(flags, &mut port.budget) {
+            SessionState::Goes => link.watch(&self.epoll),
+            SessionState::Pauses(owed) => {
+                if let Some(suppressed) = port.log.pass(Instant::now()) {
+                    tracing::warn!(
+                        ?owed,
+                        suppressed,
+                        "the front-end asks too much and has to wait"
+                    );
                 }
+                link.pause(&self.epoll, Instant::now() + owed)
             }
-            SessionState::Ended(reason) => self.end_link(id, reason),
+            SessionState::Ended(reason) => return self.end_link(id, reason),
+        };
+        match watched {
+            Ok(()) => self.schedule(id),
+            Err(error) => self.end_link(id, Some(format!("can't watch the socket: {error}"))),
         }
     }
 
@@ -255,8 +252,10 @@ impl<D: Device> Reactor<D> {
         if link.session.negotiated() {
             port.reconnect.forget();
         }
+        let start = Instant::now();
         link.session.close(reason);
         drop(link);
+        port.budget.charge(start, start.elapsed());
         if let Endpoint::Connect(_) = port.endpoint {
             self.retry_later(id);
         }
@@ -278,8 +277,15 @@ impl<D: Device> Reactor<D> {
             let Endpoint::Listen(listener) = &port.endpoint else {
                 return;
             };
+            let now = Instant::now();
+            if let Some(owed) = port.budget.owed(now) {
+                return self.rest(id, owed);
+            }
             match listener.accept() {
-                Ok(socket) => self.accepted(id, socket),
+                Ok(socket) => {
+                    port.budget.charge(now, price::CONNECTION);
+                    self.accepted(id, socket);
+                }
                 Err(Errno::AGAIN) => return,
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(error) => {
@@ -287,17 +293,25 @@ impl<D: Device> Reactor<D> {
                     if let Some(suppressed) = port.log.pass(Instant::now()) {
                         tracing::error!(%error, suppressed, "can't accept a front-end");
                     }
-                    let data = EventData::new_u64(token);
-                    if let Err(error) =
-                        epoll::modify(&self.epoll, listener, data, EventFlags::empty())
-                    {
-                        tracing::error!(%error, "can't pause the listener");
-                    }
-                    self.set_timer(id, ACCEPT_PAUSE);
-                    return;
+                    return self.rest(id, ACCEPT_PAUSE);
                 }
             }
         }
+    }
+
+    /// Leaves a port's listener alone for a while; its front-ends wait in the backlog.
+    fn rest(&mut self, id: PortId, time: Duration) {
+        let Some(port) = self.ports.get_mut(&id) else {
+            return;
+        };
+        if let Endpoint::Listen(listener) = &port.endpoint {
+            let data = EventData::new_u64(port.token);
+            if let Err(error) = epoll::modify(&self.epoll, listener, data, EventFlags::empty()) {
+                tracing::error!(%error, "can't pause the listener");
+            }
+        }
+        port.rests_until = Some(Instant::now() + time);
+        self.schedule(id);
     }
 
     /// One front-end at a time, unless the one before has hung up already.
@@ -352,13 +366,18 @@ impl<D: Device> Reactor<D> {
             span.in_scope(|| tracing::info!(suppressed, "front-end connected"));
         }
         let device = Arc::clone(&port.device);
+        // Whoever we connect to keeps nobody out, and may be slow to accept.
+        let listens = matches!(port.endpoint, Endpoint::Listen(_));
         port.link = Some(Link {
             session: Session::new(device, port.log.clone()),
             connection,
             token,
             span,
             watches_write: false,
+            paused_until: None,
+            speak_by: listens.then(|| Instant::now() + SPEAK_WITHIN),
         });
+        self.schedule(id);
     }
 
     fn connect(&mut self, id: PortId) {
@@ -371,6 +390,7 @@ impl<D: Device> Reactor<D> {
         match connector.connect() {
             Ok(socket) => {
                 port.connect_error = None;
+                port.budget.charge(Instant::now(), price::CONNECTION);
                 let connection = Connection::new(socket, port.closing.clone());
                 self.open_link(id, connection);
             }
@@ -390,20 +410,36 @@ impl<D: Device> Reactor<D> {
 
     fn retry_later(&mut self, id: PortId) {
         if let Some(port) = self.ports.get_mut(&id) {
-            let delay = port.reconnect.fail(Instant::now());
-            self.set_timer(id, delay);
+            let now = Instant::now();
+            let owed = port.budget.owed(now).unwrap_or_default();
+            let delay = port.reconnect.fail(now).max(owed);
+            self.rest(id, delay);
         }
     }
 
-    fn set_timer(&mut self, id: PortId, delay: Duration) {
+    /// Sets the port's timer to what comes first.
+    fn schedule(&mut self, id: PortId) {
         let Some(port) = self.ports.get_mut(&id) else {
             return;
         };
-        let at = Instant::now() + delay;
-        if let Some(before) = port.timer.replace(at) {
+        let link = port.link.as_ref();
+        let of_link = |time: fn(&Link<D>) -> Option<Instant>| link.and_then(time);
+        let times = [
+            port.rests_until,
+            of_link(|link| link.paused_until),
+            of_link(|link| link.speak_by),
+        ];
+        let at = times.into_iter().flatten().min();
+        let before = std::mem::replace(&mut port.timer, at);
+        if before == at {
+            return;
+        }
+        if let Some(before) = before {
             self.timers.remove(&(before, id));
         }
-        self.timers.insert((at, id));
+        if let Some(at) = at {
+            self.timers.insert((at, id));
+        }
     }
 
     fn run_timers(&mut self) {
@@ -413,26 +449,56 @@ impl<D: Device> Reactor<D> {
                 return;
             }
             self.timers.pop_first();
-            let Some(port) = self.ports.get_mut(&id) else {
-                continue;
-            };
-            port.timer = None;
-            match &port.endpoint {
-                Endpoint::Connect(_) => self.connect(id),
-                Endpoint::Listen(listener) => {
-                    let data = EventData::new_u64(port.token);
-                    if let Err(error) = epoll::modify(&self.epoll, listener, data, EventFlags::IN) {
-                        tracing::error!(%error, "can't resume the listener");
-                    }
+            if let Some(port) = self.ports.get_mut(&id) {
+                port.timer = None;
+            }
+            self.end_rest(id, now);
+            self.look_at_link(id, now);
+            self.schedule(id);
+        }
+    }
+
+    /// Lets front-ends in again, or tries to connect again, if it is time.
+    fn end_rest(&mut self, id: PortId, now: Instant) {
+        let Some(port) = self.ports.get_mut(&id) else {
+            return;
+        };
+        if port.rests_until.is_none_or(|until| until > now) {
+            return;
+        }
+        port.rests_until = None;
+        match &port.endpoint {
+            Endpoint::Connect(_) => self.connect(id),
+            Endpoint::Listen(listener) => {
+                let data = EventData::new_u64(port.token);
+                if let Err(error) = epoll::modify(&self.epoll, listener, data, EventFlags::IN) {
+                    tracing::error!(%error, "can't resume the listener");
                 }
             }
+        }
+    }
+
+    /// Reads a paused front-end again, or ends the session of a silent one, if it is time.
+    fn look_at_link(&mut self, id: PortId, now: Instant) {
+        let Some(link) = self.ports.get_mut(&id).and_then(|port| port.link.as_mut()) else {
+            return;
+        };
+        let span = link.span.clone();
+        let _entered = span.enter();
+        let is_due = |time: Option<Instant>| time.is_some_and(|time| time <= now);
+        if is_due(link.paused_until) {
+            if let Err(error) = link.resume(&self.epoll) {
+                self.end_link(id, Some(format!("can't watch the socket: {error}")));
+            }
+        } else if is_due(link.speak_by) {
+            self.end_link(id, Some("the front-end does not speak".to_owned()));
         }
     }
 
     fn next_timeout(&self) -> Option<Timespec> {
         let (at, _) = self.timers.first()?;
         let wait = at.saturating_duration_since(Instant::now());
-        // A second at most is ever asked for, so this can't fail.
+        // Seconds are ever asked for, so this can't fail.
         Timespec::try_from(wait).ok()
     }
 }
@@ -440,80 +506,4 @@ impl<D: Device> Reactor<D> {
 /// The port that a token belongs to.
 fn port_of(token: u64) -> Option<PortId> {
     u16::try_from(token & 0xffff).ok().and_then(PortId::new)
-}
-
-impl<D: Device> Link<D> {
-    /// Sends what waits and handles a bounded number of messages. Epoll is level-triggered: what
-    /// is left brings the next turn.
-    fn serve(&mut self, flags: EventFlags) -> SessionState {
-        if flags.contains(EventFlags::OUT)
-            && let Err(error) = self.connection.flush()
-        {
-            return SessionState::Ended(Some(error.to_string()));
-        }
-        for _ in 0..MAX_MESSAGES_PER_TURN {
-            match self.connection.receive() {
-                Ok(Received::Message(message)) => {
-                    if let Err(reason) = self.handle(message) {
-                        return SessionState::Ended(Some(reason));
-                    }
-                }
-                Ok(Received::Pending) => break,
-                Ok(Received::Closed) => return SessionState::Ended(None),
-                Err(error) => return SessionState::Ended(Some(error.to_string())),
-            }
-        }
-        SessionState::Goes
-    }
-
-    fn handle(&mut self, message: Message) -> Result<(), String> {
-        let Message {
-            id,
-            need_reply,
-            request,
-        } = message;
-        let result = request
-            .map_err(|error| error.to_string())
-            .and_then(|request| {
-                self.session
-                    .handle(request, need_reply)
-                    .map_err(|error| error.to_string())
-            });
-        match result {
-            Ok(Some(body)) => {
-                let sent = self.connection.send(&Reply { request: id, body });
-                sent.map_err(|error| error.to_string())
-            }
-            Ok(None) => Ok(()),
-            Err(reason) => {
-                if let Some(body) = self.session.failure(id, need_reply) {
-                    // The session ends anyway.
-                    let _ = self.connection.send(&Reply { request: id, body });
-                }
-                Err(reason)
-            }
-        }
-    }
-
-    /// Watches for room to write while replies wait.
-    fn watch(&mut self, epoll: &OwnedFd) -> Result<(), Errno> {
-        let wants_write = self.connection.wants_write();
-        if wants_write != self.watches_write {
-            let mut flags = EventFlags::IN;
-            flags.set(EventFlags::OUT, wants_write);
-            let data = EventData::new_u64(self.token);
-            epoll::modify(epoll, &self.connection, data, flags)?;
-            self.watches_write = wants_write;
-        }
-        Ok(())
-    }
-
-    fn has_hung_up(&self) -> bool {
-        let mut fds = [PollFd::from_borrowed_fd(
-            self.connection.as_fd(),
-            PollFlags::RDHUP,
-        )];
-        let now = Timespec::default();
-        poll(&mut fds, Some(&now)).is_ok_and(|count| count > 0)
-    }
 }

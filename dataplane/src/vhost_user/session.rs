@@ -205,7 +205,13 @@ impl<D: Device> Session<D> {
                 let at = self.ring_index(index)?;
                 self.rings[at].set_enabled(&self.footing, enable);
             }
-            Request::SendRarp(mac) => self.device().announce(mac),
+            Request::SendRarp(mac) => {
+                self.require(
+                    ProtocolFeatures::VHOST_USER_PROTOCOL_F_RARP,
+                    FrontendReq::SEND_RARP,
+                )?;
+                self.device().announce(mac);
+            }
             Request::NetSetMtu(mtu) => match u16::try_from(mtu) {
                 Ok(mtu) if mtu >= MIN_MTU => self.device().set_mtu(mtu),
                 _ => return Ok(self.refuse("the MTU is not one of 68 to 65535")),

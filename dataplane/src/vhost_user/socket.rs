@@ -172,6 +172,11 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether a message has begun whose rest is still to come.
+    pub(crate) fn is_within_message(&self) -> bool {
+        self.filled > 0
+    }
+
     /// Whether replies wait for room in the socket.
     pub(crate) fn wants_write(&self) -> bool {
         !self.outgoing.is_empty()

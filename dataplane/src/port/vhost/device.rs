@@ -153,6 +153,9 @@ impl Device for VhostPort {
     }
 
     fn announce(&self, mac: MacAddr) {
+        if !lock(&self.announced).allow(mac, Instant::now()) {
+            return;
+        }
         let binding = self.transmit_queue(0).lock().binding.clone();
         if let Some(binding) = binding {
             binding.inject(self.base.id, rarp(mac));

@@ -519,6 +519,16 @@ fn the_dirty_log_is_refused_while_it_is_not_offered() {
 }
 
 #[test]
+fn announcements_take_their_protocol_feature() {
+    let mut fixture = Fixture::new();
+    let others = OFFERED_PROTOCOL_FEATURES & !(1 << 2);
+    fixture.ok(Request::SetProtocolFeatures(others));
+    let announce = Request::SendRarp(MacAddr([0x52, 0x54, 0, 1, 2, 3]));
+    let error = fixture.session.handle(announce, false).unwrap_err();
+    assert!(matches!(error, SessionError::NotNegotiated { request: 19 }));
+}
+
+#[test]
 fn mtu_and_announcements_reach_the_device() {
     let mut fixture = Fixture::new();
     let mac = MacAddr([0x52, 0x54, 0, 1, 2, 3]);

@@ -113,6 +113,62 @@ fn a_chatty_front_end_holds_up_nobody_and_loses_the_session_if_it_does_not_read(
     flood.join().unwrap();
 }
 
+/// Requests have a price: over budget, their own front-end waits.
+#[test]
+fn a_front_end_that_asks_too_much_waits_and_nobody_else_does() {
+    const REQUESTS: u32 = 7000;
+    let bed = Bed::new();
+    let _port = bed.listen(0);
+    let _other_port = bed.listen(1);
+    let mut chatty = Front::connect(&bed.path(0));
+    let enable = wire(18, false, &body32(&[0, 1]));
+    let start = Instant::now();
+    let flood = std::thread::spawn(move || {
+        for _ in 0..REQUESTS {
+            chatty.0.write_all(&enable).unwrap();
+        }
+        assert_eq!(chatty.ask(1, &[]), OFFERED_FEATURES);
+        start.elapsed()
+    });
+    let mut other = Front::connect(&bed.path(1));
+    let mut answers = 0;
+    while !flood.is_finished() {
+        assert_eq!(other.ask(1, &[]), OFFERED_FEATURES);
+        answers += 1;
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // 100 us each, of which 500 ms come at once and the rest in four times their time.
+    assert!(flood.join().unwrap() > Duration::from_millis(700));
+    assert!(answers > 100, "{answers}");
+}
+
+#[test]
+fn front_ends_that_come_and_go_without_end_are_let_in_by_and_by() {
+    let bed = Bed::new();
+    let _port = bed.listen(0);
+    let start = Instant::now();
+    for _ in 0..650 {
+        Front::connect(&bed.path(0)).ask(1, &[]);
+    }
+    assert!(start.elapsed() > Duration::from_millis(400));
+}
+
+#[test]
+fn who_never_speaks_or_stops_within_a_message_is_sent_away_and_who_is_idle_is_not() {
+    let bed = Bed::new();
+    let _ports = [bed.listen(0), bed.listen(1), bed.listen(2)];
+    let mut idle = Front::connect(&bed.path(2));
+    assert_eq!(idle.ask(1, &[]), OFFERED_FEATURES);
+    let mut mute = Front::connect(&bed.path(0));
+    let mut halting = Front::connect(&bed.path(1));
+    assert_eq!(halting.ask(1, &[]), OFFERED_FEATURES);
+    halting.0.write_all(&wire(1, false, &[])[..5]).unwrap();
+    mute.expect_end();
+    halting.expect_end();
+    assert_eq!(idle.ask(1, &[]), OFFERED_FEATURES);
+    assert_eq!(Front::connect(&bed.path(0)).ask(1, &[]), OFFERED_FEATURES);
+}
+
 #[test]
 fn a_second_front_end_is_turned_away_until_the_first_has_gone() {
     let bed = Bed::new();
