@@ -105,6 +105,7 @@ fn bridge(known: &[MacAddr], behind: PortId) -> Bridge {
     let bridge = Bridge::new(BridgeConfig {
         fdb_capacity: 2 * known.len(),
         ageing_ticks: u32::MAX,
+        move_hold_ticks: 0,
         seed: 0x5eed,
     });
     for mac in known {

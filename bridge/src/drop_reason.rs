@@ -48,6 +48,8 @@ drop_reasons! {
         "The destination is behind the port that the frame came from.";
     NoDestination = "no_destination":
         "There is no other port to send the frame to.";
+    FloodLimit = "flood_limit":
+        "The frame was to go to many ports, and its source floods more than its limit (`flood_limit`).";
     PortDown = "port_down":
         "The destination port has no guest, link or started queue.";
     RingFull = "ring_full":

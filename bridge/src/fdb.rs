@@ -13,6 +13,7 @@ use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use crate::{MAX_PORTS, MacAddr, PortId, Tick};
 use behind::Behind;
+pub use behind::FdbTally;
 pub(crate) use table::Probe;
 use table::{Entry, Slot, Table};
 
@@ -22,6 +23,10 @@ pub const MAX_FDB_CAPACITY: usize = 1 << 24;
 /// Fewest buckets (4 KiB): a tiny database has so much room that no bucket overflows.
 const MIN_BUCKETS: usize = 64;
 
+/// Buckets that are searched for an entry that makes room: a kibibyte, some 32 entries. A port that
+/// has a quarter of all is missed once in 10,000 times, and the next search goes on behind it.
+const EVICTION_BUCKETS: usize = 16;
+
 /// What a database is made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FdbConfig {
@@ -30,6 +35,9 @@ pub struct FdbConfig {
     /// A learned entry is forgotten when it was not seen for more than so many ticks; from 2^31 on
     /// it never is.
     pub ageing_ticks: u32,
+    /// A learned address that was seen within so many ticks does not move to another port; with 0
+    /// it moves at once.
+    pub move_hold_ticks: u32,
     /// Secret of the hash, to be drawn at random: keeps guests from choosing colliding addresses.
     pub seed: u64,
 }
@@ -48,9 +56,15 @@ pub enum Learned {
     },
     /// The address is pinned to another port; nothing changed.
     Static,
+    /// The address was in use behind another port a moment ago; nothing changed.
+    Held {
+        /// That port.
+        at: PortId,
+    },
     /// The port has as many learned addresses as it may; nothing changed.
     LimitReached,
-    /// The database is full; nothing changed.
+    /// The database is full, and the port has its share of it, or nobody was found who has more;
+    /// nothing changed.
     Full,
     /// Another thread was writing; nothing changed, and the next frame will do it.
     Busy,
@@ -86,6 +100,13 @@ pub enum FdbError {
 /// What changes the set of entries takes a mutex: workers only try it, control threads wait for it.
 /// The ordering of every access is explained at the protocol of a slot (`fdb/table.rs`).
 ///
+/// An address that was seen within the last [`move_hold_ticks`](FdbConfig::move_hold_ticks) stays
+/// where it is, whoever else uses it, unless it is [announced](Self::announce) or configured.
+///
+/// A full database gives a port that has less than its fair share (room for learned entries, by the
+/// number of ports that have any) the place of an entry whose port has more, chosen among those in
+/// the next few buckets: bounded work, done for no port that has its share.
+///
 /// A port that goes down is [flushed](Self::flush_port) by one atomic addition: its entries have the
 /// epoch in which they were learned, and count only if that is still its port's. They are swept out
 /// later.
@@ -97,6 +118,7 @@ pub struct Fdb {
     table: Table,
     capacity: usize,
     ageing_ticks: u32,
+    move_hold_ticks: u32,
     /// By port.
     behind: Box<[Behind]>,
     shared: Shared,
@@ -104,13 +126,19 @@ pub struct Fdb {
 
 /// What writers change, apart from the fields that every look-up reads.
 ///
-/// The length is written under the mutex and read without it as a hint, so Relaxed is enough: the
-/// mutex orders the writers, and the exact answer is taken with it held.
+/// All but the flag are written under the mutex, or count what an atomic operation told, and are
+/// read without it as hints, so Relaxed is enough.
 #[repr(align(128))]
 struct Shared {
     writer: Mutex<()>,
     /// Entries in the table, those that don't count any more included.
     len: AtomicUsize,
+    /// Of these, static ones.
+    statics: AtomicUsize,
+    /// Ports that have learned entries.
+    holders: AtomicUsize,
+    /// The bucket at which the search for an entry that makes room goes on.
+    hand: AtomicUsize,
     /// A port was flushed since the last sweep.
     is_sweep_due: AtomicBool,
 }
@@ -131,10 +159,14 @@ impl Fdb {
             table: Table::new(buckets, config.seed),
             capacity,
             ageing_ticks: config.ageing_ticks,
+            move_hold_ticks: config.move_hold_ticks,
             behind: ports.map(Behind::new).collect(),
             shared: Shared {
                 writer: Mutex::new(()),
                 len: AtomicUsize::new(0),
+                statics: AtomicUsize::new(0),
+                holders: AtomicUsize::new(0),
+                hand: AtomicUsize::new(0),
                 is_sweep_due: AtomicBool::new(false),
             },
         }
@@ -153,6 +185,15 @@ impl Fdb {
     pub fn learn(&self, mac: MacAddr, port: PortId, now: Tick) -> Learned {
         match check_unicast(mac) {
             Ok(()) => self.learn_probe(self.probe(mac.to_u64()), port, now),
+            Err(_) => Learned::NotUnicast,
+        }
+    }
+
+    /// Notes that `mac` is behind `port` from `now` on, whatever port used it a moment ago: what
+    /// whoever runs the station told, not a frame. Never blocks.
+    pub fn announce(&self, mac: MacAddr, port: PortId, now: Tick) -> Learned {
+        match check_unicast(mac) {
+            Ok(()) => self.learn_within(self.probe(mac.to_u64()), port, now, 0),
             Err(_) => Learned::NotUnicast,
         }
     }
@@ -190,6 +231,11 @@ impl Fdb {
     /// [`learn`](Self::learn) for an address that is known to be a station's.
     #[inline]
     pub(crate) fn learn_probe(&self, probe: Probe, port: PortId, now: Tick) -> Learned {
+        self.learn_within(probe, port, now, self.move_hold_ticks)
+    }
+
+    #[inline(always)]
+    fn learn_within(&self, probe: Probe, port: PortId, now: Tick, hold: u32) -> Learned {
         let tag = self.behind(port).tag();
         let found = self.table.find(probe);
         if let Some((slot, entry)) = found
@@ -197,51 +243,102 @@ impl Fdb {
         {
             return learned;
         }
-        self.learn_change(probe, port, now, found.is_some())
+        let learned = self.learn_change(probe, port, now, hold, found.map(|(_, entry)| entry));
+        self.behind(port).note(learned);
+        learned
     }
 
     /// Learns a new address or moves a known one.
     #[cold]
-    fn learn_change(&self, probe: Probe, port: PortId, now: Tick, known: bool) -> Learned {
-        let behind = self.behind(port);
+    fn learn_change(
+        &self,
+        probe: Probe,
+        port: PortId,
+        now: Tick,
+        hold: u32,
+        known: Option<Entry>,
+    ) -> Learned {
+        let refusal = |known| self.refusal(port, now, hold, known);
         // Before the lock, or a guest that invents addresses would keep the others from it.
-        if behind.is_at_limit() {
-            return Learned::LimitReached;
-        }
-        if !known && self.len() >= self.capacity {
-            return Learned::Full;
+        if let Some(refused) = refusal(known) {
+            return refused;
         }
         let Some(writer) = self.try_lock() else {
             return Learned::Busy;
         };
-        let tag = behind.tag();
+        let tag = self.behind(port).tag();
         let found = self.table.find(probe);
         let known = found.and_then(|(slot, entry)| learn_known(slot, entry, tag, port, now));
         if let Some(learned) = known {
             return learned; // another worker was faster
         }
-        if behind.is_at_limit() {
-            return Learned::LimitReached;
+        if let Some(refused) = refusal(found.map(|(_, entry)| entry)) {
+            return refused;
         }
         let entry = Entry::learned(tag, now);
         // First, so that a flush doesn't take the port for one without entries.
-        if !behind.count_in(entry) {
+        if !self.count_in(entry) {
             return Learned::Busy;
         }
         match found {
             Some((slot, old)) => {
+                let counted = !self.is_flushed(old);
                 writer.replace(slot, old, entry);
-                if self.is_flushed(old) {
-                    Learned::New
-                } else {
+                if counted {
                     Learned::Moved { from: old.port() }
+                } else {
+                    Learned::New
                 }
             }
-            None if writer.insert(probe, entry) => Learned::New,
+            None if writer.has_room(|writer| writer.make_room(port, now))
+                && writer.insert(probe, entry) =>
+            {
+                Learned::New
+            }
             None => {
-                behind.count_out(entry);
+                self.count_out(entry);
                 Learned::Full
             }
+        }
+    }
+
+    /// Why an address that has the entry `known`, not of `port`, is not learned behind `port`.
+    fn refusal(&self, port: PortId, now: Tick, hold: u32, known: Option<Entry>) -> Option<Learned> {
+        let behind = self.behind(port);
+        let is_full = || self.len() >= self.capacity && behind.count() >= self.fair_share(port);
+        match known {
+            Some(old)
+                if old.port() != port && now.age_of(old.seen()) < hold && !self.is_flushed(old) =>
+            {
+                Some(Learned::Held { at: old.port() })
+            }
+            _ if behind.is_at_limit() => Some(Learned::LimitReached),
+            None if is_full() => Some(Learned::Full),
+            _ => None,
+        }
+    }
+
+    /// Learned entries that `port` may have in any case: room for such, by the number of ports that
+    /// have any, this one among them.
+    fn fair_share(&self, port: PortId) -> u32 {
+        let read = |count: &AtomicUsize| count.load(Ordering::Relaxed);
+        let room = self.capacity.saturating_sub(read(&self.shared.statics));
+        let holders = read(&self.shared.holders) + usize::from(self.count(port) == 0);
+        u32::try_from(room / holders.max(1)).unwrap_or(u32::MAX)
+    }
+
+    /// Counts a learned entry that is about to be stored; false if it would not count.
+    fn count_in(&self, entry: Entry) -> bool {
+        let before = self.behind(entry.port()).count_in(entry);
+        if before == Some(0) {
+            self.shared.holders.fetch_add(1, Ordering::Relaxed);
+        }
+        before.is_some()
+    }
+
+    fn count_out(&self, entry: Entry) {
+        if self.behind(entry.port()).count_out(entry) == Some(1) {
+            self.shared.holders.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -290,7 +387,7 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// Stores an entry that is counted in already.
+    /// Stores an entry, which is counted in already if it is a learned one.
     fn insert(&self, probe: Probe, entry: Entry) -> bool {
         // An entry that was flushed stays where it is, or a sweep that lets go of the lock might
         // miss it.
@@ -298,14 +395,22 @@ impl Writer<'_> {
         let stored =
             self.fdb.len() < self.fdb.capacity && self.fdb.table.insert(probe, entry, may_move);
         if stored {
-            self.fdb.shared.len.fetch_add(1, Ordering::Relaxed);
+            let shared = &self.fdb.shared;
+            shared.len.fetch_add(1, Ordering::Relaxed);
+            let statics = usize::from(entry.is_static());
+            shared.statics.fetch_add(statics, Ordering::Relaxed);
         }
         stored
     }
 
-    /// Stores an entry that is counted in already, in place of another.
+    /// Stores an entry in place of another; it is counted in already if it is a learned one.
     fn replace(&self, slot: Slot<'_>, old: Entry, new: Entry) {
         slot.replace(new);
+        let statics = usize::from(new.is_static());
+        self.fdb
+            .shared
+            .statics
+            .fetch_add(statics, Ordering::Relaxed);
         self.count_out(old);
     }
 
@@ -319,9 +424,58 @@ impl Writer<'_> {
     }
 
     fn count_out(&self, entry: Entry) {
-        if !entry.is_static() {
-            self.fdb.behind(entry.port()).count_out(entry);
+        if entry.is_static() {
+            self.fdb.shared.statics.fetch_sub(1, Ordering::Relaxed);
+        } else {
+            self.fdb.count_out(entry);
         }
+    }
+
+    /// Whether a further entry fits, if need be once `make_room` was called.
+    fn has_room(&self, make_room: impl FnOnce(&Self) -> bool) -> bool {
+        self.fdb.len() < self.fdb.capacity || make_room(self)
+    }
+
+    /// Makes room for an entry of `port`, whose count it is in, at the cost of whoever has more
+    /// than the fair share; false if there is none such in the next few buckets.
+    fn make_room(&self, port: PortId, now: Tick) -> bool {
+        self.evict(self.fdb.fair_share(port), now)
+    }
+
+    /// Removes an entry in the next [`EVICTION_BUCKETS`] buckets: one that no longer counts, or one
+    /// of the port with most entries, if those are more than `share`.
+    fn evict(&self, share: u32, now: Tick) -> bool {
+        let Fdb { table, shared, .. } = self.fdb;
+        let end = table.bucket_count();
+        let start = shared.hand.load(Ordering::Relaxed);
+        let next = (start + EVICTION_BUCKETS) % end;
+        shared.hand.store(next, Ordering::Relaxed);
+        let ageing = self.fdb.ageing_ticks;
+        let is_over = |entry: Entry| self.fdb.is_flushed(entry) || entry.is_expired(now, ageing);
+        let mut victim = None;
+        let mut most = share;
+        for bucket in (start..start + EVICTION_BUCKETS.min(end)).map(|bucket| bucket % end) {
+            for slot in table.slots(bucket) {
+                let Some(entry) = slot.entry().filter(|entry| !entry.is_static()) else {
+                    continue;
+                };
+                if is_over(entry) {
+                    if self.vacate(slot, is_over) {
+                        return true;
+                    }
+                    continue;
+                }
+                let count = self.fdb.count(entry.port());
+                if count > most {
+                    most = count;
+                    victim = Some((slot, entry.port()));
+                }
+            }
+        }
+        victim.is_some_and(|(slot, port)| {
+            self.fdb.behind(port).note_eviction();
+            self.vacate(slot, |_| true)
+        })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Forwarding of bursts: from frame heads to one set of frames per destination.
 
 use crate::fdb::{FdbConfig, Probe};
+use crate::flood::{FloodBuckets, FloodLimits};
 use crate::frame::{is_group, is_link_local, is_station};
 use crate::{DropReason, Fdb, FrameHead, FrameSet, Learned, MAX_BURST, MAX_PORTS, PortId, Tick};
 
@@ -11,6 +12,8 @@ pub struct BridgeConfig {
     pub fdb_capacity: usize,
     /// See [`FdbConfig::ageing_ticks`].
     pub ageing_ticks: u32,
+    /// See [`FdbConfig::move_hold_ticks`].
+    pub move_hold_ticks: u32,
     /// See [`FdbConfig::seed`].
     pub seed: u64,
 }
@@ -19,6 +22,7 @@ pub struct BridgeConfig {
 #[derive(Debug)]
 pub struct Bridge {
     fdb: Fdb,
+    flood_limits: FloodLimits,
 }
 
 /// Frames that a port delivered together.
@@ -46,20 +50,33 @@ impl Bridge {
         let BridgeConfig {
             fdb_capacity: capacity,
             ageing_ticks,
+            move_hold_ticks,
             seed,
         } = config;
         Self {
             fdb: Fdb::new(FdbConfig {
                 capacity,
                 ageing_ticks,
+                move_hold_ticks,
                 seed,
             }),
+            flood_limits: FloodLimits::new(),
         }
     }
 
     /// The forwarding database.
     pub fn fdb(&self) -> &Fdb {
         &self.fdb
+    }
+
+    /// Bounds what is flooded of a port's frames: to so many copies in a second by each worker, of
+    /// which the first of each frame does not count, since it costs no more than a frame that is
+    /// not flooded. `None` lifts the bound; a port has none at first.
+    ///
+    /// Each worker has a bucket for each source, so that a port whose queues are polled by several
+    /// takes its part of each worker's time and no more.
+    pub fn set_flood_limit(&self, port: PortId, copies_per_second: Option<u32>) {
+        self.flood_limits.set(port, copies_per_second.unwrap_or(0));
     }
 
     /// Learns the sources of a burst and decides where each frame goes; replaces what is in `out`.
@@ -70,11 +87,18 @@ impl Bridge {
     /// - in the set of one drop.
     ///
     /// Destinations are members, and never `burst.in_port`. The source of a dropped
-    /// [`DropReason::LinkLocal`] frame is not learned.
+    /// [`DropReason::LinkLocal`] frame is not learned. What exceeds the source's limit of copies
+    /// ([`set_flood_limit`](Self::set_flood_limit)) is dropped, the last frames of the burst first.
     pub fn forward(&self, members: &Members, now: Tick, burst: &Arrivals<'_>, out: &mut Decisions) {
         out.clear();
         self.probe_all(burst.runs, &mut out.probed);
-        let Decisions { probed, result } = out;
+        let Decisions {
+            probed,
+            floods,
+            result,
+        } = out;
+        let mut may_flood =
+            |copies, frames| floods.take(&self.flood_limits, burst.in_port, copies, frames, now);
         let mut previous = Known {
             src: u64::MAX,
             dst: u64::MAX,
@@ -83,7 +107,7 @@ impl Bridge {
         for run in probed.iter() {
             match self.decide(run, burst.in_port, now, &mut previous) {
                 Ok(Some(port)) if members.contains(port) => result.deliver(port, run.frames),
-                Ok(_) => result.flood(members, burst.in_port, run.frames),
+                Ok(_) => result.flood(members, burst.in_port, run.frames, &mut may_flood),
                 Err(reason) => result.drop(reason, run.frames),
             }
         }
@@ -237,10 +261,12 @@ impl Default for Members {
     }
 }
 
-/// What became of a burst; the scratch of one worker, to be used again and again.
+/// What became of a burst, and what each source may still flood; of one worker, to be used again and
+/// again.
 #[derive(Debug)]
 pub struct Decisions {
     probed: Vec<Probed>,
+    floods: FloodBuckets,
     result: Lists,
 }
 
@@ -255,11 +281,12 @@ struct Lists {
 }
 
 impl Decisions {
-    /// Scratch for bursts of up to [`MAX_BURST`] frames to up to [`MAX_PORTS`] ports: about 100
+    /// Scratch for bursts of up to [`MAX_BURST`] frames to up to [`MAX_PORTS`] ports: about 160
     /// KiB, of which a burst touches 24 bytes for each port that it goes to.
     pub fn new() -> Self {
         Self {
             probed: Vec::with_capacity(MAX_BURST),
+            floods: FloodBuckets::new(),
             result: Lists {
                 by_port: vec![FrameSet::EMPTY; MAX_PORTS].into_boxed_slice(),
                 destinations: Vec::with_capacity(MAX_PORTS),
@@ -314,10 +341,25 @@ impl Lists {
 
     /// Lists the members on the first flooded frame of the burst; their sets get the flooded frames
     /// in the end, since all that is listed then is flooded to.
-    fn flood(&mut self, members: &Members, in_port: PortId, frames: FrameSet) {
-        if members.len() == usize::from(members.contains(in_port)) {
+    fn flood(
+        &mut self,
+        members: &Members,
+        in_port: PortId,
+        frames: FrameSet,
+        may_flood: &mut impl FnMut(usize, FrameSet) -> FrameSet,
+    ) {
+        let copies = members.len() - usize::from(members.contains(in_port));
+        if copies == 0 {
             return self.drop(DropReason::NoDestination, frames);
         }
+        let flooded = may_flood(copies, frames);
+        if flooded != frames {
+            self.drop(DropReason::FloodLimit, frames - flooded);
+        }
+        if flooded.is_empty() {
+            return;
+        }
+        let frames = flooded;
         if self.flooded.is_empty() {
             for port in members.iter().filter(|port| *port != in_port) {
                 if self.by_port[port.index()].is_empty() {

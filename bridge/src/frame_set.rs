@@ -99,6 +99,17 @@ impl FrameSet {
         Self(self.0 & (other & other.wrapping_neg()).wrapping_sub(1))
     }
 
+    /// The first `count` of them.
+    #[must_use]
+    pub fn first_of(self, count: u32) -> Self {
+        if count >= self.len() {
+            return self;
+        }
+        let mut others = self;
+        (0..count).for_each(|_| others = others.without_first());
+        self - others
+    }
+
     /// The frames of a burst of `len` that are at its end, each frame behind them among them too.
     #[must_use]
     pub const fn suffix(self, len: usize) -> Self {

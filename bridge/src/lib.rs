@@ -14,13 +14,14 @@
 
 mod drop_reason;
 mod fdb;
+mod flood;
 mod forward;
 mod frame;
 mod frame_set;
 mod types;
 
 pub use drop_reason::{DropCounts, DropReason};
-pub use fdb::{Fdb, FdbConfig, FdbError, Learned, MAX_FDB_CAPACITY};
+pub use fdb::{Fdb, FdbConfig, FdbError, FdbTally, Learned, MAX_FDB_CAPACITY};
 pub use forward::{Arrivals, Bridge, BridgeConfig, Decisions, Members, Run};
 pub use frame::{FrameHead, Headers, L4Protocol, MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS};
 pub use frame_set::FrameSet;

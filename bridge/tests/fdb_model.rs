@@ -7,10 +7,12 @@ use proptest::prelude::*;
 use ringway_bridge::{Fdb, FdbConfig, Learned, MacAddr, PortId, Tick};
 
 const CAPACITY: usize = 6;
+const HOLD: u32 = 5;
 
 #[derive(Clone, Debug)]
 enum Step {
     Learn(MacAddr, PortId),
+    Announce(MacAddr, PortId),
     AddStatic(MacAddr, PortId),
     Remove(MacAddr),
     Flush(Option<PortId>),
@@ -52,7 +54,27 @@ impl Model {
         u32::try_from(self.entries.values().filter(learned).count()).unwrap()
     }
 
-    fn learn(&mut self, mac: MacAddr, port: PortId) -> Learned {
+    /// Learned entries that a port may have in any case.
+    fn share(&self, port: PortId) -> u32 {
+        let statics = self.entries.values().filter(|e| e.is_static).count();
+        let holders = ports().filter(|other| *other == port || self.count(*other) > 0);
+        u32::try_from((CAPACITY - statics) / holders.count()).unwrap()
+    }
+
+    /// Whether an entry may make room for one of a port with less than `share`.
+    fn may_make_room(&self, entry: &Entry, share: u32) -> bool {
+        let is_expired = self.now - entry.seen > self.ageing;
+        !entry.is_static && (is_expired || self.count(entry.port) > share)
+    }
+
+    /// `evicted` made room, if any.
+    fn learn(
+        &mut self,
+        mac: MacAddr,
+        port: PortId,
+        hold: u32,
+        evicted: Option<MacAddr>,
+    ) -> Learned {
         let entry = Entry {
             port,
             is_static: false,
@@ -69,6 +91,13 @@ impl Model {
             }
             _ => {}
         }
+        if let Some(old) = old
+            && old.port != port
+            && !old.is_flushed
+            && self.now - old.seen < hold
+        {
+            return Learned::Held { at: old.port };
+        }
         if self
             .limits
             .get(&port)
@@ -76,11 +105,20 @@ impl Model {
         {
             return Learned::LimitReached;
         }
-        if old.is_none() && self.entries.len() == CAPACITY {
+        let is_full = old.is_none() && self.entries.len() == CAPACITY;
+        let share = self.share(port);
+        if is_full && self.count(port) >= share {
             return Learned::Full;
         }
         if self.owed.get(&port).is_some_and(|owed| *owed == 15) {
             return Learned::Busy;
+        }
+        if is_full {
+            let Some(evicted) = evicted else {
+                return Learned::Full; // nobody was found
+            };
+            assert!(self.may_make_room(&self.entries[&evicted], share));
+            self.entries.remove(&evicted);
         }
         self.entries.insert(mac, entry);
         match old {
@@ -89,7 +127,15 @@ impl Model {
         }
     }
 
-    fn add_static(&mut self, mac: MacAddr, port: PortId) -> bool {
+    fn add_static(&mut self, mac: MacAddr, port: PortId, evicted: Option<MacAddr>) -> bool {
+        if let Some(evicted) = evicted {
+            let entry = self.entries.remove(&evicted);
+            assert!(entry.is_some_and(|entry| !entry.is_static));
+        } else if self.entries.len() == CAPACITY {
+            let is_learned = |entry: &Entry| !entry.is_static;
+            let known = self.entries.contains_key(&mac);
+            assert!(known || !self.entries.values().any(is_learned));
+        }
         let fits = self.entries.contains_key(&mac) || self.entries.len() < CAPACITY;
         if fits {
             self.entries.insert(
@@ -117,11 +163,39 @@ impl Model {
         has_flushed
     }
 
+    fn is_full(&self) -> bool {
+        self.entries.len() == CAPACITY
+    }
+
+    /// The entry that is gone from `fdb`, if any.
+    fn evicted(&self, fdb: &Fdb) -> Option<MacAddr> {
+        let left = entries_of(fdb);
+        let mut gone = self.entries.keys().filter(|mac| !left.contains_key(mac));
+        let evicted = gone.next().copied();
+        assert_eq!(gone.next(), None);
+        evicted
+    }
+
     fn remove_if(&mut self, condemned: impl Fn(&Entry) -> bool) -> usize {
         let before = self.entries.len();
         self.entries.retain(|_, entry| !condemned(entry));
         before - self.entries.len()
     }
+}
+
+fn entries_of(fdb: &Fdb) -> HashMap<MacAddr, Entry> {
+    let mut entries = HashMap::new();
+    fdb.for_each(|mac, port, is_static, seen| {
+        let (seen, is_flushed) = (seen.0, false);
+        let entry = Entry {
+            port,
+            is_static,
+            seen,
+            is_flushed,
+        };
+        entries.insert(mac, entry);
+    });
+    entries
 }
 
 fn macs() -> impl Iterator<Item = MacAddr> {
@@ -137,6 +211,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let port = || prop::sample::select(ports().collect::<Vec<_>>());
     let step = prop_oneof![
         12 => (mac(), port()).prop_map(|(mac, port)| Step::Learn(mac, port)),
+        1 => (mac(), port()).prop_map(|(mac, port)| Step::Announce(mac, port)),
         2 => (mac(), port()).prop_map(|(mac, port)| Step::AddStatic(mac, port)),
         1 => mac().prop_map(Step::Remove),
         1 => prop::option::of(port()).prop_map(Step::Flush),
@@ -153,18 +228,36 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #[test]
     fn the_database_behaves_like_a_map(steps in steps(), ageing in 0..40u32, seed: u64) {
-        let fdb = Fdb::new(FdbConfig { capacity: CAPACITY, ageing_ticks: ageing, seed });
+        let fdb = Fdb::new(FdbConfig {
+            capacity: CAPACITY,
+            ageing_ticks: ageing,
+            move_hold_ticks: HOLD,
+            seed,
+        });
         let (entries, limits, owed) = Default::default();
         let mut model = Model { entries, limits, owed, ageing, now: 5 };
         for step in steps {
             let now = Tick(model.now);
+            if model.is_full() {
+                // Or nobody could tell which of the flushed ones made room.
+                model.owed.clear();
+                prop_assert_eq!(fdb.sweep_flushed(), model.remove_if(|e| e.is_flushed));
+            }
             match step.clone() {
                 Step::Learn(mac, port) => {
-                    prop_assert_eq!(fdb.learn(mac, port, now), model.learn(mac, port));
+                    let learned = fdb.learn(mac, port, now);
+                    let evicted = model.is_full().then(|| model.evicted(&fdb)).flatten();
+                    prop_assert_eq!(learned, model.learn(mac, port, HOLD, evicted));
+                }
+                Step::Announce(mac, port) => {
+                    let learned = fdb.announce(mac, port, now);
+                    let evicted = model.is_full().then(|| model.evicted(&fdb)).flatten();
+                    prop_assert_eq!(learned, model.learn(mac, port, 0, evicted));
                 }
                 Step::AddStatic(mac, port) => {
                     let stored = fdb.add_static(mac, port).is_ok();
-                    prop_assert_eq!(stored, model.add_static(mac, port));
+                    let evicted = model.is_full().then(|| model.evicted(&fdb)).flatten();
+                    prop_assert_eq!(stored, model.add_static(mac, port, evicted));
                 }
                 Step::Remove(mac) => {
                     let is_there = model.entries.get(&mac).is_some_and(|e| !e.is_flushed);
@@ -208,14 +301,9 @@ proptest! {
             for port in ports() {
                 prop_assert_eq!(fdb.count(port), model.count(port), "{:?} {:?}", &step, port);
             }
-            let mut entries = HashMap::new();
-            fdb.for_each(|mac, port, is_static, seen| {
-                let (seen, is_flushed) = (seen.0, false);
-                entries.insert(mac, Entry { port, is_static, seen, is_flushed });
-            });
             prop_assert_eq!(fdb.len(), model.entries.len());
             let counted = model.entries.iter().filter(|(_, e)| !e.is_flushed);
-            prop_assert_eq!(entries, counted.map(|(mac, e)| (*mac, *e)).collect());
+            prop_assert_eq!(entries_of(&fdb), counted.map(|(mac, e)| (*mac, *e)).collect());
         }
     }
 }

@@ -101,7 +101,7 @@ proptest! {
         bursts in prop::collection::vec((0..5u16, heads(), any::<u64>(), 0..15u32), 1..8),
         seed: u64,
     ) {
-        let bridge = Bridge::new(BridgeConfig { fdb_capacity: 64, ageing_ticks: AGEING, seed });
+        let bridge = Bridge::new(BridgeConfig { fdb_capacity: 64, ageing_ticks: AGEING, move_hold_ticks: 0, seed });
         let mut members = Members::new();
         let member_ports: Vec<_> = member_ports.into_iter().map(port).collect();
         for port in &member_ports {
@@ -177,6 +177,7 @@ fn a_full_burst_uses_all_64_bits() {
     let bridge = Bridge::new(BridgeConfig {
         fdb_capacity: 64,
         ageing_ticks: AGEING,
+        move_hold_ticks: 0,
         seed: 1,
     });
     let mut members = Members::new();
@@ -202,6 +203,7 @@ fn a_limit_keeps_a_source_from_being_learned_but_not_its_frames_from_going() {
     let bridge = Bridge::new(BridgeConfig {
         fdb_capacity: 64,
         ageing_ticks: AGEING,
+        move_hold_ticks: 0,
         seed: 1,
     });
     bridge.fdb().set_limit(port(1), Some(0));
@@ -230,4 +232,52 @@ fn members_join_and_leave_once() {
     assert!(members.contains(port(4095)) && !members.contains(port(1)));
     assert!(members.remove(port(4095)) && !members.remove(port(4095)));
     assert_eq!((members.len(), members.is_empty()), (1, false));
+}
+
+#[test]
+fn what_a_source_floods_beyond_its_limit_is_dropped_and_what_others_flood_is_not() {
+    let bridge = Bridge::new(BridgeConfig {
+        fdb_capacity: 64,
+        ageing_ticks: AGEING,
+        move_hold_ticks: 0,
+        seed: 1,
+    });
+    let mut members = Members::new();
+    (0..64).for_each(|n| _ = members.add(port(n)));
+    let head = |dst, src| FrameHead {
+        dst,
+        src,
+        ether_type: 0x0800,
+    };
+    let (station, other) = (0x0200_0000_0001, 0x0200_0000_0002);
+    let mut out = Decisions::new();
+    let mut forward = |from, head, now| {
+        let burst = Arrivals {
+            in_port: port(from),
+            runs: &runs(&[head; 64], u64::MAX),
+        };
+        bridge.forward(&members, Tick(now), &burst, &mut out);
+        let to_one = out.destinations().first().map_or(FrameSet::EMPTY, |d| d.1);
+        assert_eq!(to_one | dropped(&out), FrameSet::ALL);
+        out.flooded().len()
+    };
+    bridge.set_flood_limit(port(1), Some(1_000_000));
+    let broadcast = head(MacAddr::BROADCAST.to_u64(), station);
+    let mut flooded = 0;
+    for now in 0..100 {
+        for _ in 0..100 {
+            flooded += forward(1, broadcast, now);
+            assert_eq!(forward(2, head(0xffff_ffff_ffff, other), now), 64);
+        }
+    }
+    // 10 s of the limit, and what the bucket held: frames of 62 copies that count.
+    assert!((161_000..=165_500).contains(&flooded), "{flooded}");
+    // Frames to a station that is known cost the same source nothing.
+    forward(1, head(other, station), 99);
+    assert_eq!(out.destinations(), [(port(2), FrameSet::ALL)]);
+}
+
+fn dropped(out: &Decisions) -> FrameSet {
+    let all = out.drops().iter().map(|(_, frames)| *frames);
+    all.fold(FrameSet::EMPTY, |all, frames| all | frames)
 }

@@ -53,7 +53,7 @@ impl<'a> Unknown<'a> {
     /// A line that says what to write instead.
     pub(crate) fn hint(&self) -> String {
         // What all kinds of port have: the word may be a setting of another kind.
-        let is_port = ["mtu", "fdb_limit", "pins"]
+        let is_port = ["mtu", "fdb_limit", "flood_limit", "pins"]
             .iter()
             .all(|setting| self.known.contains(setting));
         let kinds = if is_port {

@@ -207,6 +207,7 @@ fn switch(busy_poll: Option<BusyPoll>) -> (Switch, PortName) {
         balance: BalanceConfig::default(),
         fdb_capacity: 1024,
         fdb_ageing: Duration::from_secs(300),
+        fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
     })
     .unwrap();
     let nic: PortName = "nic".parse().unwrap();

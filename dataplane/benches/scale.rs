@@ -230,6 +230,7 @@ impl Busy {
             balance: BalanceConfig::DEFAULT,
             fdb_capacity: 4096,
             fdb_ageing: Duration::from_secs(300),
+            fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
         })
         .unwrap();
         let add = |name: String| {

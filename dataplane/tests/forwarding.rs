@@ -6,7 +6,7 @@ mod common;
 use std::time::Duration;
 
 use common::{LAYOUTS, Lab, eventually, frame, mac, name, receive};
-use ringway_api::Mtu;
+use ringway_api::{FdbLimit, FloodLimit, Mtu, SwitchConfig};
 use ringway_bridge::{DropReason, MacAddr};
 use ringway_guest::{Guest, GuestBuilder, Layout};
 
@@ -156,20 +156,137 @@ fn unknown_and_group_addresses_are_flooded_and_known_ones_are_not() {
 
 #[test]
 fn a_station_that_moves_is_followed() {
-    let lab = Lab::start();
+    // Once it was silent at the old port for the time to hold, or at once.
+    for hold in [SwitchConfig::DEFAULT_FDB_MOVE_HOLD, Duration::ZERO] {
+        let lab = Lab::with_config(|config| config.fdb_move_hold = hold);
+        let mut a = lab.guest("a", Guest::builder());
+        let mut b = lab.guest("b", Guest::builder());
+        let mut c = lab.guest("c", Guest::builder());
+        let hello = frame(0xff, 9, 64, 1);
+        b.send_frame(&hello).unwrap();
+        assert_eq!(receive(&mut a).frame, hello);
+        let mut hellos = 0;
+        let at_b = lab.switch.fdb()[0].clone();
+        assert_eq!(at_b.port.as_str(), "b");
+        eventually("the station is followed", || {
+            c.send_frame(&hello).unwrap();
+            hellos += 1;
+            // A frame that was not learned from is broadcast all the same.
+            assert_eq!(receive(&mut a).frame, hello);
+            lab.counters("c").fdb_moves == 1
+        });
+        assert_eq!(hold.is_zero(), hellos == 1);
+        assert_eq!(lab.counters("c").fdb_moves_refused, hellos - 1);
+        let to_station = frame(9, 1, 64, 3);
+        a.send_frame(&to_station).unwrap();
+        while receive(&mut c).frame != to_station {}
+    }
+}
+
+/// One frame with another's source had its traffic go to whoever sent it.
+#[test]
+fn an_address_in_use_can_not_be_taken_but_be_announced_and_configured() {
+    let lab = Lab::with_config(|config| config.fdb_move_hold = Duration::from_secs(60));
     let mut a = lab.guest("a", Guest::builder());
     let mut b = lab.guest("b", Guest::builder());
-    let mut c = lab.guest("c", Guest::builder());
-    for (guest, seed) in [(&mut b, 1), (&mut c, 2)] {
-        let hello = frame(0xff, 9, 64, seed);
-        guest.send_frame(&hello).unwrap();
-        assert_eq!(receive(&mut a).frame, hello);
+    let mut thief = lab.guest("thief", Guest::builder());
+    b.send_frame(&frame(0xff, 2, 64, 0)).unwrap();
+    for guest in [&mut a, &mut thief] {
+        assert_eq!(receive(guest).frame, frame(0xff, 2, 64, 0));
     }
-    let to_station = frame(9, 1, 64, 3);
-    a.send_frame(&to_station).unwrap();
-    // c first heard b's broadcast.
-    receive(&mut c);
-    assert_eq!(receive(&mut c).frame, to_station);
+    for seed in 1..=20 {
+        // A RARP frame of a guest is a frame like any other.
+        let mut stolen = frame(1, 2, 64, seed);
+        stolen[12..14].copy_from_slice(&[0x80, 0x35]);
+        thief.send_frame(&stolen).unwrap();
+        eventually("it was refused", || {
+            lab.counters("thief").fdb_moves_refused == seed
+        });
+        let to_b = frame(2, 1, 64, seed);
+        a.send_frame(&to_b).unwrap();
+        while receive(&mut b).frame != to_b {}
+    }
+    let mut at = |sent: Vec<u8>, guest: &mut Guest| {
+        a.send_frame(&sent).unwrap();
+        while receive(guest).frame != sent {}
+    };
+    // The front-end knows where its guest is.
+    thief.frontend().send_rarp(mac(2)).unwrap();
+    eventually("it moved", || lab.counters("thief").fdb_moves == 1);
+    at(frame(2, 1, 64, 100), &mut thief);
+    lab.switch.fdb_add(MacAddr(mac(2)), &name("b")).unwrap();
+    at(frame(2, 1, 64, 101), &mut b);
+}
+
+/// Of 1,000 sources of one port none locks another port out of a database for 64.
+#[test]
+fn a_port_that_floods_the_database_locks_nobody_out() {
+    let lab = Lab::with_config(|config| config.fdb_capacity = 64);
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
+    let limited = lab.add_port_with("limited", |config| {
+        config.fdb_limit = FdbLimit::new(3).unwrap();
+    });
+    let mut limited = Guest::builder().connect(&limited).unwrap();
+    let from = |n: u16| {
+        let mut sent = frame(0xff, 0, 64, n.into());
+        sent[10..12].copy_from_slice(&n.to_be_bytes());
+        sent
+    };
+    for n in 0..1000 {
+        a.send_frame(&from(n)).unwrap();
+        while b.try_recv(0).unwrap().is_some() {}
+        if n < 100 {
+            limited.send_frame(&from(10_000 + n)).unwrap();
+        }
+        while limited.try_recv(0).unwrap().is_some() {}
+        while a.try_recv(0).unwrap().is_some() {}
+    }
+    let refused = |port: &str| {
+        let counters = lab.counters(port);
+        (counters.fdb_refused_full, counters.fdb_limit_hits)
+    };
+    eventually("all were heard", || refused("limited") == (0, 97));
+    eventually("the database is full", || refused("a").0 >= 1000 - 64);
+    b.send_frame(&from(20_000)).unwrap();
+    eventually("b is known", || {
+        lab.switch.fdb().iter().any(|e| e.port.as_str() == "b")
+    });
+    assert_eq!(lab.counters("a").fdb_evictions, 1);
+}
+
+#[test]
+fn what_a_port_floods_beyond_its_limit_is_dropped_and_the_rest_of_it_is_not() {
+    // A copy in a second, and all ports once at first: 4,096 copies that count, of two a frame.
+    const FRAMES: u64 = 3000;
+    const PASS: u64 = 4096 / 2;
+    let lab = Lab::start();
+    let flooder = lab.add_port_with("flooder", |config| {
+        config.flood_limit = FloodLimit::new(1).unwrap();
+    });
+    let mut flooder = Guest::builder().connect(&flooder).unwrap();
+    let mut others = ["a", "b", "c"].map(|port| lab.guest(port, Guest::builder()));
+    for seed in 0..FRAMES {
+        flooder.send_frame(&frame(0xff, 1, 64, seed)).unwrap();
+        for other in &mut others {
+            while other.try_recv(0).unwrap().is_some() {}
+        }
+    }
+    let dropped = || lab.counters("flooder").rx_drops[DropReason::FloodLimit];
+    eventually("all were sent", || {
+        lab.counters("flooder").rx_frames == FRAMES
+    });
+    // A few may have passed in the seconds that the test took.
+    let passed = FRAMES - dropped();
+    assert!((PASS..PASS + 20).contains(&passed), "{passed}");
+    lab.assert_conserved(&["flooder", "a", "b", "c"], 2 * passed);
+    let others_flood = frame(0xff, 2, 64, FRAMES);
+    let [a, b, _] = &mut others;
+    a.send_frame(&others_flood).unwrap();
+    while receive(b).frame != others_flood {}
+    let known = frame(2, 1, 64, FRAMES);
+    flooder.send_frame(&known).unwrap();
+    while receive(a).frame != known {}
 }
 
 /// A station moves and says nothing: the frame to it is flooded, since its old port forgot it.

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::table::Entry;
-use super::{Fdb, FdbError, Writer, check_unicast};
+use super::{EVICTION_BUCKETS, Fdb, FdbError, FdbTally, Writer, check_unicast};
 use crate::{MacAddr, PortId, Tick};
 
 /// Buckets swept between two releases of the lock: 64 KiB, some ten microseconds during which
@@ -12,10 +12,10 @@ const SWEEP_BUCKETS: usize = 1024;
 
 impl Fdb {
     /// Pins `mac` to `port`: it neither moves nor ages. Takes over an entry of the address, learned
-    /// or static. Limits of ports don't apply.
+    /// or static. Limits of ports don't apply, and if need be a learned entry makes room.
     ///
     /// # Errors
-    /// The address is none of a station, or the database is full.
+    /// The address is none of a station, or the database is full of static entries.
     pub fn add_static(&self, mac: MacAddr, port: PortId) -> Result<(), FdbError> {
         check_unicast(mac)?;
         let probe = self.probe(mac.to_u64());
@@ -26,7 +26,7 @@ impl Fdb {
                 writer.replace(slot, old, entry);
                 true
             }
-            None => writer.insert(probe, entry),
+            None => writer.has_room(Writer::make_room_for_static) && writer.insert(probe, entry),
         };
         if stored {
             Ok(())
@@ -65,8 +65,9 @@ impl Fdb {
     /// [`sweep_flushed`](Self::sweep_flushed). After 15 flushes without it the port learns nothing
     /// more.
     pub fn flush_port(&self, port: PortId) -> bool {
-        let has_flushed = self.behind(port).flush();
+        let has_flushed = self.behind(port).flush().is_some();
         if has_flushed {
+            self.shared.holders.fetch_sub(1, Ordering::Relaxed);
             // Pairs with the swap of sweep_flushed, which so sees what is owed.
             self.shared.is_sweep_due.store(true, Ordering::Release);
         }
@@ -90,10 +91,11 @@ impl Fdb {
         swept
     }
 
-    /// Removes all entries of `port`, static ones too; how many. For ports that go away: by then no
+    /// Removes all entries of `port`, static ones too, and begins its tally anew; how many. For ports that go away: by then no
     /// worker may learn behind the port.
     pub fn purge_port(&self, port: PortId) -> usize {
         let all = 0..self.table.bucket_count();
+        self.behind(port).clear_tally();
         self.lock().sweep(all, |entry| entry.port() == port)
     }
 
@@ -130,6 +132,11 @@ impl Fdb {
         self.behind(port).count()
     }
 
+    /// What was done and refused of `port` since it was added.
+    pub fn tally(&self, port: PortId) -> FdbTally {
+        self.behind(port).tally()
+    }
+
     /// All entries, static ones and those included that expired or were flushed and not swept yet.
     pub fn len(&self) -> usize {
         self.shared.len.load(Ordering::Relaxed)
@@ -164,6 +171,14 @@ impl Fdb {
 }
 
 impl Writer<'_> {
+    /// Removes a learned entry, of the port that has most of those that come along; false if there
+    /// is none.
+    fn make_room_for_static(&self) -> bool {
+        // Any learned entry may go, so it does not matter which are expired.
+        let searches = self.fdb.table.bucket_count().div_ceil(EVICTION_BUCKETS);
+        (0..searches).any(|_| self.evict(0, Tick::default()))
+    }
+
     fn sweep(&self, buckets: std::ops::Range<usize>, condemned: impl Fn(Entry) -> bool) -> usize {
         buckets
             .flat_map(|bucket| self.fdb.table.slots(bucket))

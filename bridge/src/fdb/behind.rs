@@ -1,7 +1,9 @@
-//! What the database keeps of each port: how much was learned behind it, and since when it counts.
+//! What the database keeps of each port: how much was learned behind it, and since when it counts;
+//! and what it refused.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use super::Learned;
 use super::table::{Entry, PORT, TAG, TAG_SHIFT};
 use crate::PortId;
 
@@ -24,6 +26,29 @@ pub(super) struct Behind {
     /// See [`State`]. Relaxed throughout: one word says all, and orders nothing else.
     state: AtomicU64,
     limit: AtomicU32,
+    moves: AtomicU64,
+    moves_refused: AtomicU64,
+    evictions: AtomicU64,
+    limit_hits: AtomicU64,
+    refused_full: AtomicU64,
+}
+
+const _: () = assert!(size_of::<Behind>() == 64);
+
+/// What the database did and refused of a port since it was added.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FdbTally {
+    /// Addresses that moved to the port.
+    pub moves: u64,
+    /// Frames whose source was in use behind another port a moment ago, so that it did not move: a
+    /// spoof, a loop, or a station that moved too fast.
+    pub moves_refused: u64,
+    /// Entries that made room for ports with fewer.
+    pub evictions: u64,
+    /// Frames whose source was not learned since the port has as many addresses as it may.
+    pub limit_hits: u64,
+    /// Frames whose source was not learned since the database is full and the port has its share.
+    pub refused_full: u64,
 }
 
 /// ```text
@@ -77,6 +102,53 @@ impl Behind {
         Self {
             state: AtomicU64::new(State::new(port).0),
             limit: AtomicU32::new(UNLIMITED),
+            moves: AtomicU64::new(0),
+            moves_refused: AtomicU64::new(0),
+            evictions: AtomicU64::new(0),
+            limit_hits: AtomicU64::new(0),
+            refused_full: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts what an attempt to learn behind the port led to.
+    pub(super) fn note(&self, learned: Learned) {
+        let counter = match learned {
+            Learned::Moved { .. } => &self.moves,
+            Learned::Held { .. } => &self.moves_refused,
+            Learned::LimitReached => &self.limit_hits,
+            Learned::Full => &self.refused_full,
+            _ => return,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts an entry that made room.
+    pub(super) fn note_eviction(&self) {
+        self.evictions.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn tally(&self) -> FdbTally {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        FdbTally {
+            moves: read(&self.moves),
+            moves_refused: read(&self.moves_refused),
+            evictions: read(&self.evictions),
+            limit_hits: read(&self.limit_hits),
+            refused_full: read(&self.refused_full),
+        }
+    }
+
+    /// Begins to count anew.
+    pub(super) fn clear_tally(&self) {
+        let counters = [
+            &self.moves,
+            &self.moves_refused,
+            &self.evictions,
+            &self.limit_hits,
+            &self.refused_full,
+        ];
+        for counter in counters {
+            counter.store(0, Ordering::Relaxed);
         }
     }
 
@@ -104,24 +176,27 @@ impl Behind {
         self.count() >= self.limit.load(Ordering::Relaxed)
     }
 
-    /// Counts a learned entry that is about to be stored; false if it would not count, since the
-    /// port was flushed since the entry was made, or too often since the last sweep.
-    pub(super) fn count_in(&self, entry: Entry) -> bool {
+    /// Counts a learned entry that is about to be stored, and returns how many there were before;
+    /// `None` if it would not count, since the port was flushed since the entry was made, or too
+    /// often since the last sweep.
+    pub(super) fn count_in(&self, entry: Entry) -> Option<u32> {
         self.update(|state| {
             let counts = state.0 & TAG == entry.tag() && !state.is_spent();
             counts.then_some(State(state.0 + 1))
         })
     }
 
-    /// Counts a learned entry out; one that a flush did already is not counted again.
-    pub(super) fn count_out(&self, entry: Entry) {
+    /// Counts a learned entry out, and returns how many there were before; `None` if a flush did
+    /// that already.
+    pub(super) fn count_out(&self, entry: Entry) -> Option<u32> {
         self.update(|state| {
             (state.0 & TAG == entry.tag() && state.0 & COUNT != 0).then(|| State(state.0 - 1))
-        });
+        })
     }
 
-    /// Has no entry count that was learned up to now; false if there is none.
-    pub(super) fn flush(&self) -> bool {
+    /// Has no entry count that was learned up to now, and returns how many there were; `None` if
+    /// there was none.
+    pub(super) fn flush(&self) -> Option<u32> {
         self.update(State::flushed)
     }
 
@@ -135,11 +210,13 @@ impl Behind {
         self.update(|state| Some(state.settled(swept)));
     }
 
-    fn update(&self, change: impl Fn(State) -> Option<State>) -> bool {
+    /// Changes the state if there is something to change; the count before.
+    fn update(&self, change: impl Fn(State) -> Option<State>) -> Option<u32> {
         let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
         self.state
             .fetch_update(set, fetch, |state| change(State(state)).map(|next| next.0))
-            .is_ok()
+            .ok()
+            .map(|before| State(before).count())
     }
 }
 
@@ -156,13 +233,13 @@ mod tests {
     fn a_flush_counts_out_what_was_learned_once() {
         let behind = Behind::new(PortId::new(4095).unwrap());
         let old = entry(&behind);
-        assert!(!behind.flush(), "nothing was learned");
-        assert!(behind.count_in(old) && behind.count_in(old));
-        assert!(behind.flush());
+        assert_eq!(behind.flush(), None, "nothing was learned");
+        assert_eq!([old; 2].map(|old| behind.count_in(old)), [Some(0), Some(1)]);
+        assert_eq!(behind.flush(), Some(2));
         assert_eq!((behind.count(), behind.owed()), (0, 1));
-        assert!(!behind.count_in(old), "it is of before");
-        assert!(behind.count_in(entry(&behind)));
-        behind.count_out(old);
+        assert_eq!(behind.count_in(old), None, "it is of before");
+        assert_eq!(behind.count_in(entry(&behind)), Some(0));
+        assert_eq!(behind.count_out(old), None);
         assert_eq!(behind.count(), 1);
     }
 
@@ -170,15 +247,15 @@ mod tests {
     fn an_epoch_does_not_come_again_before_a_sweep() {
         let behind = Behind::new(PortId::new(5).unwrap());
         let mut seen = Vec::new();
-        while behind.count_in(entry(&behind)) {
+        while behind.count_in(entry(&behind)).is_some() {
             assert!(!seen.contains(&behind.tag()));
             seen.push(behind.tag());
-            assert!(behind.flush());
+            assert_eq!(behind.flush(), Some(1));
         }
         assert_eq!((seen.len(), behind.owed()), (15, 15));
-        assert!(!behind.flush(), "nothing is learned any more");
+        assert_eq!(behind.flush(), None, "nothing is learned any more");
         behind.settle(15);
-        assert!(behind.count_in(entry(&behind)));
+        assert_eq!(behind.count_in(entry(&behind)), Some(0));
         assert!(!seen.contains(&behind.tag()));
         assert_eq!(entry(&behind).port().get(), 5);
     }
@@ -186,7 +263,10 @@ mod tests {
     #[test]
     fn flushes_during_a_sweep_are_owed_to_the_next() {
         let behind = Behind::new(PortId::new(0).unwrap());
-        let flush = || assert!(behind.count_in(entry(&behind)) && behind.flush());
+        let flush = || {
+            behind.count_in(entry(&behind));
+            assert_eq!(behind.flush(), Some(1));
+        };
         flush();
         let swept = behind.owed();
         flush();

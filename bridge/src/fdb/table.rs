@@ -168,6 +168,12 @@ impl Slot<'_> {
         self.value
     }
 
+    /// Whatever the slot holds; the caller holds the mutex.
+    pub(super) fn entry(self) -> Option<Entry> {
+        let entry = Entry(self.value.load(Ordering::Relaxed));
+        entry.is_valid().then_some(entry)
+    }
+
     /// The entry if the slot holds `key`. Steps R1 to R3 of the [protocol](self).
     #[inline]
     fn read(self, key: u64) -> Option<Entry> {

@@ -10,6 +10,7 @@ fn config(capacity: usize) -> FdbConfig {
     FdbConfig {
         capacity,
         ageing_ticks: AGEING,
+        move_hold_ticks: 0,
         seed: 7,
     }
 }
@@ -108,6 +109,96 @@ fn what_was_learned_behind_a_port_is_forgotten_at_once_and_swept_later() {
     assert_eq!(fdb.len(), 2);
     assert_eq!(fdb.learn(mac(1), port(2), NOW), Learned::New);
     assert_eq!(fdb.lookup(mac(1), NOW), Some(port(2)));
+}
+
+#[test]
+fn an_address_in_use_does_not_move_unless_it_is_announced_or_its_port_goes_down() {
+    const HOLD: u32 = 10;
+    let fdb = Fdb::new(FdbConfig {
+        move_hold_ticks: HOLD,
+        ..config(8)
+    });
+    let [a, b] = [1, 2].map(port);
+    let at = |ticks| Tick(NOW.0 + ticks);
+    fdb.learn(mac(1), a, NOW);
+    assert_eq!(fdb.learn(mac(1), b, at(HOLD - 1)), Learned::Held { at: a });
+    assert_eq!(fdb.lookup(mac(1), NOW), Some(a));
+    // It is the holder's frames that count, not the other's.
+    assert_eq!(fdb.learn(mac(1), b, at(HOLD)), Learned::Moved { from: a });
+    assert_eq!(fdb.learn(mac(1), a, at(HOLD)), Learned::Held { at: b });
+    let announced = fdb.announce(mac(1), a, at(HOLD));
+    assert_eq!(announced, Learned::Moved { from: b });
+    fdb.flush_port(a);
+    assert_eq!(fdb.learn(mac(1), b, at(HOLD)), Learned::New);
+    // A limit does not make a spoof look like a full port.
+    fdb.set_limit(a, Some(0));
+    assert_eq!(fdb.learn(mac(1), a, at(HOLD)), Learned::Held { at: b });
+    let of_b = FdbTally {
+        moves: 1,
+        moves_refused: 1,
+        ..FdbTally::default()
+    };
+    assert_eq!(fdb.tally(b), of_b);
+    let of_a = FdbTally {
+        moves: 1,
+        moves_refused: 2,
+        ..FdbTally::default()
+    };
+    assert_eq!(fdb.tally(a), of_a);
+    fdb.purge_port(a);
+    assert_eq!(fdb.tally(a), FdbTally::default());
+}
+
+/// One port fills the database; everybody else is learned all the same, up to the fair share.
+#[test]
+fn a_flood_of_addresses_locks_nobody_out_and_evicts_nobody_else() {
+    const CAPACITY: u32 = 1024;
+    let fdb = Fdb::new(config(CAPACITY as usize));
+    let [flooder, a, b] = [1, 2, 3].map(port);
+    let stations = |port: u16| (0..100).map(move |n| mac(u64::from(port) << 32 | n));
+    fdb.add_static(mac(1 << 39), a).unwrap();
+    for station in stations(2) {
+        assert_eq!(fdb.learn(station, a, NOW), Learned::New);
+    }
+    for n in 0..100_000 {
+        fdb.learn(mac(n), flooder, NOW);
+    }
+    assert_eq!(fdb.len(), CAPACITY as usize);
+    for station in stations(3) {
+        // The flooder goes on, and gets nothing back.
+        assert_eq!(fdb.learn(mac(1 << 24), flooder, NOW), Learned::Full);
+        assert_eq!(fdb.learn(station, b, NOW), Learned::New);
+    }
+    assert!(stations(2).all(|mac| fdb.lookup(mac, NOW) == Some(a)));
+    assert!(stations(3).all(|mac| fdb.lookup(mac, NOW) == Some(b)));
+    assert_eq!(fdb.lookup(mac(1 << 39), NOW), Some(a));
+    assert_eq!(fdb.tally(flooder).evictions, 100);
+    assert_eq!(fdb.tally(a).evictions + fdb.tally(b).evictions, 0);
+
+    // Once each has its share, a full database is full.
+    let learned = (0..10_000).filter(|n| fdb.learn(mac(1 << 25 | n), b, NOW) == Learned::New);
+    assert_eq!(learned.count() + 100, CAPACITY as usize / 3);
+    assert_eq!(fdb.learn(mac(1 << 26), b, NOW), Learned::Full);
+    // An operator's entry finds room.
+    fdb.add_static(mac(1 << 27), b).unwrap();
+    assert_eq!(fdb.len(), CAPACITY as usize);
+}
+
+#[test]
+fn what_expired_or_was_flushed_makes_room_first() {
+    for flushed in [true, false] {
+        let fdb = Fdb::new(config(32));
+        (0..31).for_each(|n| _ = fdb.learn(mac(n), port(1), Tick(NOW.0 + AGEING)));
+        fdb.learn(mac(31), port(2), NOW);
+        let now = Tick(NOW.0 + AGEING + u32::from(!flushed));
+        if flushed {
+            fdb.flush_port(port(2));
+        }
+        // It may take a few frames until the search comes by.
+        let learned = (0..100).find(|_| fdb.learn(mac(32), port(3), now) == Learned::New);
+        assert!(learned.is_some());
+        assert!(fdb.tally(port(1)).evictions <= 1);
+    }
 }
 
 #[test]

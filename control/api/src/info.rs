@@ -57,6 +57,17 @@ pub struct PortCounters {
     pub tx_gso_frames: u64,
     /// Segments that they became.
     pub tx_gso_segments: u64,
+    /// Learned addresses that moved to the port from another.
+    pub fdb_moves: u64,
+    /// Frames from the port with a source address that was in use behind another port a moment ago,
+    /// and so did not move here: a spoof, a loop, or a station that moved too fast.
+    pub fdb_moves_refused: u64,
+    /// Addresses learned behind the port that made room in the full database for ports with fewer.
+    pub fdb_evictions: u64,
+    /// Frames whose source was not learned since the port has as many addresses as it may.
+    pub fdb_limit_hits: u64,
+    /// Frames whose source was not learned since the database is full and the port has its share.
+    pub fdb_refused_full: u64,
 }
 
 /// A port.

@@ -46,6 +46,6 @@ pub use refusal::SwitchError;
 pub use schema::document;
 pub use switch::{BalanceConfig, IdleConfig, SwitchConfig};
 pub use value::{
-    BadValue, BusyPoll, FdbLimit, IfName, MAX_PORT_NAME, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, Mtu,
-    PortName, QueuePairs, SocketPath, UmemFrames,
+    BadValue, BusyPoll, FdbLimit, FloodLimit, IfName, MAX_PORT_NAME, MAX_QUEUE_PAIRS,
+    MAX_SOCKET_PATH, Mtu, PortName, QueuePairs, SocketPath, UmemFrames,
 };

@@ -6,7 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::value::{
-    BadValue, BusyPoll, FdbLimit, IfName, Mtu, QueuePairs, SocketPath, UmemFrames, shown,
+    BadValue, BusyPoll, FdbLimit, FloodLimit, IfName, Mtu, QueuePairs, SocketPath, UmemFrames,
+    shown,
 };
 
 /// What is behind a port.
@@ -66,8 +67,10 @@ pub struct VhostUserConfig {
     pub queues: QueuePairs,
     /// L3 MTU; `None` takes the front-end's.
     pub mtu: Option<Mtu>,
-    /// Most MAC addresses learned behind the port; `None` leaves the database's size as the limit.
-    pub fdb_limit: Option<FdbLimit>,
+    /// Most MAC addresses learned behind the port.
+    pub fdb_limit: FdbLimit,
+    /// Most copies per second that floods of the port's frames make.
+    pub flood_limit: FloodLimit,
     /// Queue pairs that are polled by a given worker whatever their load.
     pub pins: Pins,
 }
@@ -88,9 +91,13 @@ struct VhostUserFields {
     /// L3 MTU in bytes; absent takes the front-end's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     mtu: Option<Mtu>,
-    /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    fdb_limit: Option<FdbLimit>,
+    /// Most MAC addresses learned behind the port.
+    #[serde(default)]
+    fdb_limit: FdbLimit,
+    /// Most copies per second that floods of the port's frames make, by each worker that polls its
+    /// queues; 0 for no limit. The first copy of a frame does not count.
+    #[serde(default)]
+    flood_limit: FloodLimit,
     /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and
     /// of the worker. The switch places the others.
     #[serde(default, skip_serializing_if = "Pins::is_empty")]
@@ -106,7 +113,8 @@ impl VhostUserConfig {
             socket,
             queues: Self::default_queues(),
             mtu: None,
-            fdb_limit: None,
+            fdb_limit: FdbLimit::DEFAULT,
+            flood_limit: FloodLimit::DEFAULT,
             pins: Pins::default(),
         }
     }
@@ -139,6 +147,7 @@ impl TryFrom<VhostUserFields> for VhostUserConfig {
             queues: fields.queues,
             mtu: fields.mtu,
             fdb_limit: fields.fdb_limit,
+            flood_limit: fields.flood_limit,
             pins: fields.pins,
         })
     }
@@ -156,6 +165,7 @@ impl From<VhostUserConfig> for VhostUserFields {
             queues: config.queues,
             mtu: config.mtu,
             fdb_limit: config.fdb_limit,
+            flood_limit: config.flood_limit,
             pins: config.pins,
         }
     }
@@ -180,9 +190,13 @@ pub struct TapConfig {
     /// and takes from it, whole frames with their checksums.
     #[serde(default = "yes")]
     pub offload: bool,
-    /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fdb_limit: Option<FdbLimit>,
+    /// Most MAC addresses learned behind the port.
+    #[serde(default)]
+    pub fdb_limit: FdbLimit,
+    /// Most copies per second that floods of the port's frames make, by each worker that polls its
+    /// queues; 0 for no limit. The first copy of a frame does not count.
+    #[serde(default)]
+    pub flood_limit: FloodLimit,
     /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and
     /// of the worker. The switch places the others.
     #[serde(default, skip_serializing_if = "Pins::is_empty")]
@@ -200,7 +214,8 @@ impl TapConfig {
             mtu: None,
             persist: false,
             offload: true,
-            fdb_limit: None,
+            fdb_limit: FdbLimit::DEFAULT,
+            flood_limit: FloodLimit::DEFAULT,
             pins: Pins::default(),
         }
     }
@@ -237,9 +252,13 @@ pub struct AfXdpConfig {
     /// Join received TCP segments that follow one another, towards ports that take such frames.
     #[serde(default = "yes")]
     pub gro: bool,
-    /// Most MAC addresses learned behind the port; absent leaves the database's size as the limit.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fdb_limit: Option<FdbLimit>,
+    /// Most MAC addresses learned behind the port.
+    #[serde(default)]
+    pub fdb_limit: FdbLimit,
+    /// Most copies per second that floods of the port's frames make, by each worker that polls its
+    /// queues; 0 for no limit. The first copy of a frame does not count.
+    #[serde(default)]
+    pub flood_limit: FloodLimit,
     /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and
     /// of the worker. The switch places the others.
     #[serde(default, skip_serializing_if = "Pins::is_empty")]
@@ -259,7 +278,8 @@ impl AfXdpConfig {
             umem_frames: UmemFrames::DEFAULT,
             busy_poll_us: None,
             gro: true,
-            fdb_limit: None,
+            fdb_limit: FdbLimit::DEFAULT,
+            flood_limit: FloodLimit::DEFAULT,
             pins: Pins::default(),
         }
     }
@@ -364,9 +384,14 @@ impl PortConfig {
         of_any_kind!(self, config => config.mtu)
     }
 
-    /// Most MAC addresses learned behind the port, if there is a limit.
-    pub const fn fdb_limit(&self) -> Option<FdbLimit> {
+    /// Most MAC addresses learned behind the port.
+    pub const fn fdb_limit(&self) -> FdbLimit {
         of_any_kind!(self, config => config.fdb_limit)
+    }
+
+    /// Most copies per second that floods of its frames make.
+    pub const fn flood_limit(&self) -> FloodLimit {
+        of_any_kind!(self, config => config.flood_limit)
     }
 
     /// Queue pairs with a worker of their own choice.
@@ -431,10 +456,13 @@ mod tests {
 
     #[test]
     fn settings_survive_the_way_to_the_dataplane_and_back() {
-        let vm = json!({ "queues": 2, "mtu": 9000, "fdb_limit": 4, "pins": { "0": 1, "1": 0 } });
-        let tap = json!({ "queues": 1, "persist": true, "offload": false });
+        let vm = json!({ "queues": 2, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "pins": { "0": 1, "1": 0 } });
+        let tap = json!({
+            "queues": 1, "persist": true, "offload": false, "fdb_limit": 4096, "flood_limit": 1_000_000,
+        });
         let nic = json!({
             "queues": 4, "mode": "zero-copy", "umem_frames": 1024, "busy_poll_us": 20, "gro": false,
+            "fdb_limit": 1, "flood_limit": 1,
         });
         for (kind, fields) in PortKind::ALL.into_iter().zip([vm, tap, nic]) {
             let written = settings(kind, &fields);

@@ -68,4 +68,13 @@ pub struct SwitchConfig {
     pub fdb_capacity: usize,
     /// Learned entries not seen for this long are forgotten (IEEE 802.1Q, 8.8.3: 300 s).
     pub fdb_ageing: Duration,
+    /// A learned address that was seen within this time does not move to another port, to a tenth
+    /// of a second; with zero it moves at once.
+    pub fdb_move_hold: Duration,
+}
+
+impl SwitchConfig {
+    /// A station that stops using its address, or fails over, moves after a second; whoever uses
+    /// it meanwhile gets nothing.
+    pub const DEFAULT_FDB_MOVE_HOLD: Duration = Duration::from_secs(1);
 }

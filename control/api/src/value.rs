@@ -357,10 +357,53 @@ impl BusyPoll {
 pub struct FdbLimit(u32);
 
 number!(FdbLimit(u32) 1..=u32::MAX, format: "uint32", what: "a limit of {} addresses",
-    hint: "give 1 or more, or leave it out for no limit");
+    hint: "give 1 or more, or leave it out for the default");
 
 impl FdbLimit {
+    /// More than a guest has that runs others inside, and a quarter of the database by default: what
+    /// VMware's switch allows a port too.
+    pub const DEFAULT: Self = Self(4096);
+
     fn is_one(count: u32) -> bool {
         count > 0
+    }
+}
+
+impl Default for FdbLimit {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+/// Copies that floods of a port's frames may make in a second, of each worker that polls its
+/// queues; 0 for no limit. A frame that is flooded to n ports makes n - 1: the first costs no more
+/// than a frame that is not flooded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FloodLimit(u32);
+
+number!(FloodLimit(u32) 0..=u32::MAX, format: "uint32", what: "a limit of {} copies per second",
+    hint: "give a number of copies per second, or 0 for no limit");
+
+impl FloodLimit {
+    /// A few hundredths of a worker's time. To two other ports it is a million frames in a second,
+    /// to 63 it is 16,000: far above what healthy stations broadcast, and five streams of video.
+    pub const DEFAULT: Self = Self(1_000_000);
+
+    /// The limit, if there is one.
+    pub const fn bound(self) -> Option<u32> {
+        match self.0 {
+            0 => None,
+            copies => Some(copies),
+        }
+    }
+
+    const fn is_one(_: u32) -> bool {
+        true
+    }
+}
+
+impl Default for FloodLimit {
+    fn default() -> Self {
+        Self::DEFAULT
     }
 }

@@ -9,8 +9,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use super::units::Rate;
 use crate::api::{
     AfXdpConfig, BadValue, BusyPoll, FdbAddParams, FdbDelParams, FdbFlushParams, FdbLimit,
-    FdbListParams, IfName, Mtu, PortConfig, PortDelParams, PortName, PortShowParams, QueuePairs,
-    SocketPath, SocketSpec, TapConfig, UmemFrames, VhostUserConfig, WorkerPinParams,
+    FdbListParams, FloodLimit, IfName, Mtu, PortConfig, PortDelParams, PortName, PortShowParams,
+    QueuePairs, SocketPath, SocketSpec, TapConfig, UmemFrames, VhostUserConfig, WorkerPinParams,
     WorkerUnpinParams, XdpMode,
 };
 
@@ -242,9 +242,12 @@ pub struct AddCommon {
     /// L3 MTU in bytes, 68 to 65521 [default: the front-end's or the interface's]
     #[arg(long, value_name = "BYTES")]
     pub mtu: Option<Mtu>,
-    /// Most MAC addresses learned behind the port [default: no limit]
+    /// Most MAC addresses learned behind the port [default: 4096]
     #[arg(long, value_name = "N")]
     pub fdb_limit: Option<FdbLimit>,
+    /// Most copies per second that floods of its frames make, 0 for no limit [default: 1000000]
+    #[arg(long, value_name = "N")]
+    pub flood_limit: Option<FloodLimit>,
 }
 
 impl AddKind {
@@ -255,7 +258,7 @@ impl AddKind {
                 listen,
                 connect,
                 queues,
-                common: AddCommon { mtu, fdb_limit },
+                common,
             } => {
                 let listen = listen.clone().map(SocketSpec::Listen);
                 let socket = listen.or_else(|| connect.clone().map(SocketSpec::Connect));
@@ -263,8 +266,9 @@ impl AddKind {
                 let default = VhostUserConfig::new(socket.expect("a path is given"));
                 PortConfig::VhostUser(VhostUserConfig {
                     queues: queues.unwrap_or(default.queues),
-                    mtu: *mtu,
-                    fdb_limit: *fdb_limit,
+                    mtu: common.mtu,
+                    fdb_limit: common.fdb_limit.unwrap_or_default(),
+                    flood_limit: common.flood_limit.unwrap_or_default(),
                     ..default
                 })
             }
@@ -273,15 +277,16 @@ impl AddKind {
                 queues,
                 persist,
                 no_offload,
-                common: AddCommon { mtu, fdb_limit },
+                common,
             } => {
                 let default = TapConfig::new(ifname.clone());
                 PortConfig::Tap(TapConfig {
                     queues: queues.unwrap_or(default.queues),
-                    mtu: *mtu,
+                    mtu: common.mtu,
                     persist: *persist,
                     offload: !no_offload,
-                    fdb_limit: *fdb_limit,
+                    fdb_limit: common.fdb_limit.unwrap_or_default(),
+                    flood_limit: common.flood_limit.unwrap_or_default(),
                     ..default
                 })
             }
@@ -292,17 +297,18 @@ impl AddKind {
                 umem_frames,
                 busy_poll_us,
                 no_gro,
-                common: AddCommon { mtu, fdb_limit },
+                common,
             } => {
                 let default = AfXdpConfig::new(ifname.clone());
                 PortConfig::AfXdp(AfXdpConfig {
                     queues: *queues,
-                    mtu: *mtu,
+                    mtu: common.mtu,
                     mode: mode.unwrap_or(default.mode),
                     umem_frames: umem_frames.unwrap_or(default.umem_frames),
                     busy_poll_us: *busy_poll_us,
                     gro: !no_gro,
-                    fdb_limit: *fdb_limit,
+                    fdb_limit: common.fdb_limit.unwrap_or_default(),
+                    flood_limit: common.flood_limit.unwrap_or_default(),
                     ..default
                 })
             }

@@ -65,11 +65,14 @@ pub(super) fn port(out: &mut dyn Write, show: &PortDetail) -> fmt::Result {
         field(out, "pinned", &pins.join(", "))?;
     }
     field(out, "mtu", &optional(show.mtu))?;
-    let limit = match port.config.fdb_limit() {
-        Some(limit) => format!("{} of {limit} at most", port.fdb_entries),
-        None => port.fdb_entries.to_string(),
-    };
+    let limit = port.config.fdb_limit();
+    let limit = format!("{} of {limit} at most", port.fdb_entries);
     field(out, "mac addresses", &limit)?;
+    let flood_limit = match port.config.flood_limit().bound() {
+        Some(copies) => format!("{} copies/s", units::count(copies.into())),
+        None => "none".to_owned(),
+    };
+    field(out, "flood limit", &flood_limit)?;
     if matches!(port.config, PortConfig::VhostUser(_)) {
         field(out, "connections", &show.connections.to_string())?;
         let mapped = units::binary_bytes(show.mapped_bytes);
@@ -208,6 +211,7 @@ fn traffic(out: &mut dyn Write, counters: &PortCounters) -> fmt::Result {
         "tx (to it)",
         &flow(counters.tx_frames, counters.tx_bytes),
     )?;
+    learning(out, counters)?;
     field(out, "rx drops", &drops(&counters.rx_drops))?;
     field(out, "tx drops", &drops(&counters.tx_drops))?;
     let checksums = units::count(counters.tx_csum_completed);
@@ -218,6 +222,23 @@ fn traffic(out: &mut dyn Write, counters: &PortCounters) -> fmt::Result {
         units::count(counters.tx_gso_segments)
     );
     field(out, "tx gso", &gso)
+}
+
+/// What the forwarding database did and refused, as far as anything was.
+fn learning(out: &mut dyn Write, counters: &PortCounters) -> fmt::Result {
+    let told = [
+        (counters.fdb_moves, "moved here"),
+        (counters.fdb_moves_refused, "refused to move here"),
+        (counters.fdb_evictions, "evicted"),
+        (counters.fdb_limit_hits, "over the limit"),
+        (counters.fdb_refused_full, "refused by a full database"),
+    ];
+    let told: Vec<_> = told
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{} {what}", units::count(count)))
+        .collect();
+    field(out, "learning", &told.join(", "))
 }
 
 fn queues(out: &mut dyn Write, queues: &[QueueInfo]) -> fmt::Result {

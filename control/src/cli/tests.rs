@@ -21,7 +21,7 @@ fn vm() -> PortInfo {
         id: PortId::new(0).unwrap(),
         config: PortConfig::VhostUser(VhostUserConfig {
             mtu: Mtu::new(9000),
-            fdb_limit: FdbLimit::new(16),
+            fdb_limit: FdbLimit::new(16).unwrap(),
             pins: [(0, 1)].into(),
             ..VhostUserConfig::new(SocketSpec::Listen("/run/ringway/vm1.sock".parse().unwrap()))
         }),
@@ -38,6 +38,10 @@ fn vm() -> PortInfo {
             tx_csum_completed: 17,
             tx_gso_frames: 12,
             tx_gso_segments: 540,
+            fdb_moves: 3,
+            fdb_moves_refused: 1_200,
+            fdb_limit_hits: 7,
+            ..PortCounters::default()
         },
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ringway_api::{
     BadValue, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, SocketPath, SocketSpec,
+    SwitchConfig,
 };
 use ringway_bridge::MAX_PORTS;
 use serde::Deserialize;
@@ -21,6 +22,9 @@ use crate::suggest::Unknown;
 
 /// Longest ageing time (IEEE 802.1Q, table 8-6).
 const MAX_AGEING_SECONDS: u64 = 1_000_000;
+
+/// Longest time for which addresses in use move to no other port: a minute.
+const MAX_MOVE_HOLD_MS: u64 = 60_000;
 
 /// Longest step of the idle ladder: beyond a second the worker never sleeps in practice.
 const MAX_IDLE_US: u64 = 1_000_000;
@@ -50,6 +54,7 @@ struct DaemonSection {
 struct FdbSection {
     ageing_seconds: Option<u64>,
     capacity: Option<usize>,
+    move_hold_ms: Option<u64>,
 }
 
 #[derive(Default, Deserialize)]
@@ -168,6 +173,7 @@ fn check(
         log_format: file.daemon.log_format,
         fdb_ageing: check_ageing(&file.fdb, places)?,
         fdb_capacity: check_capacity(&file.fdb, places)?,
+        fdb_move_hold: check_move_hold(&file.fdb, places)?,
         balance: check_balance(&file.workers, places)?,
         idle: IdleConfig {
             spin: check_idle("spin_us", file.idle.spin_us, DEFAULT_IDLE.spin, places)?,
@@ -211,6 +217,18 @@ fn check_capacity(fdb: &FdbSection, places: &Places<'_>) -> Result<usize, Config
             &["fdb", "capacity"],
             format!("{capacity} is out of range"),
             format!("give 1 to {MAX_FDB_CAPACITY} entries"),
+        )),
+    }
+}
+
+fn check_move_hold(fdb: &FdbSection, places: &Places<'_>) -> Result<Duration, ConfigError> {
+    match fdb.move_hold_ms {
+        None => Ok(SwitchConfig::DEFAULT_FDB_MOVE_HOLD),
+        Some(ms @ 0..=MAX_MOVE_HOLD_MS) => Ok(Duration::from_millis(ms)),
+        Some(ms) => Err(places.error(
+            &["fdb", "move_hold_ms"],
+            format!("{ms} is out of range"),
+            format!("give 0 to {MAX_MOVE_HOLD_MS} milliseconds"),
         )),
     }
 }
@@ -347,6 +365,7 @@ log_format = "json"
 [fdb]
 ageing_seconds = 60
 capacity = 1024
+move_hold_ms = 0
 
 [idle]
 spin_us = 10
@@ -389,6 +408,7 @@ gro = false
         assert_eq!(config.log_format, Some(LogFormat::Json));
         assert_eq!(config.fdb_ageing, Duration::from_secs(60));
         assert_eq!(config.fdb_capacity, 1024);
+        assert_eq!(config.fdb_move_hold, Duration::ZERO);
         assert_eq!(config.idle.spin, Duration::from_micros(10));
         assert_eq!(config.idle.pause, Duration::ZERO);
         let names: Vec<_> = config.ports.iter().map(|(name, _)| name.as_str()).collect();
@@ -426,6 +446,7 @@ gro = false
             ("[fdb]\ncapacity = 0\n", 2),
             ("[fdb]\ncapacity = -1\n", 2),
             ("[fdb]\n\nageing_seconds = 0\n", 3),
+            ("[fdb]\nmove_hold_ms = 60001\n", 2),
             ("[idle]\nspin_us = 1000001\n", 2),
             ("[workers]\nrebalance_seconds = 0\n", 2),
             ("[workers]\nrebalance = \"yes\"\n", 2),
@@ -496,5 +517,6 @@ gro = false
         assert_eq!(config.balance, defaults.balance);
         assert_eq!(config.fdb_ageing, defaults.fdb_ageing);
         assert_eq!(config.fdb_capacity, defaults.fdb_capacity);
+        assert_eq!(config.fdb_move_hold, defaults.fdb_move_hold);
     }
 }

@@ -13,7 +13,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ringway_api::{BalanceConfig, IdleConfig, PortConfig, PortName};
+use ringway_api::{BalanceConfig, IdleConfig, PortConfig, PortName, SwitchConfig};
 use serde::Deserialize;
 
 pub use cpus::{CpuList, CpuListError};
@@ -62,6 +62,8 @@ pub struct Config {
     pub fdb_ageing: Duration,
     /// Entries of the forwarding database.
     pub fdb_capacity: usize,
+    /// Addresses in use move to no other port for this long.
+    pub fdb_move_hold: Duration,
     /// When workers go to sleep.
     pub idle: IdleConfig,
     /// When queues move between workers.
@@ -78,6 +80,7 @@ impl Default for Config {
             log_format: None,
             fdb_ageing: DEFAULT_FDB_AGEING,
             fdb_capacity: DEFAULT_FDB_CAPACITY,
+            fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
             idle: DEFAULT_IDLE,
             balance: DEFAULT_BALANCE,
             ports: Vec::new(),

@@ -171,6 +171,7 @@ fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(
         balance: config.balance,
         fdb_capacity: config.fdb_capacity,
         fdb_ageing: config.fdb_ageing,
+        fdb_move_hold: config.fdb_move_hold,
     })?;
     let heartbeat = switch.heartbeat();
     let service = Arc::new(Service::new(switch));

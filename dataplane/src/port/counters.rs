@@ -87,6 +87,11 @@ impl DropCounters {
         self.0[reason.index()].add(n);
     }
 
+    /// Frames dropped for `reason`.
+    pub(crate) fn of(&self, reason: DropReason) -> u64 {
+        self.0[reason.index()].get()
+    }
+
     pub(crate) fn read(&self) -> Drops {
         let counts = DropReason::ALL.map(|reason| (reason, self.0[reason.index()].get()));
         counts.into_iter().collect()

@@ -12,7 +12,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use ringway_api::{PortCounters, PortName, PortState, QueueInfo};
-use ringway_bridge::{Bridge, PortId};
+use ringway_bridge::{Bridge, FdbTally, PortId};
 
 pub(crate) use af_xdp::AfXdpPort;
 pub(crate) use call::interrupt_stuck_calls;
@@ -23,6 +23,7 @@ pub(crate) use queue::{
 pub(crate) use tap::TapPort;
 pub(crate) use vhost::VhostPort;
 
+use crate::log_limit::LogLimit;
 use crate::wire::Offloads;
 
 /// A port as workers see it. Dispatched once per burst.
@@ -46,6 +47,8 @@ pub(crate) struct PortBase {
     pub(crate) tx_offloads: OffloadCounters,
     /// Frames forwarded in its name that came from none of its queues.
     pub(crate) injected: QueueCounters,
+    /// Of lines that tell what the port floods and teaches.
+    pub(crate) watch_log: LogLimit,
     bridge: Arc<Bridge>,
 }
 
@@ -58,8 +61,14 @@ impl PortBase {
             tx_drops: DropCounters::default(),
             tx_offloads: OffloadCounters::default(),
             injected: QueueCounters::default(),
+            watch_log: LogLimit::new(1),
             bridge,
         }
+    }
+
+    /// What the forwarding database did and refused of the port since it was added.
+    pub(crate) fn fdb_tally(&self) -> FdbTally {
+        self.bridge.fdb().tally(self.id)
     }
 
     /// Forgets which stations are behind the port, which is down: by the next frame those are found
@@ -134,6 +143,7 @@ impl Port {
 
     pub(crate) fn counters(&self) -> PortCounters {
         let injected = &self.base().injected;
+        let learning = self.base().fdb_tally();
         let mut sum = PortCounters {
             rx_frames: injected.frames.get(),
             rx_bytes: injected.bytes.get(),
@@ -142,6 +152,11 @@ impl Port {
             tx_csum_completed: self.base().tx_offloads.csum_completed.get(),
             tx_gso_frames: self.base().tx_offloads.gso_frames.get(),
             tx_gso_segments: self.base().tx_offloads.gso_segments.get(),
+            fdb_moves: learning.moves,
+            fdb_moves_refused: learning.moves_refused,
+            fdb_evictions: learning.evictions,
+            fdb_limit_hits: learning.limit_hits,
+            fdb_refused_full: learning.refused_full,
             ..PortCounters::default()
         };
         for pair in 0..self.queue_pairs() {

@@ -136,6 +136,7 @@ mod tests {
             },
             fdb_capacity: 16,
             fdb_ageing: Duration::from_secs(300),
+            fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
         })
         .unwrap();
         for port in 0..4 {

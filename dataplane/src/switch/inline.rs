@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel as channel;
 use ringway_api::{AfXdpConfig, IdleConfig, PortName, SwitchError};
-use ringway_bridge::{Bridge, BridgeConfig, PortId};
+use ringway_bridge::{Bridge, BridgeConfig, PortId, Tick};
 
 use crate::port::{AfXdpPort, Port, PortBase, VhostPort};
 use crate::vhost_user::{Endpoint, SessionThread};
@@ -44,6 +44,7 @@ impl InlineSwitch {
         let bridge = Arc::new(Bridge::new(BridgeConfig {
             fdb_capacity,
             ageing_ticks: u32::MAX,
+            move_hold_ticks: Tick::PER_SECOND,
             seed: 0x5eed,
         }));
         let (handle, inbox) = WorkerHandle::new(0, Instant::now())?;

@@ -5,15 +5,15 @@ mod balance;
 mod inline;
 mod load;
 mod port_table;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use ringway_api::{
-    FdbEntry, FdbLimit, HeaderAction, Mtu, PairCounters, PolledQueue, PortConfig, PortDetail,
-    PortInfo, PortName, QueuePairs, SocketSpec, SwitchConfig, SwitchError, WorkerDetail,
-    WorkerInfo,
+    FdbEntry, HeaderAction, Mtu, PairCounters, PolledQueue, PortConfig, PortDetail, PortInfo,
+    PortName, QueuePairs, SocketSpec, SwitchConfig, SwitchError, WorkerDetail, WorkerInfo,
 };
 use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
 
@@ -21,6 +21,7 @@ use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
 pub use inline::InlineSwitch;
 
 use self::port_table::{PortTable, State, check_pair};
+use self::watch::Watch;
 use crate::cpus::allowed_cpus;
 use crate::housekeeping::{self, Periodic};
 use crate::offload::Action;
@@ -71,6 +72,7 @@ impl Switch {
         let bridge = Arc::new(Bridge::new(BridgeConfig {
             fdb_capacity: config.fdb_capacity,
             ageing_ticks: Tick::count(config.fdb_ageing),
+            move_hold_ticks: Tick::count(config.fdb_move_hold),
             seed: seed(),
         }));
         let start = |(index, cpu): (u16, &usize)| {
@@ -86,7 +88,13 @@ impl Switch {
         };
         let table = Arc::new(PortTable::new(workers));
         let watched = Arc::clone(&table);
-        let look_at_ports = move || watched.forget_behind_down_interfaces();
+        let mut watch = Watch::default();
+        let look_at_ports = move || {
+            if let Some(state) = watched.try_lock() {
+                state.forget_behind_down_interfaces();
+                watch.look(&state, Instant::now());
+            }
+        };
         Ok(Self {
             sessions: SessionThread::start().map_err(system("vhost-user session thread"))?,
             balancer: balance::start(Arc::clone(&table), config.balance, epoch)
@@ -123,9 +131,10 @@ impl Switch {
         let port = Arc::new(port);
         let (pairs, workers) = (port.queue_pairs(), self.table.worker_count());
         let desired = state.topology.with_port(id, pairs, workers, config.pins());
+        let fdb_limit = config.fdb_limit().get();
+        self.bridge.fdb().set_limit(id, Some(fdb_limit));
         self.bridge
-            .fdb()
-            .set_limit(id, config.fdb_limit().map(FdbLimit::get));
+            .set_flood_limit(id, config.flood_limit().bound());
         state.insert(name.clone(), config, Arc::clone(&port));
         let added = self.table.change_topology(&mut state, &desired);
         let started = added.and_then(|()| match (&*port, endpoint) {
@@ -396,6 +405,7 @@ impl Switch {
         self.table.remove_from_workers(state, id);
         self.bridge.fdb().purge_port(id);
         self.bridge.fdb().set_limit(id, None);
+        self.bridge.set_flood_limit(id, None);
         state.ports.remove(name);
     }
 

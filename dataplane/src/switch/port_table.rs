@@ -71,6 +71,18 @@ impl State {
         self.ports.insert(name, entry);
     }
 
+    /// Forgets the stations behind interfaces that are down.
+    pub(super) fn forget_behind_down_interfaces(&self) {
+        let ports = self.ports.values().map(|entry| &entry.port);
+        // A guest's port forgets by itself, when its last receive ring stops.
+        let interfaces = ports.filter(|port| !matches!(***port, Port::VhostUser(_)));
+        for port in interfaces.filter(|port| port.base().has_stations()) {
+            if port.state() == PortState::Down {
+                port.base().forget_stations();
+            }
+        }
+    }
+
     pub(super) fn entry_of(&self, id: PortId) -> Option<&PortEntry> {
         self.ports.values().find(|entry| entry.port.base().id == id)
     }
@@ -106,21 +118,12 @@ impl PortTable {
         lock(&self.state)
     }
 
-    /// Forgets the stations behind interfaces that are down. While ports are being changed it
-    /// leaves that to the next time: housekeeping must not wait.
-    pub(super) fn forget_behind_down_interfaces(&self) {
-        let state = match self.state.try_lock() {
-            Ok(state) => state,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
-        };
-        let ports = state.ports.values().map(|entry| &entry.port);
-        // A guest's port forgets by itself, when its last receive ring stops.
-        let interfaces = ports.filter(|port| !matches!(***port, Port::VhostUser(_)));
-        for port in interfaces.filter(|port| port.base().has_stations()) {
-            if port.state() == PortState::Down {
-                port.base().forget_stations();
-            }
+    /// The same for housekeeping, which must not wait: `None` while ports are being changed.
+    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, State>> {
+        match self.state.try_lock() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 

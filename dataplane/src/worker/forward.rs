@@ -75,6 +75,15 @@ impl Forwarder {
         &mut self.tools.contended
     }
 
+    /// Has the station that `frame` is from be behind `port` from now on, whoever used its address a
+    /// moment ago.
+    pub(super) fn announce(&self, port: PortId, frame: &[u8], now: Tick) {
+        if let Some([_, _, _, _, _, _, a, b, c, d, e, f]) = frame.first_chunk() {
+            let station = MacAddr([*a, *b, *c, *d, *e, *f]);
+            self.bridge.fdb().announce(station, port, now);
+        }
+    }
+
     /// Forwards a burst whose snapshots are taken, and returns how many of its last frames are to
     /// be given back to the source, since their destination is full for the moment. All others
     /// are delivered or dropped, and counted.

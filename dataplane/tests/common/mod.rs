@@ -56,6 +56,7 @@ impl Lab {
             balance: BalanceConfig::DEFAULT,
             fdb_capacity: 1024,
             fdb_ageing: Duration::from_secs(300),
+            fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
         };
         change(&mut config);
         Self {

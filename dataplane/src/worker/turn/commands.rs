@@ -118,7 +118,8 @@ impl Worker {
         self.handle.pairs.forget(id);
     }
 
-    /// Forwards a frame of our own making, in the name of a port.
+    /// Forwards a frame of our own making, in the name of a port, and believes it: a front-end
+    /// announces where its guest is now.
     fn inject(&mut self, from: PortId, frame: &[u8]) {
         let Some(port) = self.path.forwarder.ports[from.index()].clone() else {
             return;
@@ -127,6 +128,7 @@ impl Worker {
         bytes.extend_from_slice(frame);
         let now = self.now();
         let Path { burst, forwarder } = &mut self.path;
+        forwarder.announce(from, frame, now.tick);
         let mut burst = burst.begin();
         burst.push_whole(GuestSlice::of(&mut bytes));
         burst.take_snapshots(HEADER_BYTES, Offloads::NONE);

@@ -98,6 +98,7 @@ impl Fixture {
         let bridge = Bridge::new(BridgeConfig {
             fdb_capacity: 16,
             ageing_ticks: u32::MAX,
+            move_hold_ticks: 0,
             seed: 1,
         });
         let bridge = Arc::new(bridge);
