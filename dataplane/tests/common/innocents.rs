@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use ringway_api::{IdleConfig, SwitchConfig};
 use ringway_guest::{Layout, UsedSlot};
-use ringway_testbed::{RING_SIZE, Shape, Station};
+use ringway_testbed::{BURST, RING_SIZE, Shape, Station};
 
 use super::observe::{Footprint, alone, capture_log};
 use super::{DEADLINE, Lab, eventually, mac};
@@ -28,7 +28,8 @@ pub(crate) const INNOCENTS: [u8; 3] = [1, 2, 3];
 const PING: u8 = 4;
 const PONG: u8 = 5;
 
-/// The longest that a ping may take at the 99th percentile.
+/// How much longer than alone a ping may take at the 99th percentile. (Alone it takes some 50 µs, and
+/// more only where whoever runs the machine takes its cores away, which no thread is told.)
 pub(crate) const LONGEST_PING: Duration = Duration::from_millis(5);
 
 /// Frames in a row for one destination: a burst of 64 has several.
@@ -41,8 +42,12 @@ const LONGEST_SLICE: Duration = Duration::from_millis(100);
 /// A moment: long enough to ask the kernel three times, short beside a scheduler's slice.
 const MOMENT: Duration = Duration::from_micros(200);
 /// A moment counts if both threads ran for this part of it, a ping if they waited for their cores
-/// for no more than the rest of its time.
+/// for no more than the rest of its time, or if it is late without that time.
 const UNDISTURBED: f64 = 0.9;
+/// What the switch may take once and keep: the memory of frames that wait.
+const KEPT_BYTES: u64 = 24 << 20;
+/// Trials of which one has to do.
+const TRIALS: u32 = 3;
 /// Slices before a measurement, for caches, learning, and what an attack is allowed at first.
 const WARM_UP: usize = 5;
 /// Time from one ping to the next: so rarely that they cost nothing.
@@ -79,11 +84,16 @@ pub(crate) fn lab_with(change: impl FnOnce(&mut SwitchConfig)) -> Lab {
     })
 }
 
+/// Something of each of [`INNOCENTS`].
+type Of<T> = [T; INNOCENTS.len()];
+/// Frames per second.
+type Rates = Of<f64>;
+
 /// What the innocents saw in one measurement.
 #[derive(Clone, Debug)]
 pub(crate) struct Pace {
-    /// Frames per second that arrived at them, of theirs.
-    pub(crate) rate: f64,
+    /// Frames per second of each that arrived at the others.
+    rates: Rates,
     /// Times of all pings, ascending.
     pings: Vec<Duration>,
 }
@@ -94,28 +104,34 @@ impl Pace {
         self.pings[(self.pings.len() * 99).div_ceil(100) - 1]
     }
 
-    /// This rate as a part of another.
+    /// What is left of another rate to whoever lost most of it.
     pub(crate) fn part_of(&self, alone: &Self) -> f64 {
-        self.rate / alone.rate
+        least_part(&self.rates, &alone.rates)
     }
 
-    /// Asserts that the innocents have at least this part of the rate that they have alone, and that
-    /// their pings are in time.
-    #[track_caller]
-    pub(crate) fn assert_undisturbed(&self, alone: &Self, least: f64, what: &str) {
+    /// Whether the innocents have at least this part of the rate that they have alone, and their
+    /// pings are in time; and the figures.
+    fn is_undisturbed(&self, alone: &Self, least: f64, what: &str) -> (bool, String) {
         let (part, p99) = (self.part_of(alone), self.ping_p99());
         let figures = format!(
-            "{what}: {:.3} of {:.2} Mpps, ping p99 {p99:?} (alone {:?}), max {:?}, {} pings",
-            part,
-            alone.rate / 1e6,
+            "{what}: {part:.3} of {:.2} Mpps, ping p99 {p99:?} (alone {:?}), max {:?}, {} pings",
+            alone.rates.iter().sum::<f64>() / 1e6,
             alone.ping_p99(),
             self.pings.last(),
             self.pings.len(),
         );
         eprintln!("{figures}");
-        assert!(part >= least, "{figures}");
-        assert!(p99 <= LONGEST_PING, "{figures}");
+        (
+            part >= least && p99 <= alone.ping_p99() + LONGEST_PING,
+            figures,
+        )
     }
+}
+
+/// What is left of other rates to whoever lost most.
+fn least_part(rates: &Rates, of: &Rates) -> f64 {
+    let parts = rates.iter().zip(of).map(|(rate, of)| rate / of);
+    parts.fold(f64::INFINITY, f64::min)
 }
 
 /// The guests, driven by the thread that made them.
@@ -123,8 +139,9 @@ pub(crate) struct Innocents {
     busy: Vec<Station>,
     ping: Ping,
     used: Box<[UsedSlot]>,
-    /// Frames of theirs that arrived.
-    frames: u64,
+    first_waits: bool,
+    /// Frames of each that arrived at the others.
+    frames: Of<u64>,
     threads: Threads,
     _alone: MutexGuard<'static, ()>,
 }
@@ -145,13 +162,14 @@ impl Innocents {
             busy: INNOCENTS.map(connect).into(),
             ping: Ping::new(connect(PING), connect(PONG)),
             used: vec![UsedSlot::default(); usize::from(RING_SIZE)].into(),
-            frames: 0,
+            first_waits: false,
+            frames: [0; INNOCENTS.len()],
             threads: Threads::new(),
             _alone: alone,
         };
         innocents.introduce();
         for from in INNOCENTS {
-            innocents.address(from, &INNOCENTS, RUN);
+            innocents.address(from);
         }
         innocents
     }
@@ -176,22 +194,44 @@ impl Innocents {
         self.ping.times.clear();
     }
 
-    /// Has one of them send to the others of `stations` in turn, `run` frames to each.
-    pub(crate) fn address(&mut self, from: u8, stations: &[u8], run: u16) {
-        let to: Vec<u8> = stations.iter().copied().filter(|to| *to != from).collect();
+    /// Has one of them send to the others in turn.
+    fn address(&mut self, from: u8) {
+        let others = INNOCENTS.iter().filter(|to| **to != from);
+        let to: Vec<u8> = others.copied().collect();
         let sender = &self.busy[usize::from(from) - 1];
         for slot in 0..sender.tx.ring.slots() {
-            let to = to[usize::from(slot / run) % to.len()];
+            let to = to[usize::from(slot / RUN) % to.len()];
             let addresses = [mac(to), mac(from)];
             sender.tx.buffers.write(slot, 12, addresses.as_flattened());
         }
     }
 
+    /// From now on the first of them sends bursts of 64 frames, each when all of the one before were
+    /// taken.
+    pub(crate) fn first_waits_for_its_frames(&mut self) {
+        self.first_waits = true;
+    }
+
+    /// From now on the last of 64 frames of the first of them goes elsewhere.
+    pub(crate) fn first_sends_also_to(&mut self, station: u8) {
+        let sender = &self.busy[0];
+        // Its first frame was a hello, so that each burst ends with such a slot.
+        for slot in (0..RING_SIZE).step_by(BURST.into()) {
+            sender.tx.buffers.write(slot, 12, &mac(station));
+        }
+    }
+
     /// Takes what arrived, fills all rings, and looks after the ping.
     fn turn(&mut self) {
-        for station in &mut self.busy {
+        for (at, station) in self.busy.iter_mut().enumerate() {
             station.tx.ring.reclaim().unwrap();
-            station.tx.offer(u16::MAX).unwrap();
+            let free = station.tx.ring.free();
+            let offered = match self.first_waits && at == 0 {
+                false => free,
+                true if free == RING_SIZE => BURST,
+                true => 0,
+            };
+            station.tx.offer(offered).unwrap();
         }
         for at in 0..self.busy.len() {
             self.receive(at);
@@ -205,7 +245,10 @@ impl Innocents {
         for used in &self.used[..count] {
             let mut source = [0];
             station.rx.buffers.read(used.slot, SOURCE_AT, &mut source);
-            self.frames += u64::from(INNOCENTS.contains(&source[0]));
+            // Stations count from 1.
+            if let Some(count) = self.frames.get_mut(usize::from(source[0].wrapping_sub(1))) {
+                *count += 1;
+            }
         }
         station.rx.offer(u16::MAX).unwrap();
     }
@@ -216,9 +259,12 @@ impl Innocents {
             self.slice(&mut attack);
         }
         self.ping.times.clear();
-        let mut rates: Vec<f64> = (0..SLICES).map(|_| self.slice(&mut attack)).collect();
-        rates.sort_by(f64::total_cmp);
-        let rate = rates[SLICES / 2];
+        let slices: Vec<Rates> = (0..SLICES).map(|_| self.slice(&mut attack)).collect();
+        let rates = std::array::from_fn(|at| {
+            let mut rates: Vec<f64> = slices.iter().map(|rates| rates[at]).collect();
+            rates.sort_by(f64::total_cmp);
+            rates[SLICES / 2]
+        });
         let start = Instant::now();
         while self.ping.times.is_empty() {
             assert!(start.elapsed() < DEADLINE, "no ping came back");
@@ -227,7 +273,7 @@ impl Innocents {
         }
         let mut pings = std::mem::take(&mut self.ping.times);
         pings.sort();
-        Pace { rate, pings }
+        Pace { rates, pings }
     }
 
     /// Runs without any attack.
@@ -235,18 +281,38 @@ impl Innocents {
         self.pace(|| {})
     }
 
-    /// Measures alone, beside the attack, and alone again: asserts that the innocents keep `least`
-    /// of their rate and their pings, that all is as before within a second, and that the process
-    /// holds no more than it did. Returns both measurements.
+    /// Measures alone and beside an attack: asserts that the innocents keep `least` of their rate and
+    /// their pings, that all is as before within a second, and that the process holds no more than
+    /// it did. Cores may be of another speed from one measurement to the next: there are three
+    /// trials.
     #[track_caller]
-    pub(crate) fn endure(&mut self, least: f64, what: &str, attack: impl FnMut()) -> [Pace; 2] {
-        let alone = self.alone();
+    pub(crate) fn endure(&mut self, least: f64, what: &str, attack: impl FnMut()) {
+        self.endure_after(|_| {}, least, what, attack);
+    }
+
+    /// The same where the attack takes a change of the innocents.
+    #[track_caller]
+    pub(crate) fn endure_after(
+        &mut self,
+        change: impl FnOnce(&mut Self),
+        least: f64,
+        what: &str,
+        mut attack: impl FnMut(),
+    ) {
+        let mut alone = self.alone();
+        change(self);
         let footprint = Footprint::now();
-        let beside = self.pace(attack);
-        beside.assert_undisturbed(&alone, least, what);
+        for trial in 1.. {
+            let beside = self.pace(&mut attack);
+            let (is_undisturbed, figures) = beside.is_undisturbed(&alone, least, what);
+            if is_undisturbed {
+                break;
+            }
+            assert!(trial < TRIALS, "{figures}");
+            alone = self.alone();
+        }
         self.assert_recovers(&alone, what);
-        footprint.assert_flat();
-        [alone, beside]
+        footprint.assert_grown_below(KEPT_BYTES);
     }
 
     /// Asserts that within a second some slice is as fast as those without an attack.
@@ -255,20 +321,19 @@ impl Innocents {
         let mut best = 0.0_f64;
         let mut passed = Duration::ZERO;
         while passed < RECOVERY {
-            best = best.max(self.slice(&mut || {}));
-            if best >= 0.9 * alone.rate {
+            best = best.max(least_part(&self.slice(&mut || {}), &alone.rates));
+            if best >= 0.9 {
                 return;
             }
             passed += SLICE;
         }
-        let part = best / alone.rate;
-        panic!("{what}: {part:.3} of the rate {RECOVERY:?} after the attack");
+        panic!("{what}: {best:.3} of the rate {RECOVERY:?} after the attack");
     }
 
-    /// Frames per second of one slice.
-    fn slice(&mut self, attack: &mut impl FnMut()) -> f64 {
+    /// The rates of one slice.
+    fn slice(&mut self, attack: &mut impl FnMut()) -> Rates {
         let begin = self.threads.times();
-        let (mut moments, mut frames) = (Duration::ZERO, 0);
+        let (mut moments, mut frames) = (Duration::ZERO, [0; INNOCENTS.len()]);
         loop {
             let (start, before) = (self.threads.times(), self.frames);
             while start.at.elapsed() < MOMENT {
@@ -278,13 +343,13 @@ impl Innocents {
             let moment = self.threads.times().since(&start);
             if moment.is_undisturbed() {
                 moments += moment.wall;
-                frames += self.frames - before;
+                frames = std::array::from_fn(|at| frames[at] + self.frames[at] - before[at]);
             }
             let all = self.threads.times().since(&begin);
             assert!(all.wall < DEADLINE, "the machine is too busy to measure");
             if moments >= SLICE || all.wall >= LONGEST_SLICE && !moments.is_zero() {
-                let rate = frames as f64 / moments.as_secs_f64();
-                return rate * (1.0 - all.blocked_part());
+                let seconds = moments.as_secs_f64() / (1.0 - all.blocked_part());
+                return frames.map(|frames| frames as f64 / seconds);
             }
         }
     }
@@ -330,8 +395,10 @@ impl Ping {
             let wall = sent.at.elapsed();
             if answer == Some(self.number) || wall >= PING_LOST {
                 let machine = threads.waited().saturating_sub(sent.waited);
-                if machine <= wall.mul_f64(1.0 - UNDISTURBED) {
-                    self.times.push(wall);
+                let net = wall.saturating_sub(machine);
+                // It was late all the same, or the machine had no part in it.
+                if net > LONGEST_PING || net >= wall.mul_f64(UNDISTURBED) {
+                    self.times.push(net);
                 }
                 self.sent = None;
             }

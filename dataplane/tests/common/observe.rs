@@ -53,10 +53,15 @@ impl Footprint {
     /// Asserts that nothing has piled up since. Sessions end a moment after their sockets do, and
     /// allocators keep a little.
     pub(crate) fn assert_flat(&self) {
+        self.assert_grown_below(8 << 20);
+    }
+
+    /// The same where so many bytes may be taken once and kept.
+    pub(crate) fn assert_grown_below(&self, bytes: u64) {
         eventually("fds are closed", || open_fds() <= self.fds);
         eventually("memory is unmapped", || mappings() <= self.mappings + 8);
         let grown = resident_bytes().saturating_sub(self.resident_bytes);
-        assert!(grown < 8 << 20, "{grown} bytes more are resident");
+        assert!(grown < bytes, "{grown} bytes more are resident");
     }
 }
 
