@@ -1,6 +1,5 @@
 //! Slow work that no worker should do: forgetting addresses that were not seen for long or are
-//! behind an interface that went down, and interrupting calls by which a front-end holds up a
-//! worker.
+//! behind an interface that went down.
 
 use std::io;
 use std::sync::Arc;
@@ -10,15 +9,12 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{self as channel, RecvTimeoutError, Sender};
 use ringway_bridge::{Bridge, Tick};
 
-use crate::port::interrupt_stuck_calls;
-
 /// How often the database is swept. Expired entries are not used even before: the sweep only makes
 /// room and keeps the ports' counts true.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How often stuck calls and interfaces that went down are looked for. A front-end can hold up a
-/// worker for two of these, once; looking costs 10 wake-ups a second, and a system call for each
-/// interface with stations behind it.
+/// How often interfaces that went down are looked for; looking costs 10 wake-ups a second, and a
+/// system call for each interface with stations behind it.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A thread that does something at regular times; ends when dropped.
@@ -64,8 +60,7 @@ impl Drop for Periodic {
 }
 
 /// Starts the housekeeping thread. `epoch` is the zero of the bridge's ticks; `look_at_ports` is
-/// called at each interval and must not wait, since it would keep stuck calls from being
-/// interrupted.
+/// called at each interval.
 ///
 /// # Errors
 /// There can be no further thread.
@@ -76,7 +71,6 @@ pub(crate) fn start(
 ) -> io::Result<Periodic> {
     let mut swept = Instant::now();
     Periodic::start("ringway-house", LOOK_INTERVAL, move || {
-        interrupt_stuck_calls();
         look_at_ports();
         bridge.fdb().sweep_flushed();
         if swept.elapsed() >= SWEEP_INTERVAL {

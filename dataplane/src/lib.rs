@@ -25,6 +25,7 @@
 mod backoff;
 mod burst;
 mod burst_lock;
+mod call;
 mod cpus;
 mod housekeeping;
 mod isa;

@@ -18,6 +18,8 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::time::Timespec;
 use tracing::warn;
 
+use crate::call::Call;
+
 /// Requests that wait for a worker: rings start and guests announce themselves rarely, and a sender
 /// that finds the channel full waits.
 const MAX_REQUESTS: usize = 256;
@@ -50,6 +52,8 @@ pub(crate) enum WakeRequest {
     Activate(Token),
     /// Forward a frame as if the port had sent it.
     Inject { from: PortId, frame: Box<[u8]> },
+    /// Make a call.
+    Call(Arc<Call>),
 }
 
 /// What a worker waits for, and the doorbell by which other threads end its wait.
@@ -221,6 +225,11 @@ impl Binding {
     /// Has the worker forward a frame as if `from` had sent it.
     pub(crate) fn inject(&self, from: PortId, frame: Box<[u8]>) {
         self.waker.request(WakeRequest::Inject { from, frame });
+    }
+
+    /// Has the worker make a call.
+    pub(crate) fn call(&self, call: Arc<Call>) {
+        self.waker.request(WakeRequest::Call(call));
     }
 }
 

@@ -292,37 +292,40 @@ fn kick_and_call_fds_that_are_no_eventfds_are_refused() {
     stage.finish();
 }
 
-/// Takes the signals of a call fd when the test ends, however it ends: a worker that waits for it
-/// could not be joined.
-struct Drain(EventFd);
-
-impl Drop for Drain {
-    fn drop(&mut self) {
-        let _ = self.0.take();
-    }
+/// Has a call fd block whoever writes to it, as its front-end can: it shares the file.
+fn make_block(call: &EventFd) {
+    let flags = rustix::fs::fcntl_getfl(call).unwrap();
+    rustix::fs::fcntl_setfl(call, flags - OFlags::NONBLOCK).unwrap();
+    let _ = call.take();
+    rustix::io::write(call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
 }
 
 /// The front-end shares the call fd's file, so it can clear O_NONBLOCK after it was set and fill
-/// the counter: the next call then blocks the worker until it is interrupted, and the ring is lost.
+/// the counter: the next call blocks the worker for a tick, and the port is closed, for longer each
+/// time that its front-end comes back and does it again.
 #[test]
 fn a_call_fd_that_is_made_to_block_and_filled_holds_up_nobody() {
     let mut stage = Stage::new();
-    let drain = Drain(EventFd::new().unwrap());
-    let frontend = &mut stage.bad.frontend;
-    frontend
-        .set_vring_fd(FrontendReq::SET_VRING_CALL, TX, Some(&drain.0))
-        .unwrap();
-    // Whoever sets a call fd is called once.
-    eventually("the switch has the fd", || drain.0.take().unwrap() > 0);
-    let flags = rustix::fs::fcntl_getfl(&drain.0).unwrap();
-    rustix::fs::fcntl_setfl(&drain.0, flags - OFlags::NONBLOCK).unwrap();
-    rustix::io::write(&drain.0, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-    let addr = stage.bad.put(0, &plain(&frame(PEER, BAD, 60, 1)));
-    stage.bad.tx.write_chain(0, &[(addr, 72)]);
-    stage.bad.tx.offer(&[0]);
-    assert_eq!(receive(&mut stage.peer).frame.len(), 60);
+    for time in 0..4 {
+        if time > 0 {
+            stage.reconnect();
+        }
+        make_block(&stage.bad.tx.call);
+        let addr = stage.bad.put(0, &plain(&frame(PEER, BAD, 60, 1)));
+        stage.bad.tx.write_chain(0, &[(addr, 72)]);
+        stage.bad.tx.offer(&[0]);
+        assert_eq!(receive(&mut stage.peer).frame.len(), 60);
+        let closed = format!("port closed for {}ms: a call to it blocks", 100 << time);
+        eventually("the port is closed", || {
+            let detail = stage.detail();
+            detail.port.state == PortState::Down && detail.last_error == Some(closed.clone())
+        });
+        assert!(stage.detail().closed_for_ms.unwrap() <= 100 << time);
+    }
     stage.let_innocents_run(1000);
-    drop(drain);
+    eventually("the port opens", || stage.detail().closed_for_ms.is_none());
+    stage.reconnect();
+    stage.assert_works();
     stage.finish();
 }
 

@@ -14,6 +14,7 @@ const LAYERS: &[&str] = &[
     "cpus",
     "isa",
     "log_limit",
+    "call",
     "placement",
     "topology",
     "wake",

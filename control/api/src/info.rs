@@ -171,6 +171,11 @@ pub struct PortDetail {
     pub protocol_features: Vec<String>,
     /// Times that a front-end connected.
     pub connections: u64,
+    /// Time that workers spent in calls (interrupts) to the guest since the port was added.
+    pub call_ns: u64,
+    /// Milliseconds in which no front-end may use the port, since calls to the one before were slow
+    /// or blocked; null if one may.
+    pub closed_for_ms: Option<u64>,
     /// Guest memory that is mapped.
     pub mapped_bytes: u64,
     /// Guest memory regions that are mapped.

@@ -50,7 +50,11 @@ pub(super) fn port(out: &mut dyn Write, show: &PortDetail) -> fmt::Result {
     let port = &show.port;
     writeln!(out, "port {}", port.name)?;
     where_it_is(out, port)?;
-    field(out, "state", port.state.as_str())?;
+    let state = match show.closed_for_ms {
+        Some(ms) => format!("{}, closed for {ms} ms more", port.state.as_str()),
+        None => port.state.as_str().to_owned(),
+    };
+    field(out, "state", &state)?;
     let started = show.queues.iter().filter(|q| q.rx_started || q.tx_started);
     let pairs = match port.config.queues() {
         Some(most) => format!("{} started of {most}", started.count()),
@@ -75,6 +79,8 @@ pub(super) fn port(out: &mut dyn Write, show: &PortDetail) -> fmt::Result {
     field(out, "flood limit", &flood_limit)?;
     if matches!(port.config, PortConfig::VhostUser(_)) {
         field(out, "connections", &show.connections.to_string())?;
+        let call_ms = show.call_ns as f64 / 1e6;
+        field(out, "calls took", &format!("{call_ms:.1} ms"))?;
         let mapped = units::binary_bytes(show.mapped_bytes);
         field(
             out,

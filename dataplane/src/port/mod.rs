@@ -2,7 +2,6 @@
 
 #[cfg_attr(not(feature = "af-xdp"), path = "no_af_xdp.rs")]
 mod af_xdp;
-mod call;
 mod counters;
 mod queue;
 mod tap;
@@ -15,7 +14,6 @@ use ringway_api::{PortCounters, PortName, PortState, QueueInfo};
 use ringway_bridge::{Bridge, FdbTally, PortId};
 
 pub(crate) use af_xdp::AfXdpPort;
-pub(crate) use call::interrupt_stuck_calls;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
 pub(crate) use queue::{
     Completion, Gathered, Job, Outcome, RxQueue, Tools, Unavailable, with_rx_queue,

@@ -19,6 +19,7 @@ pub(super) use self::rings::choose_receiver;
 use self::rings::{QueueState, StartedRing, VhostQueue};
 use super::{PortBase, QueueCounters};
 use crate::burst_lock::lock;
+use crate::call::Callee;
 use crate::log_limit::LogLimit;
 use crate::memory::GuestMemory;
 use crate::vhost_user::Announcements;
@@ -28,9 +29,6 @@ use crate::wire::{Features, ProtocolFeatures};
 /// Why a ring stops whose memory is no longer the guest's (SIGBUS).
 const CUT_OFF: &str = "its memory file was cut off";
 
-/// Why a ring stops whose front-end holds up whoever calls it.
-const CALL_BLOCKS: &str = "its call fd blocks";
-
 /// Lines in 10 s that tell why rings of a port were stopped: each is worth reading.
 const FAULT_LINES: u32 = 100;
 
@@ -38,6 +36,8 @@ const FAULT_LINES: u32 = 100;
 #[derive(Debug)]
 pub(crate) struct VhostPort {
     pub(crate) base: PortBase,
+    /// Its calls, whatever ring they are of.
+    pub(crate) callee: Arc<Callee>,
     /// Guest receive 2n, guest transmit 2n + 1.
     queues: Box<[VhostQueue]>,
     /// Bit n: the guest's receive ring of pair n takes frames.
@@ -63,6 +63,7 @@ impl VhostPort {
         let rings = 2 * u32::from(pairs);
         Self {
             base,
+            callee: Arc::default(),
             queues: (0..2 * pairs).map(|_| VhostQueue::default()).collect(),
             receivers: AtomicU64::new(0),
             memory: Mutex::default(),

@@ -145,7 +145,28 @@ impl InlineSwitch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ringway_guest::Guest;
+    use ringway_guest::{EventFd, Guest};
+    use vhost::vhost_user::message::FrontendReq;
+
+    /// The thread of all sessions would be held up by a call that is slow.
+    #[test]
+    fn a_worker_makes_the_call_that_a_new_call_fd_is_owed() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut switch = InlineSwitch::new(16).unwrap();
+        let path = folder.path().join("a");
+        switch.add_port("a".parse().unwrap(), &path).unwrap();
+        let mut guest = Guest::builder().connect(&path).unwrap();
+        let call = EventFd::new().unwrap();
+        let frontend = guest.frontend();
+        frontend
+            .set_vring_fd(FrontendReq::SET_VRING_CALL, 0, Some(&call))
+            .unwrap();
+        // The answer to a request says that those before it are carried out.
+        frontend.queue_pairs().unwrap();
+        assert_eq!(call.take().unwrap(), 0);
+        switch.turn();
+        assert_eq!(call.take().unwrap(), 1);
+    }
 
     #[test]
     fn a_ring_in_other_hands_is_counted_and_its_frames_wait() {

@@ -192,6 +192,8 @@ impl Switch {
             features: Vec::new(),
             protocol_features: Vec::new(),
             connections: 0,
+            call_ns: 0,
+            closed_for_ms: None,
             mapped_bytes: 0,
             memory_regions: 0,
             last_error: None,
@@ -205,10 +207,13 @@ impl Switch {
             Port::VhostUser(guest) => {
                 let (features, protocol_features) = guest.features();
                 let (mapped_bytes, memory_regions) = guest.mapped();
+                let closed_for = guest.callee.closed_for(Instant::now());
                 PortDetail {
                     features: owned(features.names()),
                     protocol_features: owned(protocol_features.names()),
                     connections: guest.connections(),
+                    call_ns: guest.callee.spent_ns(),
+                    closed_for_ms: closed_for.and_then(|time| time.as_millis().try_into().ok()),
                     mapped_bytes,
                     memory_regions,
                     last_error: guest.last_error(),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ringway_bridge::MacAddr;
 
+use crate::call::Verdict;
 use crate::memory::GuestMemory;
 use crate::ring::{PlaceError, PlacedAreas};
 use crate::wire::{Features, ProtocolFeatures};
@@ -67,6 +68,14 @@ pub(crate) trait Device: Send + Sync {
     /// memory is empty.
     fn disconnected(&self, reason: Option<String>);
 
+    /// Has this eventfd written to whenever there is a verdict to take.
+    fn set_alarm(&self, _alarm: Arc<OwnedFd>) {}
+
+    /// That the session is to end and none may begin for a while, if it is: told once.
+    fn take_verdict(&self) -> Option<Verdict> {
+        None
+    }
+
     /// Virtio and protocol features in effect, for display.
     fn set_features(&self, features: Features, protocol_features: ProtocolFeatures);
 
@@ -90,8 +99,7 @@ pub(crate) trait Device: Send + Sync {
     /// Replaces the call fd of a started ring.
     ///
     /// # Errors
-    /// It is no eventfd, which leaves the ring with the one before; or writing to it blocks, and the
-    /// ring stops.
+    /// It is no eventfd, which leaves the ring with the one before.
     fn set_ring_call(&self, index: u16, call: Option<Arc<OwnedFd>>) -> Result<(), RingError>;
 
     /// The guest's MTU (NET_SET_MTU).

@@ -22,6 +22,7 @@ use super::server::SessionCommand;
 use super::session::Session;
 use super::socket::Connection;
 use crate::backoff::{Backoff, Growth};
+use crate::call::Verdict;
 use crate::log_limit::LogLimit;
 
 /// The eventfd's token in the epoll instance.
@@ -121,8 +122,11 @@ impl<D: Device> Reactor<D> {
                 self.serve_listener(event.data.u64());
             }
             self.run_timers();
-            if woken && !self.run_commands() {
-                return;
+            if woken {
+                if !self.run_commands() {
+                    return;
+                }
+                self.close_condemned();
             }
         }
     }
@@ -154,6 +158,7 @@ impl<D: Device> Reactor<D> {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         let span = tracing::info_span!("port", id = id.get(), path = %endpoint.path().display());
+        device.set_alarm(Arc::clone(&self.wake));
         let token = self.token(id);
         let connects = match &endpoint {
             Endpoint::Listen(listener) => {
@@ -195,6 +200,24 @@ impl<D: Device> Reactor<D> {
         // Closing its fds takes them out of the epoll instance: nothing else holds them.
         if let Some(mut link) = port.link.take() {
             link.session.close(None);
+        }
+    }
+
+    /// Ends the sessions of the ports that are to be closed, and has nobody use them for a while.
+    fn close_condemned(&mut self) {
+        let verdicts = self.ports.iter().filter_map(|(id, port)| {
+            let verdict = port.device.take_verdict()?;
+            Some((*id, verdict))
+        });
+        let verdicts: Vec<_> = verdicts.collect();
+        for (id, Verdict { why, closed_for }) in verdicts {
+            let Some(port) = self.ports.get(&id) else {
+                continue;
+            };
+            let span = port.span.clone();
+            let _entered = span.enter();
+            self.end_link(id, Some(format!("port closed for {closed_for:?}: {why}")));
+            self.rest(id, closed_for);
         }
     }
 

@@ -13,7 +13,7 @@
 //! QEMU's docs/interop/vhost-user.rst).
 //!
 //! A ring is Running from [`Device::start_ring`] to [`Device::stop_ring`]. Should the device stop it
-//! in between, because its guest broke a rule, its memory file was cut off or its call fd blocks, it
+//! in between, because its guest broke a rule or its memory file was cut off, it
 //! keeps where the ring stood: the answer to `stop_ring` is the one way in which that is told.
 
 use std::os::fd::OwnedFd;

@@ -31,6 +31,7 @@ pub(crate) use turn::Worker;
 
 use self::idle::saturating_ns;
 
+use crate::call;
 use crate::cpus::pin_to_cpu;
 use crate::port::{Counter, Port};
 use crate::wake::{Token, WakeRequest, Waker};
@@ -155,9 +156,9 @@ impl WorkerThread {
         epoch: Instant,
     ) -> Result<Self, SwitchError> {
         let (handle, inbox) = WorkerHandle::new(index, epoch)?;
-        let (pinned, is_pinned) = channel::bounded(1);
+        let (ready, is_ready) = channel::bounded(1);
         let for_thread = Arc::clone(&handle);
-        let run = move || run_pinned(cpu, &pinned, for_thread, &inbox, bridge, idle);
+        let run = move || run_pinned(cpu, &ready, for_thread, &inbox, bridge, idle);
         let thread = std::thread::Builder::new()
             .name(format!("ringway-w{index}"))
             .spawn(run)
@@ -167,12 +168,14 @@ impl WorkerThread {
             cpu,
             thread: Some(thread),
         };
-        match is_pinned.recv() {
-            Ok(true) => Ok(worker),
-            _ => {
-                let source = io::Error::other(format!("CPU {cpu}"));
-                Err(failed(index, "can't be pinned", source))
-            }
+        match is_ready.recv() {
+            Ok(Ok(())) => Ok(worker),
+            Ok(Err(source)) => Err(failed(index, "can't start", source)),
+            Err(_) => Err(failed(
+                index,
+                "can't start",
+                io::Error::other("it panicked"),
+            )),
         }
     }
 }
@@ -186,16 +189,21 @@ fn failed(index: u16, what: &str, source: io::Error) -> SwitchError {
 
 fn run_pinned(
     cpu: usize,
-    pinned: &Sender<bool>,
+    ready: &Sender<io::Result<()>>,
     handle: Arc<WorkerHandle>,
     inbox: &Inbox,
     bridge: Arc<Bridge>,
     idle: IdleConfig,
 ) {
-    let is_pinned = pin_to_cpu(cpu);
+    let pinned = if pin_to_cpu(cpu) {
+        call::prepare()
+    } else {
+        Err(io::Error::other(format!("can't be pinned to CPU {cpu}")))
+    };
+    let is_ready = pinned.is_ok();
     // The starter waits for this answer.
-    let _ = pinned.send(is_pinned);
-    if is_pinned {
+    let _ = ready.send(pinned);
+    if is_ready {
         Worker::new(handle, bridge, idle).run(inbox);
     }
 }

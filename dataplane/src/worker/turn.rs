@@ -20,6 +20,7 @@ use super::pairs::PairTable;
 use super::schedule::{Active, Polled, Schedule};
 use super::{Inbox, WorkerHandle};
 use crate::burst::BurstStorage;
+use crate::call;
 use crate::memory::breaks;
 use crate::port::{Completion, Gathered, Port, RxQueue, Unavailable, with_rx_queue};
 use crate::wake::{Events, Token};
@@ -102,6 +103,8 @@ impl Worker {
             forwarder.send_again();
             turn.has_unsent = !forwarder.unsent.is_empty();
         }
+        // Of frames that no source was polled for.
+        call::make_owed();
         let next = self.idle.after(self.now_ns, turn);
         // A sleep begins with a look at events anyway.
         if !matches!(next, Next::Sleep(_)) {
@@ -150,9 +153,11 @@ impl Worker {
             return Polled::Stopped;
         };
         let (path, pairs) = (&mut self.path, &self.handle.pairs);
-        with_rx_queue!(&*source.port, source.token.pair(), queue => {
+        let polled = with_rx_queue!(&*source.port, source.token.pair(), queue => {
             path.receive(source, queue, active.quantum, pairs, now)
-        })
+        });
+        call::make_owed();
+        polled
     }
 
     /// Turns a silent source's notifications on; true if it is still empty, so that it need not be

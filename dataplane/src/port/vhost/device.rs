@@ -8,8 +8,9 @@ use std::time::Instant;
 use ringway_bridge::MacAddr;
 use tracing::info;
 
-use super::{CALL_BLOCKS, StartedRing, VhostPort};
+use super::{StartedRing, VhostPort};
 use crate::burst_lock::lock;
+use crate::call::{Call, Verdict};
 use crate::memory::GuestMemory;
 use crate::ring::Ring;
 use crate::vhost_user::{Device, RingError, RingStart, is_eventfd};
@@ -23,6 +24,15 @@ impl Device for VhostPort {
 
     fn connected(&self) {
         self.connections.fetch_add(1, Ordering::Relaxed);
+        self.callee.begin(Instant::now());
+    }
+
+    fn set_alarm(&self, alarm: Arc<OwnedFd>) {
+        self.callee.set_alarm(alarm);
+    }
+
+    fn take_verdict(&self) -> Option<Verdict> {
+        self.callee.take_verdict()
     }
 
     fn disconnected(&self, reason: Option<String>) {
@@ -79,7 +89,7 @@ impl Device for VhostPort {
             offloads,
             addresses,
             kick: start.kick,
-            call: start.call,
+            call: start.call.map(|fd| self.call_to(fd)),
         };
         let queue = self.queue(index);
         let mut state = queue.lock();
@@ -133,17 +143,18 @@ impl Device for VhostPort {
         if let Some(call) = &call {
             prepare_call(call)?;
         }
-        let queue = self.queue(index);
-        let mut state = queue.lock();
+        let call = call.map(|fd| self.call_to(fd));
+        let mut state = self.queue(index).lock();
         let Some(started) = &mut state.started else {
             return Ok(());
         };
-        started.call = call;
-        // The old fd may have missed a call: one too many is harmless.
-        if started.call().is_err() {
-            self.stop_in_worker(queue, &mut state, CALL_BLOCKS);
-            let blocks = std::io::Error::other("writing to it blocks");
-            return Err(fd_error("call", blocks));
+        started.call.clone_from(&call);
+        drop(state);
+        // The old fd may have missed a call: one too many is harmless. A worker makes it, since it
+        // may take long.
+        let binding = self.transmit_queue(index / 2).lock().binding.clone();
+        if let (Some(call), Some(binding)) = (call, binding) {
+            binding.call(call);
         }
         Ok(())
     }
@@ -163,6 +174,12 @@ impl Device for VhostPort {
     }
 }
 
+impl VhostPort {
+    fn call_to(&self, fd: Arc<OwnedFd>) -> Arc<Call> {
+        Call::new(fd, Arc::clone(&self.callee))
+    }
+}
+
 fn check_eventfd(which: &'static str, fd: &OwnedFd) -> Result<(), RingError> {
     if is_eventfd(fd) {
         Ok(())
@@ -171,7 +188,7 @@ fn check_eventfd(which: &'static str, fd: &OwnedFd) -> Result<(), RingError> {
     }
 }
 
-/// Makes sure that writing to a call fd does not block a worker: an eventfd, not blocking.
+/// Makes sure that a call fd is an eventfd, and has it not block, which its front-end can undo.
 fn prepare_call(call: &OwnedFd) -> Result<(), RingError> {
     check_eventfd("call", call)?;
     rustix::fs::fcntl_getfl(call)

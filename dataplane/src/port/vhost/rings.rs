@@ -16,12 +16,12 @@ use ringway_bridge::{DropReason, FrameSet, MAX_BURST};
 use tracing::warn;
 
 use super::allowance::Allowance;
-use super::{CALL_BLOCKS, CUT_OFF, VhostPort};
+use super::{CUT_OFF, VhostPort};
 use crate::burst::{Buffers, Burst, Entry, Frame, Frames, MAX_CHAIN};
 use crate::burst_lock::BurstLock;
+use crate::call::{self, Call};
 use crate::memory::{GuestSlice, Kept, List, MemoryView};
 use crate::offload::OutFrame;
-use crate::port::call::{Blocked, signal};
 use crate::port::queue::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
 use crate::port::{Completion, Gathered, QueueCounters, RxQueue, Unavailable, max_l2_bytes};
 use crate::ring::{AnyRing, DeviceRing, Direction, Ring, RingAddresses, RingFault};
@@ -39,7 +39,7 @@ pub(crate) struct StartedRing {
     pub(crate) offloads: Offloads,
     pub(super) addresses: RingAddresses,
     pub(super) kick: Option<Arc<OwnedFd>>,
-    pub(super) call: Option<Arc<OwnedFd>>,
+    pub(super) call: Option<Arc<Call>>,
 }
 
 impl StartedRing {
@@ -48,13 +48,12 @@ impl StartedRing {
         self.kick.is_none()
     }
 
-    /// Sends the guest a call, if the driver does not poll.
-    ///
-    /// # Errors
-    /// The front-end made its fd block: the ring is to be stopped.
+    /// Has the worker send the guest a call once it holds no lock, if the driver does not poll.
     #[inline]
-    pub(super) fn call(&self) -> Result<(), Blocked> {
-        self.call.as_ref().map_or(Ok(()), signal)
+    pub(super) fn owe_call(&self) {
+        if let Some(call) = &self.call {
+            call::owe(call);
+        }
     }
 }
 
@@ -131,8 +130,7 @@ impl VhostPort {
         }
     }
 
-    /// Shows the guest what was completed in a ring, and calls it if it wants that. A ring whose
-    /// call fd blocked is stopped.
+    /// Shows the guest what was completed in a ring, and owes it a call if it wants that.
     #[inline]
     pub(crate) fn publish(&self, queue: &VhostQueue, state: &mut QueueState) {
         let Some(started) = &mut state.started else {
@@ -140,9 +138,7 @@ impl VhostPort {
         };
         if started.ring.publish() {
             queue.counters.calls.add_owned(1);
-            if started.call().is_err() {
-                self.stop_in_worker(queue, state, CALL_BLOCKS);
-            }
+            started.owe_call();
         }
     }
 

@@ -7,6 +7,7 @@ use ringway_bridge::PortId;
 use tracing::debug;
 
 use super::{Path, Source, Worker};
+use crate::call;
 use crate::memory::{GuestSlice, breaks};
 use crate::port::Port;
 use crate::wake::{Token, WakeRequest};
@@ -49,6 +50,7 @@ impl Worker {
             match request {
                 WakeRequest::Activate(token) => self.activate(token),
                 WakeRequest::Inject { from, frame } => self.inject(from, &frame),
+                WakeRequest::Call(call) => call::owe(&call),
             }
         }
         true
