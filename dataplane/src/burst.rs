@@ -158,6 +158,7 @@ impl BurstStorage {
             plain: FrameSet::EMPTY,
             runs: &mut self.runs,
             rejected: &mut self.rejected,
+            walked: 0,
         }
     }
 }
@@ -177,6 +178,8 @@ pub(crate) struct Burst<'m> {
     runs: &'m mut Vec<Run>,
     /// Frames that did not, by reason.
     rejected: &'m mut Vec<(DropReason, FrameSet)>,
+    /// Descriptors that were read one by one to find the frames.
+    walked: u32,
 }
 
 impl<'m> Burst<'m> {
@@ -193,6 +196,18 @@ impl<'m> Burst<'m> {
     /// The frames that did not, by reason.
     pub(crate) fn rejected(&self) -> &[(DropReason, FrameSet)] {
         self.rejected
+    }
+
+    /// Descriptors that were read one by one to find the frames: of the common ones, a buffer each,
+    /// none.
+    #[inline(always)]
+    pub(crate) fn walked(&self) -> u32 {
+        self.walked
+    }
+
+    /// Notes how many descriptors were read so far.
+    pub(crate) fn note_walked(&mut self, walked: u32) {
+        self.walked = walked;
     }
 
     /// The frames that are plain.
@@ -288,7 +303,7 @@ impl<'m> Burst<'m> {
     /// Starts a chain: returns a mark for [`Burst::add`], or `None` if the burst is full or a
     /// longest chain might not fit any more.
     #[inline]
-    pub(crate) fn begin(&self) -> Option<usize> {
+    pub(crate) fn begin_chain(&self) -> Option<usize> {
         let fits = self.frames.room() > 0 && self.buffers.room() >= MAX_CHAIN;
         fits.then_some(self.buffers.len())
     }

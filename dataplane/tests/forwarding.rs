@@ -427,7 +427,10 @@ fn a_full_destination_delays_others_at_most_by_the_time_of_backpressure() {
     for sent in burst.iter().skip(1).step_by(2) {
         assert_eq!(&receive(&mut c).frame, sent);
     }
-    assert!(lab.counters("b").tx_drops[DropReason::RingFull] > 0);
+    // Those for b are parked for ten times as long, and then dropped.
+    eventually("what b does not take is dropped", || {
+        lab.counters("b").tx_drops[DropReason::RingFull] >= 100 - 8
+    });
     lab.assert_conserved(&["a", "b", "c"], 2);
 }
 

@@ -83,11 +83,8 @@ fn have_thousands_wait(guest: &RawGuest) -> Vec<OwnedFd> {
 fn endure(harm: fn(&RawGuest) -> Vec<OwnedFd>, what: &str) {
     let lab = innocents::lab();
     let mut innocents = Innocents::new(&lab);
-    let alone = innocents.alone();
     let mut caller = Caller::new(&lab, harm);
-    let beside = innocents.pace(|| caller.step(&lab));
-    beside.assert_undisturbed(&alone, 0.5, what);
-    innocents.assert_recovers(&alone, what);
+    innocents.endure(0.5, what, || caller.step(&lab));
     let detail = lab.switch.port(&name("caller")).unwrap();
     assert!(
         detail.closed_for_ms.is_some() || detail.connections > 1,

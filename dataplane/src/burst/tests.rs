@@ -18,7 +18,7 @@ fn message(header_bytes: usize, station: u8, l2_bytes: usize) -> Vec<u8> {
 
 /// Adds a message that is cut at these places.
 fn add<'m>(burst: &mut Burst<'m>, message: &'m mut [u8], cuts: &[u32]) {
-    let mark = burst.begin().unwrap();
+    let mark = burst.begin_chain().unwrap();
     let whole = GuestSlice::of(message);
     let mut from = 0;
     for to in cuts.iter().copied().chain([whole.len()]) {
@@ -142,10 +142,10 @@ fn a_burst_ends_at_64_frames_and_begins_empty_again() {
     for message in &mut messages {
         add(&mut burst, message, &[]);
     }
-    assert_eq!((burst.begin(), burst.len()), (None, MAX_BURST));
+    assert_eq!((burst.begin_chain(), burst.len()), (None, MAX_BURST));
     burst.take_snapshots(12, Offloads::NONE);
     assert_eq!(runs(&burst), [(0x0200_0000_0001, FrameSet::ALL)]);
     let burst = storage.begin();
     assert_eq!((burst.len(), burst.runs().len()), (0, 0));
-    assert!(burst.begin().is_some());
+    assert!(burst.begin_chain().is_some());
 }

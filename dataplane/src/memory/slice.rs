@@ -6,6 +6,7 @@
 //! write the range at any time, so no reference to its bytes is ever formed, and what is read is
 //! any mix of old and new bytes.
 
+use std::cell::Cell;
 use std::marker::PhantomData;
 
 use super::copy::copy;
@@ -59,6 +60,16 @@ impl<'m> GuestSlice<'m> {
     pub(crate) fn of(bytes: &'m mut [u8]) -> Self {
         Self {
             ptr: bytes.as_mut_ptr(),
+            len: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
+            memory: PhantomData,
+        }
+    }
+
+    /// Private memory that several slices lie in, likewise.
+    #[inline]
+    pub(crate) fn of_cells(bytes: &'m [Cell<u8>]) -> Self {
+        Self {
+            ptr: bytes.as_ptr().cast_mut().cast(),
             len: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
             memory: PhantomData,
         }

@@ -28,7 +28,7 @@ fn burst<'m>(
     ends.extend([0, message.len()]);
     ends.sort_unstable();
     let mut burst = storage.begin();
-    let mark = burst.begin().unwrap();
+    let mark = burst.begin_chain().unwrap();
     let total = u32::try_from(message.len()).unwrap();
     let message = GuestSlice::of(message);
     for pair in ends.windows(2) {

@@ -15,8 +15,11 @@ use ringway_bridge::{Bridge, FdbTally, PortId};
 
 pub(crate) use af_xdp::AfXdpPort;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
+#[cfg(test)]
+pub(crate) use queue::Account;
 pub(crate) use queue::{
-    Completion, Gathered, Job, Outcome, RxQueue, Tools, Unavailable, with_rx_queue,
+    Completion, Gathered, Job, Limits, Outcome, Refusal, RxQueue, Tools, TxQueue, Unavailable,
+    deliver, with_rx_queue,
 };
 pub(crate) use tap::TapPort;
 pub(crate) use vhost::VhostPort;
@@ -92,7 +95,7 @@ impl Port {
     }
 
     /// Delivers frames to the port, in order, as far as there is room.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn deliver(&self, job: &Job<'_, '_>, tools: &mut Tools) -> Outcome {
         match self {
             Self::VhostUser(port) => port.deliver(job, tools),

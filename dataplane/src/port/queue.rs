@@ -191,9 +191,22 @@ pub(crate) struct Outcome {
     pub(crate) refusal: DropReason,
     /// The queue pair that holds frames for which the kernel had no room yet.
     pub(crate) unsent: Option<u16>,
+    /// Descriptors of the destination that were read one by one; of the common ones, a buffer each,
+    /// none.
+    pub(crate) walked: u32,
 }
 
 impl Outcome {
+    /// None of a job's frames is delivered yet: `RingFull` or, since somebody else has the queue,
+    /// `RingBusy`.
+    pub(crate) fn refused(job: &Job<'_, '_>, refusal: DropReason) -> Self {
+        Self {
+            refused: job.frames,
+            refusal,
+            ..Self::new()
+        }
+    }
+
     /// Frames that were delivered, each segment counted.
     #[inline]
     pub(crate) fn frames(&self, account: &Account) -> u64 {
@@ -207,6 +220,7 @@ impl Outcome {
             refused: FrameSet::EMPTY,
             refusal: DropReason::RingFull,
             unsent: None,
+            walked: 0,
         }
     }
 }
@@ -256,6 +270,8 @@ pub(crate) struct Tools {
     pub(crate) account: Account,
     /// Queues found in other hands, ever.
     pub(crate) contended: u64,
+    /// A delivery of this burst made system calls for its frames.
+    pub(crate) has_calls: bool,
 }
 
 impl Tools {
@@ -265,6 +281,7 @@ impl Tools {
             rx: RxScratch::new(),
             account: Account::default(),
             contended: 0,
+            has_calls: false,
         }
     }
 
@@ -291,15 +308,6 @@ impl Tools {
     pub(crate) fn drop_all(&mut self, job: &Job<'_, '_>, reason: DropReason) -> Outcome {
         self.account.drop(job.frames.len(), reason);
         Outcome::new()
-    }
-
-    /// None of a job's frames is delivered yet: somebody else has the queue.
-    pub(crate) fn refuse_all(&self, job: &Job<'_, '_>) -> Outcome {
-        Outcome {
-            refused: job.frames,
-            refusal: DropReason::RingBusy,
-            ..Outcome::new()
-        }
     }
 }
 

@@ -170,6 +170,7 @@ impl TapPort {
             },
             is_down: false,
         };
+        tools.has_calls = true;
         let outcome = deliver(&mut tx, job, &mut tools.gso, &mut tools.account);
         if tx.is_down {
             self.base.forget_stations();

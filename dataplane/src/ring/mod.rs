@@ -128,17 +128,17 @@ pub(crate) trait DeviceRing {
     ) -> impl FnMut() -> Option<Frame<'m>>;
 
     /// Gives the slices of the chain at a place to `piece` and returns the chain and its length;
-    /// `None` if there is none. At most `limit` slots and [`crate::burst::MAX_CHAIN`] descriptors
-    /// are followed, whatever the guest links.
+    /// `None` if there is none. At most as many slots as said and [`crate::burst::MAX_CHAIN`] descriptors
+    /// are followed, whatever the guest links; `walked` counts those that were read.
     ///
     /// # Errors
     /// The rule that the chain breaks; slices may have been given before.
     fn chain<'m>(
         &self,
-        place: Self::Place,
-        limit: usize,
+        at: (Self::Place, usize),
         direction: Direction,
         memory: &'m MemoryView,
+        walked: &mut u32,
         piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<Option<(Entry, u32)>, RingFault>;
 
@@ -323,6 +323,10 @@ impl AnyRing {
     }
 }
 
+/// Descriptors of chains that a burst reads one by one until it has enough: 60 frames of as many
+/// fragments as Linux has. One longest chain may come on top.
+const MAX_WALK: u32 = 1024;
+
 for_this_cpu! {
     /// Takes up to `max` chains into `burst`; see [`AnyRing::gather`].
     fn gather<'m, R: DeviceRing>(
@@ -342,6 +346,7 @@ fn gather_burst<'m, R: DeviceRing>(
 ) -> Result<(), RingFault> {
     debug_assert!(max <= MAX_BURST && burst.len() == 0);
     let available = ring.available()?;
+    let mut walked = 0;
     // How many chains may be taken: each further descriptor of one is a chain less.
     let mut most = usize::from(available);
     let mut taken = 0;
@@ -352,7 +357,8 @@ fn gather_burst<'m, R: DeviceRing>(
         ring.take(direct as u16);
         taken += direct;
         if direct < wanted {
-            let Some(slots) = gather_chain(ring, most - taken, memory, burst)? else {
+            let chain = gather_chain(ring, most - taken, memory, &mut walked, burst)?;
+            let Some(slots) = chain.filter(|_| walked < MAX_WALK) else {
                 break;
             };
             most -= usize::from(slots) - 1;
@@ -369,16 +375,18 @@ fn gather_chain<'m, R: DeviceRing>(
     ring: &mut R,
     limit: usize,
     memory: &'m MemoryView,
+    walked: &mut u32,
     burst: &mut Burst<'m>,
 ) -> Result<Option<u16>, RingFault> {
-    let Some(mark) = burst.begin() else {
+    let Some(mark) = burst.begin_chain() else {
         return Ok(None);
     };
     let direction = Direction::FromGuest;
-    let found = ring.chain(ring.place(), limit, direction, memory, |buffer| {
+    let found = ring.chain((ring.place(), limit), direction, memory, walked, |buffer| {
         direction.prefetch(buffer);
         burst.push(mark, buffer)
     });
+    burst.note_walked(*walked);
     match found {
         Ok(Some((entry, bytes))) => {
             burst.add(mark, entry, bytes);

@@ -221,20 +221,27 @@ impl PackedRing {
     #[cold]
     fn walk<'m>(
         &self,
-        mut place: Place,
-        limit: usize,
+        (mut place, limit): (Place, usize),
         direction: Direction,
         memory: &'m MemoryView,
+        walked: &mut u32,
         mut piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<(Entry, u32), RingFault> {
         let mut tail = self.read_tail(place);
         if tail.flags & F_INDIRECT != 0 {
-            let bytes = self.walk_table(self.read_addr(place), tail, direction, memory, piece)?;
+            let bytes = self.walk_table(
+                (self.read_addr(place), tail),
+                direction,
+                memory,
+                walked,
+                piece,
+            )?;
             return Ok((Entry::single(tail.id), bytes));
         }
         let max = limit.min(MAX_CHAIN);
         let mut bytes = 0;
         for slots in 1.. {
+            *walked += 1;
             let buffer = (self.read_addr(place), tail.len, tail.flags);
             bytes = add_buffer(memory, buffer, direction, bytes, &mut piece)?;
             if tail.flags & F_NEXT == 0 {
@@ -265,10 +272,10 @@ impl PackedRing {
     /// not (2.8.7).
     fn walk_table<'m>(
         &self,
-        addr: u64,
-        tail: Tail,
+        (addr, tail): (u64, Tail),
         direction: Direction,
         memory: &'m MemoryView,
+        walked: &mut u32,
         mut piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<u32, RingFault> {
         let table = self.rules.table(memory, addr, tail.len)?;
@@ -280,6 +287,7 @@ impl PackedRing {
         let mut bytes = 0;
         // Tables have at most MAX_CHAIN descriptors.
         for index in (0..).take((table.len() / DESC_BYTES) as usize) {
+            *walked += 1;
             let bits = read_descriptor(table, index)?;
             #[expect(clippy::cast_possible_truncation, reason = "fields of a packed struct")]
             let (addr, desc) = (bits as u64, Tail::from_bits((bits >> 64) as u64));
@@ -409,16 +417,17 @@ impl DeviceRing for PackedRing {
     #[inline]
     fn chain<'m>(
         &self,
-        place: Place,
-        limit: usize,
+        (place, limit): (Place, usize),
         direction: Direction,
         memory: &'m MemoryView,
+        walked: &mut u32,
         piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<Option<(Entry, u32)>, RingFault> {
         if limit == 0 || !self.is_offered(place) {
             return Ok(None);
         }
-        self.walk(place, limit, direction, memory, piece).map(Some)
+        self.walk((place, limit), direction, memory, walked, piece)
+            .map(Some)
     }
 
     #[inline]

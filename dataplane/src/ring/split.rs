@@ -130,7 +130,7 @@ impl SplitRing {
     }
 
     /// Gives the slices of the chain at `head` to `piece` and returns their length. At most
-    /// [`MAX_CHAIN`] descriptors are followed, whatever the guest links.
+    /// [`MAX_CHAIN`] descriptors are followed, whatever the guest links; `walked` counts them.
     ///
     /// # Errors
     /// The rule that the chain breaks; slices may have been given before.
@@ -140,6 +140,7 @@ impl SplitRing {
         head: u16,
         direction: Direction,
         memory: &'m MemoryView,
+        walked: &mut u32,
         mut piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<u32, RingFault> {
         let mut table = self.table();
@@ -147,6 +148,7 @@ impl SplitRing {
         let mut is_indirect = false;
         let mut bytes: u32 = 0;
         for _ in 0..=MAX_CHAIN {
+            *walked += 1;
             let desc = Descriptor::from_bits(read_descriptor(table, index)?);
             if desc.flags & F_INDIRECT != 0 {
                 if is_indirect {
@@ -308,17 +310,17 @@ impl DeviceRing for SplitRing {
     #[inline]
     fn chain<'m>(
         &self,
-        place: u16,
-        limit: usize,
+        (place, limit): (u16, usize),
         direction: Direction,
         memory: &'m MemoryView,
+        walked: &mut u32,
         piece: impl FnMut(GuestSlice<'m>) -> bool,
     ) -> Result<Option<(Entry, u32)>, RingFault> {
         if limit == 0 {
             return Ok(None);
         }
         let head = self.avail_entry(place);
-        let bytes = self.walk(head, direction, memory, piece)?;
+        let bytes = self.walk(head, direction, memory, walked, piece)?;
         Ok(Some((Entry::single(head), bytes)))
     }
 

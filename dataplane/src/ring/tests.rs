@@ -194,6 +194,16 @@ pub(crate) struct Chain {
     indirect: bool,
 }
 
+impl Chain {
+    /// A table of `count` buffers of `len` bytes.
+    pub(crate) fn table(count: usize, len: u32) -> Self {
+        Self {
+            lens: vec![len; count],
+            indirect: true,
+        }
+    }
+}
+
 pub(crate) fn chains(longest: u32) -> impl Strategy<Value = Vec<Chain>> {
     let lens = prop::collection::vec(prop_oneof![1..20_u32, 1..longest], 1..4);
     let chain = (lens, any::<bool>()).prop_map(|(lens, indirect)| Chain { lens, indirect });
@@ -403,6 +413,26 @@ impl Source {
         burst.take_snapshots(ring.header_bytes(), Offloads::NONE);
         assert_eq!(burst.runs().len(), 1);
         burst
+    }
+}
+
+// Chains that cost and carry nothing: nothing forbids buffers of no bytes in a transmit ring.
+#[test]
+fn a_burst_ends_once_it_has_read_enough_descriptors_one_by_one() {
+    let machine = Machine::new();
+    let chains = [const { 900 }; 3].map(|count| Chain::table(count, 0));
+    let places: Vec<_> = (0..SIZE).collect();
+    machine.publish(&chains, &places, 0, false);
+    let mut ring = machine.ring(0, VERSION_1 | INDIRECT);
+    let view = machine.view();
+    let mut storage = BurstStorage::new();
+    // Each chain is a descriptor that leads to the table, and those of the table.
+    for (frames, walked) in [(2, 2 * 901), (1, 901), (0, 0)] {
+        let mut burst = storage.begin();
+        assert_eq!(gather(&mut ring, 64, &view, &mut burst), Ok(()));
+        assert_eq!((burst.len(), burst.walked()), (frames, walked));
+        ring.complete_all(burst.frames(), Direction::FromGuest);
+        ring.publish();
     }
 }
 

@@ -52,11 +52,12 @@ impl InlineSwitch {
             what: "session thread".into(),
             source,
         })?;
-        // Nobody waits for events here, so no queue may leave the active list.
+        // Nobody waits for events here, so no queue may leave the active list; and how much time
+        // passes from one turn to the next says nothing of guests.
         let idle = IdleConfig {
             spin: Duration::MAX,
             pause: Duration::ZERO,
-            ..IdleConfig::DEFAULT
+            backpressure: Duration::from_secs(10),
         };
         let worker = Worker::new(Arc::clone(&handle), Arc::clone(&bridge), idle);
         Ok(Self {

@@ -7,10 +7,30 @@ use ringway_bridge::{
     Bridge, Decisions, DropReason, FrameSet, MAX_PORTS, MacAddr, Members, PortId, Tick,
 };
 
-use super::pairs::PairTable;
-use crate::burst::Burst;
-use crate::port::{Job, Outcome, Port, Tools};
+use super::ledger::{Ledger, wasted_ns};
+use super::pairs::{Pair, PairTable};
+use super::parking::{Leaving, Parking};
+use crate::burst::{Burst, BurstStorage};
+use crate::port::{Job, Outcome, Port, Tools, deliver};
 use crate::wire::Offloads;
+use crate::wire::net_header::HEADER_BYTES;
+
+/// Frames are parked for so many times as long as a source waits.
+const PARKING_TIME: u64 = 10;
+
+/// Lots that are tried in a turn.
+const LOTS_PER_TURN: usize = 8;
+
+/// A destination that is full goes on taking frames as long as it takes so many, or bytes of as
+/// many frames of ordinary length, in the time that a source waits.
+const PROGRESS: u64 = ringway_bridge::MAX_BURST as u64;
+
+/// Bytes that are as much as a frame.
+const BYTES_PER_FRAME: u64 = 2048;
+
+/// A source that had frames for two destinations serves both for at least so long, in nanoseconds:
+/// none of them holds it up.
+const SHARED_NS: u64 = 100_000_000;
 
 /// All that forwarding needs of the worker.
 #[derive(Debug)]
@@ -20,12 +40,13 @@ pub(super) struct Forwarder {
     bridge: Arc<Bridge>,
     decisions: Decisions,
     tools: Tools,
-    /// Per destination: since when its receive ring is full without having taken a frame, in
-    /// nanoseconds of the worker's clock; 0 while it takes frames.
-    full_since: Box<[u64]>,
-    /// How long a full destination holds a source up: a source waits for so long before frames are
-    /// dropped.
-    pub(super) backpressure_ns: u64,
+    destinations: Box<[Destination]>,
+    /// How long a full destination holds a source up that has no other: the source waits for so
+    /// long before frames are dropped.
+    backpressure_ns: u64,
+    /// Frames that wait for destinations while their sources go on.
+    parking: Parking,
+    pub(super) ledger: Ledger,
     /// Queues of ports that hold frames for which the kernel had no room.
     pub(super) unsent: Vec<(PortId, u16)>,
     /// Per destination: the queue pairs that this worker polls, a bit each. Frames go to their
@@ -40,14 +61,112 @@ pub(super) struct Now {
     pub(super) ns: u64,
 }
 
+/// What is known of a destination.
+#[derive(Clone, Copy, Debug, Default)]
+struct Destination {
+    /// Since when it is full, having taken no more than a few frames, in nanoseconds of the
+    /// worker's clock; 0 while it is not.
+    full_since_ns: u64,
+    /// What it took since, in frames.
+    progress: u64,
+}
+
+impl Destination {
+    /// Frames that are not to wait until there is room for all of their segments: none, or all of
+    /// them if it did not take enough for `patience_ns`.
+    #[inline]
+    fn no_wait(self, patience_ns: u64, now_ns: u64) -> FrameSet {
+        let since_ns = self.full_since_ns;
+        if since_ns == 0 && patience_ns != 0 || now_ns.saturating_sub(since_ns) < patience_ns {
+            FrameSet::EMPTY
+        } else {
+            FrameSet::ALL
+        }
+    }
+
+    /// Notes what a delivery to it came to, and returns for how long it is full.
+    fn note(&mut self, outcome: &Outcome, now_ns: u64) -> u64 {
+        self.progress += u64::from(outcome.sent.len()) + outcome.sent_bytes / BYTES_PER_FRAME;
+        if self.full_since_ns == 0 || self.progress >= PROGRESS {
+            *self = Self {
+                full_since_ns: now_ns.max(1),
+                progress: 0,
+            };
+        }
+        now_ns.saturating_sub(self.full_since_ns)
+    }
+}
+
+/// Whether a source queue serves one destination, which may hold it up, or several.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Service {
+    /// The destination of its last frame that had one.
+    to: Option<PortId>,
+    /// It counts as shared until then, on the worker's clock.
+    shared_until_ns: u64,
+}
+
+impl Service {
+    /// That of a source which can't wait.
+    pub(super) const NEVER_WAITS: Self = Self {
+        to: None,
+        shared_until_ns: u64::MAX,
+    };
+
+    /// Notes the destinations of a burst. Flooded frames tell nothing.
+    #[inline]
+    fn note(&mut self, to: PortId, is_only: bool, now_ns: u64) {
+        if self.to != Some(to) || !is_only {
+            self.change(to, now_ns);
+        }
+    }
+
+    #[cold]
+    fn change(&mut self, to: PortId, now_ns: u64) {
+        if self.to.is_some() {
+            self.shared_until_ns = self.shared_until_ns.max(now_ns + SHARED_NS);
+        }
+        self.to = Some(to);
+    }
+
+    fn is_shared(&self, now_ns: u64) -> bool {
+        now_ns < self.shared_until_ns
+    }
+}
+
+/// A source queue whose burst is forwarded.
+#[derive(Debug)]
+pub(super) struct Sender<'a> {
+    pub(super) port: &'a Port,
+    pub(super) pair: u16,
+    pub(super) service: &'a mut Service,
+}
+
 /// What the deliveries of one burst have in common.
 struct Round<'a> {
-    from: PortId,
-    /// Frames with several destinations, which can't wait: those that have them would get them
-    /// twice.
-    flooded: FrameSet,
+    /// Whose frames they are; nobody's if the port went.
+    from: Option<PortId>,
+    /// Frames that their destination has no room for may wait in the source.
+    may_wait: bool,
     pairs: &'a PairTable,
     now_ns: u64,
+}
+
+impl<'a> Round<'a> {
+    /// That of frames which were parked, of a port or of one that went.
+    fn of_parked(from: Option<PortId>, pairs: &'a PairTable, now_ns: u64) -> Self {
+        Self {
+            from,
+            may_wait: false,
+            pairs,
+            now_ns,
+        }
+    }
+
+    #[inline(always)]
+    fn pair(&self, to: PortId) -> Option<&'a Pair> {
+        self.pairs.get(self.from?, to)
+    }
 }
 
 impl Forwarder {
@@ -58,16 +177,26 @@ impl Forwarder {
             bridge,
             decisions: Decisions::new(),
             tools: Tools::new(),
-            full_since: vec![0; MAX_PORTS].into(),
+            destinations: vec![Destination::default(); MAX_PORTS].into(),
             backpressure_ns,
+            parking: Parking::default(),
+            ledger: Ledger::new(),
             unsent: Vec::with_capacity(MAX_PORTS),
             owned: vec![0; MAX_PORTS].into(),
         }
     }
 
-    /// Forgets what is known of a destination whose slot changes hands.
-    pub(super) fn reset_destination(&mut self, id: PortId) {
-        self.full_since[id.index()] = 0;
+    /// Forgets what is known of a port whose slot changes hands.
+    pub(super) fn forget(&mut self, id: PortId) {
+        self.destinations[id.index()] = Destination::default();
+        self.ledger.forget(id);
+        self.parking.remove(id);
+    }
+
+    /// Whether system calls were made to deliver frames since this was asked last.
+    #[inline]
+    pub(super) fn take_has_calls(&mut self) -> bool {
+        std::mem::take(&mut self.tools.has_calls)
     }
 
     /// Rings found in other hands, ever.
@@ -89,12 +218,16 @@ impl Forwarder {
     /// are delivered or dropped, and counted.
     pub(super) fn forward(
         &mut self,
-        source: &Port,
-        source_queue: u16,
+        sender: Sender<'_>,
         burst: &Burst<'_>,
         pairs: &PairTable,
         now: Now,
     ) -> usize {
+        let Sender {
+            port: source,
+            pair: source_queue,
+            service,
+        } = sender;
         let from = source.base().id;
         let heads = ringway_bridge::Arrivals {
             in_port: from,
@@ -102,15 +235,9 @@ impl Forwarder {
         };
         self.bridge
             .forward(&self.members, now.tick, &heads, &mut self.decisions);
-        let has_two_ports = self.members.len() <= 2;
-        let flooded = if has_two_ports {
-            FrameSet::EMPTY
-        } else {
-            self.decisions.flooded()
-        };
         let round = Round {
-            from,
-            flooded,
+            from: Some(from),
+            may_wait: self.note_service(service, now.ns),
             pairs,
             now_ns: now.ns,
         };
@@ -123,26 +250,47 @@ impl Forwarder {
             let job = Job {
                 burst,
                 frames,
-                no_wait: self.no_wait(to, flooded, now.ns),
+                no_wait: self.destinations[to.index()].no_wait(self.backpressure_ns, now.ns),
                 source_queue,
                 owned: self.owned[to.index()],
             };
-            let outcome = port.deliver(&job, &mut self.tools);
-            waiting |= self.settle(&round, to, &outcome);
-        }
-        let given_back = waiting.suffix(burst.len());
-        let late = waiting - given_back;
-        if !late.is_empty() {
-            self.drop_late(&round, late);
+            let rivals = round.from.filter(|_| round.may_wait);
+            let is_behind = self.parking.has((to, source_queue), rivals);
+            let outcome = if is_behind || self.ledger.waits(to, now.ns) {
+                Outcome::refused(&job, DropReason::RingFull)
+            } else {
+                port.deliver(&job, &mut self.tools)
+            };
+            self.settle(&round, to, &outcome);
+            if !outcome.refused.is_empty() {
+                waiting |= self.keep(&round, to, &job, &outcome);
+            }
         }
         self.count_source_drops(source, burst);
-        given_back.len() as usize
+        waiting.len() as usize
     }
 
-    /// Counts what happened to a destination's frames, and returns those that are to wait for it.
+    /// Notes which destinations a source's burst has, and returns whether the one that it has may
+    /// hold the source up.
     #[inline]
-    fn settle(&mut self, round: &Round<'_>, to: PortId, outcome: &Outcome) -> FrameSet {
-        if let Some(pair) = round.pairs.get(round.from, to) {
+    fn note_service(&self, service: &mut Service, now_ns: u64) -> bool {
+        if let [(to, _)] = self.decisions.destinations() {
+            service.note(*to, true, now_ns);
+            return !service.is_shared(now_ns);
+        }
+        let flooded = self.decisions.flooded();
+        for (to, frames) in self.decisions.destinations() {
+            if !(*frames - flooded).is_empty() {
+                service.note(*to, false, now_ns);
+            }
+        }
+        false
+    }
+
+    /// Counts what happened to a destination's frames.
+    #[inline(always)]
+    fn settle(&mut self, round: &Round<'_>, to: PortId, outcome: &Outcome) {
+        if let Some(pair) = round.pair(to) {
             pair.frames.add_owned(outcome.frames(&self.tools.account));
             pair.bytes.add_owned(outcome.sent_bytes);
         }
@@ -154,22 +302,131 @@ impl Forwarder {
         {
             self.unsent.push((to, pair));
         }
-        if outcome.refused.is_empty() {
-            if !outcome.sent.is_empty() {
-                self.full_since[to.index()] = 0;
+        if outcome.walked > 0 {
+            let frames = outcome.sent.len().into();
+            let wasted_ns = wasted_ns(outcome.walked, frames, outcome.sent_bytes);
+            self.charge_waste(to, wasted_ns, round.now_ns);
+        }
+        if outcome.refused.is_empty() && !outcome.sent.is_empty() {
+            self.destinations[to.index()].full_since_ns = 0;
+        }
+    }
+
+    /// Decides on frames that found their destination full: the last of a burst that has no other
+    /// are given back to the source, others are parked, and what there is no room for is dropped.
+    /// Returns those that are given back.
+    #[cold]
+    fn keep(
+        &mut self,
+        round: &Round<'_>,
+        to: PortId,
+        job: &Job<'_, '_>,
+        outcome: &Outcome,
+    ) -> FrameSet {
+        let full_ns = self.destinations[to.index()].note(outcome, round.now_ns);
+        let mut given_back = FrameSet::EMPTY;
+        if round.may_wait && full_ns < self.backpressure_ns {
+            given_back = outcome.refused.suffix(job.burst.len());
+        }
+        let mut left = outcome.refused - given_back;
+        if !left.is_empty() && full_ns < self.parking_ns() {
+            let leaving = Leaving {
+                from: round.from,
+                to,
+                source_queue: job.source_queue,
+            };
+            let mut lot = self.parking.lot(leaving, round.now_ns);
+            let job = Job {
+                frames: left,
+                ..*job
+            };
+            let Tools { gso, account, .. } = &mut self.tools;
+            left = deliver(&mut lot, &job, gso, account).refused;
+            self.parking.rotate(0);
+            if !self.tools.account.is_empty() {
+                self.count_account(round, to);
             }
-            return FrameSet::EMPTY;
         }
-        let wait = if self.may_wait(to, outcome, round.now_ns) {
-            outcome.refused - round.flooded
-        } else {
-            FrameSet::EMPTY
+        if !left.is_empty() {
+            self.count_drop(round, to, outcome.refusal, left.len().into());
+        }
+        given_back
+    }
+
+    /// How long a frame may be parked, in nanoseconds.
+    fn parking_ns(&self) -> u64 {
+        self.backpressure_ns.saturating_mul(PARKING_TIME)
+    }
+
+    /// Whether frames are parked.
+    #[inline(always)]
+    pub(super) fn has_parked(&self) -> bool {
+        !self.parking.is_empty()
+    }
+
+    /// Tries to deliver what is parked, with `storage` for the bursts. Returns how many frames were
+    /// delivered.
+    #[cold]
+    pub(super) fn deliver_parked(
+        &mut self,
+        storage: &mut BurstStorage,
+        pairs: &PairTable,
+        now: Now,
+    ) -> u64 {
+        let tries = self.parking.lots().min(LOTS_PER_TURN);
+        let sent = (0..tries).map(|at| {
+            self.expire_parked(at, pairs, now.ns);
+            self.deliver_lot(at, storage, pairs, now.ns)
+        });
+        let sent = sent.sum();
+        self.parking.rotate(tries);
+        sent
+    }
+
+    /// Drops the frames of a lot that are there for too long.
+    fn expire_parked(&mut self, at: usize, pairs: &PairTable, now_ns: u64) {
+        let since_ns = now_ns.saturating_sub(self.parking_ns());
+        while let Some(old) = self.parking.expire(at, since_ns) {
+            let round = Round::of_parked(old.from, pairs, now_ns);
+            self.count_drop(&round, old.to, DropReason::RingFull, 1);
+        }
+    }
+
+    /// Tries to deliver the first frames of a lot.
+    fn deliver_lot(
+        &mut self,
+        at: usize,
+        storage: &mut BurstStorage,
+        pairs: &PairTable,
+        now_ns: u64,
+    ) -> u64 {
+        let mut burst = storage.begin();
+        let Some(leaving) = self.parking.leave(at, now_ns, &mut burst) else {
+            return 0;
         };
-        let dropped = (outcome.refused - wait).len();
-        if dropped > 0 {
-            self.count_drop(round, to, outcome.refusal, u64::from(dropped));
+        let to = leaving.to;
+        // As when they came.
+        burst.take_snapshots(HEADER_BYTES, Offloads::ALL);
+        let job = Job {
+            burst: &burst,
+            frames: FrameSet::range(0, burst.len()),
+            no_wait: self.destinations[to.index()].no_wait(self.backpressure_ns, now_ns),
+            source_queue: leaving.source_queue,
+            owned: self.owned[to.index()],
+        };
+        let outcome = match &self.ports[to.index()] {
+            Some(port) if !self.ledger.waits(to, now_ns) => port.deliver(&job, &mut self.tools),
+            _ => Outcome::refused(&job, DropReason::RingFull),
+        };
+        let (count, is_full) = (burst.len(), !outcome.refused.is_empty());
+        let gone = count - outcome.refused.len() as usize;
+        self.parking.left(at, gone, is_full, now_ns);
+        let round = Round::of_parked(leaving.from, pairs, now_ns);
+        self.settle(&round, to, &outcome);
+        if is_full {
+            self.destinations[to.index()].note(&outcome, now_ns);
         }
-        wait
+        outcome.sent.len().into()
     }
 
     /// Has the kernel send what it had no room for before.
@@ -196,29 +453,11 @@ impl Forwarder {
         }
     }
 
-    /// Frames that are not to wait until a destination has room for all of their segments: those
-    /// that can't wait at all, or all of them if it did not take a frame for long.
-    #[inline]
-    fn no_wait(&self, to: PortId, flooded: FrameSet, now_ns: u64) -> FrameSet {
-        let since = self.full_since[to.index()];
-        if since == 0 && self.backpressure_ns != 0
-            || now_ns.saturating_sub(since) < self.backpressure_ns
-        {
-            flooded
-        } else {
-            FrameSet::ALL
+    /// Has a port wait for what it wasted.
+    pub(super) fn charge_waste(&mut self, port: PortId, wasted_ns: u64, now_ns: u64) {
+        if wasted_ns > 0 {
+            self.ledger.charge_waste(port, wasted_ns, now_ns);
         }
-    }
-
-    /// Whether a source waits for a destination that refused frames: for `backpressure_ns` since it
-    /// last took one.
-    #[cold]
-    fn may_wait(&mut self, to: PortId, outcome: &Outcome, now_ns: u64) -> bool {
-        let since = &mut self.full_since[to.index()];
-        if !outcome.sent.is_empty() || *since == 0 {
-            *since = now_ns.max(1);
-        }
-        now_ns.saturating_sub(*since) < self.backpressure_ns
     }
 
     /// Counts what was done to a destination's frames, and empties the account.
@@ -240,20 +479,8 @@ impl Forwarder {
         if let Some(port) = &self.ports[to.index()] {
             port.base().tx_drops.add(reason, frames);
         }
-        if let Some(pair) = round.pairs.get(round.from, to) {
+        if let Some(pair) = round.pair(to) {
             pair.drop(reason, frames);
-        }
-    }
-
-    /// Drops frames that were to wait but are followed by others that were delivered: giving them
-    /// back would deliver those twice.
-    #[cold]
-    fn drop_late(&self, round: &Round<'_>, late: FrameSet) {
-        for (to, frames) in self.decisions.destinations() {
-            let dropped = (*frames & late).len();
-            if dropped > 0 {
-                self.count_drop(round, *to, DropReason::RingFull, u64::from(dropped));
-            }
         }
     }
 

@@ -12,7 +12,9 @@
 mod contention;
 mod forward;
 mod idle;
+mod ledger;
 mod pairs;
+mod parking;
 mod schedule;
 mod turn;
 

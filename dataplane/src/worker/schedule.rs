@@ -16,6 +16,8 @@ pub(super) struct Active {
     pub(super) last_frame_ns: u64,
     /// Frames that it may take in this turn.
     pub(super) quantum: usize,
+    /// Its frames had to wait, before it had a full burst.
+    waits: bool,
 }
 
 /// What polling a source found.
@@ -75,6 +77,7 @@ impl Schedule {
             source,
             last_frame_ns: now_ns,
             quantum: MAX_BURST,
+            waits: false,
         });
     }
 
@@ -105,9 +108,21 @@ impl Schedule {
         None
     }
 
+    /// Passes a source over in this turn: it is as early in the next.
+    #[cold]
+    pub(super) fn skip(&mut self, active: Active) {
+        if active.waits {
+            self.next.insert(self.first, active);
+            self.first += 1;
+        } else {
+            self.next.push(active);
+        }
+    }
+
     /// Has a source that was polled at `now_ns` polled in the next turn too.
     #[inline]
     pub(super) fn keep(&mut self, mut active: Active, polled: Polled, now_ns: u64) {
+        active.waits = false;
         match polled {
             Polled::Frames(_) => {
                 active.last_frame_ns = now_ns;
@@ -117,6 +132,7 @@ impl Schedule {
                 active.last_frame_ns = now_ns;
                 if count < active.quantum {
                     active.quantum -= count;
+                    active.waits = true;
                     self.next.insert(self.first, active);
                     self.first += 1;
                     return;
@@ -203,6 +219,19 @@ mod tests {
         assert_eq!(one_and_two_wait(&mut schedule), [1, 2, 0]);
         assert_eq!(one_and_two_wait(&mut schedule), [2, 1, 0]);
         assert_eq!(quanta, [64, 40, 16, 64]);
+    }
+
+    #[test]
+    fn a_source_that_is_passed_over_keeps_its_place() {
+        let mut schedule = schedule(3);
+        turn(&mut schedule, |active| match active.source {
+            2 => Polled::Waiting(1),
+            _ => Polled::Frames(1),
+        });
+        while let Some(active) = schedule.pick() {
+            schedule.skip(active);
+        }
+        assert_eq!(turn(&mut schedule, |_| Polled::Frames(1)), [2, 0, 1]);
     }
 
     /// What each of `count` sources, which never run dry, gets of a destination that takes `room`

@@ -11,11 +11,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ringway_api::IdleConfig;
-use ringway_bridge::{Bridge, DropReason, Tick};
+use ringway_bridge::{Bridge, DropReason, PortId, Tick};
 
 use super::contention::Contention;
-use super::forward::{Forwarder, Now};
+use super::forward::{Forwarder, Now, Sender, Service};
 use super::idle::{Idle, Next, Turn, saturating_ns};
+use super::ledger::{max_charge_ns, wasted_ns};
 use super::pairs::PairTable;
 use super::schedule::{Active, Polled, Schedule};
 use super::{Inbox, WorkerHandle};
@@ -35,9 +36,13 @@ const TICK_NS: u64 = 1_000_000_000 / Tick::PER_SECOND as u64;
 #[derive(Debug)]
 struct Source {
     port: Arc<Port>,
+    id: PortId,
+    /// Frames come from it by system calls.
+    has_calls: bool,
     token: Token,
     /// It is on the schedule.
     is_active: bool,
+    service: Service,
 }
 
 /// A worker's state; lives on its thread.
@@ -66,6 +71,7 @@ impl Worker {
             path: Path {
                 burst: BurstStorage::new(),
                 forwarder: Forwarder::new(bridge, saturating_ns(idle.backpressure)),
+                last_bytes: 0,
             },
             events: Events::with_capacity(MAX_EVENTS),
             now_ns: 0,
@@ -98,10 +104,14 @@ impl Worker {
         if self.schedule.len() > 0 {
             turn = self.poll_all();
         }
+        if self.path.forwarder.has_parked() {
+            turn.frames += self.deliver_parked();
+            turn.has_unsent = self.path.forwarder.has_parked();
+        }
         let forwarder = &mut self.path.forwarder;
         if !forwarder.unsent.is_empty() {
             forwarder.send_again();
-            turn.has_unsent = !forwarder.unsent.is_empty();
+            turn.has_unsent |= !forwarder.unsent.is_empty();
         }
         // Of frames that no source was polled for.
         call::make_owed();
@@ -113,18 +123,49 @@ impl Worker {
         Some(next)
     }
 
-    /// Polls each active source once.
+    /// Polls each active source once, but for those that had more than others.
     fn poll_all(&mut self) -> Turn {
+        let start_ns = self.now_ns;
         let mut turn = Turn {
             is_contended: self.contention.is_contended(self.now_ns),
             ..Turn::default()
         };
         let mut bursts = 0;
+        let has_skipped = self.poll_each(&mut turn, &mut bursts);
+        if has_skipped && bursts == 0 {
+            // Nobody else wanted the time.
+            self.poll_each(&mut turn, &mut bursts);
+        }
+        if self.now_ns == start_ns {
+            self.read_clock();
+        }
+        turn.active = self.schedule.len();
+        self.count(&turn, bursts, self.now_ns - start_ns);
+        turn
+    }
+
+    /// Returns whether there were such.
+    fn poll_each(&mut self, turn: &mut Turn, bursts: &mut u64) -> bool {
+        let mut has_skipped = false;
         while let Some(active) = self.schedule.pick() {
+            let Some(Source { id, has_calls, .. }) = self.sources[active.source] else {
+                continue;
+            };
+            let ledger = &mut self.path.forwarder.ledger;
+            if !ledger.may_poll(id, self.now_ns) {
+                has_skipped |= !ledger.waits(id, self.now_ns);
+                turn.is_waiting = true;
+                self.schedule.skip(active);
+                continue;
+            }
             let polled = self.poll(active);
+            if matches!(polled, Polled::Frames(_) | Polled::Waiting(_)) {
+                let took_ns = self.read_clock();
+                self.path.charge((id, has_calls), polled, took_ns);
+            }
             let frames = polled.frames() as u64;
             turn.frames += frames;
-            bursts += u64::from(frames > 0);
+            *bursts += u64::from(frames > 0);
             turn.is_waiting |= matches!(polled, Polled::Waiting(_));
             let leaves = match polled {
                 Polled::Frames(_) | Polled::Waiting(_) => false,
@@ -142,19 +183,35 @@ impl Worker {
                 self.schedule.keep(active, polled, self.now_ns);
             }
         }
-        turn.active = self.schedule.len();
-        self.count(&turn, bursts);
-        turn
+        self.path.forwarder.ledger.end_turn();
+        has_skipped
+    }
+
+    /// Tries to deliver what is parked; returns how many frames were delivered.
+    #[cold]
+    fn deliver_parked(&mut self) -> u64 {
+        let now = self.now();
+        let Path {
+            burst, forwarder, ..
+        } = &mut self.path;
+        forwarder.deliver_parked(burst, &self.handle.pairs, now)
     }
 
     fn poll(&mut self, active: Active) -> Polled {
         let now = self.now();
-        let Some(source) = &self.sources[active.source] else {
+        let Some(source) = &mut self.sources[active.source] else {
             return Polled::Stopped;
         };
+        let Source {
+            port,
+            token,
+            service,
+            ..
+        } = source;
         let (path, pairs) = (&mut self.path, &self.handle.pairs);
-        let polled = with_rx_queue!(&*source.port, source.token.pair(), queue => {
-            path.receive(source, queue, active.quantum, pairs, now)
+        let pair = token.pair();
+        let polled = with_rx_queue!(&**port, pair, queue => {
+            path.receive(Sender { port, pair, service }, queue, active.quantum, pairs, now)
         });
         call::make_owed();
         polled
@@ -197,8 +254,7 @@ impl Worker {
         self.count_active();
     }
 
-    fn count(&mut self, turn: &Turn, bursts: u64) {
-        let took_ns = self.read_clock();
+    fn count(&mut self, turn: &Turn, bursts: u64, took_ns: u64) {
         let stats = &self.handle.stats;
         stats.turns.add_owned(1);
         stats.contended.set(*self.path.forwarder.contended());
@@ -283,21 +339,32 @@ impl Worker {
 struct Path {
     burst: BurstStorage,
     forwarder: Forwarder,
+    /// L2 bytes of the last burst.
+    last_bytes: u64,
 }
 
 impl Path {
+    /// Charges a port for its last burst.
+    #[inline]
+    fn charge(&mut self, (port, has_calls): (PortId, bool), polled: Polled, took_ns: u64) {
+        let forwarder = &mut self.forwarder;
+        let has_calls = forwarder.take_has_calls() || has_calls;
+        let most_ns = max_charge_ns(polled.frames() as u64, self.last_bytes, has_calls);
+        forwarder.ledger.charge(port, took_ns.min(most_ns));
+    }
+
     /// Takes up to `limit` frames from a source's queue and forwards them; those that have to wait
     /// stay in the queue.
     #[inline]
     fn receive<Q: RxQueue>(
         &mut self,
-        source: &Source,
+        sender: Sender<'_>,
         queue: Result<Q, Unavailable>,
         limit: usize,
         pairs: &PairTable,
         now: Now,
     ) -> Polled {
-        let (port, pair) = (&*source.port, source.token.pair());
+        let (port, pair) = (sender.port, sender.pair);
         let mut queue = match queue {
             Ok(queue) => queue,
             Err(Unavailable::Stopped) => return Polled::Stopped,
@@ -324,7 +391,7 @@ impl Path {
         burst.take_snapshots(header_bytes, allowed);
         let count = burst.len();
         let kept = if is_enabled {
-            self.forwarder.forward(port, pair, &burst, pairs, now)
+            self.forwarder.forward(sender, &burst, pairs, now)
         } else {
             let drops = &port.base().rx_drops;
             drops.add(DropReason::QueueDisabled, count as u64);
@@ -332,8 +399,15 @@ impl Path {
         };
         let taken = count - kept;
         let bytes = completion.complete(&burst, taken);
+        let walked = burst.walked();
+        self.last_bytes = bytes;
         queue.counters().frames.add_owned(taken as u64);
         queue.counters().bytes.add_owned(bytes);
+        if walked > 0 {
+            let wasted_ns = wasted_ns(walked, count as u64, bytes);
+            self.forwarder
+                .charge_waste(port.base().id, wasted_ns, now.ns);
+        }
         queue.finish(taken, kept);
         Polled::of(taken, count)
     }

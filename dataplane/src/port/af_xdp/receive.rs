@@ -124,7 +124,9 @@ impl Receiver {
             let Some(frame) = waiting.frame(at) else {
                 break;
             };
-            let Some(mark) = burst.begin() else { break };
+            let Some(mark) = burst.begin_chain() else {
+                break;
+            };
             let headers = if self.gro || self.open_checksums {
                 Headers::parse(frame.head)
             } else {

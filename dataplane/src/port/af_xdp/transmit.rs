@@ -192,7 +192,7 @@ impl AfXdpPort {
         let pair = self.transmit_queue(job.source_queue, job.owned);
         let queue = self.queue(pair);
         let Some(mut transmitter) = tools.lock(&queue.tx, || queue.try_transmitter()) else {
-            return tools.refuse_all(job);
+            return Outcome::refused(job, DropReason::RingBusy);
         };
         if !transmitter.begin() {
             return tools.drop_all(job, DropReason::HostError);
@@ -201,6 +201,7 @@ impl AfXdpPort {
             max_bytes: max_l2_bytes(Some(self.mtu())),
             transmitter: &mut transmitter,
         };
+        tools.has_calls = true;
         let mut outcome = deliver(&mut tx, job, &mut tools.gso, &mut tools.account);
         // Also if nothing was put: what fills the ring may be what the kernel had no room for.
         if transmitter.submit() == Sent::Later {

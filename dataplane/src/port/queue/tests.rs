@@ -105,7 +105,7 @@ fn run(queue: &mut Told, messages: &mut [Vec<u8>], no_wait: FrameSet) -> (Outcom
     let mut storage = BurstStorage::new();
     let mut burst = storage.begin();
     for message in messages.iter_mut() {
-        let mark = burst.begin().unwrap();
+        let mark = burst.begin_chain().unwrap();
         let slice = GuestSlice::of(message);
         assert!(burst.push(mark, slice));
         burst.add(mark, Entry::single(0), slice.len());

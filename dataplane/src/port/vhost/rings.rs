@@ -316,9 +316,31 @@ impl RxQueue for VhostRx<'_> {
 /// ones can't receive such frames.
 const MAX_MERGED: usize = 1024;
 
+/// Descriptors that are read one by one for the frames of one burst until the others have to wait:
+/// 64 frames into chains of 64 buffers. The longest chain may come on top.
+const MAX_SEARCH: u32 = 4096;
+
+/// What the search for room has come to, for the frames of one burst.
+#[derive(Debug, Default)]
+struct Search {
+    /// Descriptors that were read one by one.
+    walked: u32,
+    /// There was no room for so many bytes when so many slots were available: there is none for as
+    /// many or more until a slot is taken.
+    in_vain: Option<(u32, u16)>,
+}
+
+impl Search {
+    fn was_in_vain(&self, needed: u32, available: u16) -> bool {
+        let as_before = |(bytes, slots)| needed >= bytes && available == slots;
+        self.in_vain.is_some_and(as_before)
+    }
+}
+
 /// Storage for buffers and chains of a burst's destination. Once per worker.
 #[derive(Debug)]
 pub(crate) struct RxScratch {
+    search: Search,
     direct: Kept<Frames>,
     buffers: Kept<Buffers>,
     chains: Vec<(Entry, u32)>,
@@ -327,6 +349,7 @@ pub(crate) struct RxScratch {
 impl RxScratch {
     pub(crate) fn new() -> Self {
         Self {
+            search: Search::default(),
             direct: Kept::new(MAX_BURST),
             buffers: Kept::new(MAX_MERGED + MAX_CHAIN),
             chains: Vec::with_capacity(MAX_MERGED),
@@ -343,7 +366,7 @@ impl VhostPort {
             return tools.drop_all(job, DropReason::PortDown);
         };
         let Some(mut state) = tools.lock(&queue.counters, || queue.try_lock()) else {
-            return tools.refuse_all(job);
+            return Outcome::refused(job, DropReason::RingBusy);
         };
         let Some(started) = state.started.as_mut().filter(|started| started.enabled) else {
             return tools.drop_all(job, DropReason::PortDown);
@@ -391,10 +414,15 @@ fn deliver_into<R: DeviceRing>(
         direct: rx.direct.list(),
         buffers: rx.buffers.list(),
         chains: &mut rx.chains,
+        search: &mut rx.search,
         fault: None,
     };
-    let outcome = deliver(&mut queue, job, gso, account);
-    (outcome, queue.fault)
+    let mut outcome = deliver(&mut queue, job, gso, account);
+    let fault = queue.fault.take();
+    if rx.search.walked > 0 {
+        outcome.walked = std::mem::take(&mut rx.search).walked;
+    }
+    (outcome, fault)
 }
 
 /// A guest's receive ring.
@@ -410,6 +438,7 @@ struct GuestTx<'m, R> {
     buffers: List<'m, GuestSlice<'m>>,
     /// and these chains with their capacities.
     chains: &'m mut Vec<(Entry, u32)>,
+    search: &'m mut Search,
     /// The rule that the guest broke.
     fault: Option<RingFault>,
 }
@@ -540,7 +569,14 @@ impl<'m, R: DeviceRing> GuestTx<'m, R> {
 
     /// Finds chains with room for `needed` bytes, and returns how many slots they take. Takes
     /// nothing yet.
+    #[inline(never)]
     fn reserve(&mut self, needed: u32) -> Result<u16, Refusal> {
+        if self.search.was_in_vain(needed, self.available) {
+            return Err(Refusal::Drop(DropReason::BufferTooSmall));
+        }
+        if self.search.walked >= MAX_SEARCH {
+            return Err(Refusal::Full);
+        }
         self.clear();
         let mut room: u32 = 0;
         let mut at = self.ring.place();
@@ -550,12 +586,16 @@ impl<'m, R: DeviceRing> GuestTx<'m, R> {
             let buffers = &mut self.buffers;
             let limit = usize::from(self.available - slots);
             let direction = Direction::ToGuest;
-            let found = self
-                .ring
-                .chain(at, limit, direction, self.memory, |buffer| {
+            let found = self.ring.chain(
+                (at, limit),
+                direction,
+                self.memory,
+                &mut self.search.walked,
+                |buffer| {
                     direction.prefetch(buffer);
                     buffers.len() - from < MAX_CHAIN && buffers.push(buffer)
-                });
+                },
+            );
             let found = found.map_err(|fault| {
                 self.fault = Some(fault);
                 Refusal::Broken
@@ -574,6 +614,7 @@ impl<'m, R: DeviceRing> GuestTx<'m, R> {
                 || self.chains.len() == MAX_MERGED
                 || self.buffers.len() > MAX_MERGED
             {
+                self.search.in_vain = Some((needed, self.available));
                 return Err(Refusal::Drop(DropReason::BufferTooSmall));
             }
         }

@@ -295,7 +295,9 @@ impl Bench {
                 pieces.push(piece);
                 true
             };
-            let found = self.ring.chain(place, 64, self.direction, &view, keep);
+            let found = self
+                .ring
+                .chain((place, 64), self.direction, &view, &mut 0, keep);
             let (entry, bytes) = found.unwrap().unwrap();
             self.assert_found(chain, entry, Pieces::new(&pieces));
             assert_eq!(bytes, chain.buffers.iter().map(|b| b.1).sum::<u32>());
@@ -308,7 +310,9 @@ impl Bench {
         }
         if count == self.pending.len() && self.offered < self.used + self.size {
             assert!(ready <= count);
-            let none = self.ring.chain(place, 64, self.direction, &view, |_| true);
+            let none = self
+                .ring
+                .chain((place, 64), self.direction, &view, &mut 0, |_| true);
             assert_eq!(none, Ok(None));
         }
         let first = self.slot(self.used);

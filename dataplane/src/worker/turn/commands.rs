@@ -13,6 +13,7 @@ use crate::port::Port;
 use crate::wake::{Token, WakeRequest};
 use crate::wire::Offloads;
 use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
+use crate::worker::forward::{Sender, Service};
 use crate::worker::{Command, Inbox};
 
 impl Worker {
@@ -60,7 +61,7 @@ impl Worker {
         let id = port.base().id;
         debug!(worker = self.handle.index, port = %port.base().name, "port added");
         let forwarder = &mut self.path.forwarder;
-        forwarder.reset_destination(id);
+        forwarder.forget(id);
         forwarder.members.add(id);
         forwarder.ports[id.index()] = Some(Arc::clone(&port));
         forwarder.owned[id.index()] = 0;
@@ -73,9 +74,12 @@ impl Worker {
     fn adopt(&mut self, port: Arc<Port>, token: Token) {
         self.path.forwarder.owned[port.base().id.index()] |= 1 << token.pair();
         let source = Some(Source {
+            id: port.base().id,
+            has_calls: !matches!(*port, Port::VhostUser(_)),
             port,
             token,
             is_active: false,
+            service: Service::default(),
         });
         let free = self.sources.iter().position(Option::is_none);
         let index = free.unwrap_or(self.sources.len());
@@ -117,6 +121,7 @@ impl Worker {
         let forwarder = &mut self.path.forwarder;
         forwarder.members.remove(id);
         forwarder.ports[id.index()] = None;
+        forwarder.forget(id);
         self.handle.pairs.forget(id);
     }
 
@@ -129,15 +134,21 @@ impl Worker {
         let mut bytes = vec![0; HEADER_LEN];
         bytes.extend_from_slice(frame);
         let now = self.now();
-        let Path { burst, forwarder } = &mut self.path;
+        let Path {
+            burst, forwarder, ..
+        } = &mut self.path;
         forwarder.announce(from, frame, now.tick);
         let mut burst = burst.begin();
         burst.push_whole(GuestSlice::of(&mut bytes));
         burst.take_snapshots(HEADER_BYTES, Offloads::NONE);
         // It has no ring to wait in.
-        let backpressure_ns = std::mem::replace(&mut forwarder.backpressure_ns, 0);
-        forwarder.forward(&port, 0, &burst, &self.handle.pairs, now);
-        forwarder.backpressure_ns = backpressure_ns;
+        let mut service = Service::NEVER_WAITS;
+        let sender = Sender {
+            port: &port,
+            pair: 0,
+            service: &mut service,
+        };
+        forwarder.forward(sender, &burst, &self.handle.pairs, now);
         let counters = &port.base().injected;
         counters.frames.add(1);
         counters.bytes.add(frame.len() as u64);

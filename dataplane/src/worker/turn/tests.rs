@@ -115,13 +115,20 @@ impl Fixture {
         });
         let token = Token::new(source.base().id, 0, 0);
         let source = Source {
+            id: source.base().id,
+            has_calls: false,
             port: source,
             token,
             is_active: true,
+            service: Service::default(),
         };
         let burst = BurstStorage::new();
         Self {
-            path: Path { burst, forwarder },
+            path: Path {
+                burst,
+                forwarder,
+                last_bytes: 0,
+            },
             source,
             other,
             pairs: PairTable::new(),
@@ -133,8 +140,13 @@ impl Fixture {
             tick: Tick(1),
             ns: 1,
         };
-        self.path
-            .receive(&self.source, queue, limit, &self.pairs, now)
+        let Source { port, service, .. } = &mut self.source;
+        let sender = Sender {
+            port,
+            pair: 0,
+            service,
+        };
+        self.path.receive(sender, queue, limit, &self.pairs, now)
     }
 
     /// Frames of port 0 that were dropped before, and those for port 1 that were dropped behind

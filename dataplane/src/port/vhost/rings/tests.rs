@@ -6,9 +6,69 @@ use virtio_queue::QueueT;
 use super::*;
 use crate::burst::BurstStorage;
 use crate::ring::tests::{
-    BUFFERS, INDIRECT, MERGEABLE, Machine, Source, VERSION_1, bases, chains, places, popped,
+    BUFFERS, Chain, INDIRECT, MERGEABLE, Machine, Source, VERSION_1, bases, chains, places, popped,
 };
 use crate::wire::{Features, Offloads};
+
+/// Delivers plain frames of these lengths into a ring of three tables of 1,000 one-byte buffers;
+/// returns how many were dropped for want of room, how many were refused, and how many descriptors
+/// were read.
+fn search(lengths: &[usize]) -> (u64, u32, u32) {
+    let machine = Machine::new();
+    let chains = [const { 1000 }; 3].map(|count| Chain::table(count, 1));
+    machine.publish(&chains, &(0..64).collect::<Vec<_>>(), 0, true);
+    let mut ring = machine.ring(0, INDIRECT | VERSION_1 | MERGEABLE);
+    let view = machine.view();
+    let mut frames: Vec<_> = lengths
+        .iter()
+        .map(|length| {
+            let mut frame = vec![0; 12 + length];
+            frame[18] = 2;
+            frame
+        })
+        .collect();
+    let mut storage = BurstStorage::new();
+    let mut burst = storage.begin();
+    for frame in &mut frames {
+        assert!(burst.push_whole(GuestSlice::of(frame)));
+    }
+    burst.take_snapshots(12, Offloads::NONE);
+    let job = Job {
+        burst: &burst,
+        frames: FrameSet::range(0, lengths.len()),
+        no_wait: FrameSet::EMPTY,
+        source_queue: 0,
+        owned: 0,
+    };
+    let limits = Limits {
+        offloads: Offloads::NONE,
+        max_bytes: u32::MAX,
+    };
+    let mut tools = Tools::new();
+    let (outcome, fault) = deliver_into(&mut ring, &view, limits, &job, &mut tools);
+    assert_eq!(fault, None);
+    let dropped = tools.account.drops[DropReason::BufferTooSmall];
+    (dropped, outcome.refused.len(), outcome.walked)
+}
+
+#[test]
+fn a_search_in_vain_answers_for_all_frames_that_are_as_long() {
+    // Two tables, each found by a descriptor of the ring, are more buffers than a frame may have.
+    let once = 2 * 1001;
+    assert_eq!(search(&[2500]), (1, 0, once));
+    assert_eq!(search(&[2500; 64]), (64, 0, once));
+    assert_eq!(search(&[2500, 2499, 2600, 2499]), (4, 0, 2 * once));
+    // What is taken in between makes it another question.
+    assert_eq!(search(&[2500, 60, 2500]), (2, 0, 2 * once + 1001));
+}
+
+#[test]
+fn a_delivery_that_has_read_enough_descriptors_has_the_others_wait() {
+    let lengths: Vec<_> = (0..64).map(|i| 2900 - i).collect();
+    let (dropped, refused, walked) = search(&lengths);
+    assert_eq!(walked, 3 * 2002);
+    assert_eq!((dropped, refused), (3, 61));
+}
 
 proptest! {
     // Frames of any lengths into chains of any shapes: the crate's chains, filled front to back by
