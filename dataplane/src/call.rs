@@ -19,7 +19,6 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::time::{ClockId, clock_gettime};
 
 use self::conduct::{Conduct, SUSPICIOUS_NS};
 use crate::backoff::{Backoff, Growth};
@@ -183,7 +182,7 @@ impl Call {
             return start;
         }
         let is_watched = callee.is_watched.load(Ordering::Relaxed);
-        let processor_ns = is_watched.then(thread_ns);
+        let processor_ns = is_watched.then(ticker::thread_ns);
         let written = rustix::io::write(self.fd.as_fd(), &1_u64.to_ne_bytes());
         let end = Instant::now();
         let took = end.saturating_duration_since(start);
@@ -193,18 +192,11 @@ impl Call {
         if written == Err(Errno::INTR) {
             callee.blocked(end);
         } else if is_watched || wall_ns >= SUSPICIOUS_NS {
-            let took_ns = processor_ns.map(|before| thread_ns().saturating_sub(before));
+            let took_ns = processor_ns.map(|before| ticker::thread_ns().saturating_sub(before));
             callee.judge(wall_ns, took_ns, end);
         }
         end
     }
-}
-
-/// Time of the processor that the calling thread had, in nanoseconds.
-fn thread_ns() -> u64 {
-    let had = clock_gettime(ClockId::ThreadCPUTime);
-    let had = Duration::try_from(had).unwrap_or_default();
-    u64::try_from(had.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Makes sure that the calling thread can make calls.
@@ -221,8 +213,6 @@ pub(crate) fn owe(call: &Arc<Call>) {
     LIST.with_borrow_mut(|list| {
         if list.capacity() == 0 {
             list.reserve(OWED);
-            // Whoever reads this clock first looks for the kernel's code for it.
-            thread_ns();
         }
         list.push(Arc::clone(call));
     });
