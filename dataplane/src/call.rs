@@ -23,6 +23,7 @@ use rustix::io::Errno;
 use self::conduct::{Conduct, SUSPICIOUS_NS};
 use crate::backoff::{Backoff, Growth};
 use crate::burst_lock::lock;
+use crate::clock;
 
 /// For how long a port is closed. What it cost is forgotten after as long a time as it was closed at
 /// most.
@@ -182,7 +183,7 @@ impl Call {
             return start;
         }
         let is_watched = callee.is_watched.load(Ordering::Relaxed);
-        let processor_ns = is_watched.then(ticker::thread_ns);
+        let processor_ns = is_watched.then(clock::thread_ns);
         let written = rustix::io::write(self.fd.as_fd(), &1_u64.to_ne_bytes());
         let end = Instant::now();
         let took = end.saturating_duration_since(start);
@@ -192,7 +193,7 @@ impl Call {
         if written == Err(Errno::INTR) {
             callee.blocked(end);
         } else if is_watched || wall_ns >= SUSPICIOUS_NS {
-            let took_ns = processor_ns.map(|before| ticker::thread_ns().saturating_sub(before));
+            let took_ns = processor_ns.map(|before| clock::thread_ns().saturating_sub(before));
             callee.judge(wall_ns, took_ns, end);
         }
         end

@@ -26,6 +26,7 @@ mod backoff;
 mod burst;
 mod burst_lock;
 mod call;
+mod clock;
 mod cpus;
 mod housekeeping;
 mod isa;

@@ -11,6 +11,7 @@ const LAYERS: &[&str] = &[
     // Leaves: of the processor, or pure functions.
     "backoff",
     "burst_lock",
+    "clock",
     "cpus",
     "isa",
     "log_limit",

@@ -93,20 +93,6 @@ fn arm(shared: &Shared) -> io::Result<()> {
     TIMER_ID.with(|id| set(id.get(), TICK_NS))
 }
 
-/// Time of the processor that the calling thread had, in nanoseconds.
-pub(super) fn thread_ns() -> u64 {
-    let mut had = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the pointer is to a value that lives until the call returns.
-    // JUSTIFICATION: rustix looks for the vDSO by itself, which crashes under valgrind
-    // (`make guard`).
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut had) };
-    let [seconds, ns] = [had.tv_sec, had.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
-    1_000_000_000 * seconds + ns
-}
-
 /// Sets or, with 0, stops a timer. May be called in a signal handler.
 fn set(timer: libc::timer_t, period_ns: libc::c_long) -> io::Result<()> {
     let period = libc::timespec {

@@ -22,6 +22,7 @@ use super::schedule::{Active, Polled, Schedule};
 use super::{Inbox, WorkerHandle};
 use crate::burst::BurstStorage;
 use crate::call;
+use crate::clock::Clock;
 use crate::memory::breaks;
 use crate::port::{Completion, Gathered, Port, RxQueue, Unavailable, with_rx_queue};
 use crate::wake::{Events, Token};
@@ -55,6 +56,7 @@ pub(crate) struct Worker {
     contention: Contention,
     path: Path,
     events: Events,
+    clock: Clock,
     now_ns: u64,
     seen_breaks: u64,
 }
@@ -62,6 +64,7 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn new(handle: Arc<WorkerHandle>, bridge: Arc<Bridge>, idle: IdleConfig) -> Self {
         Self {
+            clock: Clock::since(handle.epoch),
             handle,
             sources: Vec::new(),
             by_token: HashMap::new(),
@@ -160,6 +163,7 @@ impl Worker {
             }
             let polled = self.poll(active);
             if matches!(polled, Polled::Frames(_) | Polled::Waiting(_)) {
+                call::make_owed();
                 let took_ns = self.read_clock();
                 self.path.charge((id, has_calls), polled, took_ns);
             }
@@ -210,11 +214,9 @@ impl Worker {
         } = source;
         let (path, pairs) = (&mut self.path, &self.handle.pairs);
         let pair = token.pair();
-        let polled = with_rx_queue!(&**port, pair, queue => {
+        with_rx_queue!(&**port, pair, queue => {
             path.receive(Sender { port, pair, service }, queue, active.quantum, pairs, now)
-        });
-        call::make_owed();
-        polled
+        })
     }
 
     /// Turns a silent source's notifications on; true if it is still empty, so that it need not be
@@ -319,7 +321,7 @@ impl Worker {
 
     /// Advances the worker's clock and returns by how much.
     fn read_clock(&mut self) -> u64 {
-        let now_ns = saturating_ns(self.handle.epoch.elapsed());
+        let now_ns = self.clock.now_ns();
         let took_ns = now_ns - self.now_ns;
         self.now_ns = now_ns;
         took_ns

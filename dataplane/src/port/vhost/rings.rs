@@ -320,9 +320,11 @@ const MAX_MERGED: usize = 1024;
 /// 64 frames into chains of 64 buffers. The longest chain may come on top.
 const MAX_SEARCH: u32 = 4096;
 
-/// What the search for room has come to, for the frames of one burst.
-#[derive(Debug, Default)]
+/// The search for room for the frames of one burst.
+#[derive(Debug)]
 struct Search {
+    /// The chains that are reserved, with their capacities.
+    chains: Vec<(Entry, u32)>,
     /// Descriptors that were read one by one.
     walked: u32,
     /// There was no room for so many bytes when so many slots were available: there is none for as
@@ -331,6 +333,20 @@ struct Search {
 }
 
 impl Search {
+    fn new() -> Self {
+        Self {
+            chains: Vec::with_capacity(MAX_MERGED),
+            walked: 0,
+            in_vain: None,
+        }
+    }
+
+    /// Begins anew, and returns how many descriptors were read.
+    fn take_walked(&mut self) -> u32 {
+        self.in_vain = None;
+        std::mem::take(&mut self.walked)
+    }
+
     fn was_in_vain(&self, needed: u32, available: u16) -> bool {
         let as_before = |(bytes, slots)| needed >= bytes && available == slots;
         self.in_vain.is_some_and(as_before)
@@ -340,19 +356,17 @@ impl Search {
 /// Storage for buffers and chains of a burst's destination. Once per worker.
 #[derive(Debug)]
 pub(crate) struct RxScratch {
-    search: Search,
     direct: Kept<Frames>,
     buffers: Kept<Buffers>,
-    chains: Vec<(Entry, u32)>,
+    search: Search,
 }
 
 impl RxScratch {
     pub(crate) fn new() -> Self {
         Self {
-            search: Search::default(),
             direct: Kept::new(MAX_BURST),
             buffers: Kept::new(MAX_MERGED + MAX_CHAIN),
-            chains: Vec::with_capacity(MAX_MERGED),
+            search: Search::new(),
         }
     }
 }
@@ -360,7 +374,7 @@ impl RxScratch {
 impl VhostPort {
     /// Delivers frames to the guest: into one of its receive rings, shown to it once and announced
     /// by at most one call.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn deliver(&self, job: &Job<'_, '_>, tools: &mut Tools) -> Outcome {
         let Some(queue) = self.receive_queue(job.source_queue, job.owned) else {
             return tools.drop_all(job, DropReason::PortDown);
@@ -413,14 +427,13 @@ fn deliver_into<R: DeviceRing>(
         available,
         direct: rx.direct.list(),
         buffers: rx.buffers.list(),
-        chains: &mut rx.chains,
         search: &mut rx.search,
         fault: None,
     };
     let mut outcome = deliver(&mut queue, job, gso, account);
     let fault = queue.fault.take();
     if rx.search.walked > 0 {
-        outcome.walked = std::mem::take(&mut rx.search).walked;
+        outcome.walked = rx.search.take_walked();
     }
     (outcome, fault)
 }
@@ -436,8 +449,7 @@ struct GuestTx<'m, R> {
     direct: List<'m, Frame<'m>>,
     /// The buffers of the chains that are reserved,
     buffers: List<'m, GuestSlice<'m>>,
-    /// and these chains with their capacities.
-    chains: &'m mut Vec<(Entry, u32)>,
+    /// and these chains.
     search: &'m mut Search,
     /// The rule that the guest broke.
     fault: Option<RingFault>,
@@ -508,11 +520,11 @@ impl<R: DeviceRing> TxQueue for GuestTx<'_, R> {
             None => self.reserve(needed)?,
         };
         #[expect(clippy::cast_possible_truncation, reason = "at most MAX_MERGED")]
-        let count = self.chains.len() as u16;
+        let count = self.search.chains.len() as u16;
         let gap = HEADER_BYTES - self.ring.header_bytes();
         frame.write_to(gap, count, &self.buffers);
         let mut left = needed;
-        for (entry, capacity) in self.chains.iter() {
+        for (entry, capacity) in self.search.chains.iter() {
             let written = left.min(*capacity);
             self.ring.complete(*entry, written);
             left -= written;
@@ -557,7 +569,7 @@ impl<'m, R: DeviceRing> GuestTx<'m, R> {
         let (mut room, mut slots) = (0_u32, 0);
         for chain in self.direct.iter() {
             self.buffers.push(chain.buffer);
-            self.chains.push((chain.entry, chain.len));
+            self.search.chains.push((chain.entry, chain.len));
             room = room.saturating_add(chain.len);
             slots += 1;
             if room >= needed {
@@ -605,13 +617,13 @@ impl<'m, R: DeviceRing> GuestTx<'m, R> {
             };
             at = self.ring.after(at, entry.slots);
             slots += entry.slots;
-            self.chains.push((entry, capacity));
+            self.search.chains.push((entry, capacity));
             room = room.saturating_add(capacity);
             if room >= needed {
                 return Ok(slots);
             }
             if !self.ring.mergeable()
-                || self.chains.len() == MAX_MERGED
+                || self.search.chains.len() == MAX_MERGED
                 || self.buffers.len() > MAX_MERGED
             {
                 self.search.in_vain = Some((needed, self.available));
@@ -623,7 +635,7 @@ impl<'m, R: DeviceRing> GuestTx<'m, R> {
 
     fn clear(&mut self) {
         self.buffers.clear();
-        self.chains.clear();
+        self.search.chains.clear();
     }
 }
 
