@@ -50,7 +50,7 @@ fn flood(to: u8, bytes: usize) {
     let bad = raw(&lab, "bad");
     transmit(&bad, &[frame(to, BAD, bytes, 1)]);
     let what = format!("frames of {bytes} B to {to:#x} of {PORTS} ports");
-    innocents.endure(0.5, &what, || {
+    innocents.endure(0.9, &what, || {
         bad.tx.recycle();
         audience.iter().for_each(|guest| guest.rx.recycle());
     });

@@ -270,8 +270,8 @@ pub(crate) struct Tools {
     pub(crate) account: Account,
     /// Queues found in other hands, ever.
     pub(crate) contended: u64,
-    /// A delivery of this burst made system calls for its frames.
-    pub(crate) has_calls: bool,
+    /// Frames for which system calls were made, since this was asked last.
+    pub(crate) by_calls: u32,
 }
 
 impl Tools {
@@ -281,7 +281,7 @@ impl Tools {
             rx: RxScratch::new(),
             account: Account::default(),
             contended: 0,
-            has_calls: false,
+            by_calls: 0,
         }
     }
 

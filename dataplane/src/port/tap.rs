@@ -170,7 +170,7 @@ impl TapPort {
             },
             is_down: false,
         };
-        tools.has_calls = true;
+        tools.by_calls += job.frames.len();
         let outcome = deliver(&mut tx, job, &mut tools.gso, &mut tools.account);
         if tx.is_down {
             self.base.forget_stations();

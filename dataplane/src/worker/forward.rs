@@ -46,6 +46,8 @@ pub(super) struct Forwarder {
     backpressure_ns: u64,
     /// Frames that wait for destinations while their sources go on.
     parking: Parking,
+    /// Copies of frames that went to several ports, since they were charged last.
+    flooded: u64,
     pub(super) ledger: Ledger,
     /// Queues of ports that hold frames for which the kernel had no room.
     pub(super) unsent: Vec<(PortId, u16)>,
@@ -180,6 +182,7 @@ impl Forwarder {
             destinations: vec![Destination::default(); MAX_PORTS].into(),
             backpressure_ns,
             parking: Parking::default(),
+            flooded: 0,
             ledger: Ledger::new(),
             unsent: Vec::with_capacity(MAX_PORTS),
             owned: vec![0; MAX_PORTS].into(),
@@ -193,10 +196,12 @@ impl Forwarder {
         self.parking.remove(id);
     }
 
-    /// Whether system calls were made to deliver frames since this was asked last.
+    /// How many frames were delivered by system calls, and how many copies of frames went to several
+    /// ports, since this was asked last.
     #[inline]
-    pub(super) fn take_has_calls(&mut self) -> bool {
-        std::mem::take(&mut self.tools.has_calls)
+    pub(super) fn take_work(&mut self) -> (u32, u64) {
+        let by_calls = std::mem::take(&mut self.tools.by_calls);
+        (by_calls, std::mem::take(&mut self.flooded))
     }
 
     /// Rings found in other hands, ever.
@@ -273,12 +278,14 @@ impl Forwarder {
     /// Notes which destinations a source's burst has, and returns whether the one that it has may
     /// hold the source up.
     #[inline]
-    fn note_service(&self, service: &mut Service, now_ns: u64) -> bool {
+    fn note_service(&mut self, service: &mut Service, now_ns: u64) -> bool {
         if let [(to, _)] = self.decisions.destinations() {
             service.note(*to, true, now_ns);
             return !service.is_shared(now_ns);
         }
         let flooded = self.decisions.flooded();
+        let ports = self.decisions.destinations().len() as u64;
+        self.flooded += u64::from(flooded.len()) * ports;
         for (to, frames) in self.decisions.destinations() {
             if !(*frames - flooded).is_empty() {
                 service.note(*to, false, now_ns);

@@ -16,23 +16,19 @@ use ringway_bridge::{MAX_PORTS, PortId};
 /// polled in turn.
 const LEAD_NS: u64 = 20_000;
 
-/// Most that one burst with system calls is charged as a share: it is the kernel that keeps a worker
-/// from its core for longer.
-const MAX_CHARGE_NS: u64 = 250_000;
-
-/// Most that one burst without is charged, likewise, and what it may take more for a frame and for
-/// eight bytes: several times what it does.
+/// Most that a burst is charged as a share, in nanoseconds: several times what it takes, so that
+/// nobody is charged for the time in which the kernel gave the core to somebody else.
 const BURST_NS: u64 = 5_000;
+/// What it may take more for a frame,
 const FRAME_NS: u64 = 150;
+/// and for one that is received or delivered by a system call.
+const CALL_NS: u64 = 8_000;
 
-/// What a burst of so many frames and bytes may be charged.
+/// What a burst of so many frames and bytes may be charged. So many frames were received, and so
+/// many copies delivered, by system calls.
 #[inline]
-pub(super) fn max_charge_ns(frames: u64, bytes: u64, has_calls: bool) -> u64 {
-    if has_calls {
-        MAX_CHARGE_NS
-    } else {
-        BURST_NS + FRAME_NS * frames + bytes / 8
-    }
+pub(super) fn max_charge_ns(frames: u64, bytes: u64, by_calls: u64) -> u64 {
+    BURST_NS + FRAME_NS * frames + bytes / 8 + CALL_NS * by_calls
 }
 
 /// Nanoseconds without service for one that was wasted.
@@ -56,6 +52,16 @@ const BYTES_PER_DESCRIPTOR: u64 = 64;
 pub(super) fn wasted_ns(walked: u32, frames: u64, bytes: u64) -> u64 {
     let worth = frames * DESCRIPTORS_PER_FRAME + bytes / BYTES_PER_DESCRIPTOR;
     u64::from(walked).saturating_sub(worth) * DESCRIPTOR_NS
+}
+
+/// What a nanosecond costs in which a frame is copied to all, in nanoseconds: nobody asked for it.
+const FLOOD_PRICE: u64 = 16;
+
+/// What a burst is charged that took so long and of whose frames so many copies went to all.
+#[cold]
+pub(super) fn with_price_of_floods(took_ns: u64, frames: u64, copies: u64) -> u64 {
+    let flooded_ns = took_ns * copies / (copies + frames);
+    took_ns + (FLOOD_PRICE - 1) * flooded_ns
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -190,13 +196,32 @@ mod tests {
         assert_eq!(had, [2_000_000; 2]);
     }
 
+    #[test]
+    fn who_floods_has_a_small_part_of_the_time_that_others_want() {
+        let mut ledger = Ledger::new();
+        let mut had = [0, 0];
+        for _ in 0..100_000 {
+            for (at, copies) in [(0, 64 * 63), (1, 0)] {
+                let took_ns = if copies > 0 { 100_000 } else { 3_000 };
+                if ledger.may_poll(port(at), 0) {
+                    let charged_ns = with_price_of_floods(took_ns, 64, copies);
+                    ledger.charge(port(at), charged_ns);
+                    had[usize::from(at)] += took_ns;
+                }
+            }
+            ledger.end_turn();
+        }
+        assert!(had[0] * 15 <= had[1] && had[0] * 17 >= had[1], "{had:?}");
+    }
+
     // A thread that was preempted in a burst took no time of anybody's.
     #[test]
     fn a_burst_is_charged_no_more_than_it_can_have_taken() {
-        assert!(max_charge_ns(64, 64 * 60, false) < LEAD_NS);
+        assert!(max_charge_ns(64, 64 * 60, 0) < LEAD_NS);
         // 256 KiB are copied at 10 GB/s or more.
-        assert!(max_charge_ns(4, 256 << 10, false) > 26_000);
-        assert_eq!(max_charge_ns(64, 64 * 60, true), MAX_CHARGE_NS);
+        assert!(max_charge_ns(4, 256 << 10, 0) > 26_000);
+        // From a tap to 64 others.
+        assert!(max_charge_ns(64, 64 * 60, 65 * 64) > 65 * 64 * 2_000);
     }
 
     /// The part of the time that wasters have who come back as soon as they may.

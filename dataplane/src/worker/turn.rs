@@ -16,7 +16,7 @@ use ringway_bridge::{Bridge, DropReason, PortId, Tick};
 use super::contention::Contention;
 use super::forward::{Forwarder, Now, Sender, Service};
 use super::idle::{Idle, Next, Turn, saturating_ns};
-use super::ledger::{max_charge_ns, wasted_ns};
+use super::ledger::{max_charge_ns, wasted_ns, with_price_of_floods};
 use super::pairs::PairTable;
 use super::schedule::{Active, Polled, Schedule};
 use super::{Inbox, WorkerHandle};
@@ -350,9 +350,18 @@ impl Path {
     #[inline]
     fn charge(&mut self, (port, has_calls): (PortId, bool), polled: Polled, took_ns: u64) {
         let forwarder = &mut self.forwarder;
-        let has_calls = forwarder.take_has_calls() || has_calls;
-        let most_ns = max_charge_ns(polled.frames() as u64, self.last_bytes, has_calls);
-        forwarder.ledger.charge(port, took_ns.min(most_ns));
+        let frames = polled.frames() as u64;
+        let (by_calls, copies) = forwarder.take_work();
+        let mut by_calls = u64::from(by_calls);
+        if has_calls {
+            by_calls += frames;
+        }
+        let most_ns = max_charge_ns(frames, self.last_bytes, by_calls);
+        let mut charged_ns = took_ns.min(most_ns);
+        if copies > 0 {
+            charged_ns = with_price_of_floods(charged_ns, frames, copies);
+        }
+        forwarder.ledger.charge(port, charged_ns);
     }
 
     /// Takes up to `limit` frames from a source's queue and forwards them; those that have to wait

@@ -201,7 +201,7 @@ impl AfXdpPort {
             max_bytes: max_l2_bytes(Some(self.mtu())),
             transmitter: &mut transmitter,
         };
-        tools.has_calls = true;
+        tools.by_calls += job.frames.len();
         let mut outcome = deliver(&mut tx, job, &mut tools.gso, &mut tools.account);
         // Also if nothing was put: what fills the ring may be what the kernel had no room for.
         if transmitter.submit() == Sent::Later {
