@@ -252,7 +252,9 @@ fn a_port_that_floods_the_database_locks_nobody_out() {
     eventually("b is known", || {
         lab.switch.fdb().iter().any(|e| e.port.as_str() == "b")
     });
-    assert_eq!(lab.counters("a").fdb_evictions, 1);
+    // That of b, and those of `limited` that were heard when the database was full already.
+    let evictions = lab.counters("a").fdb_evictions;
+    assert!((1..=1 + 3).contains(&evictions), "{evictions}");
 }
 
 #[test]

@@ -220,7 +220,11 @@ pub fn complete(header: &[u8], frame: &mut [u8]) -> bool {
     let is_open = header[0] & NEEDS_CSUM != 0;
     if is_open {
         let (start, at) = (field(6), field(6) + field(8));
-        let sum = !plain_sum(&frame[start..]);
+        // UDP takes 0 for none (RFC 768); whoever verifies takes the two for the same.
+        let sum = match !plain_sum(&frame[start..]) {
+            0 => 0xffff,
+            sum => sum,
+        };
         frame[at..at + 2].copy_from_slice(&sum.to_be_bytes());
     }
     is_open
