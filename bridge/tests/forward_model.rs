@@ -94,6 +94,15 @@ fn runs(heads: &[FrameHead], valid: u64) -> Vec<Run> {
     runs
 }
 
+fn bridge(seed: u64) -> Bridge {
+    Bridge::new(BridgeConfig {
+        fdb_capacity: 64,
+        ageing_ticks: AGEING,
+        move_hold_ticks: 0,
+        seed,
+    })
+}
+
 proptest! {
     #[test]
     fn a_burst_goes_where_its_frames_would_go_one_by_one(
@@ -101,7 +110,7 @@ proptest! {
         bursts in prop::collection::vec((0..5u16, heads(), any::<u64>(), 0..15u32), 1..8),
         seed: u64,
     ) {
-        let bridge = Bridge::new(BridgeConfig { fdb_capacity: 64, ageing_ticks: AGEING, move_hold_ticks: 0, seed });
+        let bridge = bridge(seed);
         let mut members = Members::new();
         let member_ports: Vec<_> = member_ports.into_iter().map(port).collect();
         for port in &member_ports {
@@ -174,12 +183,7 @@ fn check_conservation(out: &Decisions, frames: FrameSet) -> Result<(), TestCaseE
 
 #[test]
 fn a_full_burst_uses_all_64_bits() {
-    let bridge = Bridge::new(BridgeConfig {
-        fdb_capacity: 64,
-        ageing_ticks: AGEING,
-        move_hold_ticks: 0,
-        seed: 1,
-    });
+    let bridge = bridge(1);
     let mut members = Members::new();
     members.add(port(1));
     members.add(port(2));
@@ -200,12 +204,7 @@ fn a_full_burst_uses_all_64_bits() {
 
 #[test]
 fn a_limit_keeps_a_source_from_being_learned_but_not_its_frames_from_going() {
-    let bridge = Bridge::new(BridgeConfig {
-        fdb_capacity: 64,
-        ageing_ticks: AGEING,
-        move_hold_ticks: 0,
-        seed: 1,
-    });
+    let bridge = bridge(1);
     bridge.fdb().set_limit(port(1), Some(0));
     let mut members = Members::new();
     members.add(port(2));
@@ -236,12 +235,7 @@ fn members_join_and_leave_once() {
 
 #[test]
 fn what_a_source_floods_beyond_its_limit_is_dropped_and_what_others_flood_is_not() {
-    let bridge = Bridge::new(BridgeConfig {
-        fdb_capacity: 64,
-        ageing_ticks: AGEING,
-        move_hold_ticks: 0,
-        seed: 1,
-    });
+    let bridge = bridge(1);
     let mut members = Members::new();
     (0..64).for_each(|n| _ = members.add(port(n)));
     let head = |dst, src| FrameHead {

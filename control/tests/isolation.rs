@@ -7,22 +7,20 @@ mod common;
 /// By this name tests that need root are left out without it.
 mod as_root {
     use std::fs::File;
-    use std::io::{PipeWriter, Write, pipe};
+    use std::io::pipe;
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
     use std::path::{Path, PathBuf};
     use std::process::Stdio;
-    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use std::time::{Duration, Instant};
 
     use ringway_guest::{
         DESC_F_NEXT, DriverRing, EventFd, Frontend, Guest, SplitArea, SplitDesc, encode,
     };
-    use ringway_testbed::eventually;
     use ringway_testbed::host::{Raw, quiet_namespace};
-    use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+    use ringway_testbed::{beside, eventually};
 
-    use crate::common::{Place, Running};
+    use crate::common::{Place, Running, fill};
 
     /// The taps' stations are the numbers of the taps; the first one sends to the others in turn.
     const TAPS: usize = 3;
@@ -366,30 +364,8 @@ mod as_root {
     }
 
     /// Runs `attack` on a thread of its own while steps are taken.
-    fn endure_thread(stage: &mut Stage, what: &str, mut attack: impl FnMut() + Send) {
-        let (stop, steps) = (AtomicBool::new(false), AtomicU64::new(0));
-        std::thread::scope(|scope| {
-            let attacker = scope.spawn(|| {
-                let mut seen = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    if std::mem::replace(&mut seen, steps.load(Ordering::Relaxed)) == seen {
-                        std::thread::yield_now();
-                    } else {
-                        attack();
-                    }
-                }
-            });
-            let endured = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                stage.endure(0.5, what, || {
-                    steps.fetch_add(1, Ordering::Relaxed);
-                });
-            }));
-            stop.store(true, Ordering::Relaxed);
-            attacker.join().unwrap();
-            if let Err(panic) = endured {
-                std::panic::resume_unwind(panic);
-            }
-        });
+    fn endure_thread(stage: &mut Stage, what: &str, attack: impl FnMut() + Send) {
+        beside(attack, |go_on| stage.endure(0.5, what, go_on));
     }
 
     #[test]
@@ -430,15 +406,5 @@ mod as_root {
                 guest = None;
             }
         });
-    }
-
-    /// Fills the pipe to the last byte.
-    fn fill(mut writer: &PipeWriter) {
-        let flags = fcntl_getfl(writer.as_fd()).unwrap();
-        fcntl_setfl(writer.as_fd(), flags | OFlags::NONBLOCK).unwrap();
-        for size in [4096, 1] {
-            while writer.write(&vec![b'\n'; size]).is_ok() {}
-        }
-        fcntl_setfl(writer.as_fd(), flags).unwrap();
     }
 }

@@ -5,17 +5,16 @@
 mod common;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write, pipe};
-use std::os::fd::AsFd;
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, pipe};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use common::{Place, Running};
+use common::{Place, Running, fill};
 use ringway_control::api::{NoParams, PortList};
 use ringway_guest::Guest;
 use ringway_testbed::{DEADLINE, eventually};
-use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mknodat};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Within this the tool is answered, and the daemon ends after SIGTERM.
@@ -103,16 +102,6 @@ fn assert_ends(mut running: Running) {
     let took = start.elapsed();
     assert_eq!(ended.unwrap().code(), Some(0));
     assert!(took < PROMPT, "{took:?} from SIGTERM to the end");
-}
-
-/// Fills the pipe to the last byte.
-fn fill(mut writer: &PipeWriter) {
-    let flags = fcntl_getfl(writer.as_fd()).unwrap();
-    fcntl_setfl(writer.as_fd(), flags | OFlags::NONBLOCK).unwrap();
-    for size in [4096, 1] {
-        while writer.write(&vec![b'\n'; size]).is_ok() {}
-    }
-    fcntl_setfl(writer.as_fd(), flags).unwrap();
 }
 
 fn assert_lives_with(stderr: impl Into<Stdio>) {

@@ -1,4 +1,5 @@
-//! The kernel's clocks in nanoseconds, as cheaply as they can be read: a worker does it for each burst.
+//! The kernel's clocks in nanoseconds, as cheaply as they can be read: a worker does it for each
+//! burst.
 #![allow(unsafe_code, reason = "the kernel writes the time")]
 
 use std::time::Instant;

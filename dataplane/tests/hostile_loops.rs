@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::hostile::{BAD, PEER, RX, RawConfig, Stage, StopOnDrop, TX, chain, plain, table_bytes};
+use common::hostile::{BAD, PEER, RX, RawConfig, Stage, TX, chain, plain, table_bytes};
 use common::{eventually, frame, receive};
 use ringway_bridge::DropReason;
 use ringway_guest::features::{
     VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, Guest, SplitDesc};
+use ringway_testbed::StopOnDrop;
 
 /// CVE-2020-14378: an index that runs away is a broken rule, not so many chains.
 #[test]

@@ -10,11 +10,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::hostile::{BAD, MAIN, MAIN_END, PEER, RX, RawConfig, Stage, StopOnDrop, TX, plain};
+use common::hostile::{BAD, MAIN, MAIN_END, PEER, RX, RawConfig, Stage, TX, plain};
 use common::observe::Footprint;
 use common::{DEADLINE, eventually, frame, name, receive};
 use ringway_api::PortState;
 use ringway_guest::{EventFd, Guest, GuestBuilder, RegionView};
+use ringway_testbed::StopOnDrop;
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
 use vhost::vhost_user::message::FrontendReq;
 

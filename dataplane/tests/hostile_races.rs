@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::hostile::{
-    BAD, MAIN, MAIN_END, PEER, RX, RawConfig, RawGuest, Stage, StopOnDrop, TX, leaks_canary, plain,
-    table_bytes,
+    BAD, MAIN, MAIN_END, PEER, RX, RawConfig, RawGuest, Stage, TX, leaks_canary, plain, table_bytes,
 };
 use common::observe::Footprint;
 use common::{eventually, frame};
@@ -19,6 +18,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use ringway_guest::features::{TSO, VIRTIO_NET_F_MRG_RXBUF};
 use ringway_guest::{DESC_F_INDIRECT, DESC_F_NEXT, Guest, SplitArea, SplitDesc, Window};
+use ringway_testbed::StopOnDrop;
 
 /// How long the guest flips bits.
 const RACE: Duration = Duration::from_secs(2);

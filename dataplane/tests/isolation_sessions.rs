@@ -7,13 +7,13 @@ mod common;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::hostile::{BAD, PEER, RX, RawConfig, RawGuest, StopOnDrop, TX, plain};
+use common::hostile::{BAD, PEER, RX, RawConfig, RawGuest, TX, plain};
 use common::innocents::{self, Innocents};
 use common::{Lab, frame};
 use ringway_guest::{EventFd, Frontend, FrontendError, Guest, encode};
+use ringway_testbed::beside;
 use rustix::event::epoll;
 use rustix::fs::OFlags;
 use vhost::vhost_user::message::FrontendReq;
@@ -23,29 +23,11 @@ const NO_REPLY: u32 = 1;
 
 /// Runs `attack` on a thread of its own, again and again, while the innocents are measured beside it,
 /// and `step` on theirs.
-fn endure(
-    lab: &Lab,
-    least: f64,
-    what: &str,
-    mut attack: impl FnMut() + Send,
-    mut step: impl FnMut(),
-) {
+fn endure(lab: &Lab, least: f64, what: &str, attack: impl FnMut() + Send, mut step: impl FnMut()) {
     let mut innocents = Innocents::new(lab);
-    let (stop, steps) = (AtomicBool::new(false), AtomicU64::new(0));
-    std::thread::scope(|scope| {
-        let _stop = StopOnDrop(&stop);
-        scope.spawn(|| {
-            let mut seen = 0;
-            while !stop.load(Ordering::Relaxed) {
-                if std::mem::replace(&mut seen, steps.load(Ordering::Relaxed)) == seen {
-                    std::thread::yield_now();
-                } else {
-                    attack();
-                }
-            }
-        });
+    beside(attack, |go_on| {
         innocents.endure(least, what, || {
-            steps.fetch_add(1, Ordering::Relaxed);
+            go_on();
             step();
         });
     });

@@ -91,7 +91,8 @@ impl Fdb {
         swept
     }
 
-    /// Removes all entries of `port`, static ones too, and begins its tally anew; how many. For ports that go away: by then no
+    /// Removes all entries of `port`, static ones too, and begins its tally anew; how many. For ports
+    /// that go away: by then no
     /// worker may learn behind the port.
     pub fn purge_port(&self, port: PortId) -> usize {
         let all = 0..self.table.bucket_count();
@@ -153,7 +154,8 @@ impl Fdb {
     }
 
     /// Calls `visit(mac, port, is_static, last_seen)` for every entry that was not flushed, expired
-    /// ones included; static ones were seen at tick 0. Takes no lock: entries that change meanwhile may be visited
+    /// ones included; static ones were seen at tick 0. Takes no lock: entries that change meanwhile
+    /// may be visited
     /// twice or not at all.
     pub fn for_each(&self, mut visit: impl FnMut(MacAddr, PortId, bool, Tick)) {
         self.table.for_each(|mac, entry| {

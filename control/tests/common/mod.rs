@@ -1,12 +1,14 @@
 //! A directory with a daemon in it.
 #![allow(dead_code, reason = "no test uses all of it")]
 
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::{BufRead, BufReader, ErrorKind, PipeWriter, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
 use ringway_control::rpc::Client;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, Signal, kill_process};
 
 pub(crate) struct Place {
@@ -106,4 +108,14 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Fills the pipe to the last byte.
+pub(crate) fn fill(mut writer: &PipeWriter) {
+    let flags = fcntl_getfl(writer.as_fd()).unwrap();
+    fcntl_setfl(writer.as_fd(), flags | OFlags::NONBLOCK).unwrap();
+    for size in [4096, 1] {
+        while writer.write(&vec![b'\n'; size]).is_ok() {}
+    }
+    fcntl_setfl(writer.as_fd(), flags).unwrap();
 }

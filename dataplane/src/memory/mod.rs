@@ -469,18 +469,23 @@ mod tests {
         assert_eq!(&bytes, b"here");
     }
 
-    // CVE-2026-86561: a front-end that truncates its file breaks its own memory only.
-    #[test]
-    fn a_file_cut_off_under_its_mapping_breaks_the_region_not_the_process() {
-        let fd = memfd(MIB);
-        let keep = fd.try_clone().unwrap();
+    /// A megabyte of a file, at guest address 0.
+    fn mapped(fd: OwnedFd) -> Arc<GuestMemory> {
         let spec = RegionSpec {
             guest_addr: 0,
             size: MIB,
             user_addr: 0,
             mmap_offset: 0,
         };
-        let memory = of(vec![Region::map(spec, fd).unwrap()]);
+        of(vec![Region::map(spec, fd).unwrap()])
+    }
+
+    // CVE-2026-86561: a front-end that truncates its file breaks its own memory only.
+    #[test]
+    fn a_file_cut_off_under_its_mapping_breaks_the_region_not_the_process() {
+        let fd = memfd(MIB);
+        let keep = fd.try_clone().unwrap();
+        let memory = mapped(fd);
         ftruncate(&keep, 0).unwrap();
         assert!(!memory.is_broken());
         let before = breaks();
@@ -501,13 +506,7 @@ mod tests {
         rustix::io::pwrite(&fd, b"kept", 0).unwrap();
         rustix::io::pwrite(&fd, b"lost", 4096).unwrap();
         let keep = fd.try_clone().unwrap();
-        let spec = RegionSpec {
-            guest_addr: 0,
-            size: MIB,
-            user_addr: 0,
-            mmap_offset: 0,
-        };
-        let memory = of(vec![Region::map(spec, fd).unwrap()]);
+        let memory = mapped(fd);
         let read = |addr| {
             let mut bytes = [1; 4];
             MemoryView::new(Arc::clone(&memory))

@@ -1,10 +1,10 @@
-//! What a front-end's requests cost everybody, and how much of that a port may cause: a token bucket in
-//! nanoseconds of the session thread, which all ports share. A pure value.
+//! What a front-end's requests cost everybody, and how much of that a port may cause: a token bucket
+//! in nanoseconds of the session thread, which all ports share. A pure value.
 //!
-//! Each request costs the time that it took, but no less than its list price, which stands for what it
-//! costs the workers besides: locks of queues, wake-ups, pages that lose their mapping. Over budget the
-//! port's own front-end waits: its socket is not read, and it is not let in again, until the debt is
-//! paid. The budget is the port's, so to reconnect gains nothing.
+//! Each request costs the time that it took, but no less than its list price, which stands for what
+//! it costs the workers besides: locks of queues, wake-ups, pages that lose their mapping. Over
+//! budget the port's own front-end waits: its socket is not read, and it is not let in again, until
+//! the debt is paid. The budget is the port's, so to reconnect gains nothing.
 //!
 //! A guest with 64 queue pairs starts or stops its rings for some 30 ms; 509 slots of memory come for
 //! some 50 ms.

@@ -7,7 +7,7 @@ use ringway_bridge::{
     Bridge, Decisions, DropReason, FrameSet, MAX_PORTS, MacAddr, Members, PortId, Tick,
 };
 
-use super::ledger::{Ledger, wasted_ns};
+use super::ledger::Ledger;
 use super::pairs::{Pair, PairTable};
 use super::parking::{Leaving, Parking};
 use crate::burst::{Burst, BurstStorage};
@@ -310,9 +310,9 @@ impl Forwarder {
             self.unsent.push((to, pair));
         }
         if outcome.walked > 0 {
-            let frames = outcome.sent.len().into();
-            let wasted_ns = wasted_ns(outcome.walked, frames, outcome.sent_bytes);
-            self.charge_waste(to, wasted_ns, round.now_ns);
+            let worth = (outcome.sent.len().into(), outcome.sent_bytes);
+            self.ledger
+                .charge_walk(to, outcome.walked, worth, round.now_ns);
         }
         if outcome.refused.is_empty() && !outcome.sent.is_empty() {
             self.destinations[to.index()].full_since_ns = 0;
@@ -457,13 +457,6 @@ impl Forwarder {
         match port {
             Some(port) if port.base().id != source.base().id => port.offloads().1,
             _ => Offloads::NONE,
-        }
-    }
-
-    /// Has a port wait for what it wasted.
-    pub(super) fn charge_waste(&mut self, port: PortId, wasted_ns: u64, now_ns: u64) {
-        if wasted_ns > 0 {
-            self.ledger.charge_waste(port, wasted_ns, now_ns);
         }
     }
 

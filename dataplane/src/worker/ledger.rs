@@ -49,7 +49,7 @@ const BYTES_PER_DESCRIPTOR: u64 = 64;
 
 /// Nanoseconds wasted with so many descriptors read for this.
 #[inline]
-pub(super) fn wasted_ns(walked: u32, frames: u64, bytes: u64) -> u64 {
+fn wasted_ns(walked: u32, frames: u64, bytes: u64) -> u64 {
     let worth = frames * DESCRIPTORS_PER_FRAME + bytes / BYTES_PER_DESCRIPTOR;
     u64::from(walked).saturating_sub(worth) * DESCRIPTOR_NS
 }
@@ -128,9 +128,25 @@ impl Ledger {
         self.next_ns = self.next_ns.min(account.had_ns);
     }
 
+    /// Charges a port for descriptors that were read one by one for so many frames and bytes: for
+    /// what is beyond their worth it has to wait.
+    #[inline]
+    pub(super) fn charge_walk(
+        &mut self,
+        port: PortId,
+        walked: u32,
+        (frames, bytes): (u64, u64),
+        now_ns: u64,
+    ) {
+        let wasted_ns = wasted_ns(walked, frames, bytes);
+        if wasted_ns > 0 {
+            self.charge_waste(port, wasted_ns, now_ns);
+        }
+    }
+
     /// Has a port wait for what it wasted.
     #[cold]
-    pub(super) fn charge_waste(&mut self, port: PortId, wasted_ns: u64, now_ns: u64) {
+    fn charge_waste(&mut self, port: PortId, wasted_ns: u64, now_ns: u64) {
         let until_ns = self.paid_ns.max(now_ns) + WASTE_PRICE * wasted_ns;
         self.paid_ns = until_ns.min(now_ns + MAX_WAIT_NS);
         self.accounts[port.index()].waits_until_ns = self.paid_ns;

@@ -16,7 +16,7 @@ use ringway_bridge::{Bridge, DropReason, PortId, Tick};
 use super::contention::Contention;
 use super::forward::{Forwarder, Now, Sender, Service};
 use super::idle::{Idle, Next, Turn, saturating_ns};
-use super::ledger::{max_charge_ns, wasted_ns, with_price_of_floods};
+use super::ledger::{max_charge_ns, with_price_of_floods};
 use super::pairs::PairTable;
 use super::schedule::{Active, Polled, Schedule};
 use super::{Inbox, WorkerHandle};
@@ -126,7 +126,8 @@ impl Worker {
         Some(next)
     }
 
-    /// Polls each active source once, but for those that had more than others.
+    /// Polls each active source once, but for those that had more than others: unless they alone have
+    /// frames.
     fn poll_all(&mut self) -> Turn {
         let start_ns = self.now_ns;
         let mut turn = Turn {
@@ -136,7 +137,6 @@ impl Worker {
         let mut bursts = 0;
         let has_skipped = self.poll_each(&mut turn, &mut bursts);
         if has_skipped && bursts == 0 {
-            // Nobody else wanted the time.
             self.poll_each(&mut turn, &mut bursts);
         }
         if self.now_ns == start_ns {
@@ -147,7 +147,8 @@ impl Worker {
         turn
     }
 
-    /// Returns whether there were such.
+    /// Polls each active source whose port may be polled; returns whether others had more than their
+    /// share and were passed over.
     fn poll_each(&mut self, turn: &mut Turn, bursts: &mut u64) -> bool {
         let mut has_skipped = false;
         while let Some(active) = self.schedule.pick() {
@@ -415,9 +416,9 @@ impl Path {
         queue.counters().frames.add_owned(taken as u64);
         queue.counters().bytes.add_owned(bytes);
         if walked > 0 {
-            let wasted_ns = wasted_ns(walked, count as u64, bytes);
-            self.forwarder
-                .charge_waste(port.base().id, wasted_ns, now.ns);
+            let worth = (count as u64, bytes);
+            let ledger = &mut self.forwarder.ledger;
+            ledger.charge_walk(port.base().id, walked, worth, now.ns);
         }
         queue.finish(taken, kept);
         Polled::of(taken, count)

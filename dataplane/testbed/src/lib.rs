@@ -11,6 +11,7 @@ mod bed;
 pub mod host;
 pub mod packet;
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 pub use bed::{BROADCAST, BURST, RING_SIZE, Shape, Station, Testbed, station};
@@ -28,4 +29,34 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
         );
         std::thread::yield_now();
     }
+}
+
+/// Tells a thread to stop, also when the test fails.
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Runs `attack` on a thread of its own, at most once for each step of `run`.
+pub fn beside(mut attack: impl FnMut() + Send, run: impl FnOnce(&mut dyn FnMut())) {
+    let (stop, steps) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let _stop = StopOnDrop(&stop);
+        scope.spawn(|| {
+            let mut seen = 0;
+            while !stop.load(Ordering::Relaxed) {
+                if std::mem::replace(&mut seen, steps.load(Ordering::Relaxed)) == seen {
+                    std::thread::yield_now();
+                } else {
+                    attack();
+                }
+            }
+        });
+        run(&mut || {
+            steps.fetch_add(1, Ordering::Relaxed);
+        });
+    });
 }

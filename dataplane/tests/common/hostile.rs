@@ -593,15 +593,6 @@ fn next_from(guest: &mut Guest, station: u8) -> Vec<u8> {
     }
 }
 
-/// Tells a thread to stop, also when the test fails.
-pub(crate) struct StopOnDrop<'a>(pub(crate) &'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// SET_VRING_ADDR with any addresses, in the front-end's terms.
 pub(crate) fn set_addresses(
     frontend: &mut Frontend,
