@@ -110,3 +110,37 @@ fn sources_share_a_full_destination_within_a_tenth_and_others_are_not_disturbed(
         assert!(arrived.iter().all(is_fair), "{what}");
     }
 }
+
+/// A port that goes down and comes back may have another guest: it gets nothing of before.
+#[test]
+fn what_waits_for_a_port_is_gone_once_the_port_was_down() {
+    const ROOM: u16 = 8;
+    let folder = TempDir::new().unwrap();
+    let (mut switch, mut guests) = guests(&folder, &[128, ROOM, 128]);
+    let frames: Vec<_> = (0..32)
+        .flat_map(|number| [burst(2, 1, 1, number), burst(3, 1, 1, number)].concat())
+        .collect();
+    assert_eq!(guests[0].send_burst(0, &frames).unwrap(), frames.len());
+    switch.turn();
+    let mut taken = 0;
+    while guests[1].try_recv(0).unwrap().is_some() {
+        taken += 1;
+    }
+    assert!((1..=ROOM).contains(&taken), "{taken}");
+    guests[1].stop().unwrap();
+    guests[1].resume().unwrap();
+    // The answer to a request says that those before it are carried out.
+    guests[1].frontend().queue_pairs().unwrap();
+    // What waits is tried again after some microseconds.
+    let start = std::time::Instant::now();
+    while start.elapsed().as_millis() < 5 {
+        switch.turn();
+    }
+    assert_eq!(guests[1].try_recv(0).unwrap(), None);
+    // What is sent now arrives.
+    let next = burst(2, 1, 1, 99);
+    guests[0].send_burst(0, &next).unwrap();
+    switch.turn();
+    let received = guests[1].try_recv(0).unwrap().unwrap();
+    assert_eq!(received.frame, next[0][12..]);
+}

@@ -50,6 +50,8 @@ pub(crate) struct PortBase {
     pub(crate) injected: QueueCounters,
     /// Of lines that tell what the port floods and teaches.
     pub(crate) watch_log: LogLimit,
+    /// How often it was seen down: what waits for it is for whoever was there before.
+    pub(crate) outages: Counter,
     bridge: Arc<Bridge>,
 }
 
@@ -63,6 +65,7 @@ impl PortBase {
             tx_offloads: OffloadCounters::default(),
             injected: QueueCounters::default(),
             watch_log: LogLimit::new(1),
+            outages: Counter::default(),
             bridge,
         }
     }
@@ -72,10 +75,11 @@ impl PortBase {
         self.bridge.fdb().tally(self.id)
     }
 
-    /// Forgets which stations are behind the port, which is down: by the next frame those are found
-    /// that turned up elsewhere. Never waits, and costs nothing if there is none.
+    /// Notes that the port is down. Forgets which stations are behind it: by the next frame those are
+    /// found that turned up elsewhere. Never waits, and costs nothing if there is none.
     #[cold]
     pub(crate) fn forget_stations(&self) {
+        self.outages.add(1);
         self.bridge.fdb().flush_port(self.id);
     }
 

@@ -341,6 +341,7 @@ impl Forwarder {
                 from: round.from,
                 to,
                 source_queue: job.source_queue,
+                outages: self.outages(to),
             };
             let mut lot = self.parking.lot(leaving, round.now_ns);
             let job = Job {
@@ -390,13 +391,27 @@ impl Forwarder {
         sent
     }
 
-    /// Drops the frames of a lot that are there for too long.
+    /// Drops the frames of a lot that are there for too long, or for a port that was down since.
     fn expire_parked(&mut self, at: usize, pairs: &PairTable, now_ns: u64) {
-        let since_ns = now_ns.saturating_sub(self.parking_ns());
+        let Some(leaving) = self.parking.leaving(at) else {
+            return;
+        };
+        let (since_ns, reason) = if leaving.outages == self.outages(leaving.to) {
+            let since_ns = now_ns.saturating_sub(self.parking_ns());
+            (since_ns, DropReason::RingFull)
+        } else {
+            (now_ns, DropReason::PortDown)
+        };
         while let Some(old) = self.parking.expire(at, since_ns) {
             let round = Round::of_parked(old.from, pairs, now_ns);
-            self.count_drop(&round, old.to, DropReason::RingFull, 1);
+            self.count_drop(&round, old.to, reason, 1);
         }
+    }
+
+    /// How often a port was seen down.
+    fn outages(&self, port: PortId) -> u64 {
+        let port = self.ports[port.index()].as_ref();
+        port.map_or(0, |port| port.base().outages.get())
     }
 
     /// Tries to deliver the first frames of a lot.

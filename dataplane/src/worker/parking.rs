@@ -167,6 +167,8 @@ pub(super) struct Leaving {
     pub(super) from: Option<PortId>,
     pub(super) to: PortId,
     pub(super) source_queue: u16,
+    /// How often the destination had been down by then.
+    pub(super) outages: u64,
 }
 
 impl Parking {
@@ -192,6 +194,11 @@ impl Parking {
                 && (from.is_none() || from == other)
         };
         !self.is_empty() && self.lots.iter().any(is_before)
+    }
+
+    /// Where the frames of lot `at` go, if there is one.
+    pub(super) fn leaving(&self, at: usize) -> Option<Leaving> {
+        Some(self.lots.get(at)?.leaving)
     }
 
     /// The queue in which frames wait. [`Parking::rotate`] is due if none does afterwards.

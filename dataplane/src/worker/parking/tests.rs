@@ -45,6 +45,7 @@ fn park(parking: &mut Parking, from: u16, to: u16, messages: &mut [Vec<u8>], now
         from: Some(port(from)),
         to: port(to),
         source_queue: 0,
+        outages: 0,
     };
     let mut lot = parking.lot(leaving, now_ns);
     let mut account = Account::default();
