@@ -434,8 +434,18 @@ impl Stage {
         self.assert_works();
     }
 
+    /// Waits until what the peer has sent arrived or is dropped: the switch keeps what the bad guest
+    /// has no room for.
+    fn settle(&self) {
+        eventually("nothing waits for the bad guest", || {
+            let [from, to] = ["peer", &self.port].map(|port| self.lab.counters(port));
+            to.tx_frames + to.tx_drops.total() + from.rx_drops.total() >= from.rx_frames
+        });
+    }
+
     /// A frame each way.
     pub(crate) fn assert_works(&mut self) {
+        self.settle();
         self.seed += 1;
         let there = frame(PEER, BAD, 100, self.seed);
         let addr = self.bad.put(0, &plain(&there));
