@@ -20,6 +20,17 @@ pub(super) struct Active {
     waits: bool,
 }
 
+impl Active {
+    fn new(source: usize, now_ns: u64) -> Self {
+        Self {
+            source,
+            last_frame_ns: now_ns,
+            quantum: MAX_BURST,
+            waits: false,
+        }
+    }
+}
+
 /// What polling a source found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Polled {
@@ -73,12 +84,7 @@ impl Schedule {
 
     /// Between two turns: a source becomes active. It must not be.
     pub(super) fn add(&mut self, source: usize, now_ns: u64) {
-        self.turn.push(Active {
-            source,
-            last_frame_ns: now_ns,
-            quantum: MAX_BURST,
-            waits: false,
-        });
+        self.turn.push(Active::new(source, now_ns));
     }
 
     /// Between two turns: a source goes, if it is active.
@@ -121,27 +127,34 @@ impl Schedule {
 
     /// Has a source that was polled at `now_ns` polled in the next turn too.
     #[inline]
-    pub(super) fn keep(&mut self, mut active: Active, polled: Polled, now_ns: u64) {
-        active.waits = false;
+    pub(super) fn keep(&mut self, active: Active, polled: Polled, now_ns: u64) {
         match polled {
-            Polled::Frames(_) => {
-                active.last_frame_ns = now_ns;
-                active.quantum = MAX_BURST;
+            Polled::Waiting(count) if count < active.quantum => {
+                self.keep_first(active, active.quantum - count, now_ns);
             }
-            Polled::Waiting(count) => {
-                active.last_frame_ns = now_ns;
-                if count < active.quantum {
-                    active.quantum -= count;
-                    active.waits = true;
-                    self.next.insert(self.first, active);
-                    self.first += 1;
-                    return;
-                }
-                active.quantum = MAX_BURST;
+            Polled::Frames(_) | Polled::Waiting(_) => {
+                self.next.push(Active::new(active.source, now_ns));
             }
-            Polled::Empty | Polled::Stopped => {}
+            Polled::Empty | Polled::Stopped => {
+                self.next.push(Active {
+                    waits: false,
+                    ..active
+                });
+            }
         }
-        self.next.push(active);
+    }
+
+    /// Has a source polled before those that don't wait.
+    #[cold]
+    fn keep_first(&mut self, active: Active, quantum: usize, now_ns: u64) {
+        let active = Active {
+            source: active.source,
+            last_frame_ns: now_ns,
+            quantum,
+            waits: true,
+        };
+        self.next.insert(self.first, active);
+        self.first += 1;
     }
 }
 
