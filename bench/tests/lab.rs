@@ -97,6 +97,32 @@ fn bytes_past_af_xdp_and_offloads_are_unchanged() {
     assert!(figures["b_tx_gso_frames"].as_u64() > Some(0), "{figures}");
 }
 
+/// A guest loses no frame since another is frozen, slow, or stops and goes, though the host sends to
+/// both by one queue.
+#[test]
+fn a_healthy_guest_loses_no_frame_beside_one_that_takes_none() {
+    let (ringwayd, ringway) = (sibling("ringwayd"), sibling("ringway"));
+    let output = lab(&[
+        "--scenario",
+        "neighbours",
+        "--quick",
+        "--json",
+        "--ringwayd",
+        &ringwayd.to_string_lossy(),
+        "--ringway",
+        &ringway.to_string_lossy(),
+    ]);
+    let scenario = &report(&output)["scenarios"][0];
+    assert_eq!(scenario["passed"], true, "{scenario}");
+    for fate in ["frozen", "slow", "stop-and-go"] {
+        let figures = &scenario["figures"][format!("q1-mtu1500-tap-all-{fate}")];
+        assert_eq!(figures["ring_full"], 0, "{fate}: {figures}");
+        assert!(figures["gbit_per_s"].as_f64() > Some(0.0), "{figures}");
+    }
+    let frozen = &scenario["figures"]["q1-mtu1500-tap-all-frozen"];
+    assert!(frozen["neighbour_ring_full"].as_u64() > Some(0), "{frozen}");
+}
+
 /// The reference works by itself: what fails above and passes here is ringwayd's.
 #[test]
 fn guests_talk_through_the_linux_bridge() {

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::Signal;
 
 use super::accel::Accel;
 use super::console::{CommandAnswer, Console};
@@ -173,6 +174,11 @@ impl QemuGuest {
         self.run(command, Duration::from_secs(20)).map(drop)
     }
 
+    /// Sends QEMU a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
     /// Kills QEMU with SIGKILL.
     pub(crate) fn kill(&mut self) {
         self.process.kill();
@@ -273,7 +279,8 @@ fn tap(interface: &str, queues: u16) -> String {
     format!("tap,id=net,ifname={interface},script=no,downscript=no,vhost=off,queues={queues}")
 }
 
-fn mac(index: usize) -> String {
+/// The MAC address of guest 0 or 1.
+pub(crate) fn mac(index: usize) -> String {
     format!("52:54:00:77:00:{:02x}", index + 1)
 }
 

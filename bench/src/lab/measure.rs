@@ -26,7 +26,7 @@ pub(crate) const SLACK: Duration = Duration::from_secs(15);
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Headers of a datagram, which the MTU counts.
-const IP_AND_UDP_BYTES: u16 = 28;
+pub(crate) const IP_AND_UDP_BYTES: u16 = 28;
 
 /// Pings per measurement, a tenth of a second apart.
 const PINGS: u32 = 15;

@@ -9,7 +9,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use super::accel::Accel;
@@ -151,6 +151,14 @@ impl LabNetwork {
         self.guests[index]
             .as_mut()
             .with_context(|| format!("guest {} is not started", guest::NAMES[index]))
+    }
+
+    /// The namespace and both guests, for what is done to them at once.
+    pub(crate) fn guests(&mut self) -> Result<(&NetNs, [&mut QemuGuest; 2])> {
+        match &mut self.guests {
+            [Some(a), Some(b)] => Ok((&self.namespace, [a, b])),
+            _ => bail!("not both guests are started"),
+        }
     }
 
     /// The daemon; an error on the baseline.

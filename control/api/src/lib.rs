@@ -43,6 +43,7 @@ pub use port::{
     kinds_with,
 };
 pub use refusal::SwitchError;
+pub use ringway_bridge::DropReason;
 pub use schema::document;
 pub use switch::{BalanceConfig, IdleConfig, SwitchConfig};
 pub use value::{

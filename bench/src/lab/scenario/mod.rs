@@ -2,6 +2,7 @@
 
 mod af_xdp;
 mod churn;
+mod neighbours;
 mod quiet;
 mod recovery;
 mod zero_copy;
@@ -44,6 +45,9 @@ pub(crate) enum Scenario {
     /// pairs: ping, TCP, UDP, hashed bytes, and every frame that reaches the host has right
     /// checksums and length
     AfXdp,
+    /// TCP from the host to a guest while the host floods another that is frozen, slow, or stops and
+    /// goes: no frame for the first is dropped
+    Neighbours,
     /// All of the above
     All,
     /// ringwayd in a guest, its NIC (virtio_net, igb) in zero-copy: modes, traffic, kill -9. Not
@@ -217,6 +221,7 @@ fn run(scenario: Scenario, stage: &ScenarioStage<'_>) -> Result<Findings> {
         Scenario::Reboot => recovery::reboot(stage),
         Scenario::Matrix => matrix(stage),
         Scenario::AfXdp => af_xdp::af_xdp(stage),
+        Scenario::Neighbours => neighbours::neighbours(stage),
         Scenario::ZeroCopy => zero_copy::zero_copy(stage),
         Scenario::All => bail!("`all` is expanded before"),
     }
@@ -304,10 +309,10 @@ mod tests {
     #[test]
     fn all_means_each_once() {
         let all = Scenario::expand(&[Scenario::All, Scenario::Idle]);
-        assert_eq!(all.len(), 8);
+        assert_eq!(all.len(), 9);
         assert!(!all.contains(&Scenario::All) && !all.contains(&Scenario::ZeroCopy));
         let more = Scenario::expand(&[Scenario::ZeroCopy, Scenario::All]);
-        assert_eq!(more.len(), 9);
+        assert_eq!(more.len(), 10);
         assert_eq!(
             Scenario::expand(&[Scenario::Rss, Scenario::Rss]),
             [Scenario::Rss]
