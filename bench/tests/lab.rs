@@ -123,6 +123,24 @@ fn a_healthy_guest_loses_no_frame_beside_one_that_takes_none() {
     assert!(frozen["neighbour_ring_full"].as_u64() > Some(0), "{frozen}");
 }
 
+/// As libvirt runs QEMU: not as root, on a socket of its group.
+#[test]
+fn qemu_of_another_user_talks_through_a_socket_that_only_its_group_may_open() {
+    let (ringwayd, ringway) = (sibling("ringwayd"), sibling("ringway"));
+    let output = lab(&[
+        "--scenario",
+        "access",
+        "--quick",
+        "--json",
+        "--ringwayd",
+        &ringwayd.to_string_lossy(),
+        "--ringway",
+        &ringway.to_string_lossy(),
+    ]);
+    let scenario = &report(&output)["scenarios"][0];
+    assert_eq!(scenario["passed"], true, "{scenario}");
+}
+
 /// The reference works by itself: what fails above and passes here is ringwayd's.
 #[test]
 fn guests_talk_through_the_linux_bridge() {

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ringway_control::api::{
     ApiError, DaemonInfo, DaemonReport, ErrorKind, MeasureSample, Method, PairCounters, PortDel,
-    PortDelResult, PortList, PortListResult, PortSample, Sample, WorkerList, WorkerListResult,
-    WorkerSample,
+    PortDelResult, PortList, PortListResult, PortSample, Sample, SocketAccess, WorkerList,
+    WorkerListResult, WorkerSample,
 };
 use ringway_control::rpc::{ControlSocket, Server};
 use serde_json::Value;
@@ -27,7 +27,11 @@ struct Daemon {
 /// to the next, which are a second apart by its clock.
 fn daemon() -> Daemon {
     let directory = tempfile::tempdir().unwrap();
-    let socket = ControlSocket::bind(&directory.path().join("control.sock")).unwrap();
+    let socket = ControlSocket::bind(
+        &directory.path().join("control.sock"),
+        &SocketAccess::default(),
+    )
+    .unwrap();
     let samples = AtomicU64::new(0);
     let handler = move |method: &str, _: Option<&RawValue>| answer(method, &samples);
     Daemon {

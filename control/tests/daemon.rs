@@ -53,6 +53,85 @@ fn check_accepts_the_sample_file_and_makes_nothing() {
 }
 
 #[test]
+fn who_does_not_exist_can_not_have_a_socket() {
+    let place = Place::new();
+    let socket = place.path("vm1.sock");
+    let port = vm("vm1", &socket);
+    for (text, what) in [
+        (
+            "[sockets]\ngroup = \"no-such\"\n".to_owned(),
+            "[sockets]: there is no group no-such",
+        ),
+        (
+            "[daemon]\ncontrol_owner = \"no-such\"\n".to_owned(),
+            "there is no user no-such",
+        ),
+        (port + "owner = \"no-such\"\n", "port vm1: "),
+    ] {
+        let path = place.config(&text);
+        let path = path.to_str().unwrap();
+        let output = place.run(&["--check", "--config", path]);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(error(&output).contains(what), "{}", error(&output));
+        // Neither does the daemon start, but for a default that no port takes.
+        if !text.starts_with("[sockets]") {
+            let output = place.run(&["--config", path]);
+            assert_eq!(output.status.code(), Some(1), "{text}");
+            assert!(error(&output).contains("there is no user no-such"));
+        }
+        assert!(!socket.exists() && !place.path("control.sock").exists());
+    }
+}
+
+mod as_root {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn sockets_are_for_whom_the_configuration_says() {
+        let place = Place::new();
+        let sockets = ["vm1", "vm2", "vm3"].map(|vm| place.path(&format!("{vm}.sock")));
+        let config = place.config(
+            &["[daemon]\ncontrol_mode = \"0600\"\n[sockets]\ngroup = \"64055\"\n".to_owned()]
+                .into_iter()
+                .chain([vm("vm1", &sockets[0]), vm("vm2", &sockets[1])])
+                .chain(["owner = \"64056\"\nmode = \"0666\"\n".to_owned()])
+                .collect::<String>(),
+        );
+        let running = place.start(&[
+            "--config",
+            config.to_str().unwrap(),
+            "--control-group",
+            "64057",
+        ]);
+        let listen = SocketSpec::Listen(sockets[2].as_path().try_into().unwrap());
+        let mut guest = VhostUserConfig::new(listen);
+        guest.access.group = "64058".parse().ok();
+        let added = running.client().call::<PortAdd>(&PortAddParams {
+            name: name("vm3"),
+            config: PortConfig::VhostUser(guest),
+        });
+        added.unwrap();
+        let control = place.path("control.sock");
+        let found = [&control].into_iter().chain(&sockets);
+        let found = found.map(|path| {
+            let there = std::fs::symlink_metadata(path).unwrap();
+            (there.uid(), there.gid(), there.mode() & 0o777)
+        });
+        assert_eq!(
+            found.collect::<Vec<_>>(),
+            [
+                (0, 64_057, 0o600),
+                (0, 64_055, 0o660),
+                (64_056, 64_055, 0o666),
+                (0, 64_058, 0o660),
+            ]
+        );
+    }
+}
+
+#[test]
 fn check_tells_file_line_key_and_near_miss() {
     let place = Place::new();
     let path = place.config("[ports.vm1]\nkind = \"vhost-user\"\nquees = 2\n");

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ringway_control::api::{ApiError, DaemonInfo, ErrorKind, NoParams};
+use ringway_control::api::{ApiError, DaemonInfo, ErrorKind, NoParams, SocketAccess};
 use ringway_control::rpc::{
     Client, ControlSocket, KEPT_CONNECTIONS, MAX_CONNECTIONS, MAX_LINE, Server, Terms,
 };
@@ -46,7 +46,7 @@ fn start_on(
 ) -> Running {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.sock");
-    let socket = ControlSocket::bind(&path).unwrap();
+    let socket = ControlSocket::bind(&path, &SocketAccess::default()).unwrap();
     Running {
         server: Server::start_on(socket, Arc::new(handler), terms).unwrap(),
         path,
@@ -328,7 +328,7 @@ fn a_slow_reader_delays_nobody_else() {
 fn a_slow_reader_is_dropped_at_the_deadline() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.sock");
-    let socket = ControlSocket::bind(&path).unwrap();
+    let socket = ControlSocket::bind(&path, &SocketAccess::default()).unwrap();
     let big: Box<RawValue> = RawValue::from_string(format!("\"{}\"", "x".repeat(4 << 20))).unwrap();
     let handler = move |_: &str, _: Option<&RawValue>| Ok(big.clone());
     let terms = Terms {

@@ -36,6 +36,7 @@ mod offload;
 mod placement;
 mod port;
 mod ring;
+mod socket_file;
 mod switch;
 mod topology;
 mod vhost_user;
@@ -46,6 +47,7 @@ mod worker;
 pub use cpus::{allowed_cpus, pin_to_cpu};
 pub use isa::isa_level;
 pub use log_limit::LogLimit;
+pub use socket_file::SocketFile;
 #[cfg(any(test, feature = "inline"))]
 pub use switch::InlineSwitch;
 pub use switch::Switch;

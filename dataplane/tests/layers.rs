@@ -17,6 +17,7 @@ const LAYERS: &[&str] = &[
     "log_limit",
     "call",
     "placement",
+    "socket_file",
     "topology",
     "wake",
     // From bytes to the switch.

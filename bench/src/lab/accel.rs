@@ -108,6 +108,7 @@ fn probe(image: &Image, folder: &Path) -> Result<Verdict> {
         offloads: OffloadSet::All,
         nic: GuestNic::None,
         accel: Accel::Kvm,
+        account: None,
     };
     let deadline = Instant::now() + PROBE_TIMEOUT;
     let booted = QemuGuest::start(&spec, image, &folder, None)

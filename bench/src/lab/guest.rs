@@ -15,7 +15,7 @@ use super::console::{CommandAnswer, Console};
 use super::image::Image;
 use super::shape::OffloadSet;
 use crate::netns::NetNs;
-use crate::process::{Origin, Process, find};
+use crate::process::{Origin, Process, behind, find};
 
 /// The QEMU program.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
@@ -59,6 +59,24 @@ pub(crate) enum GuestNic {
     },
 }
 
+/// Whose QEMU is, in numbers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Account {
+    pub(crate) user: u32,
+    pub(crate) group: u32,
+}
+
+impl Account {
+    /// The command, run by this account, which is in no other group.
+    pub(crate) fn runs(self, command: &Command) -> Command {
+        let (user, group) = (self.user.to_string(), self.group.to_string());
+        let words = ["--reuid", &user, "--regid", &group, "--clear-groups"];
+        // Whoever changes its user loses what it was tied by.
+        let tied = ["--pdeathsig", "KILL", "--"];
+        behind("setpriv", &[&words[..], &tied].concat(), command)
+    }
+}
+
 /// What to boot.
 #[derive(Clone, Debug)]
 pub(crate) struct GuestSpec {
@@ -71,6 +89,8 @@ pub(crate) struct GuestSpec {
     pub(crate) offloads: OffloadSet,
     pub(crate) nic: GuestNic,
     pub(crate) accel: Accel,
+    /// Who runs QEMU; `None` is who runs the lab.
+    pub(crate) account: Option<Account>,
 }
 
 /// A guest that was started.
@@ -101,6 +121,9 @@ impl QemuGuest {
         }
         let mut command = Command::new(find(QEMU, Origin::LabPackages)?);
         arguments(&mut command, spec, image, &sockets);
+        if let Some(account) = spec.account {
+            command = account.runs(&command);
+        }
         let qemu_log = folder.join(format!("{name}-qemu.log"));
         let process = Process::spawn("QEMU", &command, namespace, &qemu_log)?;
         let log = File::options()

@@ -99,6 +99,7 @@ fn run_in(plan: &LabPlan, folder: &Path) -> Result<bool> {
         accel,
         programs: plan.programs.clone(),
         folder: folder.to_owned(),
+        account: None,
     };
     if !plan.scenarios.is_empty() {
         return scenario::run_all(plan, &base, machine, &progress);

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use super::accel::Accel;
-use super::guest::{self, GuestNic, GuestSpec, HOST_ADDRESS, HOST_MAC, QemuGuest};
+use super::guest::{self, Account, GuestNic, GuestSpec, HOST_ADDRESS, HOST_MAC, QemuGuest};
 use super::image::Image;
 use super::shape::{HostPort, NetworkShape};
 use crate::daemon::{Daemon, Programs, RingwayControl};
@@ -58,6 +58,8 @@ pub(crate) struct Base {
     pub(crate) programs: Programs,
     /// Logs and sockets.
     pub(crate) folder: PathBuf,
+    /// Who runs QEMU, on sockets of that group; `None` is who runs the lab.
+    pub(crate) account: Option<Account>,
 }
 
 /// A switch with its host interface and up to two guests. Fields are dropped in this order:
@@ -131,9 +133,11 @@ impl LabNetwork {
             offloads: self.shape.offloads.0[index],
             nic,
             accel: self.base.accel,
+            account: self.base.account,
         };
         self.guests[index] = None;
-        let guest = QemuGuest::start(&spec, &self.base.image, &self.folder, Some(&self.namespace))
+        let (image, folder) = (&self.base.image, self.qemu_folder()?);
+        let guest = QemuGuest::start(&spec, image, &folder, Some(&self.namespace))
             .with_context(|| format!("guest {name} on {}", self.switch.name()))?;
         self.guests[index] = Some(guest);
         Ok(())
@@ -187,10 +191,14 @@ impl LabNetwork {
             self.shape.mtu_bytes.to_string(),
         );
         let sizes = ["--queues", &queues, "--mtu", &mtu];
+        let group = self.base.account.map(|account| account.group.to_string());
         for name in guest::NAMES {
             let socket = self.port_socket(name);
             let socket = socket.to_string_lossy();
-            let words = ["port", "add", name, "vhost-user", "--listen", &*socket];
+            let mut words = vec!["port", "add", name, "vhost-user", "--listen", &*socket];
+            if let Some(group) = &group {
+                words.extend(["--group", group]);
+            }
             daemon.control.ringway(&[&words[..], &sizes].concat())?;
         }
         let (kind, interface) = match self.shape.host {
@@ -206,6 +214,17 @@ impl LabNetwork {
     /// Logs and sockets of this network.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// What QEMU writes: a folder of its own if it is another user's.
+    fn qemu_folder(&self) -> Result<PathBuf> {
+        let Some(account) = self.base.account else {
+            return Ok(self.folder.clone());
+        };
+        let folder = self.folder.join("qemu");
+        std::fs::create_dir_all(&folder)?;
+        std::os::unix::fs::chown(&folder, Some(account.user), Some(account.group))?;
+        Ok(folder)
     }
 
     /// A path for the socket of a vhost-user port.

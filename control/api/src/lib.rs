@@ -15,6 +15,7 @@
 //! fields of results, because later versions add some.
 #![forbid(unsafe_code)]
 
+mod access;
 mod error;
 mod info;
 mod measure;
@@ -25,6 +26,7 @@ mod schema;
 mod switch;
 mod value;
 
+pub use access::{AccountName, SocketAccess, SocketMode};
 pub use error::{ApiError, ErrorKind};
 pub use info::{
     AfXdpInfo, AfXdpQueueInfo, DaemonReport, FdbEntry, HeaderAction, PolledQueue, PortCounters,

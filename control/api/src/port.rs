@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::access::{AccountName, SocketAccess, SocketMode};
 use crate::value::{
     BadValue, BusyPoll, FdbLimit, FloodLimit, IfName, Mtu, QueuePairs, SocketPath, UmemFrames,
     shown,
@@ -63,6 +64,8 @@ pub enum SocketSpec {
 pub struct VhostUserConfig {
     /// The socket.
     pub socket: SocketSpec,
+    /// Who may open the socket if the port makes it; what is not said is as the switch has it.
+    pub access: SocketAccess,
     /// Most queue pairs that the guest may use.
     pub queues: QueuePairs,
     /// L3 MTU; `None` takes the front-end's.
@@ -85,6 +88,16 @@ struct VhostUserFields {
     /// Absolute path of the front-end's socket to connect to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     connect: Option<SocketPath>,
+    /// With `listen`: the user, by name or number, whose the socket's file is; absent is as
+    /// `[sockets]` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    owner: Option<AccountName>,
+    /// With `listen`: the group of the socket's file, by name or number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    group: Option<AccountName>,
+    /// With `listen`: the permissions of the socket's file, in octal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mode: Option<SocketMode>,
     /// The most queue pairs that the guest may use.
     #[serde(default = "VhostUserConfig::default_queues")]
     queues: QueuePairs,
@@ -111,12 +124,27 @@ impl VhostUserConfig {
     pub fn new(socket: SocketSpec) -> Self {
         Self {
             socket,
+            access: SocketAccess::default(),
             queues: Self::default_queues(),
             mtu: None,
             fdb_limit: FdbLimit::DEFAULT,
             flood_limit: FloodLimit::DEFAULT,
             pins: Pins::default(),
         }
+    }
+
+    /// Checks that the port makes the socket of which it is said who may open it.
+    ///
+    /// # Errors
+    /// It connects to one.
+    pub fn check_access(&self) -> Result<(), BadValue> {
+        if matches!(self.socket, SocketSpec::Connect(_)) && !self.access.is_empty() {
+            return Err(BadValue::new(
+                "owner, group and mode are of a socket that the port makes",
+                "with `connect` they are QEMU's to set; leave them out",
+            ));
+        }
+        Ok(())
     }
 
     /// An upper bound that costs nothing until the guest starts them, and what guests of up to
@@ -142,14 +170,22 @@ impl TryFrom<VhostUserFields> for VhostUserConfig {
                 return Err(BadValue::new(reason, hint).into_text());
             }
         };
-        Ok(Self {
+        let access = SocketAccess {
+            owner: fields.owner,
+            group: fields.group,
+            mode: fields.mode,
+        };
+        let config = Self {
             socket,
+            access,
             queues: fields.queues,
             mtu: fields.mtu,
             fdb_limit: fields.fdb_limit,
             flood_limit: fields.flood_limit,
             pins: fields.pins,
-        })
+        };
+        config.check_access().map_err(BadValue::into_text)?;
+        Ok(config)
     }
 }
 
@@ -159,9 +195,13 @@ impl From<VhostUserConfig> for VhostUserFields {
             SocketSpec::Listen(path) => (Some(path), None),
             SocketSpec::Connect(path) => (None, Some(path)),
         };
+        let SocketAccess { owner, group, mode } = config.access;
         Self {
             listen,
             connect,
+            owner,
+            group,
+            mode,
             queues: config.queues,
             mtu: config.mtu,
             fdb_limit: config.fdb_limit,
@@ -456,7 +496,9 @@ mod tests {
 
     #[test]
     fn settings_survive_the_way_to_the_dataplane_and_back() {
-        let vm = json!({ "queues": 2, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "pins": { "0": 1, "1": 0 } });
+        let vm = json!({
+            "owner": "root", "group": "64055", "mode": "0600", "queues": 2, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "pins": { "0": 1, "1": 0 },
+        });
         let tap = json!({
             "queues": 1, "persist": true, "offload": false, "fdb_limit": 4096, "flood_limit": 1_000_000,
         });
@@ -507,6 +549,15 @@ mod tests {
             (VhostUser, json!({ "offload": false }), "`offload`"),
             (VhostUser, json!({ "connect": "/b" }), "listen and connect"),
             (VhostUser, json!({ "ifname": "rw0" }), "`ifname`"),
+            (VhostUser, json!({ "mode": "rw" }), "no mode"),
+            (VhostUser, json!({ "mode": 432 }), "`432`"),
+            (VhostUser, json!({ "group": "a b" }), "can't name"),
+            (
+                VhostUser,
+                json!({ "listen": null, "connect": "/b", "group": "kvm" }),
+                "that the port makes",
+            ),
+            (Tap, json!({ "mode": "0660" }), "`mode`"),
             (VhostUser, json!({ "queues": 0 }), "0 queue pairs"),
             (VhostUser, json!({ "queues": 65 }), "65 queue pairs"),
             (VhostUser, json!({ "mtu": 67 }), "MTU of 67"),

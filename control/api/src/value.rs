@@ -96,6 +96,8 @@ macro_rules! text {
     };
 }
 
+pub(crate) use text;
+
 /// serde, a JSON schema and `FromStr` for a number with bounds.
 macro_rules! number {
     ($name:ident($int:ident) $range:expr, format: $format:literal, what: $what:literal, hint: $hint:expr) => {

@@ -8,10 +8,10 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 
 use super::units::Rate;
 use crate::api::{
-    AfXdpConfig, BadValue, BusyPoll, FdbAddParams, FdbDelParams, FdbFlushParams, FdbLimit,
-    FdbListParams, FloodLimit, IfName, Mtu, PortConfig, PortDelParams, PortName, PortShowParams,
-    QueuePairs, SocketPath, SocketSpec, TapConfig, UmemFrames, VhostUserConfig, WorkerPinParams,
-    WorkerUnpinParams, XdpMode,
+    AccountName, AfXdpConfig, BadValue, BusyPoll, FdbAddParams, FdbDelParams, FdbFlushParams,
+    FdbLimit, FdbListParams, FloodLimit, IfName, Mtu, PortConfig, PortDelParams, PortName,
+    PortShowParams, QueuePairs, SocketAccess, SocketMode, SocketPath, SocketSpec, TapConfig,
+    UmemFrames, VhostUserConfig, WorkerPinParams, WorkerUnpinParams, XdpMode,
 };
 
 /// How long the daemon may take to answer unless told.
@@ -135,6 +135,7 @@ pub enum PortVerb {
 const ADD_HELP: &str = "\
 Examples:
   ringway port add vm1 vhost-user --listen /run/ringway/vm1.sock --queues 2
+  ringway port add vm3 vhost-user --listen /run/ringway/vm3.sock --group kvm --mode 0660
   ringway port add vm2 vhost-user --connect /run/qemu/vm2.sock
   ringway port add host tap --ifname rw0 --mtu 9000
   ringway port add uplink af-xdp --ifname eth1 --mode zero-copy";
@@ -175,6 +176,15 @@ pub enum AddKind {
         /// Connect to this path, again and again (QEMU is the server)
         #[arg(long, value_name = "PATH", value_parser = socket_path)]
         connect: Option<SocketPath>,
+        /// User, by name or number, whose the socket is [default: as ringwayd has it]
+        #[arg(long, value_name = "USER", conflicts_with = "connect")]
+        owner: Option<AccountName>,
+        /// Group of the socket: that of QEMU's user [default: as ringwayd has it]
+        #[arg(long, value_name = "GROUP", conflicts_with = "connect")]
+        group: Option<AccountName>,
+        /// Permissions of the socket, in octal [default: as ringwayd has it, or 0660]
+        #[arg(long, value_name = "MODE", conflicts_with = "connect")]
+        mode: Option<SocketMode>,
         /// Most queue pairs that the guest may use, 1 to 64 [default: 8]
         #[arg(long, value_name = "N")]
         queues: Option<QueuePairs>,
@@ -257,6 +267,9 @@ impl AddKind {
             Self::VhostUser {
                 listen,
                 connect,
+                owner,
+                group,
+                mode,
                 queues,
                 common,
             } => {
@@ -265,6 +278,11 @@ impl AddKind {
                 // The group makes clap refuse a command line with neither.
                 let default = VhostUserConfig::new(socket.expect("a path is given"));
                 PortConfig::VhostUser(VhostUserConfig {
+                    access: SocketAccess {
+                        owner: owner.clone(),
+                        group: group.clone(),
+                        mode: *mode,
+                    },
                     queues: queues.unwrap_or(default.queues),
                     mtu: common.mtu,
                     fdb_limit: common.fdb_limit.unwrap_or_default(),

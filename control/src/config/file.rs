@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use ringway_api::{
-    BadValue, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, SocketPath, SocketSpec,
-    SwitchConfig,
+    AccountName, BadValue, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, SocketAccess,
+    SocketMode, SocketPath, SocketSpec, SwitchConfig,
 };
 use ringway_bridge::MAX_PORTS;
 use serde::Deserialize;
@@ -36,6 +36,7 @@ const MAX_REBALANCE_SECONDS: u64 = 3600;
 #[serde(deny_unknown_fields, default)]
 struct File {
     daemon: DaemonSection,
+    sockets: SocketsSection,
     fdb: FdbSection,
     idle: IdleSection,
     workers: WorkersSection,
@@ -45,8 +46,19 @@ struct File {
 #[serde(deny_unknown_fields, default)]
 struct DaemonSection {
     control: Option<SocketPath>,
+    control_owner: Option<AccountName>,
+    control_group: Option<AccountName>,
+    control_mode: Option<SocketMode>,
     worker_cpus: Option<String>,
     log_format: Option<LogFormat>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct SocketsSection {
+    owner: Option<AccountName>,
+    group: Option<AccountName>,
+    mode: Option<SocketMode>,
 }
 
 #[derive(Default, Deserialize)]
@@ -170,6 +182,16 @@ fn check(
     Ok(Config {
         worker_cpus: check_cpus(file.daemon.worker_cpus.as_deref(), places)?,
         control: control.map(Path::to_owned),
+        control_access: SocketAccess {
+            owner: file.daemon.control_owner,
+            group: file.daemon.control_group,
+            mode: file.daemon.control_mode,
+        },
+        socket_access: SocketAccess {
+            owner: file.sockets.owner,
+            group: file.sockets.group,
+            mode: file.sockets.mode,
+        },
         log_format: file.daemon.log_format,
         fdb_ageing: check_ageing(&file.fdb, places)?,
         fdb_capacity: check_capacity(&file.fdb, places)?,

@@ -13,7 +13,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ringway_api::{BalanceConfig, IdleConfig, PortConfig, PortName, SwitchConfig};
+use ringway_api::{BalanceConfig, IdleConfig, PortConfig, PortName, SocketAccess, SwitchConfig};
 use serde::Deserialize;
 
 pub use cpus::{CpuList, CpuListError};
@@ -54,6 +54,10 @@ pub enum LogFormat {
 pub struct Config {
     /// Path of the control socket, if the file names one.
     pub control: Option<PathBuf>,
+    /// Who may open the control socket, as far as the file says.
+    pub control_access: SocketAccess,
+    /// Who may open the sockets of vhost-user ports that don't say, as far as the file says.
+    pub socket_access: SocketAccess,
     /// Worker CPUs, if the file names them.
     pub worker_cpus: Option<CpuList>,
     /// Log format, if the file names one.
@@ -76,6 +80,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             control: None,
+            control_access: SocketAccess::default(),
+            socket_access: SocketAccess::default(),
             worker_cpus: None,
             log_format: None,
             fdb_ageing: DEFAULT_FDB_AGEING,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
+use ringway_api::{AccountName, SocketAccess, SocketMode};
 
 use crate::config::{Config, CpuList, LogFormat};
 
@@ -18,9 +19,33 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Control socket, mode 0660 [default: /run/ringway/control.sock]
+    /// Control socket [default: /run/ringway/control.sock]
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
+
+    /// User, by name or number, whose the control socket is [default: the daemon's]
+    #[arg(long, value_name = "USER", help_heading = ACCESS)]
+    pub control_owner: Option<AccountName>,
+
+    /// Group of the control socket [default: the daemon's]
+    #[arg(long, value_name = "GROUP", help_heading = ACCESS)]
+    pub control_group: Option<AccountName>,
+
+    /// Permissions of the control socket, in octal [default: 0660]
+    #[arg(long, value_name = "MODE", help_heading = ACCESS)]
+    pub control_mode: Option<SocketMode>,
+
+    /// User whose the sockets of vhost-user ports are that don't say another [default: the daemon's]
+    #[arg(long, value_name = "USER", help_heading = ACCESS)]
+    pub socket_owner: Option<AccountName>,
+
+    /// Group of these sockets: that of QEMU's user, as kvm [default: the daemon's]
+    #[arg(long, value_name = "GROUP", help_heading = ACCESS)]
+    pub socket_group: Option<AccountName>,
+
+    /// Permissions of these sockets, in octal [default: 0660]
+    #[arg(long, value_name = "MODE", help_heading = ACCESS)]
+    pub socket_mode: Option<SocketMode>,
 
     /// CPUs for workers, one pinned thread each, as 1,2-3 [default: the highest CPU allowed]
     #[arg(long, value_name = "LIST")]
@@ -35,9 +60,13 @@ pub struct Args {
     pub check: bool,
 }
 
+/// Heading of the options that tell who may open sockets.
+const ACCESS: &str = "Who may open sockets";
+
 const AFTER_HELP: &str = "\
 Examples:
   ringwayd --worker-cpus 2-3
+  ringwayd --socket-group kvm --control-group adm
   ringwayd --config /etc/ringway/ringway.toml --check
   RUST_LOG=ringway_dataplane=debug ringwayd
 
@@ -57,6 +86,18 @@ impl Args {
         if let Some(control) = &self.control {
             config.control = Some(control.clone());
         }
+        let given = SocketAccess {
+            owner: self.control_owner.clone(),
+            group: self.control_group.clone(),
+            mode: self.control_mode,
+        };
+        config.control_access = given.or(&config.control_access);
+        let given = SocketAccess {
+            owner: self.socket_owner.clone(),
+            group: self.socket_group.clone(),
+            mode: self.socket_mode,
+        };
+        config.socket_access = given.or(&config.socket_access);
         if let Some(cpus) = &self.worker_cpus {
             config.worker_cpus = Some(cpus.clone());
         }
@@ -81,8 +122,28 @@ mod tests {
         assert_eq!(config.log_format, Some(LogFormat::Json));
         Args::parse_from(["ringwayd", "--worker-cpus", "1,2-3", "--log-format", "text"])
             .override_config(&mut config);
-        assert_eq!(config.worker_cpus.unwrap().as_slice(), [1, 2, 3]);
+        assert_eq!(config.worker_cpus.as_ref().unwrap().as_slice(), [1, 2, 3]);
         assert_eq!(config.log_format, Some(LogFormat::Text));
+        let text =
+            "[daemon]\ncontrol_group = \"adm\"\n[sockets]\nowner = \"root\"\ngroup = \"kvm\"\n";
+        let mut config = Config::parse(text).unwrap();
+        let words = [
+            "ringwayd",
+            "--socket-group",
+            "qemu",
+            "--socket-mode",
+            "666",
+            "--control-mode",
+            "600",
+        ];
+        Args::parse_from(words).override_config(&mut config);
+        let access = |owner: &str, group: &str, mode: &str| SocketAccess {
+            owner: owner.parse().ok(),
+            group: group.parse().ok(),
+            mode: mode.parse().ok(),
+        };
+        assert_eq!(config.socket_access, access("root", "qemu", "0666"));
+        assert_eq!(config.control_access, access("", "adm", "0600"));
     }
 
     #[test]

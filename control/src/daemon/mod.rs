@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use ringway_api::{PortConfig, PortName, SwitchConfig, SwitchError};
-use ringway_dataplane::Switch;
+use ringway_dataplane::{SocketFile, Switch};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -100,6 +100,7 @@ fn run(args: &Args, log: &Log) -> Result<(), Failure> {
     args.override_config(&mut config);
     let worker_cpus = worker_cpus(config.worker_cpus.take())?;
     if args.check {
+        check_access(&config)?;
         let ports = config.ports.len();
         // A closed pipe is no reason to fail.
         let _ = writeln!(io::stdout(), "ok: {ports} ports, worker CPUs {worker_cpus}");
@@ -113,6 +114,25 @@ fn run(args: &Args, log: &Log) -> Result<(), Failure> {
         hint: "see `ulimit -n`".into(),
     })?;
     serve(config, worker_cpus, signals)
+}
+
+/// Whoever is to own a socket exists.
+fn check_access(config: &Config) -> Result<(), Failure> {
+    let of_ports = config.ports.iter().filter_map(|(name, port)| match port {
+        PortConfig::VhostUser(guest) => Some((format!("port {name}"), &guest.access)),
+        _ => None,
+    });
+    let all = [
+        ("control socket".to_owned(), &config.control_access),
+        ("[sockets]".to_owned(), &config.socket_access),
+    ];
+    for (whose, access) in all.into_iter().chain(of_ports) {
+        SocketFile::of(access).map_err(|bad| Failure {
+            what: format!("{whose}: {}", bad.reason),
+            hint: bad.hint,
+        })?;
+    }
+    Ok(())
 }
 
 fn worker_cpus(given: Option<CpuList>) -> Result<CpuList, Failure> {
@@ -164,7 +184,7 @@ fn raise_fd_limit() {
 fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(), Failure> {
     let control = config.control.unwrap_or_else(|| DEFAULT_CONTROL.into());
     // First of all, so that a second daemon fails before it touches a port.
-    let socket = ControlSocket::bind(&control)?;
+    let socket = ControlSocket::bind(&control, &config.control_access)?;
     let switch = Switch::start(SwitchConfig {
         worker_cpus: worker_cpus.clone().into(),
         idle: config.idle,
@@ -174,7 +194,7 @@ fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(
         fdb_move_hold: config.fdb_move_hold,
     })?;
     let heartbeat = switch.heartbeat();
-    let service = Arc::new(Service::new(switch));
+    let service = Arc::new(Service::new(switch, config.socket_access));
     if let Err(failure) = add_ports(&service, config.ports) {
         end(service);
         return Err(failure);

@@ -8,9 +8,9 @@ use ringway_api::{
     ApiError, BadValue, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbDel, FdbFlush,
     FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, PortAdd,
     PortAddParams, PortConfig, PortDel, PortDelParams, PortDelResult, PortInfo, PortList,
-    PortListResult, PortName, PortSample, PortShow, Sample, SwitchError, WorkerList,
-    WorkerListResult, WorkerPin, WorkerSample, WorkerShow, WorkerUnpin, WorkerUnpinResult,
-    method_names,
+    PortListResult, PortName, PortSample, PortShow, Sample, SocketAccess, SocketSpec, SwitchError,
+    WorkerList, WorkerListResult, WorkerPin, WorkerSample, WorkerShow, WorkerUnpin,
+    WorkerUnpinResult, method_names,
 };
 use ringway_dataplane::{LogLimit, Switch};
 use rustix::time::{ClockId, clock_gettime};
@@ -26,6 +26,8 @@ const LOG_LINES: u32 = 1000;
 #[derive(Debug)]
 pub struct Service {
     switch: Switch,
+    /// Who may open the sockets of ports that don't say.
+    socket_access: SocketAccess,
     started_ns: u64,
     /// When each port was added: tells a port from its namesake that was there before. Held while
     /// the set of ports changes, so that a sample sees names and counters of one moment.
@@ -35,10 +37,12 @@ pub struct Service {
 }
 
 impl Service {
-    /// Serves `switch`, which has no ports yet.
-    pub fn new(switch: Switch) -> Self {
+    /// Serves `switch`, which has no ports yet. The sockets that ports make are for those whom
+    /// `socket_access` names, as far as the port does not say.
+    pub fn new(switch: Switch, socket_access: SocketAccess) -> Self {
         Self {
             switch,
+            socket_access,
             started_ns: monotonic_ns(),
             added: Mutex::default(),
             log: LogLimit::new(LOG_LINES),
@@ -49,7 +53,16 @@ impl Service {
     ///
     /// # Errors
     /// As [`Switch::add_port`].
-    pub fn add_port(&self, name: PortName, config: PortConfig) -> Result<PortInfo, SwitchError> {
+    pub fn add_port(
+        &self,
+        name: PortName,
+        mut config: PortConfig,
+    ) -> Result<PortInfo, SwitchError> {
+        if let PortConfig::VhostUser(guest) = &mut config
+            && matches!(guest.socket, SocketSpec::Listen(_))
+        {
+            guest.access = guest.access.or(&self.socket_access);
+        }
         let mut added = self.lock();
         let info = self.switch.add_port(name.clone(), config)?;
         added.insert(name, monotonic_ns());

@@ -3,20 +3,18 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ringway_api::MAX_SOCKET_PATH;
+use ringway_api::{BadValue, MAX_SOCKET_PATH, SocketAccess};
+use ringway_dataplane::SocketFile;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::client;
 use crate::config::DEFAULT_CONTROL;
-
-/// Who may use the socket: the owner and its group.
-const MODE: u32 = 0o660;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -38,23 +36,26 @@ pub struct BindError {
 pub struct ControlSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the file that this process made.
-    file: (u64, u64),
+    /// The file that this process made, held open so that no other can get its inode number.
+    file: OwnedFd,
 }
 
 impl ControlSocket {
-    /// Listens at `path`, mode 0660. A socket that nobody listens at any more is replaced. The
-    /// directory is made for the default path only.
+    /// Listens at `path`, for those whom `access` names. A socket that nobody listens at any more is
+    /// replaced. The directory is made for the default path only.
     ///
     /// # Errors
-    /// A live process listens there, another kind of file is in the way, or the system refuses.
-    pub fn bind(path: &Path) -> Result<Self, BindError> {
+    /// A live process listens there, another kind of file is in the way, there is nobody of such a
+    /// name, or the system refuses.
+    pub fn bind(path: &Path, access: &SocketAccess) -> Result<Self, BindError> {
         let refuse = |reason: String, hint: &str| BindError {
             path: path.to_owned(),
             reason,
             hint: hint.to_owned(),
         };
         let system = |error: io::Error| refuse(error.to_string(), hint_for(&error));
+        let bad = |bad: BadValue| refuse(bad.reason, &bad.hint);
+        let file = SocketFile::of(access).map_err(bad)?;
         let address = SocketAddrUnix::new(path).map_err(|_| {
             refuse(
                 "the path is too long".into(),
@@ -67,13 +68,15 @@ impl ControlSocket {
         // Two daemons that start together take turns: the second finds the first one's live socket.
         let _turn = lock_parent(path).map_err(system)?;
         clear_the_way(path, &refuse)?;
-        let listener = listen(path, &address).map_err(system)?;
-        let metadata = fs::symlink_metadata(path).map_err(system)?;
-        Ok(Self {
-            listener,
+        let socket = bind(&address).map_err(system)?;
+        let socket = Self {
+            listener: socket.into(),
             path: path.to_owned(),
-            file: (metadata.dev(), metadata.ino()),
-        })
+            file: file.settle(path).map_err(bad)?,
+        };
+        let listening = rustix::net::listen(&socket.listener, BACKLOG);
+        listening.map_err(|error| system(error.into()))?;
+        Ok(socket)
     }
 
     /// The socket.
@@ -89,8 +92,10 @@ impl ControlSocket {
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        let still_ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.file);
+        let ours = rustix::fs::fstat(&self.file).ok();
+        let still_ours = fs::symlink_metadata(&self.path).is_ok_and(|there| {
+            ours.is_some_and(|ours| (there.dev(), there.ino()) == (ours.st_dev, ours.st_ino))
+        });
         if still_ours && let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "can't remove the control socket");
         }
@@ -152,31 +157,29 @@ fn clear_the_way(path: &Path, refuse: &dyn Fn(String, &str) -> BindError) -> Res
     }
 }
 
-/// Nobody can connect before `listen`, so nobody meets the socket with another mode.
-fn listen(path: &Path, address: &SocketAddrUnix) -> io::Result<UnixListener> {
+fn bind(address: &SocketAddrUnix) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::bind(&socket, address)?;
-    let ready = fs::set_permissions(path, fs::Permissions::from_mode(MODE))
-        .and_then(|()| Ok(rustix::net::listen(&socket, BACKLOG)?));
-    if let Err(error) = ready {
-        let _ = fs::remove_file(path);
-        return Err(error);
-    }
-    Ok(UnixListener::from(socket))
+    Ok(socket)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixStream;
 
     use super::*;
+
+    fn bind(path: &Path) -> Result<ControlSocket, BindError> {
+        ControlSocket::bind(path, &SocketAccess::default())
+    }
 
     #[test]
     fn the_socket_is_for_owner_and_group_and_goes_at_the_end() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control.sock");
-        let socket = ControlSocket::bind(&path).unwrap();
+        let socket = bind(&path).unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o660);
         drop(socket);
@@ -189,15 +192,15 @@ mod tests {
         let path = directory.path().join("control.sock");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        ControlSocket::bind(&path).unwrap();
+        bind(&path).unwrap();
     }
 
     #[test]
     fn a_live_socket_is_refused_and_left_alone() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control.sock");
-        let first = ControlSocket::bind(&path).unwrap();
-        let error = ControlSocket::bind(&path).unwrap_err();
+        let first = bind(&path).unwrap();
+        let error = bind(&path).unwrap_err();
         assert_eq!(error.reason, "a live process listens there");
         UnixStream::connect(&path).unwrap();
         drop(first);
@@ -211,7 +214,7 @@ mod tests {
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(directory.path().join("elsewhere"), &link).unwrap();
         for path in [&file, &directory.path().to_owned(), &link] {
-            let error = ControlSocket::bind(path).unwrap_err();
+            let error = bind(path).unwrap_err();
             assert!(error.reason.contains("no socket"), "{error}");
             assert!(!error.hint.is_empty());
         }
@@ -222,7 +225,7 @@ mod tests {
     fn a_file_that_took_the_place_of_ours_stays() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control.sock");
-        let socket = ControlSocket::bind(&path).unwrap();
+        let socket = bind(&path).unwrap();
         fs::remove_file(&path).unwrap();
         fs::write(&path, "another's").unwrap();
         drop(socket);
@@ -232,15 +235,10 @@ mod tests {
     #[test]
     fn a_missing_directory_or_a_long_path_says_what_to_do() {
         let directory = tempfile::tempdir().unwrap();
-        let error = ControlSocket::bind(&directory.path().join("no/such.sock")).unwrap_err();
+        let error = bind(&directory.path().join("no/such.sock")).unwrap_err();
         assert!(error.hint.contains("make the directory"), "{}", error.hint);
         assert!(!directory.path().join("no").exists());
         let long = directory.path().join("x".repeat(200));
-        assert!(
-            ControlSocket::bind(&long)
-                .unwrap_err()
-                .reason
-                .contains("too long")
-        );
+        assert!(bind(&long).unwrap_err().reason.contains("too long"));
     }
 }

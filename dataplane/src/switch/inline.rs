@@ -9,6 +9,7 @@ use ringway_api::{AfXdpConfig, IdleConfig, PortName, SwitchError};
 use ringway_bridge::{Bridge, BridgeConfig, PortId, Tick};
 
 use crate::port::{AfXdpPort, Port, PortBase, VhostPort};
+use crate::socket_file::SocketFile;
 use crate::vhost_user::{Endpoint, SessionThread};
 use crate::wake::{Binding, Token};
 use crate::worker::{Command, Inbox, Worker, WorkerHandle};
@@ -78,7 +79,7 @@ impl InlineSwitch {
     /// The path can't be used, or there are [`ringway_bridge::MAX_PORTS`] ports.
     pub fn add_port(&mut self, name: PortName, socket: &Path) -> Result<(), SwitchError> {
         let id = self.next_id()?;
-        let endpoint = Endpoint::listen(socket)?;
+        let endpoint = Endpoint::listen(socket, &SocketFile::default())?;
         let base = PortBase::new(name, id, Arc::clone(&self.bridge));
         let guest = Arc::new(VhostPort::new(base, 1, None));
         for pair in 0..guest.pairs() {

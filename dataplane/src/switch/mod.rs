@@ -13,7 +13,8 @@ use std::time::{Instant, SystemTime};
 
 use ringway_api::{
     FdbEntry, HeaderAction, Mtu, PairCounters, PolledQueue, PortConfig, PortDetail, PortInfo,
-    PortName, QueuePairs, SocketSpec, SwitchConfig, SwitchError, WorkerDetail, WorkerInfo,
+    PortName, QueuePairs, SocketSpec, SwitchConfig, SwitchError, VhostUserConfig, WorkerDetail,
+    WorkerInfo,
 };
 use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
 
@@ -27,6 +28,7 @@ use crate::housekeeping::{self, Periodic};
 use crate::offload::Action;
 use crate::placement::QueueId;
 use crate::port::{AfXdpPort, Port, PortBase, TapPort, VhostPort};
+use crate::socket_file::SocketFile;
 use crate::vhost_user::{Endpoint, SessionThread};
 use crate::wake::Heartbeat;
 use crate::worker::WorkerThread;
@@ -112,6 +114,8 @@ impl Switch {
     /// # Errors
     /// A name that is taken, a socket path or interface that can't be used.
     pub fn add_port(&self, name: PortName, config: PortConfig) -> Result<PortInfo, SwitchError> {
+        // Before the lock is held, since the system's name service may take its time.
+        let file = socket_file(&config)?;
         let mut state = self.table.lock();
         if state.ports.contains_key(&name) {
             return Err(SwitchError::PortExists { name });
@@ -124,7 +128,7 @@ impl Switch {
         }
         let base = PortBase::new(name.clone(), id, Arc::clone(&self.bridge));
         // What can be refused comes first; nothing of it outlives an error.
-        let (port, endpoint) = open_port(base, &config)?;
+        let (port, endpoint) = open_port(base, &config, &file)?;
         for pair in config.pins().keys() {
             check_pair(&name, *pair, port.queue_pairs())?;
         }
@@ -464,12 +468,33 @@ fn owned(names: Vec<&str>) -> Vec<String> {
     names.into_iter().map(str::to_owned).collect()
 }
 
+/// Who may open the socket that a port makes.
+fn socket_file(config: &PortConfig) -> Result<SocketFile, SwitchError> {
+    let PortConfig::VhostUser(VhostUserConfig {
+        socket: SocketSpec::Listen(path),
+        access,
+        ..
+    }) = config
+    else {
+        return Ok(SocketFile::default());
+    };
+    SocketFile::of(access).map_err(|bad| SwitchError::SocketPath {
+        path: path.as_path().to_owned(),
+        reason: bad.reason,
+        hint: bad.hint,
+    })
+}
+
 /// Opens what is behind a port: everything that can be refused.
-fn open_port(base: PortBase, config: &PortConfig) -> Result<(Port, Option<Endpoint>), SwitchError> {
+fn open_port(
+    base: PortBase,
+    config: &PortConfig,
+    file: &SocketFile,
+) -> Result<(Port, Option<Endpoint>), SwitchError> {
     Ok(match config {
         PortConfig::VhostUser(guest) => {
             let endpoint = match &guest.socket {
-                SocketSpec::Listen(path) => Endpoint::listen(path.as_path())?,
+                SocketSpec::Listen(path) => Endpoint::listen(path.as_path(), file)?,
                 SocketSpec::Connect(path) => Endpoint::connect(path.as_path())?,
             };
             let port = VhostPort::new(base, guest.queues.get(), guest.mtu.map(Mtu::get));

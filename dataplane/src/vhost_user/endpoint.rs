@@ -7,12 +7,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ringway_api::SwitchError;
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
     socket_with,
 };
+
+use crate::socket_file::SocketFile;
 
 /// Connections that wait to be accepted: all but one are closed at once, so a few suffice.
 const BACKLOG: i32 = 16;
@@ -27,13 +28,14 @@ pub(crate) enum Endpoint {
 }
 
 impl Endpoint {
-    /// Listens at `path`. A socket file that nobody serves any longer is replaced.
+    /// Listens at `path`, for those who may open `file`. A socket file that nobody serves any longer
+    /// is replaced.
     ///
     /// # Errors
     /// A path that is too long, in no directory, not ours to write, taken by another kind of file
-    /// or by a process that listens there.
-    pub(crate) fn listen(path: &Path) -> Result<Self, SwitchError> {
-        Listener::new(path).map(Self::Listen)
+    /// or by a process that listens there; a file that is not ours to give away.
+    pub(crate) fn listen(path: &Path, file: &SocketFile) -> Result<Self, SwitchError> {
+        Listener::new(path, file).map(Self::Listen)
     }
 
     /// Will connect to `path`, now or as soon as somebody listens there.
@@ -65,18 +67,14 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    fn new(path: &Path) -> Result<Self, SwitchError> {
+    fn new(path: &Path, file: &SocketFile) -> Result<Self, SwitchError> {
         let address = address(path)?;
         make_room(path, &address)?;
         let refused = |error: Errno| bind_refused(path, error);
         let socket = stream_socket().map_err(refused)?;
         bind(&socket, &address).map_err(refused)?;
-        let file = rustix::fs::open(
-            path,
-            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(refused)?;
+        let file = file.settle(path);
+        let file = file.map_err(|bad| refusal(path, &bad.reason, &bad.hint))?;
         let listener = Self {
             socket,
             path: path.to_owned(),
@@ -217,6 +215,10 @@ mod tests {
 
     use super::*;
 
+    fn listen(path: &Path) -> Result<Endpoint, SwitchError> {
+        Endpoint::listen(path, &SocketFile::default())
+    }
+
     fn reason(result: Result<Endpoint, SwitchError>) -> String {
         match result {
             Err(SwitchError::SocketPath { reason, .. }) => reason,
@@ -229,11 +231,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         fs::write(&path, b"precious").unwrap();
-        assert!(reason(Endpoint::listen(&path)).contains("no socket"));
+        assert!(reason(listen(&path)).contains("no socket"));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(reason(Endpoint::listen(&link)).contains("no socket"));
+        assert!(reason(listen(&link)).contains("no socket"));
     }
 
     #[test]
@@ -241,12 +243,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let live = UnixListener::bind(&path).unwrap();
-        assert!(reason(Endpoint::listen(&path)).contains("listens there"));
+        assert!(reason(listen(&path)).contains("listens there"));
         drop(live);
         assert!(path.exists(), "the stale file is there");
-        let endpoint = Endpoint::listen(&path).unwrap();
+        let endpoint = listen(&path).unwrap();
         UnixStream::connect(&path).unwrap();
-        assert!(reason(Endpoint::listen(&path)).contains("listens there"));
+        assert!(reason(listen(&path)).contains("listens there"));
         drop(endpoint);
         assert!(!path.exists());
     }
@@ -256,25 +258,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let _live = UnixDatagram::bind(&path).unwrap();
-        assert!(reason(Endpoint::listen(&path)).contains("listens there"));
+        assert!(reason(listen(&path)).contains("listens there"));
     }
 
     #[test]
     fn paths_that_no_socket_can_have_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let long = dir.path().join("x".repeat(108));
-        assert!(reason(Endpoint::listen(&long)).contains("too long"));
+        assert!(reason(listen(&long)).contains("too long"));
         assert!(reason(Endpoint::connect(&long)).contains("too long"));
-        assert!(reason(Endpoint::listen(Path::new(""))).contains("empty"));
+        assert!(reason(listen(Path::new(""))).contains("empty"));
         let missing = dir.path().join("missing/socket");
-        assert!(reason(Endpoint::listen(&missing)).contains("does not exist"));
+        assert!(reason(listen(&missing)).contains("does not exist"));
     }
 
     #[test]
     fn a_file_that_took_the_sockets_place_stays() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
-        let endpoint = Endpoint::listen(&path).unwrap();
+        let endpoint = listen(&path).unwrap();
         fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         drop(endpoint);

@@ -1,5 +1,6 @@
 //! Acceptance runs: each ends with a line PASS or FAIL and its figures.
 
+mod access;
 mod af_xdp;
 mod churn;
 mod neighbours;
@@ -48,6 +49,8 @@ pub(crate) enum Scenario {
     /// TCP from the host to a guest while the host floods another that is frozen, slow, or stops and
     /// goes: no frame for the first is dropped
     Neighbours,
+    /// QEMU as a user of its own, on sockets that its group may open and nobody else
+    Access,
     /// All of the above
     All,
     /// ringwayd in a guest, its NIC (virtio_net, igb) in zero-copy: modes, traffic, kill -9. Not
@@ -222,6 +225,7 @@ fn run(scenario: Scenario, stage: &ScenarioStage<'_>) -> Result<Findings> {
         Scenario::Matrix => matrix(stage),
         Scenario::AfXdp => af_xdp::af_xdp(stage),
         Scenario::Neighbours => neighbours::neighbours(stage),
+        Scenario::Access => access::access(stage),
         Scenario::ZeroCopy => zero_copy::zero_copy(stage),
         Scenario::All => bail!("`all` is expanded before"),
     }
@@ -309,10 +313,10 @@ mod tests {
     #[test]
     fn all_means_each_once() {
         let all = Scenario::expand(&[Scenario::All, Scenario::Idle]);
-        assert_eq!(all.len(), 9);
+        assert_eq!(all.len(), 10);
         assert!(!all.contains(&Scenario::All) && !all.contains(&Scenario::ZeroCopy));
         let more = Scenario::expand(&[Scenario::ZeroCopy, Scenario::All]);
-        assert_eq!(more.len(), 10);
+        assert_eq!(more.len(), 11);
         assert_eq!(
             Scenario::expand(&[Scenario::Rss, Scenario::Rss]),
             [Scenario::Rss]

@@ -154,6 +154,7 @@ impl NicGuest {
                 device: kind.device.to_owned(),
             },
             accel: stage.base.accel,
+            account: None,
         };
         let mut guest = QemuGuest::start(&spec, image, &folder, Some(&namespace))?;
         guest.wait_ready()?;

@@ -12,6 +12,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 mod hostile;
 
 use super::*;
+use crate::socket_file::SocketFile;
 use crate::vhost_user::message::REPLY_LEN;
 use crate::wire::{Features, ProtocolFeatures};
 
@@ -44,7 +45,7 @@ impl Bed {
 
     fn listen(&self, number: u16) -> (Arc<TestDevice>, Receiver<Call>) {
         let (device, seen) = TestDevice::new(1);
-        let endpoint = Endpoint::listen(&self.path(number)).unwrap();
+        let endpoint = Endpoint::listen(&self.path(number), &SocketFile::default()).unwrap();
         self.thread
             .add(port(number), endpoint, Arc::clone(&device))
             .unwrap();

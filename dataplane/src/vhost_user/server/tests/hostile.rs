@@ -213,7 +213,7 @@ fn a_port_can_not_be_added_twice() {
     let bed = Bed::new();
     let _port = bed.listen(0);
     let (device, _seen) = TestDevice::new(1);
-    let endpoint = Endpoint::listen(&bed.path(1)).unwrap();
+    let endpoint = Endpoint::listen(&bed.path(1), &SocketFile::default()).unwrap();
     let error = bed.thread.add(port(0), endpoint, device).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AlreadyExists);
     assert!(!bed.path(1).exists(), "the refused endpoint is gone");
