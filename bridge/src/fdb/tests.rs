@@ -524,3 +524,18 @@ fn concurrent_use_never_shows_a_port_of_another_station() {
         );
     }
 }
+
+/// Whoever makes a full database look for room has it look at few buckets, and the next at others.
+#[test]
+fn a_search_for_room_is_bounded() {
+    let fdb = Fdb::with_buckets(config(64), 64, 1024);
+    for n in 0..64 {
+        fdb.add_static(mac(n), port(1)).unwrap();
+    }
+    let hand = || fdb.shared.hand.load(Ordering::Relaxed);
+    for searches in 0..5 {
+        assert_eq!(hand(), 16 * searches);
+        let writer = fdb.try_lock().unwrap();
+        assert!(!writer.make_room(port(2), NOW));
+    }
+}

@@ -505,3 +505,6 @@ impl Forwarder {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -147,6 +147,34 @@ fn a_source_and_a_destination_hold_no_more_than_what_is_left() {
     for to in 12..24 {
         assert!(fill(&mut parking, 3, to) > 0, "the room for {to}");
     }
+    let spaces = parking.spaces.as_ref().unwrap();
+    assert_eq!(spaces.bytes.len(), 16 << 20, "all that may be parked");
+}
+
+#[test]
+fn a_destination_holds_half_of_all_at_most_however_many_send_to_it() {
+    let mut parking = Parking::default();
+    let held: usize = (1..100).map(|from| fill(&mut parking, from, 200)).sum();
+    assert!(held > SPACES / 3 && held <= SPACES / 2, "{held}");
+}
+
+#[test]
+fn who_was_tried_is_tried_last() {
+    let mut parking = Parking::default();
+    for to in 10..15 {
+        park(&mut parking, 1, to, &mut [message(0, 60)], 0);
+    }
+    let order = |parking: &Parking| -> Vec<u16> {
+        parking
+            .lots
+            .iter()
+            .map(|lot| lot.leaving.to.get())
+            .collect()
+    };
+    parking.rotate(2);
+    assert_eq!(order(&parking), [12, 13, 14, 10, 11]);
+    parking.rotate(9);
+    assert_eq!(order(&parking), [12, 13, 14, 10, 11]);
 }
 
 #[test]

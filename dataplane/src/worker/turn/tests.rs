@@ -24,6 +24,8 @@ enum State {
 struct Fake {
     state: State,
     frames: Vec<[u8; HEADER_LEN + FRAME_BYTES]>,
+    /// Descriptors that are read one by one.
+    walked: u32,
     counters: QueueCounters,
     /// Frames taken and kept, and those that were counted by then.
     finished: Option<(usize, usize, u64)>,
@@ -37,6 +39,7 @@ impl Fake {
         Self {
             state,
             frames: vec![frame; frames],
+            walked: 0,
             counters: QueueCounters::default(),
             finished: None,
         }
@@ -68,6 +71,7 @@ impl RxQueue for &mut Fake {
         for frame in self.frames.iter_mut().take(limit) {
             burst.push_whole(GuestSlice::of(frame));
         }
+        burst.note_walked(self.walked);
         Gathered::Frames {
             header_bytes: HEADER_BYTES,
             allowed: Offloads::NONE,
@@ -85,7 +89,7 @@ impl RxQueue for &mut Fake {
     }
 }
 
-/// Ports 0 and 1 of a bridge, neither with a ring; what port 0 sends is flooded to port 1.
+/// Three ports of a bridge, none with a ring; what port 0 sends is flooded to the others.
 struct Fixture {
     path: Path,
     source: Source,
@@ -103,7 +107,7 @@ impl Fixture {
         });
         let bridge = Arc::new(bridge);
         let mut forwarder = Forwarder::new(Arc::clone(&bridge), 0);
-        let [source, other] = [0, 1].map(|number| {
+        let [source, other, _] = [0, 1, 2].map(|number| {
             let id = PortId::new(number).unwrap();
             let name = format!("p{number}").parse().unwrap();
             let base = PortBase::new(name, id, Arc::clone(&bridge));
@@ -217,4 +221,46 @@ fn a_queue_in_other_hands_is_counted_and_polled_again_and_a_stopped_one_is_not()
         Polled::Stopped
     );
     assert_eq!(*fixture.path.forwarder.contended(), 1);
+}
+
+#[test]
+fn what_a_burst_reads_for_nothing_has_its_port_wait() {
+    let mut fixture = Fixture::new();
+    let mut waits = |walked| {
+        let mut queue = Fake::new(State::Enabled, 1);
+        queue.walked = walked;
+        fixture.receive(Ok(&mut queue), 64);
+        let id = fixture.source.id;
+        fixture.path.forwarder.ledger.waits(id, 2)
+    };
+    assert_eq!([0, 30, 1024].map(&mut waits), [false, false, true]);
+}
+
+/// Whether port 0 may be polled again after bursts that took so long.
+fn may_poll_after(fixture: &mut Fixture, bursts: usize, took_ns: u64) -> bool {
+    let id = fixture.source.id;
+    for _ in 0..bursts {
+        let polled = fixture.receive(Ok(&mut Fake::new(State::Enabled, 64)), 64);
+        fixture.path.charge((id, false), polled, took_ns);
+    }
+    fixture.path.forwarder.ledger.may_poll(id, 2)
+}
+
+#[test]
+fn a_burst_is_charged_its_time_and_more_for_copies() {
+    let one_copy = |bursts, took_ns| {
+        let mut fixture = Fixture::new();
+        fixture
+            .path
+            .forwarder
+            .members
+            .remove(PortId::new(2).unwrap());
+        may_poll_after(&mut fixture, bursts, took_ns)
+    };
+    assert!(one_copy(2, 1_000));
+    assert!(!one_copy(2, 14_000));
+    // What the kernel took besides is nobody's.
+    assert!(one_copy(1, 1_000_000));
+    let two_copies = may_poll_after(&mut Fixture::new(), 2, 1_000);
+    assert!(!two_copies);
 }
