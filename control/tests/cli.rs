@@ -130,6 +130,20 @@ fn exit_0_when_done() {
 }
 
 #[test]
+fn drops_are_of_ports_that_exist() {
+    let daemon = daemon();
+    let output = daemon.run(&["drops", "-i", "0.1", "--port", "a"]);
+    assert_eq!(code(&output), 0, "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "no frame was dropped\n");
+    let output = daemon.run(&["drops", "-i", "0.1", "-j"]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json, serde_json::json!({ "seconds": 1.0, "drops": [] }));
+    let output = daemon.run(&["drops", "--port", "x"]);
+    assert_eq!(code(&output), 1);
+    must_be_two_lines(&output);
+}
+
+#[test]
 fn exit_1_when_the_daemon_refuses() {
     let output = daemon().run(&["port", "show", "x"]);
     assert_eq!(code(&output), 1);

@@ -88,6 +88,8 @@ pub enum Noun {
     /// The threads that forward frames
     #[command(subcommand)]
     Worker(WorkerVerb),
+    /// Show which frames are dropped, on which way and why: those that are dropped now come first
+    Drops(DropsArgs),
     /// Measure what flows between ports, in intervals, as iperf3 does
     Measure(MeasureArgs),
     /// Version, process and uptime of the daemon
@@ -392,6 +394,33 @@ the configuration file pins it from the start. Others move from busy workers to 
 Examples:
   ringway worker pin vm1 0 1       # queue 0 of port vm1 to worker 1
   ringway worker unpin vm1 0";
+
+/// Whose drops to show.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = DROPS_HELP)]
+pub struct DropsArgs {
+    /// Only what comes from this port or is for it
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<PortName>,
+    /// Over how long the rates are taken, 0.1 or more
+    #[arg(short, long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+    pub interval: Duration,
+}
+
+const DROPS_HELP: &str = "\
+Only reasons that occurred are listed, with a sentence for each below the table. A worker tells
+1,024 pairs of ports apart; `ringway port show` counts those of further pairs too.
+
+Columns:
+  FROM, TO         where the frames came from and which port they were for; (none) are those
+                   without a destination or that broke a rule
+  REASON           why they were not delivered
+  NOW              frames per second in the interval; - is none
+  SINCE THE START  frames since both ports were added
+
+Examples:
+  ringway drops
+  ringway drops --port vm1 -i 10 -j";
 
 /// What to measure, and for how long.
 #[derive(Debug, ClapArgs)]

@@ -1,6 +1,7 @@
 //! The operator's tool `ringway`.
 
 mod args;
+mod drops;
 mod external;
 mod measure;
 mod print;
@@ -174,6 +175,7 @@ fn run(args: &Args) -> Result<(), Stop> {
         Noun::Port(verb) => port(args, verb),
         Noun::Fdb(verb) => fdb(args, verb),
         Noun::Worker(verb) => worker(args, verb),
+        Noun::Drops(wanted) => drops::run(&mut connect(args)?, wanted, args.json),
         Noun::Measure(measure) => measure::run(&mut connect(args)?, measure, args.json),
         Noun::Info => ask::<DaemonInfo>(args, &NoParams {}, print::info),
         Noun::Completions { shell } => {

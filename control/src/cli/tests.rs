@@ -332,6 +332,7 @@ fn help_texts() {
     insta::assert_snapshot!("help_port_add_af_xdp", help(&["port", "add", "af-xdp"]));
     insta::assert_snapshot!("help_port_list", help(&["port", "list"]));
     insta::assert_snapshot!("help_port_show", help(&["port", "show"]));
+    insta::assert_snapshot!("help_drops", help(&["drops"]));
     insta::assert_snapshot!("help_measure", help(&["measure"]));
     insta::assert_snapshot!("help_worker", help(&["worker"]));
     insta::assert_snapshot!("help_worker_list", help(&["worker", "list"]));

@@ -12,7 +12,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use self::rates::{Filter, Interval, Measurement};
+use self::rates::Interval;
+pub(super) use self::rates::{Filter, Measurement};
 use super::args::MeasureArgs;
 use super::units::Rate;
 use super::{EXIT_BELOW_MIN, EXIT_REFUSED, Failure, Stop, emit, emit_json};
@@ -74,7 +75,7 @@ pub(super) fn run(client: &mut Client, args: &MeasureArgs, as_json: bool) -> Res
 }
 
 /// A port that is not there now is more likely a typing error than a port to come.
-fn must_exist(name: &PortName, sample: &Sample) -> Result<(), Stop> {
+pub(super) fn must_exist(name: &PortName, sample: &Sample) -> Result<(), Stop> {
     if sample.ports.iter().any(|port| port.name == *name) {
         return Ok(());
     }
