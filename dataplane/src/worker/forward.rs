@@ -7,7 +7,7 @@ use ringway_bridge::{
     Bridge, Decisions, DropReason, FrameSet, MAX_PORTS, MacAddr, Members, PortId, Tick,
 };
 
-use super::ledger::Ledger;
+use super::ledger::{Ledger, max_charge_ns};
 use super::pairs::{Pair, PairTable};
 use super::parking::{Leaving, Parking};
 use crate::burst::{Burst, BurstStorage};
@@ -372,7 +372,8 @@ impl Forwarder {
         !self.parking.is_empty()
     }
 
-    /// Tries to deliver what is parked, with `storage` for the bursts. Returns how many frames were
+    /// Tries to deliver what is parked, with `storage` for the bursts, and charges those whose frames
+    /// they are for the time that it takes by `clock`, in nanoseconds. Returns how many frames were
     /// delivered.
     #[cold]
     pub(super) fn deliver_parked(
@@ -380,13 +381,24 @@ impl Forwarder {
         storage: &mut BurstStorage,
         pairs: &PairTable,
         now: Now,
+        mut clock: impl FnMut() -> u64,
     ) -> u64 {
         let tries = self.parking.lots().min(LOTS_PER_TURN);
-        let sent = (0..tries).map(|at| {
+        let (mut sent, mut start_ns) = (0, now.ns);
+        for at in 0..tries {
             self.expire_parked(at, pairs, now.ns);
-            self.deliver_lot(at, storage, pairs, now.ns)
-        });
-        let sent = sent.sum();
+            let from = self.parking.leaving(at).and_then(|leaving| leaving.from);
+            let (frames, bytes) = self.deliver_lot(at, storage, pairs, now.ns);
+            sent += frames;
+            let end_ns = clock();
+            let (by_calls, _) = self.take_work();
+            if let Some(from) = from {
+                let most_ns = max_charge_ns(frames, bytes, by_calls.into());
+                let took_ns = end_ns.saturating_sub(start_ns);
+                self.ledger.charge(from, took_ns.min(most_ns));
+            }
+            start_ns = end_ns;
+        }
         self.parking.rotate(tries);
         sent
     }
@@ -414,17 +426,17 @@ impl Forwarder {
         port.map_or(0, |port| port.base().outages.get())
     }
 
-    /// Tries to deliver the first frames of a lot.
+    /// Tries to deliver the first frames of a lot. Returns how many were, with their L2 bytes.
     fn deliver_lot(
         &mut self,
         at: usize,
         storage: &mut BurstStorage,
         pairs: &PairTable,
         now_ns: u64,
-    ) -> u64 {
+    ) -> (u64, u64) {
         let mut burst = storage.begin();
         let Some(leaving) = self.parking.leave(at, now_ns, &mut burst) else {
-            return 0;
+            return (0, 0);
         };
         let to = leaving.to;
         // As when they came.
@@ -448,7 +460,7 @@ impl Forwarder {
         if is_full {
             self.destinations[to.index()].note(&outcome, now_ns);
         }
-        outcome.sent.len().into()
+        (outcome.sent.len().into(), outcome.sent_bytes)
     }
 
     /// Has the kernel send what it had no room for before.
