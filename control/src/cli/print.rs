@@ -5,9 +5,9 @@ use std::fmt::{self, Write};
 use super::table::Table;
 use super::units;
 use crate::api::{
-    AfXdpConfig, AfXdpInfo, DaemonReport, Drops, FdbListResult, HeaderAction, PolledQueue,
-    PortConfig, PortCounters, PortDetail, PortInfo, PortListResult, QueueInfo, SocketSpec,
-    WorkerDetail, WorkerInfo, WorkerListResult,
+    AccountName, AfXdpConfig, AfXdpInfo, DaemonReport, Drops, FdbListResult, HeaderAction,
+    PolledQueue, PortConfig, PortCounters, PortDetail, PortInfo, PortListResult, QueueInfo,
+    SocketAccess, SocketMode, SocketSpec, WorkerDetail, WorkerInfo, WorkerListResult,
 };
 
 /// What stands for nothing.
@@ -185,11 +185,27 @@ fn rings(out: &mut dyn Write, xdp: &AfXdpInfo) -> fmt::Result {
     table.write(out)
 }
 
+/// Who may open a port's socket, as chmod(1) and chown(1) take it: `0660 root:kvm`.
+fn access(access: &SocketAccess) -> String {
+    let mode = access.mode.unwrap_or(SocketMode::OWNER_AND_GROUP);
+    let name =
+        |name: &Option<AccountName>| name.as_ref().map_or("", AccountName::as_str).to_owned();
+    let (owner, group) = (name(&access.owner), name(&access.group));
+    match (owner.is_empty(), group.is_empty()) {
+        (true, true) => mode.to_string(),
+        (false, true) => format!("{mode} {owner}"),
+        (_, false) => format!("{mode} {owner}:{group}"),
+    }
+}
+
 fn where_it_is(out: &mut dyn Write, port: &PortInfo) -> fmt::Result {
     field(out, "kind", port.config.kind().as_str())?;
     match &port.config {
         PortConfig::VhostUser(guest) => match &guest.socket {
-            SocketSpec::Listen(path) => field(out, "listen", path.as_str()),
+            SocketSpec::Listen(path) => {
+                field(out, "listen", path.as_str())?;
+                field(out, "access", &access(&guest.access))
+            }
             SocketSpec::Connect(path) => field(out, "connect", path.as_str()),
         },
         PortConfig::Tap(tap) => {
@@ -414,4 +430,24 @@ fn field(out: &mut dyn Write, name: &str, value: &str) -> fmt::Result {
 
 fn optional(value: Option<impl fmt::Display>) -> String {
     value.map_or_else(|| NONE.to_owned(), |value| value.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_open_a_socket_is_told_as_chmod_and_chown_take_it() {
+        let told = |owner: &str, group: &str, mode: &str| {
+            access(&SocketAccess {
+                owner: owner.parse().ok(),
+                group: group.parse().ok(),
+                mode: mode.parse().ok(),
+            })
+        };
+        assert_eq!(told("", "", ""), "0660");
+        assert_eq!(told("", "kvm", ""), "0660 :kvm");
+        assert_eq!(told("root", "", "600"), "0600 root");
+        assert_eq!(told("root", "kvm", "0666"), "0666 root:kvm");
+    }
 }
