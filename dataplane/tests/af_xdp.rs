@@ -498,6 +498,25 @@ fn an_interface_that_goes_down_or_away_takes_its_port_down_and_nothing_else() {
 }
 
 #[test]
+fn stations_behind_an_interface_that_goes_down_are_looked_for_elsewhere() {
+    let (lab, far) = lab_with_nic(1, 1500, |_| {});
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
+    let hello = frame(0xff, 9, 64, 0);
+    far.send(&hello);
+    for guest in [&mut a, &mut b] {
+        assert_eq!(receive(guest).frame, hello);
+    }
+    let knows_it = || lab.switch.fdb().iter().any(|entry| entry.mac.0 == mac(9));
+    assert!(knows_it());
+    ip("link set xdp0 down");
+    eventually("it is forgotten", || !knows_it());
+    let sent = frame(9, 1, 64, 1);
+    a.send_frame(&sent).unwrap();
+    assert_eq!(receive(&mut b).frame, sent);
+}
+
+#[test]
 fn the_interface_receives_frames_for_all_addresses_as_long_as_the_port_is_there() {
     let promiscuity = || {
         let output = Command::new("ip")

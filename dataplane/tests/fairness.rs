@@ -144,3 +144,34 @@ fn what_waits_for_a_port_is_gone_once_the_port_was_down() {
     let received = guests[1].try_recv(0).unwrap().unwrap();
     assert_eq!(received.frame, next[0][12..]);
 }
+
+/// Bytes are what a burst of long frames costs: they are taken a few at a time.
+#[test]
+fn a_burst_of_long_frames_is_a_short_one() {
+    const BYTES: usize = 30_000;
+    const MOST_BYTES: u64 = 256 << 10;
+    let folder = TempDir::new().unwrap();
+    let mut switch = InlineSwitch::new(16).unwrap();
+    let path = folder.path().join("a");
+    switch.add_port("a".parse().unwrap(), &path).unwrap();
+    let mut guest = Guest::builder().buffer_size(32_768).connect(&path).unwrap();
+    guest.frontend().queue_pairs().unwrap();
+    // To nobody: all that counts is how many are taken.
+    let frames: Vec<_> = (0..128)
+        .map(|number| [vec![0; 12], frame(2, 1, BYTES, number)].concat())
+        .collect();
+    assert_eq!(guest.send_burst(0, &frames).unwrap(), frames.len());
+    let mut taken = Vec::new();
+    while switch.frames() < frames.len() as u64 {
+        let before = switch.frames();
+        switch.turn();
+        taken.push(switch.frames() - before);
+    }
+    let [first, rest @ ..] = taken.as_slice() else {
+        panic!("nothing was taken")
+    };
+    // How long frames are is not known before the first ones.
+    assert_eq!(*first, 64);
+    let fitting = MOST_BYTES / BYTES as u64;
+    assert!(rest.iter().all(|count| *count <= fitting), "{taken:?}");
+}

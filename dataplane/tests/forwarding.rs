@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{LAYOUTS, Lab, eventually, frame, mac, name, receive};
 use ringway_api::{FdbLimit, FloodLimit, Mtu, SwitchConfig};
@@ -519,6 +519,20 @@ fn a_guest_that_moved_here_is_announced_and_learned() {
     let announced = receive(&mut b).frame;
     assert_eq!(announced[..6], [0xff; 6]);
     assert_eq!(announced[6..14], [&mac[..], &[0x80, 0x35]].concat());
+    // Each is a broadcast to all: once a second is enough.
+    let start = Instant::now();
+    for _ in 0..20 {
+        a.frontend().send_rarp(mac).unwrap();
+    }
+    // The answer to a request says that those before it are carried out.
+    a.frontend().queue_pairs().unwrap();
+    let marker = frame(0xff, 1, 64, 1);
+    a.send_frame(&marker).unwrap();
+    let mut announced = 0;
+    while receive(&mut b).frame != marker {
+        announced += 1;
+    }
+    assert!(announced <= start.elapsed().as_secs(), "{announced}");
     eventually("the switch knows it behind a", || {
         lab.switch
             .fdb()

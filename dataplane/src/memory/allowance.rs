@@ -3,6 +3,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::MAX_REGIONS;
+use super::sigbus::MAX_MAPPED;
+
 const TIB: u64 = 1 << 40;
 
 /// What all ports may map together: half of what a process has (47 bits), so that there is room for
@@ -15,6 +18,21 @@ pub(super) const ALL_PORTS: u64 = 64 * TIB;
 pub(super) fn of_port(ram: u64) -> u64 {
     ram.saturating_mul(2).clamp(TIB, 16 * TIB)
 }
+
+/// Regions of an ordinary guest: memory below and above 4 GiB, ROMs, some DIMMs.
+const FEW_REGIONS: usize = 8;
+
+/// How many regions a port may have while all ports have so many: half of what there is for all is for
+/// ports that have few, so that no 33 guests with all their slots keep the others from starting.
+pub(super) fn regions_of_port(mapped: usize) -> usize {
+    match mapped {
+        0..HALF => MAX_REGIONS,
+        HALF..MAX_MAPPED => FEW_REGIONS,
+        _ => 0,
+    }
+}
+
+const HALF: usize = MAX_MAPPED / 2;
 
 /// Bytes that are mapped.
 #[derive(Debug)]
@@ -58,6 +76,15 @@ mod tests {
         assert_eq!(of_port(TIB), 2 * TIB);
         assert_eq!(of_port(100 * TIB), 16 * TIB);
         assert_eq!(of_port(u64::MAX), 16 * TIB);
+    }
+
+    #[test]
+    fn a_port_may_have_all_its_regions_while_there_is_room_and_few_later() {
+        assert_eq!([0, 8_191].map(regions_of_port), [MAX_REGIONS; 2]);
+        assert_eq!([8_192, 16_383].map(regions_of_port), [FEW_REGIONS; 2]);
+        assert_eq!(regions_of_port(16_384), 0);
+        // A thousand of QEMU's guests as they start.
+        const { assert!(MAX_MAPPED - HALF >= 1000 * FEW_REGIONS) };
     }
 
     #[test]

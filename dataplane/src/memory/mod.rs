@@ -73,12 +73,18 @@ impl RegionSpec {
 /// Makes sure, before any of them is mapped, that regions are ones and not more than a guest may have.
 ///
 /// # Errors
-/// Size zero, addresses that wrap, or too much of all together.
+/// Size zero, addresses that wrap, too much of all together, or too many while others have many.
 pub(crate) fn check_regions(specs: impl Iterator<Item = RegionSpec>) -> Result<(), MemoryError> {
-    let mut bytes = 0_u64;
+    let (mut bytes, mut count) = (0_u64, 0);
     for spec in specs {
         spec.check()?;
         bytes = bytes.saturating_add(spec.size);
+        count += 1;
+    }
+    let most = allowance::regions_of_port(sigbus::mapped());
+    // More than [`MAX_REGIONS`] is refused in any case.
+    if count > most && count <= MAX_REGIONS {
+        return Err(MemoryError::Crowded { count, most });
     }
     let limit = allowance::of_port(sysconf(libc::_SC_PHYS_PAGES) * sysconf(libc::_SC_PAGESIZE));
     if bytes > limit {
@@ -125,6 +131,16 @@ pub(crate) enum MemoryError {
         spec: RegionSpec,
         /// The kernel's answer.
         reason: String,
+    },
+    /// More than a port may have while all ports together have many.
+    #[error(
+        "{count} memory regions are more than {most}, as many as are left for a port beside others"
+    )]
+    Crowded {
+        /// How many.
+        count: usize,
+        /// How many it may have now.
+        most: usize,
     },
     /// More than [`MAX_REGIONS`].
     #[error("{count} memory regions are more than {MAX_REGIONS}")]

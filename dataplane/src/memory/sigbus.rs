@@ -7,25 +7,19 @@
 //! A slot is read while it may be given up and taken again for another region, so it is a sequence
 //! lock: its range is of one region if the sequence is even and the same before and after.
 
+mod range;
+
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
+pub(super) use self::range::Range;
+use self::range::{SharedRange, Word};
+
 /// Most regions mapped at a time by all ports: 1,000 guests of QEMU with 4 regions, some of them
 /// with many. The table is untouched memory until it is used.
-const MAX_MAPPED: usize = 16_384;
-
-/// What is guarded: whole pages of one file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Range {
-    /// First address.
-    pub(super) start: usize,
-    /// Bytes.
-    pub(super) len: usize,
-    /// Bytes of a page, of which `start` and `len` are multiples.
-    pub(super) page: usize,
-}
+pub(super) const MAX_MAPPED: usize = 16_384;
 
 impl Range {
     fn holds(&self, address: usize) -> bool {
@@ -43,27 +37,40 @@ impl Range {
     }
 }
 
-/// A range that readers see whole or not at all. Writers take turns by [`MappedRange::taken`].
-struct MappedRange {
+impl Word for AtomicUsize {
+    fn load(&self, order: Ordering) -> usize {
+        self.load(order)
+    }
+
+    fn store(&self, value: usize, order: Ordering) {
+        self.store(value, order);
+    }
+
+    fn fence(order: Ordering) {
+        fence(order);
+    }
+}
+
+/// What is guarded. Writers take turns by [`Slot::taken`].
+struct Slot {
     /// A region has this slot.
     taken: AtomicBool,
-    /// Odd while the range is being written.
-    sequence: AtomicUsize,
-    start: AtomicUsize,
-    len: AtomicUsize,
-    page: AtomicUsize,
+    range: SharedRange<AtomicUsize>,
     /// Faults in it: more than none, and it is broken.
     faults: AtomicUsize,
 }
 
-impl MappedRange {
+impl Slot {
     const fn free() -> Self {
+        let Range { start, len, page } = Range::EMPTY;
         Self {
             taken: AtomicBool::new(false),
-            sequence: AtomicUsize::new(0),
-            start: AtomicUsize::new(0),
-            len: AtomicUsize::new(0),
-            page: AtomicUsize::new(1),
+            range: SharedRange {
+                sequence: AtomicUsize::new(0),
+                start: AtomicUsize::new(start),
+                len: AtomicUsize::new(len),
+                page: AtomicUsize::new(page),
+            },
             faults: AtomicUsize::new(0),
         }
     }
@@ -76,54 +83,26 @@ impl MappedRange {
     }
 
     fn give_up(&self) {
-        self.write(Range {
-            start: 0,
-            len: 0,
-            page: 1,
-        });
+        self.range.write(Range::EMPTY);
         // Release: pairs with `try_take`.
         self.taken.store(false, Ordering::Release);
     }
-
-    /// To be called by whoever has taken the slot.
-    fn write(&self, range: Range) {
-        let before = self.sequence.load(Ordering::Relaxed);
-        self.sequence
-            .store(before.wrapping_add(1), Ordering::Relaxed);
-        // Pairs with the fence in `read`: who sees a word of the new range sees the odd sequence.
-        fence(Ordering::Release);
-        self.start.store(range.start, Ordering::Relaxed);
-        self.len.store(range.len, Ordering::Relaxed);
-        self.page.store(range.page, Ordering::Relaxed);
-        // Release: pairs with the acquire load in `read`, so that the words are the range's.
-        self.sequence
-            .store(before.wrapping_add(2), Ordering::Release);
-    }
-
-    /// The range, with the sequence it had; `None` while it is being written. Never waits: the thread
-    /// that a signal interrupts may be the writer, and whose access faults has had its range written
-    /// long before.
-    fn read(&self) -> Option<Range> {
-        // Acquire: pairs with the last store of `write`.
-        let before = self.sequence.load(Ordering::Acquire);
-        let range = Range {
-            start: self.start.load(Ordering::Relaxed),
-            len: self.len.load(Ordering::Relaxed),
-            page: self.page.load(Ordering::Relaxed),
-        };
-        // Pairs with the fence in `write`.
-        fence(Ordering::Acquire);
-        let after = self.sequence.load(Ordering::Relaxed);
-        (before == after && before.is_multiple_of(2)).then_some(range)
-    }
 }
 
-static SLOTS: [MappedRange; MAX_MAPPED] = [const { MappedRange::free() }; MAX_MAPPED];
+static SLOTS: [Slot; MAX_MAPPED] = [const { Slot::free() }; MAX_MAPPED];
+
+/// Slots that are taken.
+static TAKEN: AtomicUsize = AtomicUsize::new(0);
 
 /// Slots from here on have never been used.
 static HIGH_WATER: AtomicUsize = AtomicUsize::new(0);
 
 static BREAKS: AtomicU64 = AtomicU64::new(0);
+
+/// How many regions are mapped.
+pub(super) fn mapped() -> usize {
+    TAKEN.load(Ordering::Relaxed)
+}
 
 /// How often a region was broken so far: a change tells a worker to look at its queues.
 #[inline]
@@ -143,11 +122,12 @@ impl Guard {
     pub(super) fn new(range: Range) -> Option<Self> {
         static INSTALL: Once = Once::new();
         INSTALL.call_once(install);
-        let index = SLOTS.iter().position(MappedRange::try_take)?;
+        let index = SLOTS.iter().position(Slot::try_take)?;
         let slot = &SLOTS[index];
         slot.faults.store(0, Ordering::Relaxed);
         HIGH_WATER.fetch_max(index + 1, Ordering::Relaxed);
-        slot.write(range);
+        slot.range.write(range);
+        TAKEN.fetch_add(1, Ordering::Relaxed);
         Some(Self { slot: index })
     }
 
@@ -159,6 +139,7 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         SLOTS[self.slot].give_up();
+        TAKEN.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -190,7 +171,7 @@ extern "C" fn handler(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
 fn replace_around(address: usize) -> bool {
     let used = HIGH_WATER.load(Ordering::Relaxed).min(MAX_MAPPED);
     for slot in &SLOTS[..used] {
-        let Some(range) = slot.read().filter(|range| range.holds(address)) else {
+        let Some(range) = slot.range.read().filter(|range| range.holds(address)) else {
             continue;
         };
         let faults = slot.faults.fetch_add(1, Ordering::Relaxed);
@@ -226,7 +207,6 @@ fn map_zeros(start: usize, len: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeSet;
 
     #[test]
     fn the_first_fault_replaces_its_page_and_each_further_one_twice_as_much() {
@@ -246,45 +226,5 @@ mod tests {
         for faults in [3, 30, 1000] {
             assert_eq!(range.chunk_of(0xff_ffff, faults), (0x20_0000, 0xe0_0000));
         }
-    }
-
-    /// A fault's handler that reads the start of one region and the length of another would replace
-    /// memory that is neither's.
-    #[test]
-    fn a_slot_that_changes_hands_is_read_whole_or_not_at_all() {
-        const CHANGES_SEEN: usize = 100;
-        let slot = MappedRange::free();
-        let stop = AtomicBool::new(false);
-        let range = |n: usize| Range {
-            start: n,
-            len: 3 * n,
-            page: 7 * n,
-        };
-        let (mut seen, mut torn) = (BTreeSet::new(), Vec::new());
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                for n in 1.. {
-                    if stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    assert!(slot.try_take());
-                    slot.write(range(n));
-                    // For a while it rests, or there would be hardly a time to read it.
-                    (0..100).for_each(|_| std::hint::spin_loop());
-                    slot.give_up();
-                }
-            });
-            while seen.len() < CHANGES_SEEN && torn.is_empty() {
-                let Some(read) = slot.read().filter(|read| read.len > 0) else {
-                    continue;
-                };
-                seen.insert(read.start);
-                if read != range(read.start) {
-                    torn.push(read);
-                }
-            }
-            stop.store(true, Ordering::Relaxed);
-        });
-        assert_eq!(torn, []);
     }
 }

@@ -108,7 +108,12 @@ impl Announcements {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::super::message::VringFd;
     use super::*;
+    use crate::memory::RegionSpec;
+    use crate::ring::RingAddresses;
 
     #[test]
     fn an_address_is_announced_once_a_second_and_few_of_them() {
@@ -123,6 +128,52 @@ mod tests {
         assert!(announcements.allow(mac(3), start + ANNOUNCE_EVERY));
         assert!(announcements.allow(mac(8), start + ANNOUNCE_EVERY));
         assert!(!announcements.allow(mac(3), start + ANNOUNCE_EVERY));
+    }
+
+    #[test]
+    fn what_workers_notice_costs_more_than_a_question() {
+        let fd = || VringFd { index: 0, fd: None };
+        let memory = RegionSpec {
+            guest_addr: 0,
+            size: 4096,
+            user_addr: 0,
+            mmap_offset: 0,
+        };
+        let addresses = RingAddresses {
+            desc: 0,
+            avail: 0,
+            used: 0,
+        };
+        let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let changes = [
+            Request::SetVringKick(fd()),
+            Request::SetVringAddr {
+                index: 0,
+                addresses,
+            },
+            Request::SetVringEnable {
+                index: 0,
+                enable: true,
+            },
+            Request::GetVringBase { index: 0 },
+            Request::SetMemTable(Vec::new()),
+            Request::AddMemReg(memory, file()),
+            Request::RemMemReg(memory),
+            Request::SendRarp(MacAddr([2; 6])),
+            Request::ResetDevice,
+            Request::SetStatus(0),
+        ];
+        for change in &changes {
+            assert_eq!(of_request(change), CHANGE, "{change:?}");
+        }
+        let questions = [
+            Request::GetFeatures,
+            Request::GetStatus,
+            Request::SetVringCall(fd()),
+        ];
+        for question in &questions {
+            assert!(of_request(question) < CHANGE / 10, "{question:?}");
+        }
     }
 
     #[test]
