@@ -67,18 +67,112 @@ fn a_file_of_another_kind_ends_the_session_in_each_message() {
 }
 
 mod as_root {
+    #![allow(unsafe_code, reason = "userfaultfd")]
+
     use super::*;
     use common::fuse::SilentFuse;
     use common::observe::open_fds;
+    use std::os::fd::{AsRawFd, FromRawFd};
     use std::os::unix::net::UnixStream;
 
-    /// Threads of this process that close foreign files.
-    fn closers() -> usize {
+    /// Threads of this process with a name.
+    fn threads(name: &str) -> usize {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap();
         tasks
             .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
-            .filter(|name| name.trim() == "ringway-close")
+            .filter(|found| found.trim() == name)
             .count()
+    }
+
+    /// Memory whose first touch waits until this is dropped (userfaultfd(2)).
+    struct SlowPage {
+        fault: OwnedFd,
+        page: *mut libc::c_void,
+    }
+
+    /// struct uffdio_api and uffdio_register, and their requests (linux/userfaultfd.h).
+    const API: (u64, [u64; 3]) = (0xc018_aa3f, [0xaa, 0, 0]);
+    const REGISTER: u64 = 0xc020_aa00;
+    const MISSING: u64 = 1;
+    const PAGE: usize = 4096;
+
+    impl SlowPage {
+        fn new() -> Self {
+            // SAFETY: a new anonymous mapping touches nothing.
+            let page = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    PAGE,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                    -1,
+                    0,
+                )
+            };
+            assert_ne!(page, libc::MAP_FAILED);
+            // SAFETY: it has no pointers among its arguments.
+            let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+            assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+            // SAFETY: the kernel just made it for us.
+            let fault = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap()) };
+            let (request, mut argument) = API;
+            // SAFETY: the argument is of the size that the request says.
+            let done = unsafe { libc::ioctl(fault.as_raw_fd(), request, argument.as_mut_ptr()) };
+            assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+            let mut argument = [page.addr() as u64, PAGE as u64, MISSING, 0];
+            // SAFETY: likewise.
+            let done = unsafe { libc::ioctl(fault.as_raw_fd(), REGISTER, argument.as_mut_ptr()) };
+            assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+            Self { fault, page }
+        }
+
+        /// Reads a pipe into the page, in a thread that has the pipe's lock when this returns, and
+        /// keeps it.
+        fn hold_lock(&self, pipe: &OwnedFd) -> std::thread::JoinHandle<()> {
+            let pipe = pipe.try_clone().unwrap();
+            let page = self.page.addr();
+            let holder = std::thread::spawn(move || {
+                let page = std::ptr::without_provenance_mut(page);
+                // SAFETY: the page is mapped until the test ends.
+                unsafe { libc::read(pipe.as_raw_fd(), page, PAGE) };
+            });
+            let mut fds = [rustix::event::PollFd::new(
+                &self.fault,
+                rustix::event::PollFlags::IN,
+            )];
+            rustix::event::poll(&mut fds, None).unwrap();
+            holder
+        }
+    }
+
+    /// A front-end can keep a pipe's lock for as long as it likes: whoever writes to the pipe waits for
+    /// it, and nothing ends that. O_NONBLOCK is of no use.
+    #[test]
+    fn a_pipe_whose_lock_is_held_holds_up_nobody() {
+        let mut stage = Stage::new();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let frontend = &mut stage.bad.frontend;
+        for ring in [0_u64, 1] {
+            let body = ring.to_ne_bytes();
+            frontend
+                .request(FrontendReq::SET_VRING_CALL, &body, &[writer.as_fd()])
+                .unwrap();
+        }
+        rustix::io::write(&writer, &[0; PAGE]).unwrap();
+        drop(writer);
+        let slow = SlowPage::new();
+        let holder = slow.hold_lock(&reader);
+        // Calls for both rings, which nobody takes.
+        stage.assert_works();
+        stage.let_innocents_run(1000);
+        stage.reconnect();
+        stage.assert_works();
+        stage.let_innocents_run(1000);
+        assert_eq!(threads("ringway-relay"), 1, "it waits for the lock");
+        drop(slow);
+        holder.join().unwrap();
+        eventually("the relay ends", || threads("ringway-relay") == 0);
+        stage.finish();
     }
 
     /// A FUSE file whose server never answers: fstat, mmap, poll and even close would wait.
@@ -117,7 +211,7 @@ mod as_root {
         // Once the files are closed, the port is as good as before.
         drop(fuse);
         eventually("files are closed", || {
-            open_fds() <= before_all && closers() == 0
+            open_fds() <= before_all && threads("ringway-close") == 0
         });
         stage.reconnect();
         stage.assert_works();

@@ -51,11 +51,21 @@ pub(crate) struct VhostPort {
     features: AtomicU64,
     protocol_features: AtomicU64,
     connections: AtomicU64,
-    last_error: Mutex<Option<String>>,
+    last_error: Mutex<Option<LastError>>,
     /// Of lines that tell of rings: a guest can start and stop them as often as it likes.
     log: LogLimit,
     /// Of lines that tell of rings stopped for a reason of ours, which the others don't crowd out.
     fault_log: LogLimit,
+}
+
+/// Why a session ended, or what went wrong in it.
+#[derive(Debug)]
+struct LastError {
+    /// True until this ring starts again.
+    ring: Option<u16>,
+    reason: String,
+    /// In which session, by the number of its connection: told until the next one ends.
+    session: u64,
 }
 
 impl VhostPort {
@@ -155,7 +165,8 @@ impl VhostPort {
     }
 
     pub(crate) fn last_error(&self) -> Option<String> {
-        lock(&self.last_error).clone()
+        let error = lock(&self.last_error);
+        error.as_ref().map(|error| error.reason.clone())
     }
 
     /// Bytes and regions of guest memory that are mapped.
@@ -201,8 +212,22 @@ impl VhostPort {
             .unwrap_or(u16::MAX)
     }
 
-    fn set_last_error(&self, error: Option<String>) {
-        *lock(&self.last_error) = error;
+    fn set_last_error(&self, ring: Option<u16>, reason: String) {
+        let session = self.connections();
+        *lock(&self.last_error) = Some(LastError {
+            ring,
+            reason,
+            session,
+        });
+    }
+
+    fn forget_errors_before(&self, session: u64) {
+        lock(&self.last_error).take_if(|error| error.session < session);
+    }
+
+    /// A ring goes again: what was wrong with it is no longer true.
+    fn forget_error_of(&self, ring: u16) {
+        lock(&self.last_error).take_if(|error| error.ring == Some(ring));
     }
 
     /// Takes a started ring out of use. Its kick fd leaves the worker's epoll instance first: the

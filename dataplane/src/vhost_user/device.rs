@@ -61,6 +61,12 @@ pub(crate) trait Device: Send + Sync {
     /// Most queue pairs.
     fn queue_pairs(&self) -> u16;
 
+    /// Virtio features of its data path.
+    fn features(&self) -> Features;
+
+    /// The MTU in effect, if anybody told one.
+    fn mtu(&self) -> Option<u16>;
+
     /// A front-end connected.
     fn connected(&self);
 
@@ -75,6 +81,9 @@ pub(crate) trait Device: Send + Sync {
     fn take_verdict(&self) -> Option<Verdict> {
         None
     }
+
+    /// Something was refused that the session survives: a ring, or a request. For display.
+    fn refused(&self, ring: Option<u16>, reason: String);
 
     /// Virtio and protocol features in effect, for display.
     fn set_features(&self, features: Features, protocol_features: ProtocolFeatures);

@@ -56,6 +56,8 @@ impl<D: Device> Link<D> {
             return SessionState::Ended(Some(error.to_string()));
         }
         for _ in 0..MAX_MESSAGES_PER_TURN {
+            // What it takes to receive files is part of a request's price.
+            let start = Instant::now();
             match self.connection.receive() {
                 Ok(Received::Message(message)) => {
                     self.speak_by = None;
@@ -63,7 +65,6 @@ impl<D: Device> Link<D> {
                         .request
                         .as_ref()
                         .map_or(price::CONNECTION, price::of_request);
-                    let start = Instant::now();
                     let handled = self.handle(message);
                     let end = Instant::now();
                     budget.charge(end, listed.max(end - start));

@@ -32,8 +32,13 @@ pub(crate) const MAX_FDS: usize = 8;
 /// Most regions in SET_MEM_TABLE ("Memory regions description": region0 to region7).
 const MAX_TABLE_REGIONS: u32 = 8;
 
-/// Bytes of every reply: all that we send have a body of 8 bytes.
-pub(crate) const REPLY_LEN: usize = HEADER_LEN + 8;
+/// Longest configuration space ("Virtio device config space": VHOST_USER_MAX_CONFIG_SIZE).
+const MAX_CONFIG: usize = 256;
+/// Offset, size and flags in front of it.
+const CONFIG_HEAD: usize = 12;
+
+/// Longest reply: GET_CONFIG's. All others have a body of 8 bytes.
+pub(crate) const MAX_REPLY_LEN: usize = HEADER_LEN + CONFIG_HEAD + MAX_CONFIG;
 
 const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 0b11;
@@ -68,9 +73,15 @@ pub(crate) enum CodecError {
     /// A file that no request takes (see `foreign.rs`).
     #[error(
         "a file came with request {request} that is neither an eventfd nor shared memory (a memfd, or a \
-         file of tmpfs or hugetlbfs)"
+         file of tmpfs or hugetlbfs), nor a pipe or Unix socket in an eventfd's place"
     )]
     ForeignFile { request: u32 },
+    /// A pipe's other end, or a file without the right to read or to write.
+    #[error("the pipe or socket of request {request} can't be read, or not written to")]
+    Direction { request: u32 },
+    /// A pipe or socket that is not served (see `relay.rs`).
+    #[error("the pipe or socket of request {request} can't be served: those before hang")]
+    Unserved { request: u32 },
     /// A value outside of its field's range.
     #[error("request {request} has a value of {value:#x}: {rule}")]
     Value {
@@ -177,6 +188,15 @@ pub(crate) enum Request {
     RemMemReg(RegionSpec),
     SetStatus(u8),
     GetStatus,
+    /// Its channel is kept open and never used: we ask nothing of front-ends.
+    SetBackendReqFd,
+    /// Offset and size, which lie in what a configuration space may have.
+    GetConfig {
+        offset: u32,
+        size: u32,
+    },
+    /// What it would write is ignored: no field of it is the driver's to write (virtio 1.3, 5.1.4).
+    SetConfig,
     /// A request that we don't know, or whose protocol feature we never offer.
     Unknown(u32),
 }
@@ -207,7 +227,7 @@ impl Request {
             FrontendReq::RESET_OWNER => message.empty(Self::ResetOwner)?,
             FrontendReq::SET_MEM_TABLE => Self::SetMemTable(message.mem_table()?),
             FrontendReq::SET_LOG_BASE => message.log_base()?,
-            FrontendReq::SET_LOG_FD => message.log_fd()?,
+            FrontendReq::SET_LOG_FD => message.closed_fd(Self::SetLogFd)?,
             FrontendReq::SET_VRING_NUM => {
                 let (index, num) = message.vring_state()?;
                 Self::SetVringNum { index, num }
@@ -242,6 +262,12 @@ impl Request {
             FrontendReq::REM_MEM_REG => Self::RemMemReg(message.single_region(0..=1)?.0),
             FrontendReq::SET_STATUS => Self::SetStatus(message.status()?),
             FrontendReq::GET_STATUS => message.empty(Self::GetStatus)?,
+            FrontendReq::SET_BACKEND_REQ_FD => message.closed_fd(Self::SetBackendReqFd)?,
+            FrontendReq::GET_CONFIG => {
+                let (offset, size) = message.config()?;
+                Self::GetConfig { offset, size }
+            }
+            FrontendReq::SET_CONFIG => message.config().map(|_| Self::SetConfig)?,
             _ => Self::Unknown(header.request),
         })
     }
@@ -252,7 +278,6 @@ impl Request {
         matches!(
             FrontendReq::try_from(request),
             Ok(FrontendReq::IOTLB_MSG
-                | FrontendReq::GET_CONFIG
                 | FrontendReq::CREATE_CRYPTO_SESSION
                 | FrontendReq::POSTCOPY_ADVISE
                 | FrontendReq::POSTCOPY_END
@@ -281,24 +306,70 @@ pub(crate) enum ReplyBody {
     U64(u64),
     /// A ring's base ("A vring state description").
     VringState { index: u32, num: u32 },
+    /// A piece of the configuration space: `size` bytes from `offset` on. Those of which there is
+    /// nothing to tell are zero.
+    Config {
+        offset: u32,
+        size: u32,
+        space: NetConfig,
+    },
+}
+
+/// What the configuration space tells (virtio 1.3, 5.1.4): the fields of features that we offer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct NetConfig {
+    pub(crate) max_queue_pairs: u16,
+    /// 0 if nobody configured one.
+    pub(crate) mtu: u16,
+}
+
+impl NetConfig {
+    /// VIRTIO_NET_S_LINK_UP.
+    const LINK_UP: u16 = 1;
+
+    /// All of it, little-endian as of virtio 1.0: an address that is left to the driver, the
+    /// status, queue pairs and MTU.
+    fn space(self) -> [u8; MAX_CONFIG] {
+        let mut space = [0; MAX_CONFIG];
+        let fields = [Self::LINK_UP, self.max_queue_pairs, self.mtu];
+        for (at, field) in space[6..].chunks_exact_mut(2).zip(fields) {
+            at.copy_from_slice(&field.to_le_bytes());
+        }
+        space
+    }
 }
 
 impl Reply {
     /// The reply's bytes, each of them written: there is no padding.
-    pub(crate) fn encode(&self) -> [u8; REPLY_LEN] {
-        const BODY_LEN: u32 = 8;
-        let mut bytes = [0; REPLY_LEN];
-        let flags = VERSION | FLAG_REPLY;
-        bytes[0..4].copy_from_slice(&self.request.to_ne_bytes());
-        bytes[4..8].copy_from_slice(&flags.to_ne_bytes());
-        bytes[8..12].copy_from_slice(&BODY_LEN.to_ne_bytes());
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut body = Vec::with_capacity(MAX_REPLY_LEN);
         match self.body {
-            ReplyBody::U64(value) => bytes[12..20].copy_from_slice(&value.to_ne_bytes()),
+            ReplyBody::U64(value) => body.extend(value.to_ne_bytes()),
             ReplyBody::VringState { index, num } => {
-                bytes[12..16].copy_from_slice(&index.to_ne_bytes());
-                bytes[16..20].copy_from_slice(&num.to_ne_bytes());
+                body.extend([index, num].iter().flat_map(|field| field.to_ne_bytes()));
+            }
+            ReplyBody::Config {
+                offset,
+                size,
+                space,
+            } => {
+                body.extend(
+                    [offset, size, 0]
+                        .iter()
+                        .flat_map(|field| field.to_ne_bytes()),
+                );
+                // The parser saw that this lies in the space.
+                let (from, len) = (offset as usize, size as usize);
+                body.extend(space.space().iter().skip(from).take(len));
             }
         }
+        #[expect(clippy::cast_possible_truncation, reason = "at most MAX_REPLY_LEN")]
+        let header = [self.request, VERSION | FLAG_REPLY, body.len() as u32];
+        let mut bytes: Vec<u8> = header
+            .iter()
+            .flat_map(|field| field.to_ne_bytes())
+            .collect();
+        bytes.append(&mut body);
         bytes
     }
 }
@@ -346,10 +417,30 @@ impl<'a> Parts<'a> {
     }
 
     /// An fd, which is closed.
-    fn log_fd(self) -> Result<Request, CodecError> {
+    fn closed_fd(self, request: Request) -> Result<Request, CodecError> {
         self.exact_body::<0>()?;
         self.expect_fds(1)?;
-        Ok(Request::SetLogFd)
+        Ok(request)
+    }
+
+    /// Offset and size of a piece of the configuration space. The bytes themselves follow, in
+    /// GET_CONFIG as room for the answer.
+    fn config(&self) -> Result<(u32, u32), CodecError> {
+        let (head, space) = self
+            .body
+            .split_first_chunk::<CONFIG_HEAD>()
+            .ok_or_else(|| self.bad_size())?;
+        self.expect_fds(0)?;
+        let mut fields = FieldReader(head);
+        let (offset, size) = (fields.u32(), fields.u32());
+        if usize::try_from(size) != Ok(space.len()) {
+            return Err(self.bad_size());
+        }
+        let end = u64::from(offset) + u64::from(size);
+        if end > MAX_CONFIG as u64 {
+            return Err(self.bad_value(end, "a configuration space has at most 256 bytes"));
+        }
+        Ok((offset, size))
     }
 
     /// Either a log description or, without LOG_SHMFD, an address.
@@ -424,6 +515,8 @@ impl<'a> Parts<'a> {
         })
     }
 
+    /// The body may have room for more regions than it has: user-mode Linux sends two places, of
+    /// which it counts those that it uses.
     fn mem_table(self) -> Result<Vec<(RegionSpec, OwnedFd)>, CodecError> {
         let (head, regions) = self
             .body
@@ -433,10 +526,12 @@ impl<'a> Parts<'a> {
         if count > MAX_TABLE_REGIONS {
             return Err(self.bad_value(count.into(), "a memory table has at most 8 regions"));
         }
-        let (regions, rest) = regions.as_chunks::<REGION_LEN>();
-        if usize::try_from(count) != Ok(regions.len()) || !rest.is_empty() {
+        let (places, rest) = regions.as_chunks::<REGION_LEN>();
+        let is_table = places.len() <= MAX_TABLE_REGIONS as usize && rest.is_empty();
+        let regions = places.get(..count as usize).filter(|_| is_table);
+        let Some(regions) = regions else {
             return Err(self.bad_size());
-        }
+        };
         self.expect_fds(regions.len())?;
         let specs = regions.iter().map(|region| FieldReader(region).region());
         Ok(specs.zip(self.fds).collect())

@@ -10,7 +10,8 @@ use std::time::Instant;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::device::{Device, RingError};
-use super::message::{ReplyBody, Request, VringFd};
+use super::message::{NetConfig, ReplyBody, Request, VringFd};
+use super::offer::Offer;
 use super::vring::{Footing, Vring};
 use crate::log_limit::LogLimit;
 use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, Region, RegionSpec, check_regions};
@@ -31,6 +32,12 @@ pub(crate) enum SessionError {
     /// SET_FEATURES or SET_PROTOCOL_FEATURES with bits that were not offered.
     #[error("the front-end took {kind} {bits:#x} that were not offered")]
     FeaturesNotOffered { kind: &'static str, bits: u64 },
+    /// A guest that drives a control queue itself, which nobody serves.
+    #[error(
+        "the guest gets a control queue (VIRTIO_NET_F_CTRL_VQ) that its front-end does not serve; give \
+         the port one queue pair (`--queues 1`), and it is not offered"
+    )]
+    ControlQueue,
     /// A ring that the device does not have.
     #[error("there is no ring {index}, only {count}")]
     NoSuchRing { index: u32, count: usize },
@@ -69,6 +76,7 @@ pub(crate) struct Session<D: Device> {
     protocol_features: ProtocolFeatures,
     /// The front-end has begun to negotiate.
     negotiated: bool,
+    offer: Offer,
     status: u8,
     rings: Vec<Vring>,
     open: bool,
@@ -89,6 +97,7 @@ impl<D: Device> Session<D> {
             },
             protocol_features: ProtocolFeatures::empty(),
             negotiated: false,
+            offer: Offer::default(),
             status: 0,
             rings: (0..rings).map(Vring::new).collect(),
             open: true,
@@ -136,6 +145,7 @@ impl<D: Device> Session<D> {
                 | FrontendReq::GET_QUEUE_NUM
                 | FrontendReq::GET_VRING_BASE
                 | FrontendReq::GET_MAX_MEM_SLOTS
+                | FrontendReq::GET_CONFIG
                 | FrontendReq::GET_STATUS)
         );
         (self.wants_ack(need_reply) && !own_reply).then_some(ReplyBody::U64(NACK))
@@ -158,10 +168,14 @@ impl<D: Device> Session<D> {
     fn apply(&mut self, request: Request) -> Result<Answer, SessionError> {
         match request {
             Request::GetFeatures => {
-                return Ok(Answer::Reply(ReplyBody::U64(Features::all().bits())));
+                let offered = self.offer.features(self.device());
+                return Ok(Answer::Reply(ReplyBody::U64(offered.bits())));
             }
             Request::SetFeatures(features) => self.set_features(features)?,
-            Request::SetOwner => self.negotiated = true,
+            Request::SetOwner => {
+                self.negotiated = true;
+                self.offer.owned_first |= self.protocol_features.is_empty();
+            }
             // Deprecated: "either ignore this message, or use it to disable all rings".
             Request::ResetOwner => {}
             Request::SetMemTable(table) => self.set_mem_table(table)?,
@@ -173,6 +187,7 @@ impl<D: Device> Session<D> {
                 return self.change_ring(index, |ring, on| ring.set_addresses(on, addresses));
             }
             Request::SetVringBase { index, base } => {
+                let base = self.base_meant(base);
                 return self.change_ring(index, |ring, _| ring.set_base(base));
             }
             Request::GetVringBase { index } => {
@@ -191,9 +206,8 @@ impl<D: Device> Session<D> {
                 self.rings[at].set_err(fd);
             }
             Request::GetProtocolFeatures => {
-                return Ok(Answer::Reply(ReplyBody::U64(
-                    ProtocolFeatures::all().bits(),
-                )));
+                let offered = self.offer.protocol_features(self.device());
+                return Ok(Answer::Reply(ReplyBody::U64(offered.bits())));
             }
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features)?,
             // In pairs, as all front-ends of network devices read it.
@@ -243,6 +257,29 @@ impl<D: Device> Session<D> {
                 )?;
                 return Ok(Answer::Reply(ReplyBody::U64(self.status.into())));
             }
+            Request::SetBackendReqFd => self.require(
+                ProtocolFeatures::VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+                FrontendReq::SET_BACKEND_REQ_FD,
+            )?,
+            Request::GetConfig { offset, size } => {
+                self.require(
+                    ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIG,
+                    FrontendReq::GET_CONFIG,
+                )?;
+                let space = NetConfig {
+                    max_queue_pairs: self.device().queue_pairs(),
+                    mtu: self.device().mtu().unwrap_or(0),
+                };
+                return Ok(Answer::Reply(ReplyBody::Config {
+                    offset,
+                    size,
+                    space,
+                }));
+            }
+            Request::SetConfig => self.require(
+                ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIG,
+                FrontendReq::SET_CONFIG,
+            )?,
             Request::Unknown(id) => {
                 if let Some(suppressed) = self.log.pass(Instant::now()) {
                     tracing::warn!(request = id, suppressed, "unknown request ignored");
@@ -259,6 +296,9 @@ impl<D: Device> Session<D> {
             let kind = "features";
             SessionError::FeaturesNotOffered { kind, bits }
         })?;
+        if self.passes_through() && features.contains(Features::VIRTIO_NET_F_CTRL_VQ) {
+            return Err(SessionError::ControlQueue);
+        }
         self.negotiated = true;
         self.footing.features = features;
         self.show_features();
@@ -374,6 +414,22 @@ impl<D: Device> Session<D> {
         Ok(())
     }
 
+    /// Whether the front-end asks us for the configuration space, so has no device model that serves
+    /// it, or the control queue.
+    fn passes_through(&self) -> bool {
+        self.protocol_features
+            .contains(ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIG)
+    }
+
+    /// User-mode Linux says 0 of each fresh ring, and all its rings are fresh; a packed one begins
+    /// with its wrap counters set (virtio 1.3, 2.8.1).
+    fn base_meant(&self, base: u32) -> u32 {
+        match base {
+            0 if self.passes_through() => RingLayout::of(self.footing.features).first_base(),
+            base => base,
+        }
+    }
+
     /// Stops all rings until their next SET_VRING_KICK.
     fn stop_all(&mut self) {
         for ring in &mut self.rings {
@@ -420,6 +476,7 @@ impl<D: Device> Session<D> {
     }
 
     fn refuse(&self, reason: &str) -> Answer {
+        self.device().refused(None, reason.to_owned());
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             tracing::warn!(reason, suppressed, "request refused");
         }
@@ -427,6 +484,9 @@ impl<D: Device> Session<D> {
     }
 
     fn ring_failed(&self, ring: usize, error: &RingError) -> Answer {
+        let index = u16::try_from(ring).ok();
+        self.device()
+            .refused(index, format!("ring {ring} refused: {error}"));
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             tracing::warn!(ring, %error, suppressed, "ring refused");
         }

@@ -13,10 +13,11 @@ use rustix::net::{
     recvmsg, send, shutdown,
 };
 
-use super::foreign::{Closing, is_expected};
+use super::foreign::{Closing, Foreign, is_expected};
 use super::message::{
-    CodecError, HEADER_LEN, Header, MAX_BODY, MAX_FDS, REPLY_LEN, Reply, Request,
+    CodecError, HEADER_LEN, Header, MAX_BODY, MAX_FDS, MAX_REPLY_LEN, Reply, Request,
 };
+use super::relay::{Relays, Unfit};
 
 /// Most replies that wait for a front-end to read: it asks and waits, so even a few are odd. The
 /// socket's own buffer comes on top.
@@ -87,9 +88,12 @@ pub(crate) struct Connection {
     header: Option<Header>,
     /// Fds of the message that is being received, at most [`MAX_FDS`].
     fds: Vec<OwnedFd>,
-    /// A foreign file came with the message that is being received.
-    has_foreign: bool,
+    /// Other files that came with it; of a message with more than one, only one is kept.
+    foreign: Option<Foreign>,
+    has_many_foreign: bool,
     closing: Closing,
+    /// Serves pipes and sockets that came in the place of eventfds.
+    relays: Relays,
     /// Replies that the socket has not taken, at most [`MAX_WAITING_REPLIES`].
     outgoing: Vec<u8>,
 }
@@ -103,7 +107,9 @@ impl Connection {
             filled: 0,
             header: None,
             fds: Vec::new(),
-            has_foreign: false,
+            foreign: None,
+            has_many_foreign: false,
+            relays: Relays::new(closing.clone()),
             closing,
             outgoing: Vec::new(),
         }
@@ -138,7 +144,7 @@ impl Connection {
     /// # Errors
     /// Too many replies wait, or the connection has ended.
     pub(crate) fn send(&mut self, reply: &Reply) -> Result<(), ConnectionError> {
-        if self.outgoing.len() + REPLY_LEN > MAX_WAITING_REPLIES * REPLY_LEN {
+        if self.outgoing.len() + MAX_REPLY_LEN > MAX_WAITING_REPLIES * MAX_REPLY_LEN {
             return Err(ConnectionError::RepliesUnread);
         }
         self.outgoing.extend_from_slice(&reply.encode());
@@ -197,12 +203,19 @@ impl Connection {
             return Ok(None);
         }
         let body = &self.buffer[HEADER_LEN..self.filled];
-        let fds = std::mem::take(&mut self.fds);
-        let request = if std::mem::take(&mut self.has_foreign) {
-            let request = header.request;
-            Err(CodecError::ForeignFile { request })
-        } else {
-            Request::parse(header, body, fds)
+        let mut fds = std::mem::take(&mut self.fds);
+        let is_alone = fds.is_empty() && !std::mem::take(&mut self.has_many_foreign);
+        let stands_in = match self.foreign.take() {
+            None => Ok(()),
+            Some(file) if is_alone => self
+                .relays
+                .take(header.request, body, file)
+                .map(|event| fds.push(event)),
+            Some(_) => Err(Unfit::Request),
+        };
+        let request = match stands_in {
+            Ok(()) => Request::parse(header, body, fds),
+            Err(why) => Err(why.of(header.request)),
         };
         self.filled = 0;
         self.header = None;
@@ -248,6 +261,7 @@ impl Connection {
         }
         if received.flags.contains(ReturnFlags::CTRUNC) || self.fds.len() > MAX_FDS {
             self.fds.clear();
+            self.foreign = None;
             return Err(ReadError::Fatal(ConnectionError::TooManyFds));
         }
         Ok(received.bytes)
@@ -258,8 +272,8 @@ impl Connection {
         if is_expected(&fd) {
             self.fds.push(fd);
         } else {
-            self.has_foreign = true;
-            self.closing.close(fd);
+            let file = Foreign::new(fd, &self.closing);
+            self.has_many_foreign |= self.foreign.replace(file).is_some();
         }
     }
 }
@@ -272,6 +286,7 @@ impl Drop for Connection {
         loop {
             self.filled = 0;
             self.fds.clear();
+            self.foreign = None;
             if !self.read(self.buffer.len()).is_ok_and(|count| count > 0) {
                 return;
             }

@@ -55,6 +55,7 @@ pub(super) enum Call {
     Interrupt(u16, bool),
     Mtu(u16),
     Announce(MacAddr),
+    Refused(Option<u16>, String),
 }
 
 /// A device without rings.
@@ -128,6 +129,18 @@ impl TestDevice {
 impl Device for TestDevice {
     fn queue_pairs(&self) -> u16 {
         self.pairs
+    }
+
+    fn features(&self) -> Features {
+        Features::all()
+    }
+
+    fn mtu(&self) -> Option<u16> {
+        None
+    }
+
+    fn refused(&self, ring: Option<u16>, reason: String) {
+        self.note(Call::Refused(ring, reason));
     }
 
     fn connected(&self) {

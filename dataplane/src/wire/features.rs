@@ -11,7 +11,8 @@ bitflags! {
     /// back-ends and not in ours; of that list we lack what the data path can't do (UFO, RSS, an
     /// IOMMU, and NOTIFY_ON_EMPTY and GSO of drivers older than virtio 1.0). STATUS, CTRL_VQ and
     /// the CTRL_* that the front-end serves by itself are outside of the list of QEMU 10, but in
-    /// that of older versions, which would mask them too.
+    /// that of older versions, which would mask them too. A front-end without a device model, which
+    /// passes to its guest what we offer, is offered less (`vhost_user/offer.rs`).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub(crate) struct Features: u64 {
         const VIRTIO_NET_F_CSUM = 1 << net::VIRTIO_NET_F_CSUM;
@@ -51,6 +52,8 @@ bitflags! {
         const VHOST_USER_PROTOCOL_F_RARP = 1 << 2;
         const VHOST_USER_PROTOCOL_F_REPLY_ACK = 1 << 3;
         const VHOST_USER_PROTOCOL_F_MTU = 1 << 4;
+        const VHOST_USER_PROTOCOL_F_BACKEND_REQ = 1 << 5;
+        const VHOST_USER_PROTOCOL_F_CONFIG = 1 << 9;
         const VHOST_USER_PROTOCOL_F_RESET_DEVICE = 1 << 13;
         const VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 1 << 15;
         const VHOST_USER_PROTOCOL_F_STATUS = 1 << 16;
@@ -58,6 +61,15 @@ bitflags! {
 }
 
 impl Features {
+    /// What needs a control queue, which a front-end's own device model serves and we don't.
+    pub(crate) const OF_CONTROL_QUEUE: Self = Self::VIRTIO_NET_F_CTRL_VQ
+        .union(Self::VIRTIO_NET_F_CTRL_RX)
+        .union(Self::VIRTIO_NET_F_CTRL_VLAN)
+        .union(Self::VIRTIO_NET_F_CTRL_RX_EXTRA)
+        .union(Self::VIRTIO_NET_F_GUEST_ANNOUNCE)
+        .union(Self::VIRTIO_NET_F_MQ)
+        .union(Self::VIRTIO_NET_F_CTRL_MAC_ADDR);
+
     /// Names of the bits that are set, in their order.
     pub(crate) fn names(self) -> Vec<&'static str> {
         self.iter_names().map(|(name, _)| name).collect()
@@ -65,6 +77,10 @@ impl Features {
 }
 
 impl ProtocolFeatures {
+    /// What is for front-ends without a device model of their own; QEMU warns of CONFIG.
+    pub(crate) const OF_PASSED_THROUGH: Self =
+        Self::VHOST_USER_PROTOCOL_F_BACKEND_REQ.union(Self::VHOST_USER_PROTOCOL_F_CONFIG);
+
     /// Names of the bits that are set, in their order.
     pub(crate) fn names(self) -> Vec<&'static str> {
         self.iter_names().map(|(name, _)| name).collect()

@@ -22,6 +22,18 @@ impl Device for VhostPort {
         self.pairs()
     }
 
+    fn features(&self) -> Features {
+        Features::all()
+    }
+
+    fn mtu(&self) -> Option<u16> {
+        self.mtu()
+    }
+
+    fn refused(&self, ring: Option<u16>, reason: String) {
+        self.set_last_error(ring, reason);
+    }
+
     fn connected(&self) {
         self.connections.fetch_add(1, Ordering::Relaxed);
         self.callee.begin(Instant::now());
@@ -38,7 +50,11 @@ impl Device for VhostPort {
     fn disconnected(&self, reason: Option<String>) {
         self.frontend_mtu.store(0, Ordering::Relaxed);
         self.set_features(Features::empty(), ProtocolFeatures::empty());
-        self.set_last_error(reason);
+        match reason {
+            Some(reason) => self.set_last_error(None, reason),
+            // A front-end that goes since it was refused goes without a word.
+            None => self.forget_errors_before(self.connections()),
+        }
     }
 
     fn set_features(&self, features: Features, protocol_features: ProtocolFeatures) {
@@ -102,6 +118,7 @@ impl Device for VhostPort {
         state.started = Some(started);
         self.show(queue, index, &state);
         drop(state);
+        self.forget_error_of(index);
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             let port = &self.base.name;
             info!(%port, ring = index, size, ?layout, base, enabled, suppressed, "ring started");

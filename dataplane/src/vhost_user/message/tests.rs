@@ -35,6 +35,9 @@ const SHAPES: &[(u32, usize, usize, &str)] = &[
     (18, 8, 0, "SetVringEnable"),
     (19, 8, 0, "SendRarp"),
     (20, 8, 0, "NetSetMtu"),
+    (21, 0, 1, "SetBackendReqFd"),
+    (24, 12, 0, "GetConfig"),
+    (25, 12, 0, "SetConfig"),
     (34, 0, 0, "ResetDevice"),
     (36, 0, 0, "GetMaxMemSlots"),
     (37, 40, 1, "AddMemReg"),
@@ -102,7 +105,16 @@ fn a_memory_table_has_as_many_regions_and_fds_as_it_says() {
         let addrs: Vec<_> = regions.iter().map(|(spec, _)| spec.guest_addr).collect();
         assert_eq!(addrs, (0..u64::from(count)).collect::<Vec<_>>());
     }
-    assert!(parse(5, &table(2, 3), 2).is_err());
+    // Room for more than it counts, as user-mode Linux sends it, takes no more files.
+    for (count, places) in [(0, 1), (1, 2), (2, 3), (7, 8)] {
+        let Ok(Request::SetMemTable(regions)) = parse(5, &table(count, places), count as usize)
+        else {
+            panic!("a table of {count} regions in {places} places is right");
+        };
+        assert_eq!(regions.len(), count as usize);
+        assert!(parse(5, &table(count, places), places).is_err());
+    }
+    assert!(parse(5, &table(1, 9), 1).is_err());
     assert!(parse(5, &table(3, 2), 3).is_err());
     assert!(parse(5, &table(2, 2), 1).is_err());
     assert!(parse(5, &table(2, 2), 3).is_err());
@@ -211,6 +223,41 @@ fn replies_have_every_byte_written() {
     };
     let expected = [body32(&[1, 0b101, 8]), body64(&[0x1122_3344_5566_7788])].concat();
     assert_eq!(reply.encode().as_slice(), expected);
+}
+
+/// "Virtio device config space" of vhost-user.rst; its fields are those of virtio 1.3, 5.1.4.
+#[test]
+fn a_piece_of_the_configuration_space_is_where_it_was_asked_for() {
+    let ask = |offset: u32, size: u32, room: usize| {
+        let head = body32(&[offset, size, 0]);
+        parse(24, &[head, vec![0xaa; room]].concat(), 0)
+    };
+    assert!(matches!(
+        ask(6, 4, 4),
+        Ok(Request::GetConfig { offset: 6, size: 4 })
+    ));
+    assert!(ask(0, 256, 256).is_ok());
+    for (offset, size, room) in [(0, 4, 3), (1, 256, 256), (u32::MAX, 1, 1), (0, u32::MAX, 0)] {
+        assert!(ask(offset, size, room).is_err(), "{offset} {size}");
+    }
+    let space = NetConfig {
+        max_queue_pairs: 3,
+        mtu: 9000,
+    };
+    let encoded = |offset, size| {
+        let body = ReplyBody::Config {
+            offset,
+            size,
+            space,
+        };
+        Reply { request: 24, body }.encode()
+    };
+    let whole = encoded(0, 12);
+    assert_eq!(whole[..24], body32(&[24, 0b101, 24, 0, 12, 0]));
+    let [status, pairs, mtu] = [1, 3, 9000].map(u16::to_le_bytes);
+    assert_eq!(whole[24..], [&[0; 6][..], &status, &pairs, &mtu].concat());
+    assert_eq!(encoded(10, 2)[24..], mtu);
+    assert_eq!(encoded(200, 56)[24..], [0; 56]);
 }
 
 proptest! {

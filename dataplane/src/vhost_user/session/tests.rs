@@ -10,7 +10,9 @@ use crate::vhost_user::test_device::{
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const VERSION_1: u64 = 1 << 32;
 const OFFERED_FEATURES: u64 = Features::all().bits();
-const OFFERED_PROTOCOL_FEATURES: u64 = ProtocolFeatures::all().bits();
+/// To QEMU.
+const OFFERED_PROTOCOL_FEATURES: u64 =
+    ProtocolFeatures::all().bits() & !ProtocolFeatures::OF_PASSED_THROUGH.bits();
 
 struct Fixture {
     device: Arc<TestDevice>,
@@ -53,8 +55,23 @@ impl Fixture {
         self.session.handle(request, false).unwrap_err()
     }
 
+    /// What the session did, but for what it told.
     fn calls(&self) -> Vec<Call> {
-        self.seen.try_iter().collect()
+        let calls = self.seen.try_iter();
+        calls
+            .filter(|call| !matches!(call, Call::Refused(..)))
+            .collect()
+    }
+
+    /// What was refused, with the ring that it is of.
+    fn refusals(&self) -> Vec<(Option<u16>, String)> {
+        let calls = self.seen.try_iter();
+        calls
+            .filter_map(|call| match call {
+                Call::Refused(ring, reason) => Some((ring, reason)),
+                _ => None,
+            })
+            .collect()
     }
 
     /// Size, base and addresses, so that only the kick is missing.
@@ -285,7 +302,7 @@ fn features_that_were_not_offered_end_the_session() {
         let error = Fixture::fresh().err(Request::SetFeatures(1 << bit));
         assert!(matches!(error, SessionError::FeaturesNotOffered { .. }));
     }
-    for bit in (0..64).filter(|bit| OFFERED_PROTOCOL_FEATURES & 1 << bit == 0) {
+    for bit in (0..64).filter(|bit| ProtocolFeatures::all().bits() & 1 << bit == 0) {
         let error = Fixture::fresh().err(Request::SetProtocolFeatures(1 << bit));
         assert!(matches!(error, SessionError::FeaturesNotOffered { .. }));
     }
@@ -472,15 +489,15 @@ fn replies_come_on_request_only_and_only_if_negotiated() {
     assert_eq!(fixture.acked(Request::GetQueueNum), u64_reply(2));
     assert!(fixture.session.failure(2, false).is_none());
     assert_eq!(fixture.session.failure(2, true), Some(u64_reply(1)));
-    for own_reply in [1, 11, 15, 17, 36, 40] {
+    for own_reply in [1, 11, 15, 17, 24, 36, 40] {
         assert!(fixture.session.failure(own_reply, true).is_none());
     }
 }
 
 #[test]
 fn unknown_requests_are_refused_ignored_or_end_the_session() {
-    let expect_reply = [22, 24, 26, 28, 30, 31, 41, 42, 43, 44];
-    for id in [0, 21, 23, 32, 33, 35, 45, 1000, u32::MAX]
+    let expect_reply = [22, 26, 28, 30, 31, 41, 42, 43, 44];
+    for id in [0, 23, 32, 33, 35, 45, 1000, u32::MAX]
         .into_iter()
         .chain(expect_reply)
     {
@@ -583,4 +600,98 @@ fn fds_that_come_again_do_not_pile_up() {
     assert!(most <= 4 * 3 + 2, "{most}");
     drop(fixture.session);
     assert_eq!(open_memfds("session-leak"), 0);
+}
+
+/// QEMU asks for features before SET_OWNER, and serves control queue and configuration by itself.
+#[test]
+fn qemu_is_offered_all_of_a_device_and_no_configuration_space() {
+    let mut fixture = Fixture::fresh();
+    for _ in 0..2 {
+        let offered = fixture.ok(Request::GetFeatures);
+        assert_eq!(offered, Some(u64_reply(OFFERED_FEATURES)));
+        let offered = fixture.ok(Request::GetProtocolFeatures);
+        assert_eq!(offered, Some(u64_reply(OFFERED_PROTOCOL_FEATURES)));
+        fixture.ok(Request::SetProtocolFeatures(OFFERED_PROTOCOL_FEATURES));
+        fixture.ok(Request::SetOwner);
+    }
+}
+
+/// User-mode Linux begins with SET_OWNER, and its guest gets what is offered.
+#[test]
+fn who_passes_features_through_is_offered_what_is_served() {
+    for (pairs, control) in [(1, false), (2, true)] {
+        let (device, seen) = TestDevice::new(pairs);
+        let session = Session::new(Arc::clone(&device), LogLimit::default());
+        let mut fixture = Fixture {
+            device,
+            seen,
+            session,
+        };
+        fixture.ok(Request::SetOwner);
+        let Some(ReplyBody::U64(offered)) = fixture.ok(Request::GetFeatures) else {
+            panic!("features are a number");
+        };
+        let offered = Features::from_bits(offered).unwrap();
+        let of_control = offered & Features::OF_CONTROL_QUEUE;
+        assert_eq!(of_control.is_empty(), !control, "{of_control:?}");
+        assert!(!offered.contains(Features::VIRTIO_NET_F_MTU), "nobody told");
+        assert!(offered.contains(Features::VIRTIO_NET_F_STATUS));
+        // Who reads GET_QUEUE_NUM as a number of rings would find one.
+        let all = ProtocolFeatures::all().bits() & !u64::from(!control);
+        assert_eq!(
+            fixture.ok(Request::GetProtocolFeatures),
+            Some(u64_reply(all))
+        );
+        fixture.ok(Request::SetProtocolFeatures(all));
+        let features = Request::SetFeatures(offered.bits());
+        if control {
+            assert!(matches!(fixture.err(features), SessionError::ControlQueue));
+            continue;
+        }
+        fixture.ok(features);
+        fixture.ok(Request::SetBackendReqFd);
+        fixture.ok(Request::SetConfig);
+        let space = NetConfig {
+            max_queue_pairs: 1,
+            mtu: 0,
+        };
+        let (offset, size) = (0, 10);
+        assert!(offered.contains(Features::VIRTIO_F_RING_PACKED));
+        for (said, meant) in [(0, 0x8000_8000), (0x8005_8003, 0x8005_8003)] {
+            fixture.ok(Request::SetVringBase {
+                index: 0,
+                base: said,
+            });
+            let at = fixture.ok(Request::GetVringBase { index: 0 });
+            let num = meant;
+            assert_eq!(at, Some(ReplyBody::VringState { index: 0, num }));
+        }
+        let told = fixture.ok(Request::GetConfig { offset, size });
+        let config = ReplyBody::Config {
+            offset,
+            size,
+            space,
+        };
+        assert_eq!(told, Some(config));
+    }
+}
+
+#[test]
+fn what_was_refused_is_told_of_its_ring() {
+    let mut fixture = Fixture::new();
+    fixture.start(1);
+    fixture.acked(Request::SetVringBase { index: 1, base: 7 });
+    fixture.acked(Request::NetSetMtu(67));
+    let refusals = fixture.refusals();
+    let [(Some(1), of_ring), (None, of_all)] = &refusals[..] else {
+        panic!("{refusals:?}");
+    };
+    assert_eq!(
+        of_ring,
+        "ring 1 refused: the base of a started ring can't change"
+    );
+    assert!(
+        of_all.contains("the MTU is not one of 68 to 65535"),
+        "{of_all}"
+    );
 }

@@ -172,7 +172,7 @@ fn a_peer_that_reads_no_replies_loses_the_connection() {
         if let Err(error) = connection.send(&reply) {
             break error;
         }
-        assert!(connection.outgoing.len() <= MAX_WAITING_REPLIES * REPLY_LEN);
+        assert!(connection.outgoing.len() <= MAX_WAITING_REPLIES * MAX_REPLY_LEN);
     };
     assert!(matches!(error, ConnectionError::RepliesUnread));
 }

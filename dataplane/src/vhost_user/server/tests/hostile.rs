@@ -350,7 +350,7 @@ fn rest_without_spare_fds() {
     let before = cpu();
     late.0.write_all(&wire(1, false, &[])).unwrap();
     assert!(
-        late.0.read(&mut [0; REPLY_LEN]).is_err(),
+        late.0.read(&mut [0; HEADER_LEN + 8]).is_err(),
         "it can't be accepted yet"
     );
     let after = cpu();
