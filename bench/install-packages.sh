@@ -1,8 +1,8 @@
 #!/bin/sh
 # Installs what building, tests and `ringway-bench lab` need on Debian 12 or later: by name a linker,
 # what libxdp is built with (make to m4, and for the check of aarch64 a compiler that crosses), QEMU,
-# iperf3, busybox, valgrind and a few tools; and a cloud kernel that is unpacked into the cache and
-# never installed. It says what it is going to install, and from where, before it does.
+# iperf3, busybox, valgrind and a few tools; and a cloud kernel and user-mode Linux, which are unpacked
+# into the cache and never installed. It says what it is going to install, and from where, before it does.
 # Safe to run again; it returns at once when nothing is missing.
 #
 # With RINGWAY_INSTALL=no it says what is missing, with the command that installs it, and fails.
@@ -15,6 +15,8 @@ tools="gcc libc6-dev make pkg-config zlib1g-dev libelf-dev clang m4 gcc-aarch64-
 lock_seconds=120
 cache=${XDG_CACHE_HOME:-${HOME:?}/.cache}/ringway
 kernels=$cache/kernel
+uml=$cache/user-mode-linux
+uml_suite=sid
 zero_copy_suite=trixie-backports
 codename=$(. /etc/os-release 2>/dev/null && echo "${VERSION_CODENAME:-}")
 
@@ -107,6 +109,9 @@ tell_plan() {
     if ! have_kernel; then
         say "missing, to be unpacked into $kernels and not installed: a guest kernel (linux-image-cloud-amd64)"
     fi
+    if ! have_uml; then
+        say "missing, to be unpacked into $uml and not installed: user-mode-linux with its libc, of $uml_suite"
+    fi
     if [ -n "$suite" ] && ! known_suite "$suite"; then
         say "apt gets the suite $suite, in /etc/apt/sources.list.d"
     fi
@@ -172,39 +177,76 @@ suite_apt() {
         -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=root "$@"
 }
 
-# Kernel, modules and what else makes one version: newer releases have them in packages of their own.
-unpack_zero_copy_kernel() {
-    mkdir -p "$kernels"
-    work=$(mktemp -d "$kernels/.unpack.XXXXXX")
+# A folder in $work for suite_apt, with the suite's lists. $1 is the suite, $2 what to do without it.
+begin_suite() {
+    mkdir -p "$cache"
+    rm -rf "${work:-}"
+    work=$(mktemp -d "$cache/.unpack.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     trap 'exit 130' INT TERM
+    chmod 755 "$work"
     mkdir -p "$work/sources" "$work/state/lists/partial" "$work/cache/archives/partial" "$work/debs"
     : >"$work/status"
-    entry=$(own_entry_with_suite "$zero_copy_suite")
+    entry=$(own_entry_with_suite "$1")
     if [ -n "$entry" ]; then
         printf '%s\n' "$entry" >"$work/sources/suite.sources"
     else
-        entry=$(own_line_with_suite "$zero_copy_suite")
-        [ -n "$entry" ] || die "no source entry for $codename to copy; unpack a kernel of Linux 6.14 or later with igb into $kernels/zero-copy"
+        entry=$(own_line_with_suite "$1")
+        [ -n "$entry" ] || die "no source entry for $codename to copy; $2"
         printf '%s\n' "$entry" >"$work/sources/suite.list"
     fi
-    say "reading the package lists of $zero_copy_suite (this machine's stay as they are)"
-    suite_apt apt-get update >&2 || die "reading $zero_copy_suite failed; check this machine's apt sources and network"
+    say "reading the package lists of $1 (this machine's stay as they are)"
+    suite_apt apt-get update >&2 || die "reading $1 failed; check this machine's apt sources and network"
+}
+
+# Downloads packages of the suite and unpacks them into $work/root.
+unpack_from_suite() {
+    say "downloading $* (unpacked into the cache, not installed)"
+    (cd "$work/debs" && suite_apt apt-get download "$@" >&2) ||
+        die "downloading $* failed; check the network and run this again"
+    for deb in "$work"/debs/*.deb; do
+        dpkg-deb -x "$deb" "$work/root"
+    done
+}
+
+# Kernel, modules and what else makes one version: newer releases have them in packages of their own.
+unpack_zero_copy_kernel() {
+    begin_suite "$zero_copy_suite" "unpack a kernel of Linux 6.14 or later with igb into $kernels/zero-copy"
+    mkdir -p "$kernels"
     package=$(suite_apt apt-cache depends --important linux-image-amd64 |
         sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1)
     [ -n "$package" ] || die "$zero_copy_suite has no linux-image-amd64"
     parts=$(suite_apt apt-cache depends --important "$package" |
         sed -n 's/.*Depends: \(linux-\(binary\|modules\)-[0-9][^ ]*\)$/\1/p')
-    say "downloading $package (unpacked into the cache, not installed)"
     # shellcheck disable=SC2086  # a list of names
-    (cd "$work/debs" && suite_apt apt-get download "$package" $parts >&2) ||
-        die "downloading $package failed; check the network and run this again"
-    for deb in "$work"/debs/*.deb; do
-        dpkg-deb -x "$deb" "$work/root"
-    done
+    unpack_from_suite "$package" $parts
     rm -rf "${kernels:?}/$package"
     mv "$work/root" "$kernels/$package"
     ln -sfn "$package" "$kernels/zero-copy"
+}
+
+# It wants the libc of its own suite, and finds it in the folder in which it is started: by an interpreter
+# whose name is as long as the usual one's.
+unpack_uml() {
+    begin_suite "$uml_suite" "unpack user-mode-linux into $uml/root"
+    unpack_from_suite user-mode-linux libc6
+    libraries=$(dirname "$(find "$work/root/usr/lib" -name libc.so.6 | head -n 1)")
+    mkdir -p "$work/uml"
+    LC_ALL=C sed 's#/lib64/ld-linux-x86-64\.so\.2#././././././././././ld-u.so#' \
+        "$work/root/usr/bin/linux.uml" >"$work/uml/linux"
+    chmod 755 "$work/uml/linux"
+    cp "$libraries/libc.so.6" "$work/uml/"
+    cp "$libraries/ld-linux-x86-64.so.2" "$work/uml/ld-u.so"
+    for module in failover net_failover virtio_net; do
+        cp "$(find "$work/root/usr/lib/uml/modules" -name "$module.ko" | head -n 1)" "$work/uml/"
+    done
+    rm -rf "${uml:?}"
+    mv "$work/uml" "$uml"
+    rm -rf "$work"
+}
+
+have_uml() {
+    [ -e "$uml/linux" ] || [ "$(uname -m)" != x86_64 ]
 }
 
 have_zero_copy_kernel() {
@@ -230,7 +272,7 @@ zero-copy)
 esac
 
 missing=$(missing_tools)
-if [ -z "$missing" ] && have_kernel; then
+if [ -z "$missing" ] && have_kernel && have_uml; then
     exit 0
 fi
 choose_suite
@@ -241,7 +283,7 @@ if [ "${RINGWAY_INSTALL:-yes}" = no ]; then
     tell_plan
     die "nothing was installed (RINGWAY_INSTALL=no); \`$install\` installs it"
 fi
-[ "$(id -u)" = 0 ] || die "missing: ${missing:-a guest kernel}; installing takes root: \`$install\`"
+[ "$(id -u)" = 0 ] || die "missing: ${missing:-a guest kernel or user-mode Linux}; installing takes root: \`$install\`"
 
 tell_plan
 if [ -n "$missing" ]; then
@@ -253,4 +295,5 @@ if [ -n "$missing" ]; then
         die "installing $missing failed; see apt's message above"
 fi
 have_kernel || unpack_kernel
+have_uml || unpack_uml
 say "all there"
