@@ -15,6 +15,7 @@ mod load;
 mod memcpy;
 mod meter;
 mod nic;
+mod open_loop;
 mod rate;
 mod report;
 mod run;
