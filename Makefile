@@ -10,9 +10,9 @@ export NEXTEST_PROFILE ?= $(if $(filter 0,$(shell id -u)),default,user)
 all:
 	$(CARGO) build --release --locked
 
-# Two QEMU guests and the host talk to each other through ringwayd.
+# Two QEMU guests and the host talk to each other through ringwayd. Cargo knows where its target folder is.
 demo: packages all
-	target/release/ringway-bench lab --queues 1 --mtu 1500 --seconds 3
+	$(CARGO) run --release --locked --quiet --bin ringway-bench -- lab --queues 1 --mtu 1500 --seconds 3
 
 # Everything that CI runs.
 test: packages cargo-nextest lint check-aarch64 guard benches

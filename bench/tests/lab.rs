@@ -168,6 +168,36 @@ fn a_daemon_that_does_not_exist_is_one_line_and_a_hint() {
     assert!(stderr.contains("hint: build the workspace"), "{stderr}");
 }
 
+/// `make demo` finds the program wherever cargo puts it: it names no folder itself. What is built and
+/// installed before is left out.
+#[test]
+fn the_demo_runs_what_cargo_built_whatever_the_target_folder() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let output = Command::new("make")
+        .args(["--dry-run", "CARGO=cargo", "demo"])
+        .current_dir(top)
+        .env("CARGO_TARGET_DIR", folder.path())
+        .output()
+        .expect("make starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}");
+    let runs: Vec<&str> = said.lines().filter(|line| line.contains(" lab ")).collect();
+    let [run] = runs[..] else {
+        panic!("one line runs the lab:\n{said}");
+    };
+    let mut words = run.split_whitespace();
+    assert_eq!(
+        [words.next(), words.next()],
+        [Some("cargo"), Some("run")],
+        "{run}"
+    );
+    assert!(
+        run.contains(" --release ") && run.contains(" --bin ringway-bench "),
+        "{run}"
+    );
+}
+
 /// Namespaces of labs that no longer run.
 fn leftovers() -> Vec<String> {
     let names = std::fs::read_dir("/run/netns")

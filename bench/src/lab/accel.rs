@@ -13,9 +13,13 @@ use serde::Serialize;
 use super::guest::{GuestNic, GuestSpec, QemuGuest};
 use super::image::{Image, write_whole};
 use super::shape::OffloadSet;
+use crate::hint::with_hint;
 
 /// How long a guest on KVM may take to its shell; where KVM works it takes one to two seconds.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(12);
+
+/// The file of the answer; it had another name while its reasons were wrong.
+const VERDICT: &str = "kvm-probe";
 
 /// What the operator asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -114,7 +118,7 @@ fn probe(image: &Image, folder: &Path) -> Result<Verdict> {
     let booted = QemuGuest::start(&spec, image, &folder, None)
         .and_then(|mut guest| guest.wait_ready_until(deadline));
     crate::interrupt::check()?;
-    Ok(booted.map_err(|error| format!("a guest did not boot on KVM: {error:#}")))
+    Ok(booted.map_err(|error| format!("a guest did not boot on KVM: {}", with_hint(&error))))
 }
 
 fn boot_id() -> String {
@@ -125,7 +129,7 @@ fn boot_id() -> String {
 }
 
 fn remembered(cache: &Path) -> Option<Verdict> {
-    let text = std::fs::read_to_string(cache.join("kvm-verdict")).ok()?;
+    let text = std::fs::read_to_string(cache.join(VERDICT)).ok()?;
     let mut lines = text.lines();
     if lines.next()? != boot_id() {
         return None;
@@ -142,5 +146,5 @@ fn remember(cache: &Path, verdict: &Verdict) -> Result<()> {
         Err(reason) => reason.replace('\n', " "),
     };
     let text = format!("{}\n{word}\n", boot_id());
-    write_whole(cache, &cache.join("kvm-verdict"), text.as_bytes())
+    write_whole(cache, &cache.join(VERDICT), text.as_bytes())
 }

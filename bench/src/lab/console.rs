@@ -14,7 +14,6 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::interrupt;
@@ -44,17 +43,8 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// Connects to the socket of the port in QEMU, for which it waits.
-    pub(crate) fn connect(path: &Path, log: File, deadline: Instant) -> Result<Console> {
-        let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(_) if Instant::now() < deadline => interrupt::sleep(READ_SLICE)?,
-                Err(error) => {
-                    return Err(error).with_context(|| format!("connecting to {}", path.display()));
-                }
-            }
-        };
+    /// On a connection to the socket of the port in QEMU.
+    pub(crate) fn new(stream: UnixStream, log: File) -> Result<Console> {
         stream.set_read_timeout(Some(READ_SLICE))?;
         stream.set_write_timeout(Some(Duration::from_secs(5)))?;
         Ok(Console {

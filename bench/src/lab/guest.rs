@@ -7,13 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::Signal;
+use serde_json::Value;
 
 use super::accel::Accel;
 use super::console::{CommandAnswer, Console};
 use super::image::Image;
 use super::shape::OffloadSet;
+use crate::interrupt;
 use crate::netns::NetNs;
 use crate::process::{Origin, Process, behind, find};
 
@@ -125,20 +127,20 @@ impl QemuGuest {
             command = account.runs(&command);
         }
         let qemu_log = folder.join(format!("{name}-qemu.log"));
-        let process = Process::spawn("QEMU", &command, namespace, &qemu_log)?;
+        let mut process = Process::spawn("QEMU", &command, namespace, &qemu_log)?;
         let log = File::options()
             .create(true)
             .append(true)
             .open(folder.join(format!("{name}-commands.log")))?;
-        let mut guest = QemuGuest {
-            console: Console::connect(&sockets.commands, log, Instant::now() + CONNECT_TIMEOUT)
-                .map_err(|error| error.context(process.failed("did not open its sockets")))?,
+        let commands = process.wait_for("did not open its sockets", CONNECT_TIMEOUT, |_| {
+            UnixStream::connect(&sockets.commands).ok()
+        })?;
+        Ok(QemuGuest {
+            console: Console::new(commands, log)?,
             process,
             monitor: sockets.monitor,
             accel: spec.accel,
-        };
-        guest.process.check_alive()?;
-        Ok(guest)
+        })
     }
 
     /// Waits for the shell, after start or reboot.
@@ -149,13 +151,35 @@ impl QemuGuest {
 
     pub(crate) fn wait_ready_until(&mut self, deadline: Instant) -> Result<()> {
         loop {
-            if self.console.poll_ready()? {
-                return Ok(());
+            match self.console.poll_ready() {
+                Ok(true) => return Ok(()),
+                Ok(false) => self.process.check_alive()?,
+                Err(error) => return Err(self.why(error)),
             }
-            self.process.check_alive()?;
             if Instant::now() >= deadline {
-                bail!("the guest did not reach its shell in time");
+                let late = anyhow!("the guest did not reach its shell in time");
+                return Err(self.why(late));
             }
+        }
+    }
+
+    /// The true reason of what was seen of the guest: what QEMU says, who knows of a guest that it
+    /// stopped or of its own end, or else what was seen.
+    fn why(&mut self, seen: anyhow::Error) -> anyhow::Error {
+        if let Err(interrupted) = interrupt::check() {
+            return interrupted.into();
+        }
+        let status = monitor_command(&self.monitor, "query-status").ok();
+        if let Some(stopped) = status.and_then(|status| stopped(&status, &self.process.said())) {
+            return anyhow!(stopped);
+        }
+        // Its sockets close a moment before it is gone; its last words are in the error then.
+        let _ = self
+            .process
+            .wait_for::<()>("did not end", END_TIMEOUT, |_| None);
+        match self.process.check_alive() {
+            Err(ended) => ended.into(),
+            Ok(()) => seen,
         }
     }
 
@@ -217,6 +241,9 @@ impl Drop for QemuGuest {
 
 /// QEMU opens its sockets before it does anything slow.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long QEMU may take to be gone once its sockets are closed.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 struct Sockets {
     commands: PathBuf,
@@ -307,27 +334,120 @@ pub(crate) fn mac(index: usize) -> String {
     format!("52:54:00:77:00:{:02x}", index + 1)
 }
 
-/// One command to QEMU's monitor (QMP).
-fn monitor_command(path: &Path, name: &str) -> Result<()> {
+/// One command to QEMU's monitor (QMP), and what it returns.
+fn monitor_command(path: &Path, name: &str) -> Result<Value> {
     let stream = UnixStream::connect(path).context("connecting to QEMU's monitor")?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let mut writer = stream.try_clone()?;
     let mut lines = BufReader::new(stream).lines();
     lines.next().context("QEMU's monitor said nothing")??;
+    let mut returned = Value::Null;
     for command in ["qmp_capabilities", name] {
         writeln!(writer, "{}", serde_json::json!({ "execute": command }))?;
-        loop {
+        returned = loop {
             let line = lines
                 .next()
                 .context("QEMU's monitor closed the connection")??;
-            let answer: serde_json::Value = serde_json::from_str(&line)?;
-            if answer.get("return").is_some() {
-                break;
-            }
+            let mut answer: Value = serde_json::from_str(&line)?;
             if let Some(error) = answer.get("error") {
                 bail!("QEMU's monitor refused {command}: {error}");
             }
+            if let Some(value) = answer.get_mut("return") {
+                break value.take();
+            }
+        };
+    }
+    Ok(returned)
+}
+
+/// Why a guest stands still, if it does: its status (QMP's `query-status`), and what QEMU said of
+/// it, which a dump of registers may follow.
+fn stopped(status: &Value, said: &str) -> Option<String> {
+    if status["running"] != false {
+        return None;
+    }
+    let name = status["status"].as_str().unwrap_or("unknown");
+    let of_error = |line: &&str| line.contains("rror") || line.contains("fail");
+    let said = said.lines().find(of_error);
+    let said = said.map_or_else(String::new, |line| format!("; it said: {}", line.trim()));
+    Some(format!("QEMU stopped the guest with status {name}{said}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_stands_still_is_told_with_its_status_and_the_error_before_the_dump() {
+        let status = |running, name| serde_json::json!({ "running": running, "status": name });
+        let dump = "KVM internal error. Suberror: 1\nextra data[0]: 0x0\nRAX=0 RBX=0\n";
+        assert_eq!(stopped(&status(true, "running"), dump), None);
+        let expected = "QEMU stopped the guest with status internal-error; it said: KVM internal \
+                        error. Suberror: 1";
+        let told = stopped(&status(false, "internal-error"), dump);
+        assert_eq!(told.as_deref(), Some(expected));
+        let told = stopped(&status(false, "guest-panicked"), "");
+        let expected = "QEMU stopped the guest with status guest-panicked";
+        assert_eq!(told.as_deref(), Some(expected));
+    }
+
+    /// They need QEMU.
+    mod as_root {
+        use super::*;
+        use crate::hint::with_hint;
+
+        #[test]
+        fn the_monitor_tells_that_a_guest_stands_still() {
+            let folder = tempfile::tempdir().unwrap();
+            let monitor = folder.path().join("qmp");
+            let mut command = Command::new(find(QEMU, Origin::LabPackages).unwrap());
+            command
+                .args([
+                    "-M",
+                    "none",
+                    "-nodefaults",
+                    "-display",
+                    "none",
+                    "-S",
+                    "-qmp",
+                ])
+                .arg(format!("unix:{},server=on,wait=off", monitor.display()));
+            let log = folder.path().join("log");
+            let mut qemu = Process::spawn("QEMU", &command, None, &log).unwrap();
+            let status = qemu
+                .wait_for("did not answer", CONNECT_TIMEOUT, |_| {
+                    monitor_command(&monitor, "query-status").ok()
+                })
+                .unwrap();
+            let told = stopped(&status, &qemu.said());
+            let expected = "QEMU stopped the guest with status prelaunch";
+            assert_eq!(told.as_deref(), Some(expected));
+        }
+
+        #[test]
+        fn of_a_qemu_that_ends_its_own_words_are_told() {
+            let folder = tempfile::tempdir().unwrap();
+            let spec = GuestSpec {
+                index: 0,
+                queue_pairs: 1,
+                mtu: 1500,
+                offloads: OffloadSet::All,
+                nic: GuestNic::None,
+                accel: Accel::Tcg,
+                account: None,
+            };
+            let nowhere = PathBuf::from("/nonexistent/kernel");
+            let image = Image {
+                kernel: nowhere.clone(),
+                initramfs: nowhere,
+                kernel_version: String::new(),
+            };
+            let error = QemuGuest::start(&spec, &image, folder.path(), None)
+                .and_then(|mut guest| guest.wait_ready())
+                .unwrap_err();
+            let told = with_hint(&error);
+            assert!(told.starts_with("QEMU ended with exit status: 1"), "{told}");
+            assert!(told.contains("/nonexistent/kernel"), "{told}");
         }
     }
-    Ok(())
 }
