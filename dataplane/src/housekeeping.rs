@@ -1,5 +1,4 @@
-//! Slow work that no worker should do: forgetting addresses that were not seen for long or are
-//! behind an interface that went down.
+//! Slow work that no worker should do: forgetting addresses that were not seen for long.
 
 use std::io;
 use std::sync::Arc;
@@ -13,8 +12,7 @@ use ringway_bridge::{Bridge, Tick};
 /// room and keeps the ports' counts true.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How often interfaces that went down are looked for; looking costs 10 wake-ups a second, and a
-/// system call for each interface with stations behind it.
+/// How often what was flushed is swept, so that the ports' counts are true soon after.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A thread that does something at regular times; ends when dropped.

@@ -30,8 +30,10 @@ mod clock;
 mod cpus;
 mod housekeeping;
 mod isa;
+mod link;
 mod log_limit;
 mod memory;
+mod netlink;
 mod offload;
 mod placement;
 mod port;
@@ -47,6 +49,7 @@ mod worker;
 pub use cpus::{allowed_cpus, pin_to_cpu};
 pub use isa::isa_level;
 pub use log_limit::LogLimit;
+pub use port::awaited;
 pub use socket_file::SocketFile;
 #[cfg(any(test, feature = "inline"))]
 pub use switch::InlineSwitch;

@@ -117,13 +117,6 @@ impl Topology {
     pub(crate) fn placement(&self, id: PortId) -> &[u16] {
         self.ports.get(&id).map_or(&[], Vec::as_slice)
     }
-
-    /// The lowest slot that no port has.
-    pub(crate) fn free_id(&self) -> Option<PortId> {
-        (0..u16::MAX)
-            .map_while(PortId::new)
-            .find(|id| !self.ports.contains_key(id))
-    }
 }
 
 /// The steps from `running` to `desired`: a port whose number of pairs changes is removed before it
@@ -214,8 +207,6 @@ mod tests {
             .with_port(id(1), 1, 2, &NO_PINS);
         assert_eq!(topology.placement(id(0)), [0, 1, 0]);
         assert_eq!(topology.placement(id(1)), [1]);
-        assert_eq!(topology.free_id(), Some(id(2)));
-        assert_eq!(topology.without_port(id(0)).free_id(), Some(id(0)));
     }
 
     #[test]

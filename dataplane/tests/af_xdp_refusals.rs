@@ -89,8 +89,9 @@ fn interfaces_that_can_not_do_it_are_refused_with_reason_and_remedy() {
 fn an_interface_with_a_program_is_refused_with_its_id() {
     let (lab, far) = lab_with_nic(1, 1500, |_| {});
     let id = nic_info(&lab).program_id;
+    let other = Lab::start();
     for mode in MODES {
-        let (text, hint) = refusal(&lab, af_xdp(|nic| nic.mode = mode));
+        let (text, hint) = refusal(&other, af_xdp(|nic| nic.mode = mode));
         assert!(
             text.contains(&format!("has an XDP program already, with id {id}")),
             "{text}"

@@ -14,6 +14,8 @@ const LAYERS: &[&str] = &[
     "clock",
     "cpus",
     "isa",
+    "link",
+    "netlink",
     "log_limit",
     "call",
     "placement",

@@ -180,9 +180,10 @@ pub struct PortDetail {
     pub mapped_bytes: u64,
     /// Guest memory regions that are mapped.
     pub memory_regions: u32,
-    /// Why the last session ended or the device broke; null if it did not.
+    /// Why the last session ended or the device broke, or what is wrong with the interface and what to
+    /// do about it; null if all is well.
     pub last_error: Option<String>,
-    /// L3 MTU in effect, in bytes; null if nobody told one.
+    /// L3 MTU in effect, in bytes; null if nobody told one, or there is no interface.
     pub mtu: Option<u16>,
     /// Offloads that frames from the port may ask for: `checksum` (to be completed), `tso4`, `tso6`
     /// (TCP to be segmented), `ecn` (with its signal of congestion), `uso4`, `uso6` (UDP).
@@ -191,7 +192,7 @@ pub struct PortDetail {
     pub tx_offloads: Vec<String>,
     /// What is done to headers on the way to each other port, by name.
     pub actions: Vec<HeaderAction>,
-    /// What only an AF_XDP port has.
+    /// What only an AF_XDP port has, while its interface is open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub af_xdp: Option<AfXdpInfo>,
 }

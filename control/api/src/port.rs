@@ -419,6 +419,15 @@ impl PortConfig {
         }
     }
 
+    /// The network interface, if that is what is behind the port.
+    pub const fn ifname(&self) -> Option<&IfName> {
+        match self {
+            Self::VhostUser(_) => None,
+            Self::Tap(tap) => Some(&tap.ifname),
+            Self::AfXdp(nic) => Some(&nic.ifname),
+        }
+    }
+
     /// L3 MTU, if one is given.
     pub const fn mtu(&self) -> Option<Mtu> {
         of_any_kind!(self, config => config.mtu)

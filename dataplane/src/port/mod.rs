@@ -8,9 +8,9 @@ mod tap;
 mod vhost;
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use ringway_api::{PortCounters, PortName, PortState, QueueInfo};
+use ringway_api::{IfName, PortConfig, PortCounters, PortName, PortState, QueueInfo, SwitchError};
 use ringway_bridge::{Bridge, FdbTally, PortId};
 
 pub(crate) use af_xdp::AfXdpPort;
@@ -21,9 +21,11 @@ pub(crate) use queue::{
     Completion, Gathered, Job, Limits, Outcome, Refusal, RxQueue, Tools, TxQueue, Unavailable,
     deliver, with_rx_queue,
 };
-pub(crate) use tap::TapPort;
+pub(crate) use tap::{OWN_NAMESPACE, TapPort, index_of};
 pub(crate) use vhost::VhostPort;
 
+use crate::burst_lock::lock;
+use crate::link::{Attachment, LinkStatus};
 use crate::log_limit::LogLimit;
 use crate::wire::Offloads;
 
@@ -55,6 +57,40 @@ pub(crate) struct PortBase {
     bridge: Arc<Bridge>,
 }
 
+/// What a port of an interface keeps while what it has open is closed and opened anew.
+#[derive(Debug)]
+pub(crate) struct LinkBase {
+    pub(crate) base: PortBase,
+    /// The name by which the port was configured.
+    pub(crate) ifname: Box<str>,
+    status: Mutex<LinkStatus>,
+    /// What queues counted that are closed by now: our Rx, our Tx.
+    closed: (QueueCounters, QueueCounters),
+    /// Of these, frames that travelled on as part of the one before.
+    closed_merged: Counter,
+}
+
+impl LinkBase {
+    pub(crate) fn new(base: PortBase, ifname: &IfName) -> Arc<Self> {
+        Arc::new(Self {
+            base,
+            ifname: ifname.as_str().into(),
+            status: Mutex::new(LinkStatus::NEW),
+            closed: Default::default(),
+            closed_merged: Counter::default(),
+        })
+    }
+
+    /// What is known of the interface.
+    pub(crate) fn status(&self) -> LinkStatus {
+        lock(&self.status).clone()
+    }
+
+    pub(crate) fn set_status(&self, status: LinkStatus) {
+        *lock(&self.status) = status;
+    }
+}
+
 impl PortBase {
     pub(crate) fn new(name: PortName, id: PortId, bridge: Arc<Bridge>) -> Self {
         Self {
@@ -75,6 +111,11 @@ impl PortBase {
         self.bridge.fdb().tally(self.id)
     }
 
+    /// Whether stations were learned behind the port.
+    pub(crate) fn has_stations(&self) -> bool {
+        self.bridge.fdb().count(self.id) > 0
+    }
+
     /// Notes that the port is down. Forgets which stations are behind it: by the next frame those are
     /// found that turned up elsewhere. Never waits, and costs nothing if there is none.
     #[cold]
@@ -82,19 +123,66 @@ impl PortBase {
         self.outages.add(1);
         self.bridge.fdb().flush_port(self.id);
     }
-
-    /// Whether stations were learned behind the port.
-    pub(crate) fn has_stations(&self) -> bool {
-        self.bridge.fdb().count(self.id) > 0
-    }
 }
 
 impl Port {
     pub(crate) fn base(&self) -> &PortBase {
         match self {
             Self::VhostUser(port) => &port.base,
-            Self::Tap(port) => &port.base,
-            Self::AfXdp(port) => &port.base,
+            Self::Tap(port) => &port.link.base,
+            Self::AfXdp(port) => &port.link.base,
+        }
+    }
+
+    /// What a port of an interface keeps while that comes and goes.
+    pub(crate) fn link(&self) -> Option<&Arc<LinkBase>> {
+        match self {
+            Self::VhostUser(_) => None,
+            Self::Tap(port) => Some(&port.link),
+            Self::AfXdp(port) => Some(&port.link),
+        }
+    }
+
+    /// What is open of an interface.
+    pub(crate) fn attachment(&self) -> Option<Attachment> {
+        match self {
+            Self::VhostUser(_) => None,
+            Self::Tap(port) => port.attachment(),
+            Self::AfXdp(port) => port.attachment(),
+        }
+    }
+
+    /// Whether an interface of this thread's namespace is the port's: the one that it has open,
+    /// whatever that is called by now, or the one that it waits for.
+    pub(crate) fn has_interface(&self, ifname: &str, index: u32) -> bool {
+        match (self, self.attachment()) {
+            (Self::VhostUser(_), _) => false,
+            (_, None) => self.link().is_some_and(|link| *link.ifname == *ifname),
+            (Self::Tap(tap), Some(_)) => {
+                tap.name_now() == Some(ifname.into()) && tap.is_in_this_namespace()
+            }
+            (Self::AfXdp(_), Some(open)) => open.index == index,
+        }
+    }
+
+    /// The same port with nothing open; its counters go on. `None` if it has no interface.
+    pub(crate) fn detached(&self) -> Option<Self> {
+        let link = self.link()?;
+        for pair in 0..self.queue_pairs() {
+            let (rx, tx) = self.queue_counters(pair);
+            let (closed_rx, closed_tx) = &link.closed;
+            for (closed, counters) in [(closed_rx, rx), (closed_tx, tx)] {
+                closed.frames.add(counters.frames.get());
+                closed.bytes.add(counters.bytes.get());
+            }
+        }
+        match self {
+            Self::VhostUser(_) => None,
+            Self::Tap(port) => Some(Self::Tap(Box::new(port.detached()))),
+            Self::AfXdp(port) => {
+                link.closed_merged.add(port.merged());
+                Some(Self::AfXdp(Box::new(port.detached())))
+            }
         }
     }
 
@@ -129,8 +217,8 @@ impl Port {
     pub(crate) fn state(&self) -> PortState {
         match self {
             Self::VhostUser(port) => port.state(),
-            Self::Tap(port) => port.state(),
-            Self::AfXdp(port) => port.state(),
+            Self::Tap(port) => port.link.status().state,
+            Self::AfXdp(port) => port.link.status().state,
         }
     }
 
@@ -171,8 +259,16 @@ impl Port {
             sum.tx_frames += tx.frames.get();
             sum.tx_bytes += tx.bytes.get();
         }
+        if let Some(link) = self.link() {
+            let (rx, tx) = &link.closed;
+            sum.rx_frames += rx.frames.get();
+            sum.rx_bytes += rx.bytes.get();
+            sum.tx_frames += tx.frames.get();
+            sum.tx_bytes += tx.bytes.get();
+            sum.rx_gro_merged = link.closed_merged.get();
+        }
         if let Self::AfXdp(port) = self {
-            sum.rx_gro_merged = port.merged();
+            sum.rx_gro_merged += port.merged();
         }
         sum
     }
@@ -217,6 +313,15 @@ impl Port {
                 }
             })
             .collect()
+    }
+}
+
+/// Why a port's interface can't be opened now, but may be later: it is missing, or down. A tap that is
+/// missing is made.
+pub fn awaited(config: &PortConfig) -> Option<SwitchError> {
+    match config {
+        PortConfig::AfXdp(nic) => AfXdpPort::absence(nic),
+        PortConfig::Tap(_) | PortConfig::VhostUser(_) => None,
     }
 }
 

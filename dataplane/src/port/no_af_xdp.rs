@@ -3,17 +3,19 @@
 
 use std::convert::Infallible;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
-use ringway_api::{AfXdpConfig, AfXdpInfo, PortState, QueueInfo, SwitchError};
+use ringway_api::{AfXdpConfig, AfXdpInfo, QueueInfo, SwitchError};
 
 use super::tap::receive::TapRx;
-use super::{Job, Outcome, PortBase, QueueCounters, Tools, Unavailable};
+use super::{Job, LinkBase, Outcome, QueueCounters, Tools, Unavailable};
+use crate::link::Attachment;
 use crate::wire::Offloads;
 
 /// Queues of an interface: none.
 #[derive(Debug)]
 pub(crate) struct AfXdpPort {
-    pub(crate) base: PortBase,
+    pub(crate) link: Arc<LinkBase>,
     none: Infallible,
 }
 
@@ -30,7 +32,7 @@ impl AfXdpPort {
     ///
     /// # Errors
     /// Always.
-    pub(crate) fn open(_base: PortBase, config: &AfXdpConfig) -> Result<Self, SwitchError> {
+    pub(crate) fn open(_link: Arc<LinkBase>, config: &AfXdpConfig) -> Result<Self, SwitchError> {
         Err(SwitchError::AfXdp {
             ifname: config.ifname.clone(),
             reason: "this ringwayd was built without it".to_owned(),
@@ -38,11 +40,29 @@ impl AfXdpPort {
         })
     }
 
+    /// None is waited for.
+    pub(crate) fn wait_for(_link: Arc<LinkBase>, _config: &AfXdpConfig) -> Option<Self> {
+        None
+    }
+
+    /// No interface makes it work.
+    pub(crate) fn absence(_config: &AfXdpConfig) -> Option<SwitchError> {
+        None
+    }
+
+    pub(crate) fn detached(&self) -> Self {
+        match self.none {}
+    }
+
     pub(crate) fn pairs(&self) -> u16 {
         match self.none {}
     }
 
-    pub(crate) fn state(&self) -> PortState {
+    pub(crate) fn attachment(&self) -> Option<Attachment> {
+        match self.none {}
+    }
+
+    pub(crate) fn channels(&self) -> Option<u16> {
         match self.none {}
     }
 
@@ -79,7 +99,7 @@ impl AfXdpPort {
         match self.none {}
     }
 
-    pub(crate) fn info(&self) -> AfXdpInfo {
+    pub(crate) fn info(&self) -> Option<AfXdpInfo> {
         match self.none {}
     }
 }

@@ -9,20 +9,26 @@ pub(super) mod receive;
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 
-use ringway_api::{Mtu, PortState, QueueInfo, SwitchError, TapConfig};
+use ringway_api::{Mtu, QueueInfo, SwitchError, TapConfig};
 use ringway_bridge::DropReason;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
 use self::receive::TapReader;
 use super::queue::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
-use super::{PortBase, QueueCounters, max_l2_bytes};
+use super::{LinkBase, QueueCounters, max_l2_bytes};
 use crate::burst_lock::BurstLock;
+use crate::link::{Attachment, LinkName, Opened};
 use crate::memory::IoVecs;
+use crate::netlink::{Asker, Key};
 use crate::offload::OutFrame;
 use crate::wire::Offloads;
 use crate::wire::net_header::HEADER_BYTES;
+
+/// The network namespace of a thread that opens it.
+pub(crate) const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 #[derive(Debug, Default)]
 struct Counters {
@@ -30,9 +36,11 @@ struct Counters {
     tx: QueueCounters,
 }
 
-/// A tap interface.
+/// A tap interface; without queues, one that is waited for.
 pub(crate) struct TapPort {
-    pub(crate) base: PortBase,
+    pub(crate) link: Arc<LinkBase>,
+    /// Its number and name when it was opened.
+    opened: Option<(u32, LinkName)>,
     queues: Box<[SyncDevice]>,
     readers: Box<[BurstLock<TapReader>]>,
     counters: Box<[Counters]>,
@@ -44,7 +52,7 @@ pub(crate) struct TapPort {
 impl std::fmt::Debug for TapPort {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         out.debug_struct("TapPort")
-            .field("base", &self.base)
+            .field("link", &self.link)
             .finish_non_exhaustive()
     }
 }
@@ -54,11 +62,14 @@ impl TapPort {
     ///
     /// # Errors
     /// An interface that is no tap or in use, no permission.
-    pub(crate) fn open(base: PortBase, config: &TapConfig) -> Result<Self, SwitchError> {
+    pub(crate) fn open(link: Arc<LinkBase>, config: &TapConfig) -> Result<Self, SwitchError> {
         let (ifname, pairs) = (config.ifname.as_str(), config.queues.get());
         let existed = interface_exists(ifname);
         let explain = |error: &io::Error| explain(config, existed, error);
+        refuse_others(config, 0)?;
         let queues = open_queues(ifname, pairs).map_err(|error| explain(&error))?;
+        // Who came at the same time, and so saw nobody.
+        refuse_others(config, pairs)?;
         let offloads = if config.offload { &LADDER[..] } else { &[] };
         let offloads = set_offloads(&queues, offloads).map_err(|error| explain(&error))?;
         let set_up = |first: &SyncDevice| -> io::Result<()> {
@@ -78,13 +89,72 @@ impl TapPort {
         let reader = |_| BurstLock::new(TapReader::new());
         let readers = queues.iter().map(reader).collect();
         Ok(Self {
-            base,
+            link,
+            opened: Some((index_of(ifname), ifname.into())),
             queues,
             readers,
             counters,
             mtu: config.mtu.map(Mtu::get),
             offloads,
         })
+    }
+
+    /// The same port with nothing open.
+    pub(crate) fn detached(&self) -> Self {
+        Self {
+            link: Arc::clone(&self.link),
+            opened: None,
+            queues: Box::default(),
+            readers: Box::default(),
+            counters: Box::default(),
+            mtu: None,
+            offloads: Offloads::NONE,
+        }
+    }
+
+    /// What is open.
+    pub(crate) fn attachment(&self) -> Option<Attachment> {
+        let (index, name) = self.opened.clone()?;
+        let queues = self.pairs();
+        Some(Attachment {
+            index,
+            name,
+            what: Opened::Tap { queues },
+        })
+    }
+
+    /// The name that the interface has now, in whatever namespace it is; `None` if it is gone.
+    pub(crate) fn name_now(&self) -> Option<LinkName> {
+        let fd = self.queues.first()?.as_raw_fd();
+        // SAFETY: all zeros are a valid ifreq.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: TUNGETIFF fills in an ifreq through its pointer.
+        let got = unsafe { libc::ioctl(fd, libc::TUNGETIFF, &raw mut request) };
+        let bytes = request.ifr_name.map(|byte| byte.to_ne_bytes()[0]);
+        (got == 0).then(|| LinkName::from_kernel(&bytes))
+    }
+
+    /// Whether the interface is in this thread's namespace, as far as that is told.
+    pub(crate) fn is_in_this_namespace(&self) -> bool {
+        let number = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+        let there = self.namespace().map(|fd| rustix::fs::fstat(fd).map(number));
+        let here = rustix::fs::stat(OWN_NAMESPACE).map(number);
+        !matches!((there, here), (Ok(Ok(there)), Ok(here)) if there != here)
+    }
+
+    /// The namespace in which the interface is.
+    ///
+    /// # Errors
+    /// It is gone, or the kernel tells it only to those who may administer that namespace.
+    pub(crate) fn namespace(&self) -> io::Result<OwnedFd> {
+        let queue = self.queues.first().ok_or(io::ErrorKind::NotFound)?;
+        // SAFETY: TUNGETDEVNETNS has no argument.
+        let fd = unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNGETDEVNETNS) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel made it for this call.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// What the kernel leaves to us, and takes from us.
@@ -105,22 +175,9 @@ impl TapPort {
         u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
     }
 
-    pub(crate) fn state(&self) -> PortState {
-        let up = self
-            .queues
-            .first()
-            .is_some_and(|queue| queue.is_running().unwrap_or(false));
-        if up { PortState::Up } else { PortState::Down }
-    }
-
     /// The MTU that frames to the interface are held to.
     pub(crate) fn configured_mtu(&self) -> Option<u16> {
         self.mtu
-    }
-
-    /// The interface's MTU now.
-    pub(crate) fn mtu(&self) -> Option<u16> {
-        self.queues.first().and_then(|queue| queue.mtu().ok())
     }
 
     /// Counters of a queue: our Rx (read), our Tx (written).
@@ -173,7 +230,7 @@ impl TapPort {
         tools.by_calls += job.frames.len();
         let outcome = deliver(&mut tx, job, &mut tools.gso, &mut tools.account);
         if tx.is_down {
-            self.base.forget_stations();
+            self.link.base.forget_stations();
         }
         // Several workers may write to one tap queue.
         let counters = self.queue_counters(queue).1;
@@ -212,12 +269,16 @@ impl TxQueue for TapTx<'_> {
 
 /// Whether this network namespace has an interface of this name. (sysfs may be another's.)
 fn interface_exists(ifname: &str) -> bool {
+    index_of(ifname) != 0
+}
+
+/// The number of an interface; 0 if there is none.
+pub(crate) fn index_of(ifname: &str) -> u32 {
     let Ok(text) = CString::new(ifname) else {
-        return false;
+        return 0;
     };
     // SAFETY: the pointer is a valid C string.
-    let index = unsafe { libc::if_nametoindex(text.as_ptr()) };
-    index != 0
+    unsafe { libc::if_nametoindex(text.as_ptr()) }
 }
 
 fn open_queues(ifname: &str, pairs: u16) -> io::Result<Box<[SyncDevice]>> {
@@ -308,6 +369,26 @@ fn set_flags(queues: &[SyncDevice], flags: libc::c_uint) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A tap for several queues can be opened by several programs, each of which then gets a part of the
+/// frames: it must have no more queues than `own`.
+fn refuse_others(config: &TapConfig, own: u16) -> Result<(), SwitchError> {
+    let ifname = &config.ifname;
+    let seen = Asker::new().and_then(|mut asker| asker.link(Key::Name(&ifname.as_str().into())));
+    // A tap of one queue is the kernel's to refuse.
+    let open = seen.ok().flatten().and_then(|seen| seen.tap_queues);
+    match open.unwrap_or(0).saturating_sub(own.into()) {
+        0 => Ok(()),
+        others => Err(SwitchError::Tap {
+            ifname: ifname.clone(),
+            reason: format!("another program has {others} of its queues open"),
+            hint: format!(
+                "end it (`grep -lw {ifname} /proc/[0-9]*/fdinfo/*` finds it), or use another \
+                 interface name"
+            ),
+        }),
+    }
 }
 
 fn explain(config: &TapConfig, existed: bool, error: &io::Error) -> SwitchError {

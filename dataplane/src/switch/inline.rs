@@ -8,7 +8,7 @@ use crossbeam_channel as channel;
 use ringway_api::{AfXdpConfig, IdleConfig, PortName, SwitchError};
 use ringway_bridge::{Bridge, BridgeConfig, PortId, Tick};
 
-use crate::port::{AfXdpPort, Port, PortBase, VhostPort};
+use crate::port::{AfXdpPort, LinkBase, Port, PortBase, VhostPort};
 use crate::socket_file::SocketFile;
 use crate::vhost_user::{Endpoint, SessionThread};
 use crate::wake::{Binding, Token};
@@ -110,7 +110,7 @@ impl InlineSwitch {
         config: &AfXdpConfig,
     ) -> Result<(), SwitchError> {
         let base = PortBase::new(name, self.next_id()?, Arc::clone(&self.bridge));
-        let port = AfXdpPort::open(base, config)?;
+        let port = AfXdpPort::open(LinkBase::new(base, &config.ifname), config)?;
         self.add_to_worker(Port::AfXdp(Box::new(port)));
         Ok(())
     }

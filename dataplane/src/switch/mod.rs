@@ -3,6 +3,7 @@
 mod balance;
 #[cfg(any(test, feature = "inline"))]
 mod inline;
+mod links;
 mod load;
 mod port_table;
 mod watch;
@@ -12,22 +13,23 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use ringway_api::{
-    FdbEntry, HeaderAction, Mtu, PairCounters, PolledQueue, PortConfig, PortDetail, PortInfo,
-    PortName, QueuePairs, SocketSpec, SwitchConfig, SwitchError, VhostUserConfig, WorkerDetail,
-    WorkerInfo,
+    AfXdpConfig, FdbEntry, HeaderAction, Mtu, PairCounters, PolledQueue, PortConfig, PortDetail,
+    PortInfo, PortName, QueuePairs, SocketSpec, SwitchConfig, SwitchError, TapConfig,
+    VhostUserConfig, WorkerDetail, WorkerInfo,
 };
 use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
 
 #[cfg(any(test, feature = "inline"))]
 pub use inline::InlineSwitch;
 
+use self::links::Links;
 use self::port_table::{PortTable, State, check_pair};
 use self::watch::Watch;
 use crate::cpus::allowed_cpus;
 use crate::housekeeping::{self, Periodic};
 use crate::offload::Action;
 use crate::placement::QueueId;
-use crate::port::{AfXdpPort, Port, PortBase, TapPort, VhostPort};
+use crate::port::{AfXdpPort, LinkBase, Port, PortBase, TapPort, VhostPort};
 use crate::socket_file::SocketFile;
 use crate::vhost_user::{Endpoint, SessionThread};
 use crate::wake::Heartbeat;
@@ -37,13 +39,14 @@ use crate::worker::WorkerThread;
 /// one at a time, and either take full effect or none. Dropping it removes all ports and ends all
 /// threads.
 pub struct Switch {
-    // Dropped in this order: whoever moves queues, then sessions, then the workers that they talk
-    // to, and last the thread that frees workers.
+    // Dropped in this order: whoever moves queues and opens interfaces, then sessions, then the
+    // workers that they talk to, and last the thread that frees workers.
     #[expect(
         dead_code,
         reason = "held for its thread, which ends when it is dropped"
     )]
     balancer: Periodic,
+    links: Links,
     sessions: SessionThread<VhostPort>,
     table: Arc<PortTable>,
     bridge: Arc<Bridge>,
@@ -101,6 +104,8 @@ impl Switch {
             sessions: SessionThread::start().map_err(system("vhost-user session thread"))?,
             balancer: balance::start(Arc::clone(&table), config.balance, epoch)
                 .map_err(system("balancing thread"))?,
+            links: Links::start(Arc::clone(&table))
+                .map_err(system("threads that watch interfaces"))?,
             table,
             epoch,
             housekeeping: housekeeping::start(Arc::clone(&bridge), epoch, look_at_ports)
@@ -114,27 +119,54 @@ impl Switch {
     /// # Errors
     /// A name that is taken, a socket path or interface that can't be used.
     pub fn add_port(&self, name: PortName, config: PortConfig) -> Result<PortInfo, SwitchError> {
+        self.add(name, config, false)
+    }
+
+    /// The same, but for a port whose interface is missing or down: it is added, and waits for that.
+    ///
+    /// # Errors
+    /// As [`Switch::add_port`], for all other reasons.
+    pub fn add_or_await_port(
+        &self,
+        name: PortName,
+        config: PortConfig,
+    ) -> Result<PortInfo, SwitchError> {
+        self.add(name, config, true)
+    }
+
+    fn add(
+        &self,
+        name: PortName,
+        config: PortConfig,
+        may_wait: bool,
+    ) -> Result<PortInfo, SwitchError> {
         // Before the lock is held, since the system's name service may take its time.
         let file = socket_file(&config)?;
         let mut state = self.table.lock();
         if state.ports.contains_key(&name) {
             return Err(SwitchError::PortExists { name });
         }
-        let id = state.topology.free_id().ok_or(SwitchError::TooManyPorts)?;
+        let id = state.free_id().ok_or(SwitchError::TooManyPorts)?;
         let queues = config.queues().unwrap_or(QueuePairs::MAX).get();
         for (pair, worker) in config.pins() {
             check_pair(&name, *pair, queues)?;
             self.table.check_worker(*worker)?;
         }
+        refuse_shared(&state, &config)?;
         let base = PortBase::new(name.clone(), id, Arc::clone(&self.bridge));
         // What can be refused comes first; nothing of it outlives an error.
-        let (port, endpoint) = open_port(base, &config, &file)?;
-        for pair in config.pins().keys() {
+        let (port, endpoint) = open_port(base, &config, &file, may_wait)?;
+        let is_open = port.queue_pairs() > 0;
+        for pair in config.pins().keys().filter(|_| is_open) {
             check_pair(&name, *pair, port.queue_pairs())?;
         }
         let port = Arc::new(port);
         let (pairs, workers) = (port.queue_pairs(), self.table.worker_count());
-        let desired = state.topology.with_port(id, pairs, workers, config.pins());
+        let desired = if is_open {
+            state.topology.with_port(id, pairs, workers, config.pins())
+        } else {
+            state.topology.clone()
+        };
         let fdb_limit = config.fdb_limit().get();
         self.bridge.fdb().set_limit(id, Some(fdb_limit));
         self.bridge
@@ -145,7 +177,11 @@ impl Switch {
             (Port::VhostUser(guest), Some(endpoint)) => {
                 self.sessions.add(id, endpoint, Arc::clone(guest))
             }
-            (Port::Tap(_) | Port::AfXdp(_), _) => self.table.watch(&state, &port),
+            (Port::Tap(_) | Port::AfXdp(_), _) => {
+                self.table.watch(&state, &port)?;
+                self.links.add(&port);
+                Ok(())
+            }
             (Port::VhostUser(_), None) => Ok(()),
         });
         if let Err(source) = started {
@@ -225,16 +261,25 @@ impl Switch {
                     ..detail
                 }
             }
-            Port::Tap(tap) => PortDetail {
-                features: owned(tap.feature_names()),
-                mtu: tap.mtu(),
-                ..detail
-            },
-            Port::AfXdp(xdp) => PortDetail {
-                mtu: Some(xdp.mtu()),
-                af_xdp: Some(xdp.info()),
-                ..detail
-            },
+            Port::Tap(tap) => {
+                let status = tap.link.status();
+                PortDetail {
+                    features: owned(tap.feature_names()),
+                    mtu: status.mtu,
+                    last_error: status.error,
+                    ..detail
+                }
+            }
+            Port::AfXdp(xdp) => {
+                let status = xdp.link.status();
+                let af_xdp = xdp.info();
+                PortDetail {
+                    mtu: af_xdp.as_ref().map_or(status.mtu, |_| Some(xdp.mtu())),
+                    last_error: status.error,
+                    af_xdp,
+                    ..detail
+                }
+            }
         })
     }
 
@@ -409,9 +454,13 @@ impl Switch {
         let id = port.base().id;
         match &*port {
             Port::VhostUser(_) => self.sessions.remove(id),
-            Port::Tap(_) | Port::AfXdp(_) => self.table.unwatch(state, &port),
+            Port::Tap(_) | Port::AfXdp(_) => {
+                self.links.remove(id);
+                self.table.unwatch(state, &port);
+            }
         }
         self.table.remove_from_workers(state, id);
+        self.table.forget_pairs(id);
         self.bridge.fdb().purge_port(id);
         self.bridge.fdb().set_limit(id, None);
         self.bridge.set_flood_limit(id, None);
@@ -485,11 +534,36 @@ fn socket_file(config: &PortConfig) -> Result<SocketFile, SwitchError> {
     })
 }
 
-/// Opens what is behind a port: everything that can be refused.
+/// An interface is that of one port.
+fn refuse_shared(state: &State, config: &PortConfig) -> Result<(), SwitchError> {
+    let holder = config.ifname().and_then(|ifname| state.holder_of(ifname));
+    let Some(holder) = holder else {
+        return Ok(());
+    };
+    let reason = format!("it is the interface of port {holder} already");
+    let hint = format!("`ringway port del {holder}` removes that; or use another interface");
+    match config {
+        PortConfig::VhostUser(_) => Ok(()),
+        PortConfig::Tap(TapConfig { ifname, .. }) => Err(SwitchError::Tap {
+            ifname: ifname.clone(),
+            reason,
+            hint,
+        }),
+        PortConfig::AfXdp(AfXdpConfig { ifname, .. }) => Err(SwitchError::AfXdp {
+            ifname: ifname.clone(),
+            reason,
+            hint,
+        }),
+    }
+}
+
+/// Opens what is behind a port: everything that can be refused. A port that `may_wait` for its
+/// interface comes without queues if that is missing or down.
 fn open_port(
     base: PortBase,
     config: &PortConfig,
     file: &SocketFile,
+    may_wait: bool,
 ) -> Result<(Port, Option<Endpoint>), SwitchError> {
     Ok(match config {
         PortConfig::VhostUser(guest) => {
@@ -500,8 +574,19 @@ fn open_port(
             let port = VhostPort::new(base, guest.queues.get(), guest.mtu.map(Mtu::get));
             (Port::VhostUser(Arc::new(port)), Some(endpoint))
         }
-        PortConfig::Tap(tap) => (Port::Tap(Box::new(TapPort::open(base, tap)?)), None),
-        PortConfig::AfXdp(nic) => (Port::AfXdp(Box::new(AfXdpPort::open(base, nic)?)), None),
+        PortConfig::Tap(tap) => {
+            let port = TapPort::open(LinkBase::new(base, &tap.ifname), tap)?;
+            (Port::Tap(Box::new(port)), None)
+        }
+        PortConfig::AfXdp(nic) => {
+            let link = LinkBase::new(base, &nic.ifname);
+            let opened = AfXdpPort::open(Arc::clone(&link), nic);
+            let port = opened.or_else(|error| {
+                let waiting = may_wait.then(|| AfXdpPort::wait_for(link, nic));
+                waiting.flatten().ok_or(error)
+            })?;
+            (Port::AfXdp(Box::new(port)), None)
+        }
     })
 }
 

@@ -1,18 +1,18 @@
 //! Ports and workers, and who polls what: everything that changes it goes through here, one change
 //! at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use crossbeam_channel as channel;
-use ringway_api::{PortConfig, PortName, PortState, SwitchError};
+use ringway_api::{IfName, PortConfig, PortName, PortState, SwitchError};
 use ringway_bridge::PortId;
 use tracing::warn;
 
 use super::load::LoadMeter;
 use crate::burst_lock::lock;
-use crate::port::Port;
+use crate::port::{Port, index_of};
 use crate::topology::{Action, Topology, diff};
 use crate::wake::{Binding, Token, Waker};
 use crate::worker::{Command, WorkerThread};
@@ -59,6 +59,14 @@ impl State {
             .collect()
     }
 
+    /// The first slot that no port has, one that waits for its interface included.
+    pub(super) fn free_id(&self) -> Option<PortId> {
+        let taken: BTreeSet<_> = self.ports.values().map(|e| e.port.base().id).collect();
+        (0..u16::MAX)
+            .map_while(PortId::new)
+            .find(|id| !taken.contains(id))
+    }
+
     /// Notes a port that is to be added to the topology.
     pub(super) fn insert(&mut self, name: PortName, config: PortConfig, port: Arc<Port>) {
         self.generation = self.generation.wrapping_add(1);
@@ -71,13 +79,32 @@ impl State {
         self.ports.insert(name, entry);
     }
 
-    /// Forgets the stations behind interfaces that are down.
+    /// Has a port, in no worker at the moment, be `port` from now on.
+    pub(super) fn replace(&mut self, name: &PortName, port: Arc<Port>) {
+        self.generation = self.generation.wrapping_add(1);
+        if let Some(entry) = self.ports.get_mut(name) {
+            entry.port = port;
+            entry.generation = self.generation;
+        }
+    }
+
+    /// The port whose interface has this name.
+    pub(super) fn holder_of(&self, ifname: &IfName) -> Option<&PortName> {
+        let ifname = ifname.as_str();
+        let index = index_of(ifname);
+        let mut ports = self.ports.iter();
+        let holder = ports.find(|(_, entry)| entry.port.has_interface(ifname, index));
+        holder.map(|(name, _)| name)
+    }
+
+    /// Forgets stations behind interfaces that are down: what was on its way when they went down was
+    /// learned from afterwards.
     pub(super) fn forget_behind_down_interfaces(&self) {
         let ports = self.ports.values().map(|entry| &entry.port);
-        // A guest's port forgets by itself, when its last receive ring stops.
-        let interfaces = ports.filter(|port| !matches!(***port, Port::VhostUser(_)));
-        for port in interfaces.filter(|port| port.base().has_stations()) {
-            if port.state() == PortState::Down {
+        for port in ports.filter(|port| port.base().has_stations()) {
+            // A guest's port forgets by itself, when its last receive ring stops.
+            let status = port.link().map(|link| link.status().state);
+            if status == Some(PortState::Down) {
                 port.base().forget_stations();
             }
         }
@@ -294,6 +321,11 @@ impl PortTable {
             None => pins.remove(&pair),
         };
         Ok(old.is_some())
+    }
+
+    /// Has the workers forget what they counted of a port by pairs, which has left them for good.
+    pub(super) fn forget_pairs(&self, id: PortId) {
+        self.tell_all(|_, done| Command::ForgetPairs { id, done });
     }
 
     /// Takes a port out of all workers. Nothing of this can be refused.

@@ -52,6 +52,8 @@ pub(crate) enum Command {
     },
     /// A port leaves: no frame of it or for it is touched once `done` is answered.
     RemovePort { id: PortId, done: Sender<()> },
+    /// A port that left does not come back: its counters by pairs of ports go.
+    ForgetPairs { id: PortId, done: Sender<()> },
     /// A source queue goes to another worker: it is touched no more once `done` is answered.
     Release { token: Token, done: Sender<()> },
     /// A source queue comes from another worker.

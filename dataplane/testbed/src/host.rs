@@ -5,6 +5,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
+use std::sync::mpsc;
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -65,6 +66,95 @@ pub fn index_of(ifname: &str) -> u32 {
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
     assert_ne!(index, 0, "{ifname}");
     index
+}
+
+/// Sets how many queues of each direction an interface has, as `ethtool -L` does with rx and tx.
+pub fn set_channels(ifname: &str, count: u32) {
+    // `struct ethtool_channels` (linux/ethtool.h), with ETHTOOL_GCHANNELS and ETHTOOL_SCHANNELS.
+    let mut channels = [0_u32; 9];
+    for command in [0x3c, 0x3d] {
+        channels[0] = command;
+        if command == 0x3d {
+            channels[5..7].fill(count);
+        }
+        // SAFETY: all zeros are a valid ifreq.
+        let mut request: libc::ifreq = unsafe { MaybeUninit::zeroed().assume_init() };
+        for (to, from) in request.ifr_name.iter_mut().zip(ifname.bytes()) {
+            *to = libc::c_char::from_ne_bytes([from]);
+        }
+        request.ifr_ifru.ifru_data = (&raw mut channels).cast();
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        // SAFETY: the request and the structure that it points to are valid.
+        let set = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) };
+        assert_eq!(set, 0, "{ifname}: {}", io::Error::last_os_error());
+    }
+}
+
+/// Another network namespace, as long as this lives.
+#[derive(Debug)]
+pub struct Elsewhere {
+    /// By which `ip link set … netns` knows it.
+    pub thread: i32,
+    commands: Option<mpsc::Sender<String>>,
+    done: mpsc::Receiver<String>,
+    handle: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Elsewhere {
+    /// Makes one.
+    pub fn new() -> Self {
+        let (commands, to_do) = mpsc::channel::<String>();
+        let (tell, done) = mpsc::channel();
+        let handle = std::thread::spawn(move || {
+            fresh_namespace();
+            let number = rustix::thread::gettid().as_raw_nonzero().get();
+            tell.send(number.to_string()).unwrap();
+            for command in to_do {
+                tell.send(ip(&command)).unwrap();
+            }
+        });
+        let thread = done.recv().unwrap().parse().unwrap();
+        Self {
+            thread,
+            commands: Some(commands),
+            done,
+            handle: Some(handle),
+        }
+    }
+
+    /// Runs `ip` there.
+    pub fn ip(&self, arguments: &str) -> String {
+        let commands = self.commands.as_ref().unwrap();
+        commands.send(arguments.to_owned()).unwrap();
+        self.done.recv().expect("the command failed there")
+    }
+}
+
+impl Default for Elsewhere {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        self.commands = None;
+        if let Some(handle) = self.handle.take() {
+            // A panic was told where it happened.
+            let _ = handle.join();
+        }
+    }
+}
+
+/// Runs these lines of `ip -batch`.
+pub fn ip_batch(lines: &str) {
+    let mut child = Command::new("ip")
+        .args(["-batch", "-"])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    io::Write::write_all(&mut child.stdin.take().unwrap(), lines.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "ip -batch");
 }
 
 /// Makes a veth pair `xdp0` and `far0` with so many queues, and sets it up.

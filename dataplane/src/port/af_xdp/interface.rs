@@ -74,11 +74,6 @@ impl Interface {
         self.has_flags(libc::IFF_UP)
     }
 
-    /// Whether it is set up and has a carrier (IFF_RUNNING).
-    pub(super) fn is_running(&self) -> bool {
-        self.has_flags(libc::IFF_UP | libc::IFF_RUNNING)
-    }
-
     /// Its L3 MTU.
     pub(super) fn mtu(&self) -> Option<u32> {
         let request = self.ask(libc::SIOCGIFMTU)?;

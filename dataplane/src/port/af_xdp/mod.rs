@@ -22,19 +22,20 @@ mod transmit;
 mod umem;
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard};
 
 pub(crate) use transmit::Transmitter;
 
-use ringway_api::{AfXdpInfo, AfXdpQueueInfo, PortState, QueueInfo, XdpMode};
+use ringway_api::{AfXdpConfig, AfXdpInfo, AfXdpQueueInfo, QueueInfo, XdpMode};
 
 use self::interface::Interface;
 use self::program::Program;
 use self::receive::Receiver;
 use super::counters::Counter;
 use super::vhost::choose_receiver;
-use super::{PortBase, QueueCounters};
+use super::{LinkBase, QueueCounters};
 use crate::burst_lock::BurstLock;
+use crate::link::Attachment;
 use crate::wire::Offloads;
 
 /// Longest L3 MTU: what common NICs carry in several buffers.
@@ -55,16 +56,13 @@ pub(crate) struct AfXdpQueue {
     pub(crate) merged: Counter,
 }
 
-/// Queues of an interface.
+/// Queues of an interface; without any, one that is waited for.
 #[derive(Debug)]
 pub(crate) struct AfXdpPort {
-    pub(crate) base: PortBase,
+    pub(crate) link: Arc<LinkBase>,
     // Dropped in this order: no frame is redirected any more when the sockets are closed.
-    program: Program,
+    hold: Option<Hold>,
     queues: Box<[AfXdpQueue]>,
-    interface: Interface,
-    /// Has the NIC receive frames for all addresses as long as it is open.
-    _receives_all: OwnedFd,
     mode: XdpMode,
     has_several_chunks: bool,
     /// What frames from the interface may ask for.
@@ -75,17 +73,54 @@ pub(crate) struct AfXdpPort {
     mtu: u16,
 }
 
+/// What holds an interface.
+#[derive(Debug)]
+struct Hold {
+    program: Program,
+    interface: Interface,
+    /// Has the NIC receive frames for all addresses as long as it is open.
+    _receives_all: OwnedFd,
+    /// What it was opened with.
+    attachment: Attachment,
+}
+
 impl AfXdpPort {
-    pub(crate) fn pairs(&self) -> u16 {
-        u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
+    /// The port of an interface that is waited for, if it is one to be waited for.
+    pub(crate) fn wait_for(link: Arc<LinkBase>, config: &AfXdpConfig) -> Option<Self> {
+        Self::absence(config).map(|_| Self::waiting(link))
     }
 
-    pub(crate) fn state(&self) -> PortState {
-        if self.interface.is_running() {
-            PortState::Up
-        } else {
-            PortState::Down
+    /// The same port with nothing open.
+    pub(crate) fn detached(&self) -> Self {
+        Self::waiting(Arc::clone(&self.link))
+    }
+
+    fn waiting(link: Arc<LinkBase>) -> Self {
+        Self {
+            link,
+            hold: None,
+            queues: Box::default(),
+            mode: XdpMode::Auto,
+            has_several_chunks: false,
+            sends: Offloads::NONE,
+            umem_bytes: 0,
+            is_huge: false,
+            mtu: 0,
         }
+    }
+
+    /// What is open.
+    pub(crate) fn attachment(&self) -> Option<Attachment> {
+        self.hold.as_ref().map(|hold| hold.attachment.clone())
+    }
+
+    /// Queues that the interface has now.
+    pub(crate) fn channels(&self) -> Option<u16> {
+        self.hold.as_ref().map(|hold| hold.interface.queues())
+    }
+
+    pub(crate) fn pairs(&self) -> u16 {
+        u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
     }
 
     /// What frames from the interface may ask for.
@@ -136,11 +171,12 @@ impl AfXdpPort {
         }
     }
 
-    /// All that only a port of this kind has.
-    pub(crate) fn info(&self) -> AfXdpInfo {
-        AfXdpInfo {
+    /// All that only a port of this kind has, while its interface is open.
+    pub(crate) fn info(&self) -> Option<AfXdpInfo> {
+        let hold = self.hold.as_ref()?;
+        Some(AfXdpInfo {
             mode: self.mode,
-            program_id: self.program.id(),
+            program_id: hold.program.id(),
             multi_buffer: self.has_several_chunks,
             umem_bytes: self.umem_bytes,
             huge_pages: self.is_huge,
@@ -148,7 +184,7 @@ impl AfXdpPort {
                 .zip(&self.queues)
                 .map(|(index, queue)| queue.info(index))
                 .collect(),
-        }
+        })
     }
 }
 

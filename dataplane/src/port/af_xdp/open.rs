@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ringway_api::{AfXdpConfig, MAX_QUEUE_PAIRS, Mtu, QueuePairs, SwitchError, XdpMode};
@@ -14,8 +15,9 @@ use super::program::{self, Program};
 use super::receive::{Receiver, Receiving};
 use super::transmit::Transmitter;
 use super::umem::{ChunkLayout, SharedMemory, os_error};
-use super::{AfXdpPort, AfXdpQueue, MAX_MTU};
-use crate::port::{PortBase, max_l2_bytes};
+use super::{AfXdpPort, AfXdpQueue, Hold, MAX_MTU};
+use crate::link::{Attachment, Opened as OpenedLink};
+use crate::port::{LinkBase, max_l2_bytes};
 use crate::wire::Offloads;
 
 /// How long a queue that is bound is tried again: after the end of the process that had it, the
@@ -52,6 +54,8 @@ struct Plan<'a> {
     config: &'a AfXdpConfig,
     interface: &'a Interface,
     queues: u16,
+    /// Queues that the interface has.
+    channels: u16,
     layout: ChunkLayout,
     /// The interface's own.
     interface_mtu: u32,
@@ -60,32 +64,34 @@ struct Plan<'a> {
 }
 
 impl AfXdpPort {
+    /// Why the interface can't be opened now, but may be later: it is not there, or down.
+    pub(crate) fn absence(config: &AfXdpConfig) -> Option<SwitchError> {
+        find(config).err()
+    }
+
     /// Attaches a program to the interface and binds its first queues.
     ///
     /// # Errors
     /// An interface that is not there, down, in use, can't do it in this mode or with its MTU; too
     /// few queues, too little memory that may be locked, no permission.
-    pub(crate) fn open(base: PortBase, config: &AfXdpConfig) -> Result<Self, SwitchError> {
-        let ifname = config.ifname.as_str();
-        let found = Interface::find(ifname).map_err(|error| system(config, "socket", &error))?;
-        let Some(interface) = found else {
-            return Err(refuse(
-                config,
-                "there is no such interface",
-                "see `ip link`; the interface is to exist already",
-            ));
-        };
-        if !interface.is_up() {
-            let hint = format!("`ip link set {ifname} up` sets it up");
-            return Err(refuse(config, "it is down", hint));
-        }
+    pub(crate) fn open(link: Arc<LinkBase>, config: &AfXdpConfig) -> Result<Self, SwitchError> {
+        let interface = find(config)?;
         let plan = plan(config, &interface)?;
         let (mode, opened) = plan.open_first()?;
         let receives_all = interface
             .receive_all()
             .map_err(|error| not_promiscuous(config, &error))?;
+        let attachment = Attachment {
+            index: plan.interface.index(),
+            name: config.ifname.as_str().into(),
+            what: OpenedLink::Nic {
+                program: opened.program.id(),
+                mtu: plan.interface_mtu,
+                channels: plan.channels,
+            },
+        };
         Ok(Self {
-            base,
+            link,
             mode,
             has_several_chunks: plan.layout.several_chunks,
             sends: plan.sends(mode),
@@ -95,12 +101,33 @@ impl AfXdpPort {
                 u16::try_from(plan.interface_mtu).unwrap_or(u16::MAX),
                 Mtu::get,
             ),
-            program: opened.program,
             queues: opened.queues,
-            interface,
-            _receives_all: receives_all,
+            hold: Some(Hold {
+                program: opened.program,
+                interface,
+                _receives_all: receives_all,
+                attachment,
+            }),
         })
     }
+}
+
+/// The interface, if it is there and set up.
+fn find(config: &AfXdpConfig) -> Result<Interface, SwitchError> {
+    let ifname = config.ifname.as_str();
+    let found = Interface::find(ifname).map_err(|error| system(config, "socket", &error))?;
+    let Some(interface) = found else {
+        return Err(refuse(
+            config,
+            "there is no such interface",
+            "see `ip link`; the interface is to exist already",
+        ));
+    };
+    if !interface.is_up() {
+        let hint = format!("`ip link set {ifname} up` sets it up");
+        return Err(refuse(config, "it is down", hint));
+    }
+    Ok(interface)
 }
 
 /// What one mode yields.
@@ -134,6 +161,7 @@ fn plan<'a>(config: &'a AfXdpConfig, interface: &'a Interface) -> Result<Plan<'a
         config,
         interface,
         queues,
+        channels: there,
         layout: ChunkLayout::for_frames(max_l2_bytes(u16::try_from(greatest).ok())),
         interface_mtu,
         driver: interface.driver(),

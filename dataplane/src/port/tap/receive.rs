@@ -128,7 +128,7 @@ impl RxQueue for TapRx<'_> {
                 completion: (),
             },
             Err(error) => {
-                let (port, queue) = (&self.port.base.name, self.pair);
+                let (port, queue) = (&self.port.link.base.name, self.pair);
                 warn!(%port, queue, "tap queue failed: {error}");
                 Gathered::Stopped
             }

@@ -36,6 +36,10 @@ impl Worker {
                     self.remove_port(id);
                     let _ = done.send(());
                 }
+                Command::ForgetPairs { id, done } => {
+                    self.handle.pairs.forget(id);
+                    let _ = done.send(());
+                }
                 Command::Release { token, done } => {
                     self.release(token);
                     let _ = done.send(());
@@ -122,7 +126,6 @@ impl Worker {
         forwarder.members.remove(id);
         forwarder.ports[id.index()] = None;
         forwarder.forget(id);
-        self.handle.pairs.forget(id);
     }
 
     /// Forwards a frame of our own making, in the name of a port, and believes it: a front-end
