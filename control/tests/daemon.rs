@@ -85,8 +85,64 @@ fn who_does_not_exist_can_not_have_a_socket() {
 
 mod as_root {
     use std::os::unix::fs::MetadataExt;
+    use std::process::Stdio;
+
+    use ringway_control::api::{Mtu, PortState, TapConfig};
+    use ringway_testbed::eventually;
+    use ringway_testbed::host::{fresh_namespace, ip};
 
     use super::*;
+
+    /// A user of no name.
+    const USER: u32 = 64_055;
+
+    #[test]
+    fn a_users_own_tap_needs_no_privilege() {
+        fresh_namespace();
+        let user_of = |name: &str| format!("tuntap add name {name} mode tap user {USER}");
+        ip(&user_of("own0"));
+        ip("link set own0 mtu 1400 up");
+        ip(&user_of("down0"));
+        ip("tuntap add name other0 mode tap user 64056");
+        let place = Place::new();
+        std::os::unix::fs::chown(place.path(""), Some(USER), Some(USER)).unwrap();
+        let program = place.path("ringwayd");
+        std::fs::copy(env!("CARGO_BIN_EXE_ringwayd"), &program).unwrap();
+        // With a device that everybody may open, as udev makes it, also where there is none.
+        let script = "mknod -m 666 $1 c 10 200 && mount --bind $1 /dev/net/tun && \
+                      exec setpriv --reuid $2 --regid $2 --clear-groups $3 --control $4";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script, "sh"]);
+        command.arg(place.path("tun")).arg(USER.to_string());
+        command.arg(program).arg(place.path("control.sock"));
+        let running = place.start_command(command.stderr(Stdio::piped()));
+        let mut client = running.client();
+        let mut add = |port: &str, mtu: Option<u16>| {
+            let mut tap = TapConfig::new(port.parse().unwrap());
+            tap.mtu = mtu.and_then(Mtu::new);
+            let config = PortConfig::Tap(tap);
+            let name = name(port);
+            client.call::<PortAdd>(&PortAddParams { name, config })
+        };
+        assert_eq!(add("own0", Some(1400)).unwrap().state, PortState::Up);
+        // What it may not change is said, or waited for.
+        assert_eq!(add("down0", None).unwrap().state, PortState::Down);
+        for (port, mtu) in [("other0", None), ("new0", None)] {
+            match add(port, mtu).unwrap_err() {
+                CallError::Refused { message, hint, .. } => {
+                    assert!(message.contains("not permitted"), "{message}");
+                    assert!(hint.contains(&format!("ip tuntap add {port} ")), "{hint}");
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        ip("link set down0 up");
+        let mut client = running.client();
+        eventually("the port is up", || {
+            let ports = client.call::<PortList>(&NoParams {}).unwrap().ports;
+            ports.iter().all(|port| port.state == PortState::Up)
+        });
+    }
 
     #[test]
     fn sockets_are_for_whom_the_configuration_says() {

@@ -1,8 +1,10 @@
 //! A directory with a daemon in it.
 #![allow(dead_code, reason = "no test uses all of it")]
 
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader, ErrorKind, PipeWriter, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -57,6 +59,9 @@ impl Place {
         // A daemon that ran here before had one too.
         let _ = std::fs::remove_file(self.path("notify.sock"));
         let notify = UnixDatagram::bind(self.path("notify.sock")).unwrap();
+        // The daemon may be another user's.
+        let all = Permissions::from_mode(0o777);
+        std::fs::set_permissions(self.path("notify.sock"), all).unwrap();
         command.env("NOTIFY_SOCKET", self.path("notify.sock"));
         let child = command.spawn().unwrap();
         let running = Running {

@@ -58,7 +58,8 @@ impl std::fmt::Debug for TapPort {
 }
 
 impl TapPort {
-    /// Opens the interface's queues, and brings it up; it is created if there is none.
+    /// Opens the interface's queues, and brings it up; it is created if there is none. Nothing is
+    /// changed that is as it should be, so whose tap it is needs no privilege.
     ///
     /// # Errors
     /// An interface that is no tap or in use, no permission.
@@ -72,18 +73,8 @@ impl TapPort {
         refuse_others(config, pairs)?;
         let offloads = if config.offload { &LADDER[..] } else { &[] };
         let offloads = set_offloads(&queues, offloads).map_err(|error| explain(&error))?;
-        let set_up = |first: &SyncDevice| -> io::Result<()> {
-            if let Some(mtu) = config.mtu {
-                first.set_mtu(mtu.get())?;
-            }
-            first.enabled(true)?;
-            if config.persist {
-                first.persist()?;
-            }
-            Ok(())
-        };
         if let Some(first) = queues.first() {
-            set_up(first).map_err(|error| explain(&error))?;
+            set_up(first, config).map_err(|error| explain(&error))?;
         }
         let counters = queues.iter().map(|_| Counters::default()).collect();
         let reader = |_| BurstLock::new(TapReader::new());
@@ -288,6 +279,7 @@ fn open_queues(ifname: &str, pairs: u16) -> io::Result<Box<[SyncDevice]>> {
             .layer(Layer::L2)
             .offload(true)
             .multi_queue(multi_queue)
+            .inherit_enable_state()
             .build_sync()?;
         configure(&device)?;
         Ok::<_, io::Error>(device)
@@ -301,6 +293,29 @@ fn open_queues(ifname: &str, pairs: u16) -> io::Result<Box<[SyncDevice]>> {
         return Ok(Box::new([single]));
     }
     (0..pairs).map(|_| open(true)).collect()
+}
+
+fn set_up(first: &SyncDevice, config: &TapConfig) -> io::Result<()> {
+    let ifname = LinkName::from(config.ifname.as_str());
+    let seen = Asker::new().and_then(|mut asker| asker.link(Key::Name(&ifname)));
+    let (is_up, mtu) = seen
+        .ok()
+        .flatten()
+        .map_or((false, 0), |seen| (seen.is_up, seen.mtu));
+    if let Some(wanted) = config.mtu.filter(|wanted| u32::from(wanted.get()) != mtu) {
+        first.set_mtu(wanted.get())?;
+    }
+    if !is_up {
+        match first.enabled(true) {
+            // The port waits until whoever may do it has brought it up.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
+            done => done?,
+        }
+    }
+    if config.persist {
+        first.persist()?;
+    }
+    Ok(())
 }
 
 /// Sets what tun-rs does not: a header of 12 bytes; and O_NONBLOCK.
@@ -393,9 +408,18 @@ fn refuse_others(config: &TapConfig, own: u16) -> Result<(), SwitchError> {
 
 fn explain(config: &TapConfig, existed: bool, error: &io::Error) -> SwitchError {
     let (reason, hint) = match error.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => (
+        Some(libc::EACCES) => (
+            "/dev/net/tun may not be opened".to_owned(),
+            "run ringwayd as root, or let its user open the device (mode 0666 as udev has it)"
+                .to_owned(),
+        ),
+        Some(libc::EPERM) => (
             "not permitted".to_owned(),
-            "run ringwayd as root or with CAP_NET_ADMIN".to_owned(),
+            format!(
+                "run ringwayd as root or with CAP_NET_ADMIN, or as the user whose tap it is \
+                 (`ip tuntap add {} mode tap user USER`, and its MTU as configured)",
+                config.ifname
+            ),
         ),
         Some(libc::ENOENT | libc::ENODEV) => (
             "there is no /dev/net/tun".to_owned(),
