@@ -286,3 +286,45 @@ fn too_little_memory_that_may_be_locked_is_one_line_with_a_hint() {
     let text = String::from_utf8(ringway(&place, "-j port list").stdout).unwrap();
     assert!(!text.contains("\"nic\""), "{text}");
 }
+
+#[test]
+fn a_daemon_waits_for_an_interface_that_is_missing_or_down_unless_it_is_strict() {
+    fresh_namespace();
+    let place = Place::new();
+    let config = place.config("[ports.nic]\nkind = \"af-xdp\"\nifname = \"xdp0\"\n");
+    let config = config.to_str().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    for (reason, remedy) in [
+        ("there is no such interface", "ip link"),
+        ("it is down", "`ip link set xdp0 up`"),
+    ] {
+        if reason == "it is down" {
+            ip("link add xdp0 type veth peer name far0");
+        }
+        let checked = place.run(&["--check", "--config", config]);
+        assert!(checked.status.success());
+        let told = text(checked.stdout);
+        assert!(told.starts_with("port nic will wait: "), "{told}");
+        assert!(told.contains(reason) && told.contains(remedy), "{told}");
+        for more in [&["--check"][..], &[]] {
+            let output = place.run(&[&["--strict", "--config", config], more].concat());
+            assert_eq!(output.status.code(), Some(1));
+            let refused = text(output.stderr);
+            let expected = format!("port nic: can't use xdp0 through AF_XDP: {reason}");
+            assert!(refused.contains(&expected), "{refused}");
+            assert!(refused.contains("hint: "), "{refused}");
+        }
+    }
+    ip("link del xdp0");
+    let _daemon = place.start(&["--config", config]);
+    let shown = show_nic(&place);
+    assert_eq!(shown.port.state.as_str(), "down");
+    assert!(shown.last_error.unwrap().contains("no interface xdp0"));
+    ip("link add xdp0 type veth peer name far0");
+    ip("link set far0 up");
+    ip("link set xdp0 up");
+    eventually("the port is up", || {
+        show_nic(&place).port.state.as_str() == "up"
+    });
+    assert_eq!(show_nic(&place).last_error, None);
+}

@@ -55,9 +55,15 @@ pub struct Args {
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
 
-    /// Check the configuration without starting anything, and exit
+    /// Check the configuration without starting anything, and exit; tells which interfaces are waited
+    /// for
     #[arg(long)]
     pub check: bool,
+
+    /// Refuse to start while the interface of an af-xdp port is missing or down, rather than have the
+    /// port wait for it
+    #[arg(long)]
+    pub strict: bool,
 }
 
 /// Heading of the options that tell who may open sockets.

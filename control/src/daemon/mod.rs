@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use ringway_api::{PortConfig, PortName, SwitchConfig, SwitchError};
-use ringway_dataplane::{SocketFile, Switch};
+use ringway_dataplane::{SocketFile, Switch, awaited};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -102,6 +102,7 @@ fn run(args: &Args, log: &Log) -> Result<(), Failure> {
     if args.check {
         check_access(&config)?;
         let ports = config.ports.len();
+        check_interfaces(&config.ports, args.strict)?;
         // A closed pipe is no reason to fail.
         let _ = writeln!(io::stdout(), "ok: {ports} ports, worker CPUs {worker_cpus}");
         return Ok(());
@@ -113,7 +114,7 @@ fn run(args: &Args, log: &Log) -> Result<(), Failure> {
         what: format!("can't handle signals: {error}"),
         hint: "see `ulimit -n`".into(),
     })?;
-    serve(config, worker_cpus, signals)
+    serve(config, worker_cpus, signals, args.strict)
 }
 
 /// Whoever is to own a socket exists.
@@ -181,7 +182,12 @@ fn raise_fd_limit() {
     }
 }
 
-fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(), Failure> {
+fn serve(
+    config: Config,
+    worker_cpus: CpuList,
+    mut signals: Signals,
+    is_strict: bool,
+) -> Result<(), Failure> {
     let control = config.control.unwrap_or_else(|| DEFAULT_CONTROL.into());
     // First of all, so that a second daemon fails before it touches a port.
     let socket = ControlSocket::bind(&control, &config.control_access)?;
@@ -195,7 +201,7 @@ fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(
     })?;
     let heartbeat = switch.heartbeat();
     let service = Arc::new(Service::new(switch, config.socket_access));
-    if let Err(failure) = add_ports(&service, config.ports) {
+    if let Err(failure) = add_ports(&service, config.ports, is_strict) {
         end(service);
         return Err(failure);
     }
@@ -228,15 +234,44 @@ fn serve(config: Config, worker_cpus: CpuList, mut signals: Signals) -> Result<(
     Ok(())
 }
 
-fn add_ports(service: &Service, ports: Vec<(PortName, PortConfig)>) -> Result<(), Failure> {
+/// Says which interfaces would be waited for, or refuses the first of them.
+fn check_interfaces(ports: &[(PortName, PortConfig)], is_strict: bool) -> Result<(), Failure> {
     for (name, config) in ports {
-        let described = name.clone();
-        service.add_port(name, config).map_err(|error| Failure {
-            what: format!("port {described}: {error}"),
-            hint: error.hint(),
-        })?;
+        let Some(absence) = awaited(config) else {
+            continue;
+        };
+        if is_strict {
+            return Err(not_added(name, &absence));
+        }
+        let hint = absence.hint();
+        // A closed pipe is no reason to fail.
+        let _ = writeln!(io::stdout(), "port {name} will wait: {absence}; {hint}");
     }
     Ok(())
+}
+
+fn add_ports(
+    service: &Service,
+    ports: Vec<(PortName, PortConfig)>,
+    is_strict: bool,
+) -> Result<(), Failure> {
+    for (name, config) in ports {
+        let described = name.clone();
+        let added = if is_strict {
+            service.add_port(name, config)
+        } else {
+            service.add_or_await_port(name, config)
+        };
+        added.map_err(|error| not_added(&described, &error))?;
+    }
+    Ok(())
+}
+
+fn not_added(port: &PortName, error: &SwitchError) -> Failure {
+    Failure {
+        what: format!("port {port}: {error}"),
+        hint: error.hint(),
+    }
 }
 
 /// Removes all ports and ends the workers.

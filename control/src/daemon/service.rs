@@ -53,10 +53,27 @@ impl Service {
     ///
     /// # Errors
     /// As [`Switch::add_port`].
-    pub fn add_port(
+    pub fn add_port(&self, name: PortName, config: PortConfig) -> Result<PortInfo, SwitchError> {
+        self.add(name, config, Switch::add_port)
+    }
+
+    /// Adds a port; one whose interface is missing or down waits for that.
+    ///
+    /// # Errors
+    /// As [`Switch::add_or_await_port`].
+    pub fn add_or_await_port(
+        &self,
+        name: PortName,
+        config: PortConfig,
+    ) -> Result<PortInfo, SwitchError> {
+        self.add(name, config, Switch::add_or_await_port)
+    }
+
+    fn add(
         &self,
         name: PortName,
         mut config: PortConfig,
+        add: impl FnOnce(&Switch, PortName, PortConfig) -> Result<PortInfo, SwitchError>,
     ) -> Result<PortInfo, SwitchError> {
         if let PortConfig::VhostUser(guest) = &mut config
             && matches!(guest.socket, SocketSpec::Listen(_))
@@ -64,7 +81,7 @@ impl Service {
             guest.access = guest.access.or(&self.socket_access);
         }
         let mut added = self.lock();
-        let info = self.switch.add_port(name.clone(), config)?;
+        let info = add(&self.switch, name.clone(), config)?;
         added.insert(name, monotonic_ns());
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             tracing::info!(port = %info.name, suppressed, "port added");
