@@ -61,6 +61,13 @@ impl FloodBuckets {
         let granted = self.0[port.index()].take(limit, charged, frames.len(), now);
         frames.first_of(granted)
     }
+
+    /// Charges a source for so many copies more than it was when they were taken.
+    pub(crate) fn charge(&mut self, port: PortId, copies: u64) {
+        let bucket = &mut self.0[port.index()];
+        let tenths = copies * u64::from(Tick::PER_SECOND);
+        bucket.tenths = bucket.tenths.saturating_sub(tenths);
+    }
 }
 
 /// A token bucket of copies, filled once a tick.
@@ -174,7 +181,24 @@ mod tests {
         assert_eq!(take(2049), FrameSet::from_bits(0b0001_0100));
         assert_eq!(take(2), FrameSet::EMPTY);
         limits.set(port, 0);
+        buckets.charge(port, 1_000_000);
         let unlimited = buckets.take(&limits, port, 4095, frames, second(1));
         assert_eq!(unlimited, frames);
+    }
+
+    /// Copies to a tap cost as much as many to guests.
+    #[test]
+    fn copies_that_cost_more_are_charged_more() {
+        let (limits, mut buckets) = (FloodLimits::new(), FloodBuckets::new());
+        let (port, all) = (PortId::new(7).unwrap(), FrameSet::from_bits(u64::MAX));
+        limits.set(port, LIMIT);
+        let mut passed = 0;
+        for turn in 0..100_000 {
+            let frames = buckets.take(&limits, port, 3, all, Tick(10 + turn / 10_000));
+            buckets.charge(port, u64::from(frames.len()) * 3 * 31);
+            passed += frames.len();
+        }
+        // 95 copies a frame: a quarter of a second's at first, and nine tenths of a second.
+        assert!((12_100..13_000).contains(&passed), "{passed}");
     }
 }

@@ -313,6 +313,12 @@ impl Decisions {
         self.result.flooded
     }
 
+    /// Charges a source for what it flooded as if that had been so many copies more: some ports take
+    /// frames at a higher cost than others.
+    pub fn charge_flood(&mut self, source: PortId, copies: u64) {
+        self.floods.charge(source, copies);
+    }
+
     /// Forgets the last burst.
     pub fn clear(&mut self) {
         self.probed.clear();

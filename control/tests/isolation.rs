@@ -30,7 +30,7 @@ mod as_root {
     const WINDOW: u64 = 64;
     /// A window without progress for this long is lost.
     const LOST: Duration = Duration::from_millis(5);
-    /// How much longer than alone a ping may take at the 99th percentile.
+    /// How long a ping may take at the 99th percentile.
     const LONGEST_PING: Duration = Duration::from_millis(5);
     const PING_INTERVAL: Duration = Duration::from_millis(1);
     const PING_LOST: Duration = Duration::from_millis(500);
@@ -233,7 +233,7 @@ mod as_root {
                     alone.rate
                 );
                 eprintln!("{figures}");
-                if part >= least && p99 <= alone.p99 + LONGEST_PING {
+                if part >= least && p99 <= LONGEST_PING {
                     break;
                 }
                 assert!(trial < TRIALS, "{figures}");
@@ -353,10 +353,10 @@ mod as_root {
     }
 
     #[test]
-    fn broadcasts_leave_taps_their_ping() {
-        // The kernel takes each in for each tap, on the core of whoever reads there: that is no time of
-        // the switch. What is asked of it is the ping.
-        endure_rings(("broadcasts", 0.0), 1, 256, |guest, areas| {
+    fn broadcasts_leave_taps_their_rate_and_ping() {
+        // Each that passes is taken in for each tap, by the worker's own system call and by whoever reads
+        // there. As many as guests are sent leave taps a quarter of their rate.
+        endure_rings(("broadcasts", 0.7), 1, 256, |guest, areas| {
             // The driver's first chain, which stays where it is.
             guest.send_frame(&frame([0xff; 6], BAD, 0)).unwrap();
             (0..256).for_each(|slot| areas[0].set_avail_entry(slot, 0));

@@ -271,7 +271,8 @@ impl Raw {
     }
 
     fn receive_with(&self, flags: i32) -> Option<Vec<u8>> {
-        let mut buffer = vec![0; 70_000];
+        // Not filled with zeros for each frame: that would cost more than the frame.
+        let mut buffer = Vec::<u8>::with_capacity(70_000);
         loop {
             type Parts = (libc::sockaddr_ll, libc::msghdr, [libc::cmsghdr; 4]);
             // SAFETY: all zeros are a valid address, a valid message and a valid control message.
@@ -279,7 +280,7 @@ impl Raw {
             let (mut from, mut message, mut control) = parts;
             let mut piece = libc::iovec {
                 iov_base: buffer.as_mut_ptr().cast(),
-                iov_len: buffer.len(),
+                iov_len: buffer.capacity(),
             };
             message.msg_name = (&raw mut from).cast();
             message.msg_namelen = bytes_of(&from);
@@ -291,7 +292,8 @@ impl Raw {
             let count = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &raw mut message, flags) };
             let count = usize::try_from(count).ok()?;
             if from.sll_pkttype != libc::PACKET_OUTGOING {
-                buffer.truncate(count);
+                // SAFETY: the kernel wrote so many bytes, no more than there is room for.
+                unsafe { buffer.set_len(count) };
                 if let Some(tag) = tag_of(&message) {
                     self.put_back(tag, &mut buffer);
                 }
