@@ -10,7 +10,7 @@ use super::features::{
     VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use super::fixed::{FixedGuest, FixedSlots};
+use super::fixed::{FixedGuest, FixedRings, FixedSlots};
 use super::frontend::{Frontend, FrontendError, WANTED_PROTOCOL_FEATURES};
 use super::guest::{Guest, GuestError};
 use super::memory::{DriverMemory, DriverMemoryError, HUGE_PAGE_BYTES, RegionLayout};
@@ -136,6 +136,15 @@ impl GuestBuilder {
         FixedGuest::start(frontend, self, slots)
     }
 
+    /// The rings of a fixed guest without a back-end, as with all features that it could have: for
+    /// whoever plays the device, too.
+    ///
+    /// # Errors
+    /// A size that rings can't have, or memory that is short.
+    pub fn fixed_rings(&self, slots: &[FixedSlots; 2]) -> Result<FixedRings, GuestError> {
+        FixedRings::new(self, self.required_features() | self.optional, slots)
+    }
+
     /// The handshake up to the features. Memory and rings are the caller's to make.
     ///
     /// # Errors
@@ -193,16 +202,7 @@ pub struct Negotiated {
 impl Negotiated {
     /// How rings are driven whose chains have at most so many buffers.
     pub fn ring_options(&self, buffers: u16) -> RingOptions {
-        let has = |feature| self.features & feature != 0;
-        RingOptions {
-            event_idx: has(VIRTIO_RING_F_EVENT_IDX),
-            in_order: has(VIRTIO_F_IN_ORDER),
-            indirect: if has(VIRTIO_RING_F_INDIRECT_DESC) {
-                buffers
-            } else {
-                0
-            },
-        }
+        ring_options(self.features, buffers)
     }
 
     /// Shares memory and starts the rings, receive and transmit of each pair in turn.
@@ -222,5 +222,19 @@ impl Negotiated {
         };
         self.frontend.start_device(self.offered, &device)?;
         Ok(self.frontend)
+    }
+}
+
+/// How rings are driven with these features whose chains have at most so many buffers.
+pub(crate) fn ring_options(features: u64, buffers: u16) -> RingOptions {
+    let has = |feature| features & feature != 0;
+    RingOptions {
+        event_idx: has(VIRTIO_RING_F_EVENT_IDX),
+        in_order: has(VIRTIO_F_IN_ORDER),
+        indirect: if has(VIRTIO_RING_F_INDIRECT_DESC) {
+            buffers
+        } else {
+            0
+        },
     }
 }

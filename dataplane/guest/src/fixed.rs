@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::buffers::BufferPool;
-use super::builder::{GuestBuilder, Negotiated};
+use super::builder::{GuestBuilder, ring_options};
 use super::event::EventFd;
 use super::frontend::Frontend;
 use super::guest::GuestError;
@@ -60,11 +60,11 @@ impl FixedQueue {
     fn new(
         memory: &Arc<DriverMemory>,
         layout: Layout,
-        negotiated: &Negotiated,
+        features: u64,
         direction: BufferSide,
         slots: &FixedSlots,
     ) -> Result<Self, GuestError> {
-        let options = negotiated.ring_options(slots.per_slot());
+        let options = ring_options(features, slots.per_slot());
         let per_slot = if options.indirect > 0 {
             1
         } else {
@@ -124,6 +124,38 @@ pub struct FixedPair {
     pub tx: FixedQueue,
 }
 
+/// The queue pairs of a fixed guest, which no device has been told of.
+#[derive(Debug)]
+pub struct FixedRings {
+    /// In which they lie.
+    pub memory: Arc<DriverMemory>,
+    /// The queue pairs.
+    pub pairs: Vec<FixedPair>,
+}
+
+impl FixedRings {
+    pub(crate) fn new(
+        config: &GuestBuilder,
+        features: u64,
+        [rx_slots, tx_slots]: &[FixedSlots; 2],
+    ) -> Result<Self, GuestError> {
+        let memory = config.memory(rx_slots.ring_bytes() + tx_slots.ring_bytes())?;
+        let queue =
+            |direction, slots| FixedQueue::new(&memory, config.layout, features, direction, slots);
+        let mut pairs = Vec::new();
+        for _ in 0..config.queue_pairs {
+            let (mut rx, tx) = (
+                queue(BufferSide::Receive, rx_slots)?,
+                queue(BufferSide::Transmit, tx_slots)?,
+            );
+            // Nobody listens yet; a back-end looks at each ring once when it starts.
+            rx.ring.push(u16::MAX);
+            pairs.push(FixedPair { rx, tx });
+        }
+        Ok(Self { memory, pairs })
+    }
+}
+
 /// A guest of fixed buffers that is connected to a back-end.
 #[derive(Debug)]
 pub struct FixedGuest {
@@ -139,27 +171,14 @@ impl FixedGuest {
     pub(crate) fn start(
         frontend: Frontend,
         config: &GuestBuilder,
-        [rx_slots, tx_slots]: &[FixedSlots; 2],
+        slots: &[FixedSlots; 2],
     ) -> Result<Self, GuestError> {
         let negotiated = config.negotiate(frontend)?;
-        let memory = config.memory(rx_slots.ring_bytes() + tx_slots.ring_bytes())?;
-        let queue = |direction, slots| {
-            FixedQueue::new(&memory, config.layout, &negotiated, direction, slots)
-        };
-        let mut pairs = Vec::new();
-        for _ in 0..config.queue_pairs {
-            let (mut rx, tx) = (
-                queue(BufferSide::Receive, rx_slots)?,
-                queue(BufferSide::Transmit, tx_slots)?,
-            );
-            // Nobody listens yet; a back-end looks at each ring once when it starts.
-            rx.ring.push(u16::MAX);
-            pairs.push(FixedPair { rx, tx });
-        }
+        let features = negotiated.features;
+        let FixedRings { memory, pairs } = FixedRings::new(config, features, slots)?;
         let rings = pairs
             .iter()
             .flat_map(|pair| [pair.rx.start(), pair.tx.start()]);
-        let features = negotiated.features;
         let frontend = negotiated.start(&memory, rings.collect())?;
         Ok(Self {
             frontend,

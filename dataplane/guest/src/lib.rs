@@ -34,7 +34,7 @@ mod split;
 pub use buffers::BufferPool;
 pub use builder::{GuestBuilder, Negotiated};
 pub use event::{EventFd, wait_any};
-pub use fixed::{FixedGuest, FixedPair, FixedQueue, FixedSlots};
+pub use fixed::{FixedGuest, FixedPair, FixedQueue, FixedRings, FixedSlots};
 pub use frame_source::FrameSource;
 pub use frontend::{
     Frontend, FrontendError, FrontendReply, HEADER_BYTES, MAX_FDS, MAX_REPLY_BYTES,
