@@ -258,6 +258,10 @@ fn an_offered_rate_far_below_the_maximum_arrives_whole() {
             assert_eq!(result[format!("frames_{none}")], 0, "{none}: {result}");
         }
         assert!(result["latency_ns"]["p50"].as_u64() > Some(0), "{result}");
+        let alone = &result["without_switch_ns"];
+        assert!(alone["max"].as_u64() >= alone["p50"].as_u64(), "{result}");
+        assert!(alone["max"].as_u64() > Some(0), "{result}");
+        assert!(result["load_stalls"].is_u64(), "{result}");
     }
 }
 
@@ -296,7 +300,14 @@ fn a_comparison_tells_rates_shares_latency_and_the_copy_loop() {
         "--duration",
         "0.1",
         "--latency",
+        "--latency-rates",
+        "5000",
     ]);
+    assert!(
+        report["latency_rule"]
+            .as_str()
+            .is_some_and(|rule| rule.contains("quiet"))
+    );
     let sizes = report["sizes"].as_array().expect("sizes");
     assert_eq!(sizes.len(), 2);
     assert!(report["versions"]["ringway"].is_string());
@@ -314,9 +325,20 @@ fn a_comparison_tells_rates_shares_latency_and_the_copy_loop() {
         let ringway = &size["subjects"][0];
         assert!(ringway["limit"].is_string(), "{ringway}");
         assert!(ringway["switch_busy_share"].as_f64() > Some(0.0));
-        let lowest = &ringway["latency"][0];
-        assert_eq!(lowest["share_of_maximum"], 0.1, "{ringway}");
-        assert!(lowest["one_way_p99_ns"]["median"].as_f64() > Some(0.0));
+        let rates = ringway["latency"].as_array().expect("rates");
+        assert_eq!(rates[0]["offered_frames_per_second"], 5000.0, "{ringway}");
+        assert_eq!(rates[1]["share_of_slowest"], 0.1, "{ringway}");
+        for rate in rates {
+            let median = |side: &str| rate[side]["p50_ns"]["median"].as_f64();
+            let trials = rate["trials"].as_array().map_or(0, Vec::len);
+            assert!(trials > 0, "{rate}");
+            // Half of the frames were due in stalls, or it is told.
+            let told = median("one_way") > Some(0.0) || rate["load_stalls"].as_u64() > Some(0);
+            assert!(told, "{rate}");
+            assert!(rate["without_switch"].is_object(), "{rate}");
+        }
+        let alone = &size["load_stamped_frames_per_second"]["median"];
+        assert!(alone.as_f64() > Some(0.0), "{size}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! A guest of the load: a front-end whose buffers stay where they are.
 
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,10 +10,11 @@ use ringway_guest::features::{
     VIRTIO_NET_F_HOST_TSO4,
 };
 use ringway_guest::{
-    FixedPair, FixedQueue, FixedSlots, Frontend, Guest, GuestBuilder, Layout, UsedSlot,
+    FixedPair, FixedQueue, FixedSlots, Frontend, Guest, GuestBuilder, GuestError, Layout, UsedSlot,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::by_hand::HandRing;
 use super::error::LoadError;
 use super::frame::{MAX_PLAIN, Template};
 use crate::interrupt;
@@ -355,6 +356,39 @@ impl LoadGuest {
             in_order: guest.features & VIRTIO_F_IN_ORDER != 0,
             pairs: guest.pairs.into_iter().map(pair).collect(),
         })
+    }
+
+    /// A guest without a back-end, and the devices' sides of its receive and transmit rings, by
+    /// queue pair. Frames and buffers are in one piece.
+    pub(crate) fn without_switch(
+        shape: GuestShape,
+        frames: &[Template],
+        flows: u16,
+    ) -> Result<(Self, Vec<[HandRing; 2]>, UnixStream), LoadError> {
+        let shape = GuestShape {
+            chained: false,
+            indirect: false,
+            ..shape
+        };
+        let segmented = frames.iter().any(|frame| frame.len() > MAX_PLAIN + 12);
+        let slots = shape.fixed_slots(frames);
+        let rx_len = slots[0].lens[0];
+        let rings = shape.builder(segmented).fixed_rings(&slots)?;
+        let side = |queue: &FixedQueue| {
+            HandRing::new(&rings.memory, shape.layout, queue.ring.place()).map_err(GuestError::from)
+        };
+        let sides = rings.pairs.iter();
+        let sides: Vec<_> = sides
+            .map(|pair| Ok([side(&pair.rx)?, side(&pair.tx)?]))
+            .collect::<Result<_, GuestError>>()?;
+        let (socket, other_end) = UnixStream::pair()?;
+        let pair = |pair| LoadPair::new(pair, rx_len, frames, flows);
+        let guest = Self {
+            frontend: Frontend::new(socket),
+            in_order: shape.in_order,
+            pairs: rings.pairs.into_iter().map(pair).collect(),
+        };
+        Ok((guest, sides, other_end))
     }
 
     /// Fails once the back-end has gone.

@@ -1,10 +1,12 @@
 //! The load: pairs of guests on one thread, each guest sending to its partner.
 
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ringway_guest::Frontend;
 
+use super::by_hand::HandRing;
 use super::error::LoadError;
 use super::frame::{Route, Stamp, Style, Template, guest_mac};
 use super::guest::{GuestListener, GuestShape, LoadGuest, PairTurn};
@@ -89,6 +91,16 @@ pub(crate) struct Load {
     /// Runs with stamped frames so far.
     pub(crate) runs: u8,
     verify: bool,
+    /// In place of a switch.
+    by_hand: Option<ByHand>,
+}
+
+/// The devices' sides of all guests' rings, by guest and queue pair: receive and transmit.
+#[derive(Debug)]
+struct ByHand {
+    rings: Vec<Vec<[HandRing; 2]>>,
+    /// What makes sessions look alive.
+    _sockets: Vec<UnixStream>,
 }
 
 impl Load {
@@ -101,9 +113,49 @@ impl Load {
             templates,
             runs: 0,
             verify: config.verify,
+            by_hand: None,
         };
         load.teach()?;
         Ok(load)
+    }
+
+    /// Guests whose frames are moved by hand, on the same thread.
+    pub(crate) fn without_switch(config: &LoadConfig) -> Result<Self, LoadError> {
+        let count = u16::try_from(config.sockets.len()).unwrap_or(u16::MAX);
+        let templates: Vec<_> = (0..count).map(|guest| config.templates(guest)).collect();
+        let (mut guests, mut rings, mut sockets) = (Vec::new(), Vec::new(), Vec::new());
+        for frames in &templates {
+            let (guest, sides, socket) =
+                LoadGuest::without_switch(config.shape, frames, config.flows)?;
+            guests.push(guest);
+            rings.push(sides);
+            sockets.push(socket);
+        }
+        let by_hand = ByHand {
+            rings,
+            _sockets: sockets,
+        };
+        Ok(Self {
+            guests,
+            templates,
+            runs: 0,
+            verify: config.verify,
+            by_hand: Some(by_hand),
+        })
+    }
+
+    /// Moves what a guest sent to its partner, where there is no switch to do it.
+    #[inline]
+    pub(crate) fn move_by_hand(&mut self, guest: usize) {
+        let Some(ByHand { rings, .. }) = &mut self.by_hand else {
+            return;
+        };
+        let Ok([from, to]) = rings.get_disjoint_mut([guest, guest ^ 1]) else {
+            return;
+        };
+        for ([_, tx], [rx, _]) in from.iter_mut().zip(to) {
+            tx.move_to(rx);
+        }
     }
 
     /// Sends frames from each guest until each has heard its partner: the switch knows all then.

@@ -6,6 +6,7 @@
 //! itself is seen.
 
 mod args;
+mod by_hand;
 mod compare;
 mod error;
 mod frame;

@@ -82,6 +82,8 @@ pub(crate) struct RateResult {
     /// Frames that are not the load's, or were changed.
     pub(crate) foreign: u64,
     pub(crate) latency: Histogram<u64>,
+    /// Of the load: times in which it did not look at its rings.
+    pub(crate) stalls: Stalls,
     pub(crate) elapsed: Duration,
     /// Time in turns that moved frames.
     pub(crate) busy: Duration,
@@ -100,9 +102,41 @@ impl RateResult {
         self.waited_for_cpu.as_secs_f64() / self.elapsed.as_secs_f64()
     }
 
+    /// Share of the frames that took a stall's time or more, whoever stalled.
+    pub(crate) fn late_share(&self) -> f64 {
+        let late = self
+            .latency
+            .count_between(nanos(Stalls::SHORTEST), u64::MAX);
+        late as f64 / self.latency.len().max(1) as f64
+    }
+
     /// Frames that were sent and never arrived.
     pub(crate) fn lost(&self) -> u64 {
         self.sent.saturating_sub(self.received)
+    }
+}
+
+/// Times in which the load did not run: turns that took far longer than any work of theirs. The
+/// machine has them, whatever the switch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Stalls {
+    pub(crate) count: u64,
+    pub(crate) longest: Duration,
+    pub(crate) sum: Duration,
+}
+
+impl Stalls {
+    /// A turn works for microseconds; a scheduler's or a hypervisor's stall takes this or more.
+    pub(crate) const SHORTEST: Duration = Duration::from_millis(1);
+
+    /// Notes the time from one turn to the next.
+    #[inline]
+    pub(super) fn note(&mut self, turn: Duration) {
+        if turn >= Self::SHORTEST {
+            self.count += 1;
+            self.longest = self.longest.max(turn);
+            self.sum += turn;
+        }
     }
 }
 
@@ -283,6 +317,7 @@ impl RateRun {
             ancient: self.sum(|t| t.ancient),
             foreign: self.foreign,
             latency: self.latency,
+            stalls: Stalls::default(),
             elapsed: Duration::ZERO,
             busy: Duration::ZERO,
             waited_for_cpu: Duration::ZERO,

@@ -9,7 +9,7 @@ use super::frame::Stamp;
 use super::guest::BURST;
 use super::load::{HEAD, Load};
 use super::meter::cpu_wait;
-use super::open_loop::{RateResult, RateRun, histogram, nanos};
+use super::open_loop::{RateResult, RateRun, Stalls, histogram, nanos};
 
 /// How long an answer may take in a request-response run.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -47,11 +47,13 @@ impl Load {
         let mut run = RateRun::new(self.runs, rate, duration, (self.guests.len(), queues));
         let start = Instant::now();
         let waited = cpu_wait();
-        let mut busy = Duration::ZERO;
+        let (mut busy, mut stalls) = (Duration::ZERO, Stalls::default());
         let (mut now, mut quiet_since) = (Duration::ZERO, Duration::ZERO);
         let (mut missing, mut turns) = (true, 0u32);
         while now < duration || (missing && now - quiet_since < LATE) {
+            let before = now;
             now = start.elapsed();
+            stalls.note(now - before);
             let due = run.due(now);
             let moved = self.rate_turn(&mut run, (start, due), verify)?;
             if moved {
@@ -75,6 +77,7 @@ impl Load {
         Ok(RateResult {
             elapsed: now,
             busy,
+            stalls,
             waited_for_cpu: cpu_wait().saturating_sub(waited),
             ..run.end()
         })
@@ -90,6 +93,7 @@ impl Load {
         let mut moved = false;
         for guest in 0..self.guests.len() {
             moved |= self.send_due(guest, run, due)? > 0;
+            self.move_by_hand(guest);
             let arrival = nanos(start.elapsed());
             let came = self.take_stamped(guest, verify, |stamp| {
                 run.arrived(guest, stamp, arrival);
@@ -123,6 +127,7 @@ impl Load {
                     .buffers
                     .write(pair.tx.ring.next_slot(0), at, &stamp.bytes());
                 pair.tx.offer(1)?;
+                self.move_by_hand(guest);
                 let mut arrived = false;
                 while !arrived {
                     self.take_stamped(guest ^ 1, false, |seen| {

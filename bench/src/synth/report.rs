@@ -3,6 +3,7 @@
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use super::open_loop::{RateResult, Stalls, nanos};
 use crate::machine::Machine;
 
 /// Shares of time that tell what limits a result.
@@ -100,6 +101,46 @@ impl std::fmt::Display for Environment {
         write!(
             out,
             "{cpu} ({cpus} CPUs), kernel {kernel}, ringway-bench {version}, revision {revision}"
+        )
+    }
+}
+
+/// The stalls of a run in open loop.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(crate) struct StallRow {
+    /// Times of 1 ms or more in which the load did not look at its rings.
+    pub(crate) load_stalls: u64,
+    pub(crate) load_longest_stall_ns: u64,
+    /// Share of the time that all of them took.
+    pub(crate) load_stalled_share: f64,
+    /// Share of the frames that took 1 ms or more, whoever stalled.
+    pub(crate) frames_late_share: f64,
+}
+
+impl StallRow {
+    pub(crate) fn of(result: &RateResult) -> Self {
+        let Stalls {
+            count,
+            longest,
+            sum,
+        } = result.stalls;
+        Self {
+            load_stalls: count,
+            load_longest_stall_ns: nanos(longest),
+            load_stalled_share: sum.as_secs_f64() / result.elapsed.as_secs_f64(),
+            frames_late_share: result.late_share(),
+        }
+    }
+}
+
+impl std::fmt::Display for StallRow {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            out,
+            "{} stalls of the load, longest {:.1} ms, {:.3} % of the frames late",
+            self.load_stalls,
+            self.load_longest_stall_ns as f64 / 1e6,
+            100.0 * self.frames_late_share
         )
     }
 }

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::args::{FrameSize, LoadArgs, LoadPlace};
 use super::load::{Load, LoadConfig};
-use super::report::{Environment, Limit, Percentiles, Shares};
+use super::report::{Environment, Limit, Percentiles, Shares, StallRow};
 use super::switch::{RunningSwitch, SwitchKind};
 use crate::interrupt;
 
@@ -115,7 +115,11 @@ struct RateRow {
     frames_foreign: u64,
     load_busy_share: f64,
     load_disturbed_share: f64,
+    #[serde(flatten)]
+    stalls: StallRow,
     latency_ns: Percentiles,
+    /// Of the same load without a switch, right after it: the floor of `latency_ns`.
+    without_switch_ns: Percentiles,
 }
 
 #[derive(Debug, Serialize)]
@@ -123,6 +127,8 @@ struct RrRow {
     frame: String,
     transactions_per_second: f64,
     round_trip_ns: Percentiles,
+    /// Of the same load without a switch, right after it: the floor of `round_trip_ns`.
+    without_switch_ns: Percentiles,
 }
 
 /// Runs the load and prints what it measured.
@@ -218,10 +224,12 @@ fn measure(
         }
         Mode::Rr => on_cpu(cpu, || {
             let result = Load::connect(config)?.run_echo(duration)?;
+            let floor = Load::without_switch(config)?.run_echo(duration)?;
             Ok(Row::Rr(RrRow {
                 frame,
                 transactions_per_second: result.transactions as f64 / result.elapsed.as_secs_f64(),
                 round_trip_ns: Percentiles::of(&result.round_trip),
+                without_switch_ns: Percentiles::of(&floor.round_trip),
             }))
         })?,
     }
@@ -280,6 +288,11 @@ fn rate_row(frame: String, config: &LoadConfig, rate: f64, duration: Duration) -
     let mut load = Load::connect(config)?;
     load.run_rate(rate, WARM_UP, false)?;
     let result = load.run_rate(rate, duration, config.verify)?;
+    // Its memory is the other's.
+    drop(load);
+    let mut load = Load::without_switch(config)?;
+    load.run_rate(rate, WARM_UP, false)?;
+    let floor = load.run_rate(rate, duration, config.verify)?;
     Ok(Row::Rate(RateRow {
         frame,
         frames_offered: result.offered,
@@ -292,7 +305,9 @@ fn rate_row(frame: String, config: &LoadConfig, rate: f64, duration: Duration) -
         frames_foreign: result.foreign,
         load_busy_share: result.busy_share(),
         load_disturbed_share: result.disturbed_share(),
+        stalls: StallRow::of(&result),
         latency_ns: Percentiles::of(&result.latency),
+        without_switch_ns: Percentiles::of(&floor.latency),
     }))
 }
 
@@ -303,8 +318,8 @@ impl std::fmt::Display for Row {
             Self::Rate(row) => row.fmt(out),
             Self::Rr(row) => write!(
                 out,
-                "{:>5} B  {:.0} transactions/s; {}",
-                row.frame, row.transactions_per_second, row.round_trip_ns
+                "{:>5} B  {:.0} transactions/s; {}; without a switch {}",
+                row.frame, row.transactions_per_second, row.round_trip_ns, row.without_switch_ns
             ),
         }
     }
@@ -342,8 +357,8 @@ impl std::fmt::Display for RateRow {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             out,
-            "{:>5} B  offered {} sent {} lost {} duplicated {} reordered {} foreign {}; {}; load \
-             busy {:.0} %, disturbed {:.0} %",
+            "{:>5} B  offered {} sent {} lost {} duplicated {} reordered {} foreign {}; {}; without a \
+             switch {}; {}; load busy {:.0} %, disturbed {:.0} %",
             self.frame,
             self.frames_offered,
             self.frames_sent,
@@ -352,6 +367,8 @@ impl std::fmt::Display for RateRow {
             self.frames_reordered,
             self.frames_foreign,
             self.latency_ns,
+            self.without_switch_ns,
+            self.stalls,
             100.0 * self.load_busy_share,
             100.0 * self.load_disturbed_share,
         )

@@ -39,6 +39,9 @@ pub(crate) struct Circulation {
     pub(crate) disturbed_share: f64,
     /// Share of the circulating frames that were lost.
     pub(crate) lost_share: f64,
+    /// Packet buffers in its pool: a driver whose frames are completed early goes through all of
+    /// them, and the more there are, the less of it the caches hold.
+    pub(crate) buffers: u32,
 }
 
 /// One trial, with testpmd forwarding on `cpu` and its prompt on `main_cpu`.
@@ -90,7 +93,7 @@ fn command(
     }
     let entries = shape.queue_size.to_string();
     let room = size.next_multiple_of(64).max(USUAL_ROOM) + HEADROOM;
-    let buffers = 4 * u32::from(shape.queue_size) + SPARE_BUFFERS;
+    let buffers = pool_buffers(shape.queue_size);
     command
         .args(["--", "-i", "--forward-mode=mac", "--nb-cores=1"])
         // Else a start throws away what lies in the rings, which is to be counted.
@@ -101,6 +104,11 @@ fn command(
         .arg(format!("--total-num-mbufs={buffers}"))
         .args(["--txd", &entries, "--rxd", &entries]);
     Ok(command)
+}
+
+/// Packet buffers for the four rings, and some to spare.
+fn pool_buffers(queue_size: u16) -> u32 {
+    4 * u32::from(queue_size) + SPARE_BUFFERS
 }
 
 /// Talks to its prompt.
@@ -158,6 +166,7 @@ fn measure(
         busy_share: busy.map(|busy| busy / seconds),
         disturbed_share: waited.as_secs_f64() / seconds,
         lost_share: lost_share.max(0.0),
+        buffers: pool_buffers(config.shape.queue_size),
     })
 }
 

@@ -5,15 +5,12 @@ use anyhow::{Context, Result};
 use super::super::args::FrameSize;
 use super::super::switch::{RunningSwitch, SwitchKind, SwitchSetup};
 use super::say_left_out;
-use super::table::{COPY, Latency, Subject};
+use super::table::{COPY, Subject};
 use super::trial::{Trial, TrialSetting, is_final};
 use crate::interrupt::{self, Interrupted};
-use crate::stats::Spread;
 
 /// Times that a trial is repeated if it broke.
 const RETRIES: u32 = 2;
-/// Shares of a switch's own maximum with stamped frames at which its latency is measured.
-const LEVELS: [f64; 3] = [0.1, 0.5, 0.9];
 
 /// A switch that is compared.
 pub(super) struct Contender {
@@ -204,39 +201,12 @@ pub(super) fn account_all(
     Ok(())
 }
 
-/// Trials in open loop, in turns, after some that find out what each switch can take of them.
-pub(super) fn measure_latency(
-    rounds: u32,
-    setting: TrialSetting<'_>,
-    frame: FrameSize,
-    contenders: &mut [Contender],
-    subjects: &mut [Subject],
-) -> Result<()> {
-    let maxima = in_turns(rounds, contenders, subjects, |switch, _| {
-        setting.stamped_maximum(frame, switch)
-    })?;
-    for (subject, maxima) in subjects.iter_mut().zip(maxima) {
-        subject.stamped_frames_per_second = Spread::of(&maxima);
-    }
-    for level in LEVELS {
-        let trials = in_turns(rounds, contenders, subjects, |switch, subject| {
-            let max = subject.stamped_frames_per_second;
-            let max = max.context("its maximum is unknown")?;
-            setting.latency_trial(frame, switch, level * max.median)
-        })?;
-        for (subject, trials) in subjects.iter_mut().zip(trials) {
-            subject.latency.extend(Latency::of(level, trials));
-        }
-    }
-    Ok(())
-}
-
 /// Does something with each switch that has results, in turns; what breaks is told and left out.
-fn in_turns<T>(
+pub(super) fn in_turns<T>(
     rounds: u32,
     contenders: &mut [Contender],
     subjects: &[Subject],
-    mut work: impl FnMut(&RunningSwitch, &Subject) -> Result<T>,
+    mut work: impl FnMut(&RunningSwitch) -> Result<T>,
 ) -> Result<Vec<Vec<T>>> {
     let mut results: Vec<Vec<T>> = contenders.iter().map(|_| Vec::new()).collect();
     for _ in 0..rounds {
@@ -245,7 +215,7 @@ fn in_turns<T>(
             if !subject.has_results() {
                 continue;
             }
-            match contender.awake(|switch| work(switch, subject))? {
+            match contender.awake(|switch| work(switch))? {
                 Some(Ok(result)) => results.push(result),
                 Some(Err(error)) => {
                     eprintln!("{}, a latency trial broke: {error:#}", subject.switch);

@@ -6,6 +6,7 @@
 //! their own.
 
 mod contender;
+mod latency;
 mod options;
 mod table;
 mod trial;
@@ -22,10 +23,11 @@ use super::switch::{SwitchKind, TESTPMD_HUGE_PAGES};
 use crate::hint::hint_of;
 use crate::interrupt;
 use crate::netns::NetNs;
-use contender::{Contender, account_all, full_rate, measure_latency};
+use contender::{Contender, account_all, full_rate};
+use latency::measure_latency;
 pub(crate) use options::CompareArgs;
 use options::{FramePath, LoadDriver};
-use table::{SizeResult, print_size};
+use table::{SizeResult, Subject, print_size};
 use trial::TrialSetting;
 
 /// Most rounds of latency trials.
@@ -79,6 +81,7 @@ pub(crate) fn compare(args: &CompareArgs) -> Result<ExitCode> {
             "queues": args.load.queues,
             "hugepages": huge,
             "pairs": args.pairs,
+            "latency_rule": args.latency.then_some(latency::RULE),
             "missing": missing,
             "sizes": report.sizes,
         });
@@ -193,14 +196,16 @@ fn measure_size(
 ) -> Result<SizeResult> {
     let mut subjects = full_rate(args.pairs, setting, frame, contenders)?;
     account_all(setting, frame, contenders, &mut subjects)?;
-    if args.latency {
-        let rounds = args.pairs.min(LATENCY_ROUNDS);
-        measure_latency(rounds, setting, frame, contenders, &mut subjects)?;
+    let mut load_maximum = None;
+    if args.latency && subjects.iter().any(Subject::has_results) {
+        let plan = (args.pairs.min(LATENCY_ROUNDS), &args.latency_rates[..]);
+        load_maximum = measure_latency(plan, setting, frame, contenders, &mut subjects)?;
     }
     let mut size = SizeResult {
         frame: frame.to_string(),
         path: setting.path,
         subjects,
+        load_stamped_frames_per_second: load_maximum,
     };
     size.name_limits();
     ensure!(

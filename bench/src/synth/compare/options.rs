@@ -82,9 +82,20 @@ pub(crate) struct CompareArgs {
     /// Seconds per trial
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub(super) duration: f64,
-    /// Measure latency one way too, in open loop at 10, 50 and 90 % of each switch's own maximum
+    /// Measure latency one way too, in open loop, each switch at the same rates: those of
+    /// --latency-rates, and 10, 50 and 90 % of the slowest one's maximum; beside it, in the same
+    /// rounds, that of the load without a switch
     #[arg(long)]
     pub(super) latency: bool,
+    /// Frames per second at which latency is measured, all guests together; rates above 90 % of
+    /// the slowest switch's maximum are left out
+    #[arg(
+        long,
+        value_name = "PPS",
+        value_delimiter = ',',
+        default_value = "10000,100000,1000000"
+    )]
+    pub(super) latency_rates: Vec<f64>,
     /// Who sends and receives
     #[arg(long = "load", value_enum, default_value = "synth")]
     pub(super) driver: LoadDriver,
@@ -111,6 +122,10 @@ impl CompareArgs {
                 "the virtio-user load can't measure latency"
             );
             self.load.check_stamps()?;
+            ensure!(
+                self.latency_rates.iter().all(|rate| *rate > 0.0),
+                "--latency-rates are more than 0"
+            );
         }
         if self.has_nic() {
             self.check_nic()?;

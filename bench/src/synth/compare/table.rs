@@ -5,8 +5,9 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::super::report::{Limit, Shares};
+use super::latency::{self, Latency};
 use super::options::FramePath;
-use super::trial::{LatencyTrial, Trial};
+use super::trial::Trial;
 use crate::stats::Spread;
 
 /// The row of the plain copy loop.
@@ -31,23 +32,12 @@ pub(super) struct Subject {
     trials: Vec<Option<Trial>>,
     /// Rate of the first switch by this one's, round by round.
     first_by_this: Option<Spread>,
-    /// With time stamps in the frames: what the rates of `latency` are shares of.
+    /// Buffers in the load's pool, of the virtio-user load.
+    load_buffers: Option<u32>,
+    /// With time stamps in the frames: the lowest of all switches' is what shares of `latency` are
+    /// of.
     pub(super) stamped_frames_per_second: Option<Spread>,
     pub(super) latency: Vec<Latency>,
-}
-
-/// Latency at one offered rate.
-#[derive(Debug, Serialize)]
-pub(super) struct Latency {
-    /// Offered rate by the switch's own median at full rate with stamped frames.
-    share_of_maximum: f64,
-    offered_frames_per_second: f64,
-    one_way_p50_ns: Spread,
-    one_way_p99_ns: Spread,
-    frames_lost_share: Spread,
-    load_busy_share: Spread,
-    load_disturbed_share: Spread,
-    trials: Vec<LatencyTrial>,
 }
 
 /// All that was found with one size.
@@ -56,6 +46,8 @@ pub(super) struct SizeResult {
     pub(super) frame: String,
     pub(super) path: FramePath,
     pub(super) subjects: Vec<Subject>,
+    /// What the load does without a switch, with stamped frames.
+    pub(super) load_stamped_frames_per_second: Option<Spread>,
 }
 
 impl Subject {
@@ -76,6 +68,7 @@ impl Subject {
                 Some(first.as_ref()?.frames_per_second / this.as_ref()?.frames_per_second)
             })
             .collect();
+        let load_buffers = trials.iter().flatten().find_map(|trial| trial.load_buffers);
         Self {
             switch,
             frames_per_second: spread(|trial| Some(trial.frames_per_second)),
@@ -89,6 +82,7 @@ impl Subject {
             left_out,
             first_by_this: Spread::of(&ratios),
             trials,
+            load_buffers,
             stamped_frames_per_second: None,
             latency: Vec::new(),
         }
@@ -143,6 +137,9 @@ impl Subject {
         if let Some(limit) = self.limit {
             let _ = write!(line, ": {}", limit.name());
         }
+        if let (Some(Limit::LoadBound), Some(buffers)) = (self.limit, self.load_buffers) {
+            let _ = write!(line, ", with a pool of {buffers} buffers");
+        }
         line
     }
 
@@ -152,41 +149,6 @@ impl Subject {
             "  {first} / {:<14} median {:.2}, quartiles {:.2} to {:.2}, {} pairs",
             self.switch, ratio.median, ratio.lower_quartile, ratio.upper_quartile, ratio.samples
         ))
-    }
-}
-
-impl Latency {
-    /// Of these trials, if there are any.
-    pub(super) fn of(share_of_maximum: f64, trials: Vec<LatencyTrial>) -> Option<Self> {
-        let spread =
-            |of: fn(&LatencyTrial) -> f64| Spread::of(&trials.iter().map(of).collect::<Vec<f64>>());
-        Some(Self {
-            share_of_maximum,
-            offered_frames_per_second: spread(|t| t.offered_frames_per_second)?.median,
-            one_way_p50_ns: spread(|t| t.one_way_ns.p50 as f64)?,
-            one_way_p99_ns: spread(|t| t.one_way_ns.p99 as f64)?,
-            frames_lost_share: spread(|t| t.frames_lost_share)?,
-            load_busy_share: spread(|t| t.load_busy_share)?,
-            load_disturbed_share: spread(|t| t.load_disturbed_share)?,
-            trials,
-        })
-    }
-
-    fn line(&self, switch: &str) -> String {
-        let us = |spread: Spread| spread.median / 1e3;
-        format!(
-            "  {switch:<14} at {:2.0} % ({:.3} Mpps) one way p50 {:8.1} us, p99 {:8.1} us (quartiles \
-             {:.1} to {:.1}), lost {:.3} %, load busy {:.0} %, disturbed {:.0} %",
-            100.0 * self.share_of_maximum,
-            self.offered_frames_per_second / 1e6,
-            us(self.one_way_p50_ns),
-            us(self.one_way_p99_ns),
-            self.one_way_p99_ns.lower_quartile / 1e3,
-            self.one_way_p99_ns.upper_quartile / 1e3,
-            100.0 * self.frames_lost_share.median,
-            100.0 * self.load_busy_share.median,
-            100.0 * self.load_disturbed_share.median,
-        )
     }
 }
 
@@ -237,10 +199,20 @@ pub(super) fn print_size(size: &SizeResult) {
     for line in size.subjects.iter().filter_map(|s| s.ratio_line(first)) {
         println!("{line}");
     }
-    for subject in &size.subjects {
-        for latency in &subject.latency {
-            println!("{}", latency.line(subject.switch));
+    let rates = size.subjects.iter().map(|subject| subject.latency.len());
+    for rate in 0..rates.max().unwrap_or(0) {
+        for subject in &size.subjects {
+            if let Some(latency) = subject.latency.get(rate) {
+                println!("{}", latency.line(subject.switch));
+            }
         }
+    }
+    if let Some(most) = size.load_stamped_frames_per_second {
+        println!(
+            "  without a switch the load does {:.3} Mpps; {}",
+            most.median / 1e6,
+            latency::RULE
+        );
     }
 }
 
@@ -256,6 +228,7 @@ mod tests {
             load_busy_share: Some(0.3),
             load_disturbed_share: None,
             frames_lost_share: None,
+            load_buffers: None,
         })
     }
 
@@ -273,6 +246,32 @@ mod tests {
     }
 
     #[test]
+    fn a_result_that_the_load_limits_names_its_pool_of_buffers() {
+        let of_load = |busy| {
+            let trial = Trial {
+                load_busy_share: Some(busy),
+                load_buffers: Some(5120),
+                ..trial(10.0).unwrap()
+            };
+            let mut size = SizeResult {
+                frame: "64".into(),
+                path: FramePath::GuestGuest,
+                subjects: vec![Subject::new("ringway", vec![Some(trial)], None, &[])],
+                load_stamped_frames_per_second: None,
+            };
+            size.name_limits();
+            size.subjects[0].line()
+        };
+        let line = of_load(0.99);
+        assert!(
+            line.ends_with(": load-bound, with a pool of 5120 buffers"),
+            "{line}"
+        );
+        let line = of_load(0.5);
+        assert!(line.ends_with(": switch-bound"), "{line}");
+    }
+
+    #[test]
     fn a_switch_near_the_copy_loop_is_bound_by_it_and_one_without_trials_has_no_figure() {
         let first = vec![trial(90.0)];
         let mut size = SizeResult {
@@ -284,6 +283,7 @@ mod tests {
                 Subject::new("ovs-dpdk", vec![], Some("it died".into()), &first),
                 Subject::new(COPY, vec![trial(100.0)], None, &first),
             ],
+            load_stamped_frames_per_second: None,
         };
         size.name_limits();
         let limits: Vec<_> = size.subjects.iter().map(|subject| subject.limit).collect();

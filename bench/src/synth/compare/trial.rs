@@ -1,5 +1,6 @@
 //! One trial of one switch.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -11,7 +12,7 @@ use super::super::load::{Load, LoadConfig, SETTLE};
 use super::super::memcpy;
 use super::super::meter::MaxResult;
 use super::super::nic::{NicLoad, VethPair};
-use super::super::report::Percentiles;
+use super::super::report::{Percentiles, StallRow};
 use super::super::run::{WARM_UP, on_cpu};
 use super::super::switch::RunningSwitch;
 use super::super::virtio_user;
@@ -43,6 +44,8 @@ pub(super) struct Trial {
     pub(super) load_busy_share: Option<f64>,
     pub(super) load_disturbed_share: Option<f64>,
     pub(super) frames_lost_share: Option<f64>,
+    /// Of the virtio-user load's pool.
+    pub(super) load_buffers: Option<u32>,
 }
 
 /// A trial in open loop.
@@ -53,6 +56,8 @@ pub(super) struct LatencyTrial {
     pub(super) frames_lost_share: f64,
     pub(super) load_busy_share: f64,
     pub(super) load_disturbed_share: f64,
+    #[serde(flatten)]
+    pub(super) stalls: StallRow,
 }
 
 /// True if another try ends the same way.
@@ -72,6 +77,7 @@ impl From<MaxResult> for Trial {
             load_busy_share: Some(result.busy_share()),
             load_disturbed_share: Some(result.disturbed_share()),
             frames_lost_share: Some(result.loss()),
+            load_buffers: None,
         }
     }
 }
@@ -86,6 +92,7 @@ impl Trial {
             load_busy_share: None,
             load_disturbed_share: None,
             frames_lost_share: None,
+            load_buffers: None,
         }
     }
 }
@@ -113,6 +120,7 @@ impl TrialSetting<'_> {
                     load_busy_share: rate.busy_share,
                     load_disturbed_share: Some(rate.disturbed_share),
                     frames_lost_share: Some(rate.lost_share),
+                    load_buffers: Some(rate.buffers),
                     ..Trial::of_rate(rate.frames_per_second, config.sizes[0])
                 })
             }
@@ -139,28 +147,30 @@ impl TrialSetting<'_> {
         switch.end_account(since)
     }
 
-    /// A switch at full rate with stamped frames, in frames per second.
-    pub(super) fn stamped_maximum(self, frame: FrameSize, switch: &RunningSwitch) -> Result<f64> {
-        let config = self.config(frame, switch)?;
+    /// A switch, or the load without one, at full rate with stamped frames, in frames per second.
+    pub(super) fn stamped_maximum(
+        self,
+        frame: FrameSize,
+        switch: Option<&RunningSwitch>,
+    ) -> Result<f64> {
+        let config = self.config_of(frame, switch)?;
         on_cpu(self.load_cpu, || -> Result<f64> {
-            let mut load = warm_load(&config)?;
-            load.drain(SETTLE)?;
+            let mut load = stamping_load(&config, switch)?;
             load.stamped_maximum(WARM_UP)?;
             Ok(load.stamped_maximum(self.duration)?)
         })?
     }
 
-    /// A switch at an offered rate.
+    /// A switch, or the load without one, at an offered rate.
     pub(super) fn latency_trial(
         self,
         frame: FrameSize,
-        switch: &RunningSwitch,
+        switch: Option<&RunningSwitch>,
         rate: f64,
     ) -> Result<LatencyTrial> {
-        let config = self.config(frame, switch)?;
+        let config = self.config_of(frame, switch)?;
         let result = on_cpu(self.load_cpu, || -> Result<_> {
-            let mut load = warm_load(&config)?;
-            load.drain(SETTLE)?;
+            let mut load = stamping_load(&config, switch)?;
             load.run_rate(rate, WARM_UP, false)?;
             Ok(load.run_rate(rate, self.duration, config.verify)?)
         })??;
@@ -178,7 +188,21 @@ impl TrialSetting<'_> {
             frames_lost_share: result.lost() as f64 / result.sent.max(1) as f64,
             load_busy_share: result.busy_share(),
             load_disturbed_share: result.disturbed_share(),
+            stalls: StallRow::of(&result),
         })
+    }
+
+    /// The load for a switch, or for two guests without one.
+    fn config_of(self, frame: FrameSize, switch: Option<&RunningSwitch>) -> Result<LoadConfig> {
+        if let Some(switch) = switch {
+            return self.config(frame, switch);
+        }
+        let place = LoadPlace {
+            huge: self.huge,
+            ..LoadPlace::default()
+        };
+        let nowhere = [PathBuf::new(), PathBuf::new()];
+        self.load.config(frame, &nowhere, place)
     }
 
     /// A plain copy loop on the switch's core, where copying matters.
@@ -238,5 +262,15 @@ impl AnyLoad {
 fn warm_load(config: &LoadConfig) -> Result<Load> {
     let mut load = Load::connect(config)?;
     load.warm_up(WARM_UP)?;
+    Ok(load)
+}
+
+/// A load of stamped frames, with nothing on its way.
+fn stamping_load(config: &LoadConfig, switch: Option<&RunningSwitch>) -> Result<Load> {
+    if switch.is_none() {
+        return Ok(Load::without_switch(config)?);
+    }
+    let mut load = warm_load(config)?;
+    load.drain(SETTLE)?;
     Ok(load)
 }
