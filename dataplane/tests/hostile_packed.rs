@@ -270,6 +270,40 @@ fn a_table_in_a_packed_table_is_sent_as_the_bytes_it_has() {
     scene.finish();
 }
 
+/// DPDK's virtio_user leaves WRITE in entries of what it sends, which net_vhost never minded.
+#[test]
+fn a_transmit_table_with_buffers_marked_as_writable_is_taken_and_counted() {
+    let mut scene = Scene::new(Guest::builder());
+    scene.connect();
+    let sent = frame(PEER, BAD, 64, 1);
+    let (header, body) = (scene.put(&[0; 12]), scene.put(&sent));
+    let entry = |addr: u64, len: u32, flags: u16| {
+        let words = [addr, u64::from(len) | u64::from(flags) << 48];
+        words.map(u64::to_le_bytes).concat()
+    };
+    let marks = [
+        [0, 0],
+        [DESC_F_WRITE, 0],
+        [0, DESC_F_WRITE],
+        [DESC_F_WRITE; 2],
+    ];
+    let tables: Vec<_> = marks
+        .iter()
+        .map(|[first, second]| {
+            let table = [entry(header, 12, *first), entry(body, 64, *second)].concat();
+            desc(scene.put(&table), 32, DESC_F_INDIRECT)
+        })
+        .collect();
+    scene.offer(TX, &tables);
+    for _ in &tables {
+        assert_eq!(receive(&mut scene.peer).frame, sent);
+    }
+    let detail = scene.lab.switch.port(&name("bad")).unwrap();
+    assert_eq!(detail.queues[0].tolerated, 3);
+    assert!(scene.is_started(TX));
+    scene.finish();
+}
+
 /// An id is the driver's own affair: it comes back as it was, whatever it is.
 #[test]
 fn ids_beyond_the_ring_come_back_as_they_are() {

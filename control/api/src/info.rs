@@ -112,6 +112,10 @@ pub struct QueueInfo {
     pub calls: u64,
     /// Bursts put off because another worker held the ring.
     pub contended: u64,
+    /// Frames taken from the guest since its transmit ring started although their descriptors broke
+    /// a rule, which does no harm: DPDK's virtio_user marks buffers in an indirect table of a packed
+    /// ring as ones to be written.
+    pub tolerated: u64,
 }
 
 /// What only an AF_XDP port has.

@@ -74,6 +74,7 @@ fn queue(index: u16, rx_size: u16) -> QueueInfo {
         tx_frames: 0,
         calls: 12,
         contended: 0,
+        tolerated: 0,
     }
 }
 

@@ -191,6 +191,7 @@ impl TapPort {
             tx_frames: tx.frames.get(),
             calls: 0,
             contended: 0,
+            tolerated: 0,
         }
     }
 

@@ -148,6 +148,7 @@ impl VhostPort {
             tx_frames: tx.counters.frames.get(),
             calls: rx.counters.calls.get() + tx.counters.calls.get(),
             contended: rx.counters.contended.get() + tx.counters.contended.get(),
+            tolerated: rx.tolerated(),
         }
     }
 

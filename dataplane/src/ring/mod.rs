@@ -250,6 +250,14 @@ impl Ring {
         each!(&self.rings, ring => ring.size())
     }
 
+    /// Chains that were taken although a rule was broken which does no harm.
+    pub(crate) fn tolerated(&self) -> u64 {
+        match &self.rings {
+            AnyRing::Split(_) => 0,
+            AnyRing::Packed(ring) => ring.tolerated(),
+        }
+    }
+
     /// Where it stands, for GET_VRING_BASE. Nothing must be taken and not completed.
     pub(crate) fn base(&self) -> u32 {
         match &self.rings {

@@ -11,6 +11,7 @@
 //! once the first of them does. Used descriptors are therefore written as they come, but for the
 //! first of a burst: that one is held back until the burst is published, and hides the others.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::chain::{
@@ -146,6 +147,8 @@ pub(crate) struct PackedRing {
     event_idx: bool,
     in_order: bool,
     rules: ChainRules,
+    /// Transmit tables that were taken although they call a buffer writable.
+    tolerated: Cell<u64>,
 }
 
 impl PackedRing {
@@ -170,6 +173,7 @@ impl PackedRing {
             event_idx: features.contains(Features::VIRTIO_F_EVENT_IDX),
             in_order: features.contains(Features::VIRTIO_F_IN_ORDER),
             rules: ChainRules::new(features),
+            tolerated: Cell::new(0),
         })
     }
 
@@ -179,6 +183,11 @@ impl PackedRing {
     /// As for [`PackedRing::new`].
     pub(super) unsafe fn relocate(&mut self, at: Areas) {
         self.areas = at;
+    }
+
+    /// Transmit tables that were taken although they call a buffer writable.
+    pub(super) fn tolerated(&self) -> u64 {
+        self.tolerated.get()
     }
 
     /// Entries.
@@ -269,7 +278,8 @@ impl PackedRing {
     }
 
     /// All descriptors of an indirect table. Of their flags only WRITE counts, and their ids do
-    /// not (2.8.7).
+    /// not (2.8.7). DPDK's virtio_user leaves WRITE in those of buffers that it sends; they are read
+    /// all the same, since no harm comes of reading what the guest says may be written.
     fn walk_table<'m>(
         &self,
         (addr, tail): (u64, Tail),
@@ -284,16 +294,23 @@ impl PackedRing {
                 rule: "it is part of a chain (virtio 1.3, 2.8.19)",
             });
         }
-        let mut bytes = 0;
+        let (mut bytes, mut is_tolerated) = (0, false);
         // Tables have at most MAX_CHAIN descriptors.
         for index in (0..).take((table.len() / DESC_BYTES) as usize) {
             *walked += 1;
             let bits = read_descriptor(table, index)?;
             #[expect(clippy::cast_possible_truncation, reason = "fields of a packed struct")]
             let (addr, desc) = (bits as u64, Tail::from_bits((bits >> 64) as u64));
-            let buffer = (addr, desc.len, desc.flags & F_WRITE);
+            let mut flags = desc.flags & F_WRITE;
+            if direction == Direction::FromGuest {
+                is_tolerated |= flags != 0;
+                flags = 0;
+            }
+            let buffer = (addr, desc.len, flags);
             bytes = add_buffer(memory, buffer, direction, bytes, &mut piece)?;
         }
+        self.tolerated
+            .set(self.tolerated.get() + u64::from(is_tolerated));
         Ok(bytes)
     }
 

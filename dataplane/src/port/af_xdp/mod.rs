@@ -168,6 +168,7 @@ impl AfXdpPort {
             tx_frames: queue.tx.frames.get(),
             calls: 0,
             contended: queue.rx.contended.get() + queue.tx.contended.get(),
+            tolerated: 0,
         }
     }
 

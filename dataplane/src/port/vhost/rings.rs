@@ -95,6 +95,15 @@ impl VhostQueue {
         self.state.lock()
     }
 
+    /// Frames of the started ring that broke a rule which does no harm.
+    pub(super) fn tolerated(&self) -> u64 {
+        let state = self.lock();
+        state
+            .started
+            .as_ref()
+            .map_or(0, |started| started.ring.tolerated())
+    }
+
     pub(super) fn is_started(&self) -> bool {
         self.size.load(Ordering::Relaxed) > 0
     }
