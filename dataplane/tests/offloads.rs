@@ -15,8 +15,13 @@ use common::host::{Raw, ip, quiet_namespace};
 use common::packet::{GSO_TCPV4, NEEDS_CSUM, Packet, judge, pattern};
 use common::{DEADLINE, LAYOUTS, Lab, eventually, frame, name, receive, tap};
 use ringway_bridge::DropReason;
-use ringway_guest::features::TSO;
+use ringway_guest::features::{
+    TSO, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+};
 use ringway_guest::{Guest, GuestBuilder, Layout, NET_HEADER_BYTES};
+
+/// The part of [`TSO`] that is of what a guest sends.
+const SEND_TSO: u64 = VIRTIO_NET_F_CSUM | VIRTIO_NET_F_HOST_TSO4 | VIRTIO_NET_F_HOST_TSO6;
 
 /// A TCP packet that becomes 45 segments.
 fn forty_five() -> (Packet, Vec<u8>) {
@@ -93,6 +98,38 @@ fn an_offload_that_the_source_did_not_negotiate_is_dropped_and_counted() {
     a.send_frame(&marker).unwrap();
     assert_eq!(receive(&mut b).frame, marker);
     lab.eventually_dropped("a", |c| c.rx_drops[DropReason::OffloadNotNegotiated], 1);
+}
+
+/// A guest that loads an XDP program takes such frames no more (virtio 1.3, 5.1.6.5.6.1), and QEMU
+/// has no message for that.
+#[test]
+fn a_port_without_guest_offloads_gets_whole_frames_with_their_checksums() {
+    let lab = Lab::start();
+    let socket = lab.add_port_with("b", |guest| guest.guest_offloads = false);
+    let mut a = lab.guest("a", with_offloads());
+    assert!(with_offloads().connect(&socket).is_err(), "not offered");
+    let mut b = Guest::builder()
+        .features(SEND_TSO)
+        .connect(&socket)
+        .unwrap();
+    b.send_frame(&frame(1, 2, 64, 1)).unwrap();
+    receive(&mut a);
+    let (packet, message) = forty_five();
+    a.send(&message).unwrap();
+    let mut payload = Vec::new();
+    for _ in 0..45 {
+        let segment = receive(&mut b);
+        assert_eq!(segment.header[..2], [0, 0], "neither flags nor GSO type");
+        payload.extend(judge(&segment.frame).unwrap().payload);
+    }
+    assert_eq!(payload, pattern(44 * 1400 + 7));
+    // What it sends is left to others as before.
+    let mut frame = packet.open();
+    let (to, from) = frame[..12].split_at_mut(6);
+    to.swap_with_slice(from);
+    b.send(&[packet.header(1400), frame.clone()].concat())
+        .unwrap();
+    assert_eq!(receive(&mut a).frame, frame);
 }
 
 // CVE-2024-11614, CVE-2026-100236: fields of the header are checked against the frame.

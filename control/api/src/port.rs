@@ -68,6 +68,8 @@ pub struct VhostUserConfig {
     pub access: SocketAccess,
     /// Most queue pairs that the guest may use.
     pub queues: QueuePairs,
+    /// The guest may leave segmentation of what it receives, and checksums, to itself.
+    pub guest_offloads: bool,
     /// L3 MTU; `None` takes the front-end's.
     pub mtu: Option<Mtu>,
     /// Most MAC addresses learned behind the port.
@@ -101,6 +103,12 @@ struct VhostUserFields {
     /// The most queue pairs that the guest may use.
     #[serde(default = "VhostUserConfig::default_queues")]
     queues: QueuePairs,
+    /// Offer the guest to receive frames to be segmented, or whose checksum is open
+    /// (VIRTIO_NET_F_GUEST_*); false gives it whole frames with their checksums. For guests that
+    /// switch these offloads off at run time, as one that loads an XDP program, of which QEMU tells
+    /// a back-end nothing.
+    #[serde(default = "yes")]
+    guest_offloads: bool,
     /// L3 MTU in bytes; absent takes the front-end's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     mtu: Option<Mtu>,
@@ -126,6 +134,7 @@ impl VhostUserConfig {
             socket,
             access: SocketAccess::default(),
             queues: Self::default_queues(),
+            guest_offloads: true,
             mtu: None,
             fdb_limit: FdbLimit::DEFAULT,
             flood_limit: FloodLimit::DEFAULT,
@@ -179,6 +188,7 @@ impl TryFrom<VhostUserFields> for VhostUserConfig {
             socket,
             access,
             queues: fields.queues,
+            guest_offloads: fields.guest_offloads,
             mtu: fields.mtu,
             fdb_limit: fields.fdb_limit,
             flood_limit: fields.flood_limit,
@@ -203,6 +213,7 @@ impl From<VhostUserConfig> for VhostUserFields {
             group,
             mode,
             queues: config.queues,
+            guest_offloads: config.guest_offloads,
             mtu: config.mtu,
             fdb_limit: config.fdb_limit,
             flood_limit: config.flood_limit,
@@ -506,7 +517,7 @@ mod tests {
     #[test]
     fn settings_survive_the_way_to_the_dataplane_and_back() {
         let vm = json!({
-            "owner": "root", "group": "64055", "mode": "0600", "queues": 2, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "pins": { "0": 1, "1": 0 },
+            "owner": "root", "group": "64055", "mode": "0600", "queues": 2, "guest_offloads": false, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "pins": { "0": 1, "1": 0 },
         });
         let tap = json!({
             "queues": 1, "persist": true, "offload": false, "fdb_limit": 4096, "flood_limit": 1_000_000,

@@ -190,6 +190,10 @@ pub enum AddKind {
         /// Most queue pairs that the guest may use, 1 to 64 [default: 8]
         #[arg(long, value_name = "N")]
         queues: Option<QueuePairs>,
+        /// Give the guest only whole frames with their checksums. For one that switches its receive
+        /// offloads off at run time, as with an XDP program: QEMU does not tell
+        #[arg(long)]
+        no_guest_offloads: bool,
         #[command(flatten)]
         common: AddCommon,
     },
@@ -273,6 +277,7 @@ impl AddKind {
                 group,
                 mode,
                 queues,
+                no_guest_offloads,
                 common,
             } => {
                 let listen = listen.clone().map(SocketSpec::Listen);
@@ -286,6 +291,7 @@ impl AddKind {
                         mode: *mode,
                     },
                     queues: queues.unwrap_or(default.queues),
+                    guest_offloads: !no_guest_offloads,
                     mtu: common.mtu,
                     fdb_limit: common.fdb_limit.unwrap_or_default(),
                     flood_limit: common.flood_limit.unwrap_or_default(),

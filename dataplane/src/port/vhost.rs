@@ -43,6 +43,8 @@ pub(crate) struct VhostPort {
     /// Bit n: the guest's receive ring of pair n takes frames.
     receivers: AtomicU64,
     memory: Mutex<Arc<GuestMemory>>,
+    /// Features that guests may negotiate.
+    offered: Features,
     configured_mtu: Option<u16>,
     /// What the front-end told, 0 for nothing.
     frontend_mtu: AtomicU16,
@@ -78,6 +80,7 @@ impl VhostPort {
             receivers: AtomicU64::new(0),
             memory: Mutex::default(),
             configured_mtu: mtu,
+            offered: Features::all(),
             frontend_mtu: AtomicU16::new(0),
             announced: Mutex::default(),
             features: AtomicU64::new(0),
@@ -88,6 +91,12 @@ impl VhostPort {
             log: LogLimit::new(3 * rings + 5),
             fault_log: LogLimit::new(FAULT_LINES),
         }
+    }
+
+    /// The same port, which offers its guests no features of these.
+    pub(crate) fn without(mut self, features: Features) -> Self {
+        self.offered -= features;
+        self
     }
 
     /// Tells who polls a pair: before the session starts, and whenever it changes. The kick fd of a

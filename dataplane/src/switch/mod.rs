@@ -33,6 +33,7 @@ use crate::port::{AfXdpPort, LinkBase, Port, PortBase, TapPort, VhostPort};
 use crate::socket_file::SocketFile;
 use crate::vhost_user::{Endpoint, SessionThread};
 use crate::wake::Heartbeat;
+use crate::wire::Features;
 use crate::worker::WorkerThread;
 
 /// A running switch. All methods may be called from any thread; those that change something run
@@ -571,7 +572,13 @@ fn open_port(
                 SocketSpec::Listen(path) => Endpoint::listen(path.as_path(), file)?,
                 SocketSpec::Connect(path) => Endpoint::connect(path.as_path())?,
             };
+            let withheld = if guest.guest_offloads {
+                Features::empty()
+            } else {
+                Features::OF_RECEIVE_OFFLOADS
+            };
             let port = VhostPort::new(base, guest.queues.get(), guest.mtu.map(Mtu::get));
+            let port = port.without(withheld);
             (Port::VhostUser(Arc::new(port)), Some(endpoint))
         }
         PortConfig::Tap(tap) => {

@@ -70,6 +70,14 @@ impl Features {
         .union(Self::VIRTIO_NET_F_MQ)
         .union(Self::VIRTIO_NET_F_CTRL_MAC_ADDR);
 
+    /// With which a guest takes frames to be segmented, or whose checksum is open.
+    pub(crate) const OF_RECEIVE_OFFLOADS: Self = Self::VIRTIO_NET_F_GUEST_CSUM
+        .union(Self::VIRTIO_NET_F_GUEST_TSO4)
+        .union(Self::VIRTIO_NET_F_GUEST_TSO6)
+        .union(Self::VIRTIO_NET_F_GUEST_ECN)
+        .union(Self::VIRTIO_NET_F_GUEST_USO4)
+        .union(Self::VIRTIO_NET_F_GUEST_USO6);
+
     /// Names of the bits that are set, in their order.
     pub(crate) fn names(self) -> Vec<&'static str> {
         self.iter_names().map(|(name, _)| name).collect()

@@ -23,7 +23,7 @@ impl Device for VhostPort {
     }
 
     fn features(&self) -> Features {
-        Features::all()
+        self.offered
     }
 
     fn mtu(&self) -> Option<u16> {
