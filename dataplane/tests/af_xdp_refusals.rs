@@ -232,6 +232,13 @@ fn bare_socket(ifname: &str, queue: u32) -> impl Sized {
         .build();
     let count = 64.try_into().unwrap();
     let (umem, _) = xsk_rs::Umem::new(UmemConfig::default(), count, false).unwrap();
-    // SAFETY: the UMEM is used for one socket only.
-    unsafe { xsk_rs::Socket::new(config, &umem, &ifname.parse().unwrap(), queue) }.unwrap()
+    let (ifname, mut socket) = (ifname.parse().unwrap(), None);
+    // The kernel lets a queue go some time after its socket was closed.
+    eventually("the queue is free", || {
+        // SAFETY: the UMEM is used for one socket only: one that was refused is none.
+        let made = unsafe { xsk_rs::Socket::new(config, &umem, &ifname, queue) };
+        socket = made.ok();
+        socket.is_some()
+    });
+    socket.unwrap()
 }
