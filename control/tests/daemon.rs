@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -16,7 +17,7 @@ use ringway_control::api::{
     WorkerUnpin, WorkerUnpinParams,
 };
 use ringway_control::rpc::CallError;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 fn error(output: &Output) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
@@ -185,6 +186,27 @@ mod as_root {
             ]
         );
     }
+}
+
+#[test]
+fn a_hang_up_ends_nothing() {
+    let place = Place::new();
+    let config = place.config(&vm("vm1", &place.path("vm1.sock")));
+    let mut running = place.start(&["--config", config.to_str().unwrap()]);
+    let mut log = BufReader::new(running.child.stderr.take().unwrap());
+    for _ in 0..2 {
+        kill_process(Pid::from_child(&running.child), Signal::HUP).unwrap();
+        let told = log
+            .by_ref()
+            .lines()
+            .any(|line| line.unwrap().contains("SIGHUP"));
+        assert!(told, "the daemon is gone");
+        let ports = running.client().call::<PortList>(&NoParams {});
+        assert_eq!(ports.unwrap().ports.len(), 1);
+    }
+    running.child.stderr = Some(log.into_inner());
+    running.stop(Signal::TERM);
+    assert!(!place.path("vm1.sock").exists());
 }
 
 #[test]

@@ -10,7 +10,8 @@ use crate::config::{Config, CpuList, LogFormat};
 /// A software switch for virtual machines: vhost-user ports for guests, tap ports for the host,
 /// AF_XDP ports for NICs
 ///
-/// Runs in the foreground until SIGTERM or SIGINT, then removes its ports and sockets. The tool
+/// Runs in the foreground until SIGTERM or SIGINT, then removes its ports and sockets; SIGHUP changes
+/// nothing. The tool
 /// `ringway` talks to it through the control socket.
 #[derive(Debug, Parser)]
 #[command(name = "ringwayd", version, max_term_width = 100, after_long_help = AFTER_HELP)]

@@ -14,7 +14,7 @@ use ringway_api::{PortConfig, PortName, SwitchConfig, SwitchError};
 use ringway_dataplane::{SocketFile, Switch, awaited};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
@@ -110,7 +110,7 @@ fn run(args: &Args, log: &Log) -> Result<(), Failure> {
     init_logging(config.log_format.unwrap_or_default(), log.clone());
     raise_fd_limit();
     // Registered before anything is made, so that no signal can leave something behind.
-    let signals = Signals::new([SIGTERM, SIGINT]).map_err(|error| Failure {
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|error| Failure {
         what: format!("can't handle signals: {error}"),
         hint: "see `ulimit -n`".into(),
     })?;
@@ -224,14 +224,28 @@ fn serve(
     if let Err(error) = watchdog::start(heartbeat) {
         tracing::error!(%error, "no thread to feed the watchdog");
     }
-    if let Some(signal) = signals.forever().next() {
-        tracing::info!(signal, "stopping");
-    }
+    wait_for_end(&mut signals);
     notify(&[NotifyState::Stopping]);
     server.shutdown();
     end(service);
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Returns when a signal is to end the daemon. A hang-up is not: daemons read their configuration anew
+/// for it, of a terminal that closed it tells a foreground process, and nobody means that guests
+/// lose their network.
+fn wait_for_end(signals: &mut Signals) {
+    for signal in signals.forever() {
+        if signal != SIGHUP {
+            tracing::info!(signal, "stopping");
+            return;
+        }
+        tracing::info!(
+            "SIGHUP: the configuration is read at start only; `ringway port` changes ports, \
+             SIGTERM ends the daemon"
+        );
+    }
 }
 
 /// Says which interfaces would be waited for, or refuses the first of them.
