@@ -13,7 +13,7 @@ use common::host::{Raw, ip};
 use common::packet::{GSO_TCPV4, Packet, complete, judge, pattern};
 use common::{af_xdp, eventually, frame, lab_with_nic, mac, name, nic_info, receive};
 use etherparse::PacketBuilder;
-use ringway_api::{AfXdpConfig, BusyPoll, PortState, QueuePairs, UmemFrames, XdpMode};
+use ringway_api::{AfXdpConfig, BusyPoll, Mtu, PortState, QueuePairs, UmemFrames, XdpMode};
 use ringway_bridge::DropReason;
 use ringway_guest::features::TSO;
 use ringway_guest::{FrameSource, Guest, NET_HEADER_BYTES};
@@ -78,6 +78,29 @@ fn jumbo_frames_pass_in_several_buffers() {
             );
         }
         lab.assert_conserved(&["nic", "vm"], 0);
+    }
+}
+
+/// A service tag and a customer tag (IEEE 802.1Q, 9.5) in front of what fills the MTU. The kernel
+/// lets veth itself carry one less (net/core/dev.c, is_skb_forwardable), so its MTU is greater than
+/// the port's.
+#[test]
+fn two_tags_fit_the_mtu_both_ways() {
+    for mtu in [1500, 8900] {
+        let (lab, far) = lab_with_nic(1, mtu + 100, |nic| {
+            nic.mtu = Mtu::new(u16::try_from(mtu).unwrap());
+        });
+        let mut guest = lab.guest("vm", Guest::builder());
+        introduce(&mut guest, &far);
+        let bytes = mtu as usize + 22;
+        let sent = frame(1, 2, bytes, 1);
+        far.send(&sent);
+        assert!(receive(&mut guest).frame == sent, "to the guest, MTU {mtu}");
+        guest.send_frame(&frame(2, 1, bytes + 1, 2)).unwrap();
+        let sent = frame(2, 1, bytes, 3);
+        guest.send_frame(&sent).unwrap();
+        assert!(far.receive() == sent, "from the guest, MTU {mtu}");
+        lab.eventually_dropped("nic", |c| c.tx_drops[DropReason::TooLong], 1);
     }
 }
 
@@ -431,7 +454,7 @@ fn frames_longer_than_the_interfaces_mtu_are_dropped_and_counted() {
     let (lab, far) = lab_with_nic(1, 1500, |_| {});
     let mut guest = lab.guest("vm", Guest::builder());
     introduce(&mut guest, &far);
-    guest.send_frame(&frame(2, 1, 1519, 1)).unwrap();
+    guest.send_frame(&frame(2, 1, 1523, 1)).unwrap();
     lab.eventually_dropped("nic", |c| c.tx_drops[DropReason::TooLong], 1);
 }
 

@@ -293,7 +293,7 @@ pub struct AfXdpConfig {
     #[serde(default)]
     pub mode: XdpMode,
     /// Frames of memory for each queue, half of them each way: a power of two. A frame takes 2 KiB,
-    /// or 4 KiB if the MTU is above 1774.
+    /// or 4 KiB if the MTU is above 1770.
     #[serde(default)]
     pub umem_frames: UmemFrames,
     /// Have the kernel poll the NIC for so many microseconds, rather than wait for its interrupts;

@@ -246,7 +246,7 @@ const AF_XDP_HELP: &str = "\
 All frames that arrive in the queues taken go to the switch; those of other queues go to the host as
 before. The port attaches an XDP program of its own, which goes with the port or the daemon, however
 it ends; an interface that has a program already is refused. A frame of memory takes 2 KiB, or 4 KiB
-if the MTU is above 1774; up to 9000 is carried if the driver takes frames in several buffers.
+if the MTU is above 1770; up to 9000 is carried if the driver takes frames in several buffers.
 
 Examples:
   ringway port add uplink af-xdp --ifname eth1

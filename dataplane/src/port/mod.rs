@@ -325,7 +325,13 @@ pub fn awaited(config: &PortConfig) -> Option<SwitchError> {
     }
 }
 
-/// Longest L2 frame for an L3 MTU: Ethernet header and one VLAN tag.
+/// Ethernet header, service tag and customer tag (IEEE 802.1Q, 9.5): what bridges put in front of a
+/// packet that fills the MTU.
+const L2_HEADER_BYTES: u32 = 14 + 2 * 4;
+
+/// Longest L2 frame for an L3 MTU.
 pub(crate) fn max_l2_bytes(mtu: Option<u16>) -> u32 {
-    mtu.map_or(u32::MAX, |mtu| u32::from(mtu) + 18)
+    mtu.map_or(u32::MAX, |mtu| u32::from(mtu) + L2_HEADER_BYTES)
 }
+
+const _: () = assert!(ringway_bridge::MAX_VLAN_TAGS == 2);

@@ -221,23 +221,23 @@ mod tests {
     #[test]
     fn a_frame_gets_the_smallest_chunk_that_holds_it() {
         let layout = |bytes| ChunkLayout::for_frames(bytes);
-        assert_eq!(layout(1518).room_bytes(), 1792);
-        assert!(!layout(1518).several_chunks);
-        assert_eq!(layout(1792), layout(1518));
+        assert_eq!(layout(1522).room_bytes(), 1792);
+        assert!(!layout(1522).several_chunks);
+        assert_eq!(layout(1792), layout(1522));
         assert_eq!(layout(1793).room_bytes(), 3840);
         assert!(!layout(3840).several_chunks);
         assert!(layout(3841).several_chunks);
-        assert_eq!(layout(9018).room_bytes(), 3840);
+        assert_eq!(layout(9022).room_bytes(), 3840);
     }
 
     #[test]
     fn a_nic_that_counts_room_in_kilobytes_gets_whole_frames_into_a_chunk() {
-        for l2_bytes in [60, 1518, 1792, 3072] {
+        for l2_bytes in [60, 1522, 1792, 3072] {
             let layout = ChunkLayout::for_frames(l2_bytes).for_zero_copy();
             assert!(layout.room_bytes() / 1024 * 1024 >= l2_bytes, "{l2_bytes}");
             assert!(!layout.several_chunks);
         }
-        assert!(ChunkLayout::for_frames(9018).for_zero_copy().several_chunks);
+        assert!(ChunkLayout::for_frames(9022).for_zero_copy().several_chunks);
     }
 
     /// What needs root, which `--profile user` leaves out.
@@ -247,7 +247,7 @@ mod tests {
         #[test]
         fn what_is_in_front_of_a_frame_is_its_chunks() {
             // Needs CAP_NET_RAW, as all AF_XDP does.
-            let memory = SharedMemory::new(ChunkLayout::for_frames(1518), 128).unwrap();
+            let memory = SharedMemory::new(ChunkLayout::for_frames(1522), 128).unwrap();
             let chunks = memory.chunks;
             assert_eq!(
                 (memory.to_receive.len(), memory.to_transmit.len()),
