@@ -107,6 +107,7 @@ fn bridge(known: &[MacAddr], behind: PortId) -> Bridge {
         ageing_ticks: u32::MAX,
         move_hold_ticks: 0,
         seed: 0x5eed,
+        group_fwd_mask: BridgeConfig::BPDUS,
     });
     for mac in known {
         bridge.fdb().learn(*mac, behind, NOW);

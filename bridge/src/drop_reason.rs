@@ -43,7 +43,7 @@ drop_reasons! {
     BadSource = "bad_source":
         "The source address is a group address or all zeros.";
     LinkLocal = "link_local":
-        "The destination is a reserved address (01:80:c2:00:00:00 to 0f) that bridges do not forward.";
+        "The destination is a reserved address (01:80:c2:00:00:00 to 0f) that the switch does not forward (`group_fwd_mask`).";
     SamePort = "same_port":
         "The destination is behind the port that the frame came from.";
     NoDestination = "no_destination":

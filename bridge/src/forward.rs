@@ -16,6 +16,16 @@ pub struct BridgeConfig {
     pub move_hold_ticks: u32,
     /// See [`FdbConfig::seed`].
     pub seed: u64,
+    /// Bit n has frames to the reserved address 01-80-C2-00-00-0n (IEEE 802.1Q, table 8-1)
+    /// forwarded as those to any other group, as `group_fwd_mask` of a Linux bridge does. The others
+    /// are dropped.
+    pub group_fwd_mask: u16,
+}
+
+impl BridgeConfig {
+    /// BPDUs (01-80-C2-00-00-00) alone: what runs no spanning tree protocol of its own has to let
+    /// those of others pass, or they would not see the loop that it closes.
+    pub const BPDUS: u16 = 1;
 }
 
 /// A learning bridge, one for all workers, shared by reference.
@@ -23,6 +33,8 @@ pub struct BridgeConfig {
 pub struct Bridge {
     fdb: Fdb,
     flood_limits: FloodLimits,
+    /// See [`BridgeConfig::group_fwd_mask`].
+    group_fwd_mask: u16,
 }
 
 /// Frames that a port delivered together.
@@ -52,6 +64,7 @@ impl Bridge {
             ageing_ticks,
             move_hold_ticks,
             seed,
+            group_fwd_mask,
         } = config;
         Self {
             fdb: Fdb::new(FdbConfig {
@@ -61,6 +74,7 @@ impl Bridge {
                 seed,
             }),
             flood_limits: FloodLimits::new(),
+            group_fwd_mask,
         }
     }
 
@@ -156,7 +170,7 @@ impl Bridge {
         if !is_station(src) {
             return Err(DropReason::BadSource);
         }
-        if is_link_local(dst) {
+        if is_link_local(dst) && self.group_fwd_mask >> (dst & 0xf) & 1 == 0 {
             return Err(DropReason::LinkLocal);
         }
         if src != previous.src {

@@ -28,7 +28,7 @@ impl Model {
         if src.is_group() || head.src == 0 {
             return Fate::Dropped(DropReason::BadSource);
         }
-        if dst.is_link_local() {
+        if dst.is_link_local() && dst.0[5] != 0 {
             return Fate::Dropped(DropReason::LinkLocal);
         }
         self.0.insert(head.src, (from, now));
@@ -55,6 +55,7 @@ fn address() -> impl Strategy<Value = u64> {
         1 => Just(MacAddr::BROADCAST.to_u64()),
         1 => Just(0x3333_0000_0001),
         1 => Just(0x0180_c200_000e),
+        1 => Just(0x0180_c200_0000),
         1 => Just(0),
     ]
 }
@@ -100,6 +101,7 @@ fn bridge(seed: u64) -> Bridge {
         ageing_ticks: AGEING,
         move_hold_ticks: 0,
         seed,
+        group_fwd_mask: BridgeConfig::BPDUS,
     })
 }
 

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use core_affinity::CoreId;
 use ringway_api::{
-    AfXdpConfig, BalanceConfig, BusyPoll, IdleConfig, PortConfig, PortName, QueuePairs, SocketSpec,
-    SwitchConfig, UmemFrames, VhostUserConfig, XdpMode,
+    AfXdpConfig, BalanceConfig, BusyPoll, GroupFwdMask, IdleConfig, PortConfig, PortName,
+    QueuePairs, SocketSpec, SwitchConfig, UmemFrames, VhostUserConfig, XdpMode,
 };
 use ringway_dataplane::Switch;
 use ringway_guest::{FrameSource, Guest};
@@ -208,6 +208,7 @@ fn switch(busy_poll: Option<BusyPoll>) -> (Switch, PortName) {
         fdb_capacity: 1024,
         fdb_ageing: Duration::from_secs(300),
         fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
+        group_fwd_mask: GroupFwdMask::DEFAULT,
     })
     .unwrap();
     let nic: PortName = "nic".parse().unwrap();

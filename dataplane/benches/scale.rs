@@ -10,7 +10,8 @@
 use std::time::{Duration, Instant};
 
 use ringway_api::{
-    BalanceConfig, IdleConfig, PortConfig, PortName, SocketSpec, SwitchConfig, VhostUserConfig,
+    BalanceConfig, GroupFwdMask, IdleConfig, PortConfig, PortName, SocketSpec, SwitchConfig,
+    VhostUserConfig,
 };
 use ringway_bridge::MacAddr;
 use ringway_dataplane::{InlineSwitch, Switch};
@@ -231,6 +232,7 @@ impl Busy {
             fdb_capacity: 4096,
             fdb_ageing: Duration::from_secs(300),
             fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
+            group_fwd_mask: GroupFwdMask::DEFAULT,
         })
         .unwrap();
         let add = |name: String| {

@@ -6,7 +6,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{LAYOUTS, Lab, eventually, frame, mac, name, receive};
-use ringway_api::{FdbLimit, FloodLimit, Mtu, SwitchConfig};
+use ringway_api::{FdbLimit, FloodLimit, GroupFwdMask, Mtu, SwitchConfig};
 use ringway_bridge::{DropReason, MacAddr};
 use ringway_guest::{Guest, GuestBuilder, Layout};
 
@@ -112,12 +112,37 @@ fn frames_over_the_mtu_are_dropped_and_counted() {
     let mut a = lab.guest("a", Guest::builder());
     let path = lab.add_port_with("b", |config| config.mtu = Mtu::new(1000));
     let mut b = Guest::builder().connect(&path).unwrap();
-    // The longest frame is the MTU, an Ethernet header and a VLAN tag.
-    a.send_frame(&frame(2, 1, 1019, 1)).unwrap();
-    let fits = frame(2, 1, 1018, 2);
+    // The longest frame is the MTU, an Ethernet header and two VLAN tags.
+    a.send_frame(&frame(2, 1, 1023, 1)).unwrap();
+    let fits = frame(2, 1, 1022, 2);
     a.send_frame(&fits).unwrap();
     assert_eq!(receive(&mut b).frame, fits);
     lab.eventually_dropped("b", |c| c.tx_drops[DropReason::TooLong], 1);
+}
+
+/// As by a Linux bridge with STP off (net/bridge/br_input.c, br_handle_frame): BPDUs pass, frames to
+/// the other addresses of IEEE 802.1Q, table 8-1 do not, unless they are told to.
+#[test]
+fn bpdus_of_others_pass_and_other_reserved_addresses_only_if_told() {
+    for (mask, passing) in [(0x0001, &[0x0][..]), (0x4000, &[0xe]), (0, &[])] {
+        let mask = GroupFwdMask::new(mask).unwrap();
+        let lab = Lab::with_config(|config| config.group_fwd_mask = mask);
+        let mut a = lab.guest("a", Guest::builder());
+        let mut b = lab.guest("b", Guest::builder());
+        for last in 0..16 {
+            let mut reserved = frame(2, 1, 60, last.into());
+            reserved[..6].copy_from_slice(&[0x01, 0x80, 0xc2, 0, 0, last]);
+            a.send_frame(&reserved).unwrap();
+            if passing.contains(&last) {
+                assert_eq!(receive(&mut b).frame, reserved);
+            }
+        }
+        let marker = frame(0xff, 1, 60, 16);
+        a.send_frame(&marker).unwrap();
+        assert_eq!(receive(&mut b).frame, marker, "{mask:?}");
+        let dropped = 16 - passing.len() as u64;
+        lab.eventually_dropped("a", |c| c.rx_drops[DropReason::LinkLocal], dropped);
+    }
 }
 
 #[test]

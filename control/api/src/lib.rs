@@ -49,6 +49,6 @@ pub use ringway_bridge::DropReason;
 pub use schema::document;
 pub use switch::{BalanceConfig, IdleConfig, SwitchConfig};
 pub use value::{
-    BadValue, BusyPoll, FdbLimit, FloodLimit, IfName, MAX_PORT_NAME, MAX_QUEUE_PAIRS,
+    BadValue, BusyPoll, FdbLimit, FloodLimit, GroupFwdMask, IfName, MAX_PORT_NAME, MAX_QUEUE_PAIRS,
     MAX_SOCKET_PATH, Mtu, PortName, QueuePairs, SocketPath, UmemFrames,
 };

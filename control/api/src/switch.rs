@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::GroupFwdMask;
+
 /// Bounds of the idle ladder: spin, then pause, then sleep in epoll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdleConfig {
@@ -71,6 +73,8 @@ pub struct SwitchConfig {
     /// A learned address that was seen within this time does not move to another port, to a tenth
     /// of a second; with zero it moves at once.
     pub fdb_move_hold: Duration,
+    /// Which reserved group addresses are forwarded.
+    pub group_fwd_mask: GroupFwdMask,
 }
 
 impl SwitchConfig {

@@ -311,6 +311,29 @@ impl Mtu {
     }
 }
 
+/// Which of the reserved group addresses 01-80-C2-00-00-00 to 0f (IEEE 802.1Q, table 8-1) frames are
+/// forwarded to, a bit for the last digit of each: the kernel's `group_fwd_mask` of a bridge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupFwdMask(u16);
+
+number!(GroupFwdMask(u16) 0..=u16::MAX, format: "uint16", what: "a mask of {}",
+    hint: "leave out bit 1 (2): PAUSE frames are for the next station only (IEEE 802.3, 31B)");
+
+impl GroupFwdMask {
+    /// BPDUs of others pass, as through a Linux bridge without STP.
+    pub const DEFAULT: Self = Self(1);
+
+    fn is_one(mask: u16) -> bool {
+        mask & 2 == 0
+    }
+}
+
+impl Default for GroupFwdMask {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
 /// How many frames a queue's UMEM holds: a power of two, [`UmemFrames::MIN`] to
 /// [`UmemFrames::MAX`]. Half of them are to receive into, half to transmit from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use ringway_api::{
-    AccountName, BadValue, BalanceConfig, IdleConfig, PortConfig, PortKind, PortName, SocketAccess,
-    SocketMode, SocketPath, SocketSpec, SwitchConfig,
+    AccountName, BadValue, BalanceConfig, GroupFwdMask, IdleConfig, PortConfig, PortKind, PortName,
+    SocketAccess, SocketMode, SocketPath, SocketSpec, SwitchConfig,
 };
 use ringway_bridge::MAX_PORTS;
 use serde::Deserialize;
@@ -37,6 +37,7 @@ const MAX_REBALANCE_SECONDS: u64 = 3600;
 struct File {
     daemon: DaemonSection,
     sockets: SocketsSection,
+    bridge: BridgeSection,
     fdb: FdbSection,
     idle: IdleSection,
     workers: WorkersSection,
@@ -59,6 +60,12 @@ struct SocketsSection {
     owner: Option<AccountName>,
     group: Option<AccountName>,
     mode: Option<SocketMode>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct BridgeSection {
+    group_fwd_mask: GroupFwdMask,
 }
 
 #[derive(Default, Deserialize)]
@@ -196,6 +203,7 @@ fn check(
         fdb_ageing: check_ageing(&file.fdb, places)?,
         fdb_capacity: check_capacity(&file.fdb, places)?,
         fdb_move_hold: check_move_hold(&file.fdb, places)?,
+        group_fwd_mask: file.bridge.group_fwd_mask,
         balance: check_balance(&file.workers, places)?,
         idle: IdleConfig {
             spin: check_idle("spin_us", file.idle.spin_us, DEFAULT_IDLE.spin, places)?,
@@ -389,6 +397,9 @@ ageing_seconds = 60
 capacity = 1024
 move_hold_ms = 0
 
+[bridge]
+group_fwd_mask = 0x4001
+
 [idle]
 spin_us = 10
 pause_us = 0
@@ -431,6 +442,7 @@ gro = false
         assert_eq!(config.fdb_ageing, Duration::from_secs(60));
         assert_eq!(config.fdb_capacity, 1024);
         assert_eq!(config.fdb_move_hold, Duration::ZERO);
+        assert_eq!(config.group_fwd_mask.get(), 0x4001);
         assert_eq!(config.idle.spin, Duration::from_micros(10));
         assert_eq!(config.idle.pause, Duration::ZERO);
         let names: Vec<_> = config.ports.iter().map(|(name, _)| name.as_str()).collect();
@@ -540,5 +552,6 @@ gro = false
         assert_eq!(config.fdb_ageing, defaults.fdb_ageing);
         assert_eq!(config.fdb_capacity, defaults.fdb_capacity);
         assert_eq!(config.fdb_move_hold, defaults.fdb_move_hold);
+        assert_eq!(config.group_fwd_mask, defaults.group_fwd_mask);
     }
 }

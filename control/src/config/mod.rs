@@ -13,7 +13,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ringway_api::{BalanceConfig, IdleConfig, PortConfig, PortName, SocketAccess, SwitchConfig};
+use ringway_api::{
+    BalanceConfig, GroupFwdMask, IdleConfig, PortConfig, PortName, SocketAccess, SwitchConfig,
+};
 use serde::Deserialize;
 
 pub use cpus::{CpuList, CpuListError};
@@ -68,6 +70,8 @@ pub struct Config {
     pub fdb_capacity: usize,
     /// Addresses in use move to no other port for this long.
     pub fdb_move_hold: Duration,
+    /// Which reserved group addresses are forwarded.
+    pub group_fwd_mask: GroupFwdMask,
     /// When workers go to sleep.
     pub idle: IdleConfig,
     /// When queues move between workers.
@@ -87,6 +91,7 @@ impl Default for Config {
             fdb_ageing: DEFAULT_FDB_AGEING,
             fdb_capacity: DEFAULT_FDB_CAPACITY,
             fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
+            group_fwd_mask: GroupFwdMask::DEFAULT,
             idle: DEFAULT_IDLE,
             balance: DEFAULT_BALANCE,
             ports: Vec::new(),

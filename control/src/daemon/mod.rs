@@ -198,6 +198,7 @@ fn serve(
         fdb_capacity: config.fdb_capacity,
         fdb_ageing: config.fdb_ageing,
         fdb_move_hold: config.fdb_move_hold,
+        group_fwd_mask: config.group_fwd_mask,
     })?;
     let heartbeat = switch.heartbeat();
     let service = Arc::new(Service::new(switch, config.socket_access));

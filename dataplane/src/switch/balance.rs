@@ -116,7 +116,7 @@ mod tests {
     use crate::switch::Switch;
     use crate::switch::load::QueueRate;
     use ringway_api::{
-        IdleConfig, PortConfig, QueuePairs, SocketSpec, SwitchConfig, VhostUserConfig,
+        GroupFwdMask, IdleConfig, PortConfig, QueuePairs, SocketSpec, SwitchConfig, VhostUserConfig,
     };
     use std::time::Duration;
 
@@ -137,6 +137,7 @@ mod tests {
             fdb_capacity: 16,
             fdb_ageing: Duration::from_secs(300),
             fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
+            group_fwd_mask: GroupFwdMask::DEFAULT,
         })
         .unwrap();
         for port in 0..4 {

@@ -47,6 +47,7 @@ impl InlineSwitch {
             ageing_ticks: u32::MAX,
             move_hold_ticks: Tick::PER_SECOND,
             seed: 0x5eed,
+            group_fwd_mask: BridgeConfig::BPDUS,
         }));
         let (handle, inbox) = WorkerHandle::new(0, Instant::now())?;
         let sessions = SessionThread::start().map_err(|source| SwitchError::System {

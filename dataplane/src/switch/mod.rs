@@ -80,6 +80,7 @@ impl Switch {
             ageing_ticks: Tick::count(config.fdb_ageing),
             move_hold_ticks: Tick::count(config.fdb_move_hold),
             seed: seed(),
+            group_fwd_mask: config.group_fwd_mask.get(),
         }));
         let start = |(index, cpu): (u16, &usize)| {
             WorkerThread::start(index, *cpu, Arc::clone(&bridge), config.idle, epoch)

@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ringway_api::{
-    AfXdpConfig, AfXdpInfo, BalanceConfig, IdleConfig, IfName, PortConfig, PortCounters, PortName,
-    QueuePairs, SocketSpec, SwitchConfig, TapConfig, VhostUserConfig,
+    AfXdpConfig, AfXdpInfo, BalanceConfig, GroupFwdMask, IdleConfig, IfName, PortConfig,
+    PortCounters, PortName, QueuePairs, SocketSpec, SwitchConfig, TapConfig, VhostUserConfig,
 };
 use ringway_dataplane::Switch;
 use ringway_guest::{Guest, GuestBuilder, Layout, ReceivedFrame};
@@ -57,6 +57,7 @@ impl Lab {
             fdb_capacity: 1024,
             fdb_ageing: Duration::from_secs(300),
             fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,
+            group_fwd_mask: GroupFwdMask::DEFAULT,
         };
         change(&mut config);
         Self {

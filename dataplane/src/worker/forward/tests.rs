@@ -42,6 +42,7 @@ impl Fixture {
             ageing_ticks: u32::MAX,
             move_hold_ticks: 0,
             seed: 1,
+            group_fwd_mask: BridgeConfig::BPDUS,
         }));
         let mut forwarder = Forwarder::new(Arc::clone(&bridge), BACKPRESSURE_NS);
         for number in 0..ports {

@@ -104,6 +104,7 @@ impl Fixture {
             ageing_ticks: u32::MAX,
             move_hold_ticks: 0,
             seed: 1,
+            group_fwd_mask: BridgeConfig::BPDUS,
         });
         let bridge = Arc::new(bridge);
         let mut forwarder = Forwarder::new(Arc::clone(&bridge), 0);
