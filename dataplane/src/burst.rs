@@ -25,9 +25,9 @@ use crate::wire::net_header::{self, Checked, HEADER_BYTES, HEADER_LEN, MAX_FRAME
 pub(crate) const SNAPSHOT_BYTES: u32 = 128;
 
 /// Bytes of the snapshot of a frame to be segmented: all of its headers must be there, which are up
-/// to 142 with two VLAN tags and all options of IPv4 and TCP; IPv6 has room for 122 bytes of
-/// extension headers.
-pub(crate) const MAX_SNAPSHOT_BYTES: u32 = 256;
+/// to 142 with two VLAN tags and all options of IPv4 and TCP; IPv6 has room for 378 bytes of
+/// extension headers, more than its longest option.
+pub(crate) const MAX_SNAPSHOT_BYTES: u32 = 512;
 
 /// [`MAX_SNAPSHOT_BYTES`] as a length of arrays.
 const SNAPSHOT_LEN: usize = MAX_SNAPSHOT_BYTES as usize;

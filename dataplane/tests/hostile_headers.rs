@@ -14,7 +14,6 @@ use ringway_guest::features::{
 use ringway_guest::{Guest, NET_HEADER_BYTES};
 
 const NEEDS_CSUM: u8 = 1;
-const DATA_VALID: u8 = 2;
 const GSO_TCPV4: u8 = 1;
 const GSO_TCPV6: u8 = 4;
 
@@ -204,12 +203,9 @@ fn cve_2026_100236_segmentation_that_contradicts_its_frame_is_dropped() {
             let has_csum = header.flags & NEEDS_CSUM != 0;
             let end = u32::from(header.csum_start) + u32::from(header.csum_offset) + 2;
             if header.gso_type == 0 && !has_csum {
-                // Nothing is asked for: the other fields mean nothing and do not travel on.
-                let flags = header.flags & DATA_VALID;
-                return Some(Header {
-                    flags,
-                    ..Header::default()
-                });
+                // Nothing is asked for: the other fields mean nothing and do not travel on, nor does
+                // DATA_VALID, which a driver must not set (virtio 1.3, 5.1.6.2.1).
+                return Some(Header::default());
             }
             let clean = Header {
                 flags: NEEDS_CSUM,
@@ -345,7 +341,7 @@ fn cve_2020_35498_frames_cut_off_anywhere_pass_or_are_dropped() {
 /// Frames beyond 64 KiB, and beyond the peer's MTU.
 #[test]
 fn jumbo_frames_beyond_every_limit_are_dropped_and_counted() {
-    const LONGEST: usize = 65_535 + 14 + 8;
+    const LONGEST: usize = 40 + 65_535 + 14 + 8;
     let mut stage = with_offloads();
     let port = stage.port.clone();
     let mut longest = frame(PEER, BAD, LONGEST, 1);
@@ -379,11 +375,11 @@ fn jumbo_frames_beyond_every_limit_are_dropped_and_counted() {
         .eventually_dropped(&port, |c| c.rx_drops[DropReason::TooLong], 4);
     stage.bad.tx.wait_used();
     stage.peer.frontend().set_mtu(1000).unwrap();
-    send(&mut stage, &frame(PEER, BAD, 1019, 2));
+    send(&mut stage, &frame(PEER, BAD, 1023, 2));
     stage
         .lab
         .eventually_dropped("peer", |c| c.tx_drops[DropReason::TooLong], 1);
-    let fits = frame(PEER, BAD, 1018, 3);
+    let fits = frame(PEER, BAD, 1022, 3);
     send(&mut stage, &fits);
     assert_eq!(receive(&mut stage.peer).frame, fits);
     stage.bad.tx.wait_used();

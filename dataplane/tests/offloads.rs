@@ -13,7 +13,7 @@ use std::sync::mpsc;
 use common::endpoint::{ALL, CSUM};
 use common::host::{Raw, ip, quiet_namespace};
 use common::packet::{GSO_TCPV4, NEEDS_CSUM, Packet, judge, pattern};
-use common::{DEADLINE, LAYOUTS, Lab, eventually, frame, name, receive, tap};
+use common::{DEADLINE, LAYOUTS, Lab, eventually, frame, mac, name, receive, tap};
 use ringway_bridge::DropReason;
 use ringway_guest::features::{
     TSO, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
@@ -84,6 +84,63 @@ fn a_tso_frame_of_64_kib_passes_whole() {
                 assert_eq!(received.header[..10], message[..10]);
             }
         }
+    }
+}
+
+/// IPv6 tells the length behind its header, so its packets are up to 40 bytes longer than IPv4's.
+#[test]
+fn the_longest_frames_of_tcp_over_ipv6_pass_whole_and_are_cut() {
+    for (tags, payload) in [(0, 65_502), (2, 65_502), (0, 65_515), (2, 65_515)] {
+        let lab = Lab::start();
+        let mut a = lab.guest("a", with_offloads().buffer_size(2048));
+        let mut whole = lab.guest("whole", with_offloads());
+        let mut cut = lab.guest("cut", Guest::builder());
+        let packet = Packet {
+            tags,
+            stations: [mac(1), [0xff; 6]],
+            ..Packet::new(false, false, pattern(payload))
+        };
+        a.send(&[packet.header(1400), packet.open()].concat())
+            .unwrap();
+        assert!(
+            receive(&mut whole).frame == packet.open(),
+            "{tags}, {payload}"
+        );
+        let mut together = Vec::new();
+        while together.len() < payload {
+            together.extend(judge(&receive(&mut cut).frame).unwrap().payload);
+        }
+        assert!(together == packet.payload, "{tags} tags, {payload} bytes");
+    }
+}
+
+#[test]
+fn tcp_behind_long_extension_headers_passes_whole_and_is_cut() {
+    // The longest option that there is takes 257 bytes (RFC 8200, 4.2).
+    for (tags, ip_options) in [(0, 16), (2, 16), (0, 32), (2, 32)] {
+        let lab = Lab::start();
+        let mut a = lab.guest("a", with_offloads());
+        let mut whole = lab.guest("whole", with_offloads());
+        let mut cut = lab.guest("cut", Guest::builder());
+        let packet = Packet {
+            tags,
+            ip_options,
+            tcp_options: 10,
+            stations: [mac(1), [0xff; 6]],
+            ..Packet::new(false, false, pattern(8000))
+        };
+        a.send(&[packet.header(1000), packet.open()].concat())
+            .unwrap();
+        assert!(
+            receive(&mut whole).frame == packet.open(),
+            "{tags}, {ip_options}"
+        );
+        let segments = (0..8).map(|_| judge(&receive(&mut cut).frame).unwrap().payload);
+        let together = segments.collect::<Vec<_>>().concat();
+        assert!(
+            together == packet.payload,
+            "{tags} tags, {ip_options} words"
+        );
     }
 }
 

@@ -14,8 +14,9 @@ pub(crate) const HEADER_BYTES: u32 = 12;
 /// [`HEADER_BYTES`] as a length of slices.
 pub(crate) const HEADER_LEN: usize = HEADER_BYTES as usize;
 
-/// Longest frame: an IP packet of 64 KiB behind an Ethernet header with two VLAN tags.
-pub(crate) const MAX_FRAME_BYTES: u32 = 65_535 + 14 + 8;
+/// Longest frame: an IPv6 packet behind an Ethernet header with two VLAN tags. Its length does not
+/// count its header of 40 bytes (RFC 8200, 3).
+pub(crate) const MAX_FRAME_BYTES: u32 = 40 + 65_535 + 14 + 8;
 
 const FLAG_NEEDS_CSUM: u8 = 1;
 const FLAG_DATA_VALID: u8 = 2;
@@ -40,7 +41,8 @@ pub(crate) const fn checksum_offset(protocol: L4Protocol) -> u16 {
 pub(crate) struct Checked {
     /// Offloads that a destination must take.
     pub(crate) needs: Offloads,
-    /// The source has verified the checksum; a hint that a destination may not understand.
+    /// A source that may vouch for it has verified the checksum; a hint that a destination may not
+    /// understand.
     pub(crate) data_valid: bool,
     /// Longest frame on the wire, L2 bytes: the frame itself, or its longest segment.
     pub(crate) wire_bytes: u32,
@@ -96,9 +98,13 @@ fn check_offloads(
         if gso_type != 0 {
             return Err(DropReason::BadHeader);
         }
-        *header = clean(FLAG_DATA_VALID, 0, 0, 0, [0, 0]);
+        // 5.1.6.2.1: a driver must not set DATA_VALID. A guest's word would have others take broken
+        // frames for whole ones.
+        let data_valid = Offloads::VOUCHES.within(allowed);
+        let flags = if data_valid { FLAG_DATA_VALID } else { 0 };
+        *header = clean(flags, 0, 0, 0, [0, 0]);
         return Ok(Checked {
-            data_valid: true,
+            data_valid,
             wire_bytes: frame_bytes,
             ..Checked::NONE
         });

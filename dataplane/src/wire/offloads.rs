@@ -21,6 +21,9 @@ impl Offloads {
     /// UDP over IPv6 to segment.
     pub(crate) const USO6: Self = Self(32);
     pub(crate) const ALL: Self = Self(63);
+    /// No offload, but the right to say of a frame that its checksum was found right, which a
+    /// destination then believes. Only the host's kernel has it.
+    pub(crate) const VOUCHES: Self = Self(64);
 
     /// Their names for people, in the order of their bits.
     const NAMES: [&'static str; 6] = ["checksum", "tso4", "tso6", "ecn", "uso4", "uso6"];

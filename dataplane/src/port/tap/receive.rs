@@ -123,7 +123,7 @@ impl RxQueue for TapRx<'_> {
             Ok(()) if burst.len() == 0 => Gathered::Nothing,
             Ok(()) => Gathered::Frames {
                 header_bytes: HEADER_BYTES,
-                allowed: self.port.offloads(),
+                allowed: self.port.offloads().with(Offloads::VOUCHES),
                 is_enabled: true,
                 completion: (),
             },
