@@ -26,15 +26,27 @@ use rustix::thread::{CapabilitySet, gettid, remove_capability_from_bounding_set}
 const RESTART: Duration = Duration::from_secs(1);
 
 /// A veth pair: `xdp0` (10.0.0.1) here, `far0` (10.0.0.2) in another namespace, from which
-/// datagrams come without end.
+/// datagrams come without end. Or, since `--mode skb` wants the far end of `xdp0` here, a bridge is
+/// between them.
 struct Load {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Load {
-    fn start() -> Self {
-        ip("link add xdp0 address 02:00:00:00:00:01 type veth peer name far0");
+    fn start(mode: &str) -> Self {
+        let address = "address 02:00:00:00:00:01";
+        if mode == "skb" {
+            ip(&format!("link add xdp0 {address} type veth peer name mid0"));
+            ip("link add mid1 type veth peer name far0");
+            ip("link add br0 type bridge");
+            for port in ["mid0", "mid1"] {
+                ip(&format!("link set {port} master br0 up"));
+            }
+            ip("link set br0 up");
+        } else {
+            ip(&format!("link add xdp0 {address} type veth peer name far0"));
+        }
         ip("addr add 10.0.0.1/24 dev xdp0");
         ip("link set xdp0 up");
         let stop = Arc::new(AtomicBool::new(false));
@@ -127,7 +139,7 @@ fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_with
     for (mode, shown) in [("copy", "prog/xdp"), ("skb", "prog/xdp")] {
         fresh_namespace();
         let place = Place::new();
-        let _load = Load::start();
+        let _load = Load::start(mode);
         let socket = UdpSocket::bind("10.0.0.1:9").unwrap();
         socket.set_nonblocking(true).unwrap();
         eventually("the kernel receives", || kernel_receives(&socket));
@@ -172,7 +184,7 @@ fn after_kill_9_under_load_the_interface_is_the_kernels_and_a_restart_binds_with
 fn a_port_of_the_file_is_shown_deleted_and_added_again_as_it_was() {
     fresh_namespace();
     let place = Place::new();
-    let _load = Load::start();
+    let _load = Load::start("copy");
     let daemon = start_with_nic(&place, "auto");
     let show = show_nic(&place);
     let xdp = show.af_xdp.unwrap();
@@ -209,7 +221,7 @@ fn a_port_of_the_file_is_shown_deleted_and_added_again_as_it_was() {
 fn what_is_refused_is_one_line_with_a_hint() {
     fresh_namespace();
     let place = Place::new();
-    let _load = Load::start();
+    let _load = Load::start("copy");
     ip("link set lo mtu 1500 up");
     ip("link add off0 type veth peer name off1");
     let _daemon = start_with_nic(&place, "auto");
@@ -265,7 +277,7 @@ fn what_is_refused_is_one_line_with_a_hint() {
 fn too_little_memory_that_may_be_locked_is_one_line_with_a_hint() {
     fresh_namespace();
     let place = Place::new();
-    let _load = Load::start();
+    let _load = Load::start("copy");
     // Of this thread, and of the processes that it starts.
     remove_capability_from_bounding_set(CapabilitySet::IPC_LOCK).unwrap();
     let limit = Some(64 << 10);

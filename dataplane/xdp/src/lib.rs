@@ -31,6 +31,26 @@ pub struct Instruction {
 
 /// `to = *(u32 *)(from + offset)`.
 pub const LOAD_WORD: u32 = bpf::BPF_LDX | bpf::BPF_MEM | bpf::BPF_W;
+/// `to = *(u16 *)(from + offset)`.
+pub const LOAD_HALF: u32 = bpf::BPF_LDX | bpf::BPF_MEM | bpf::BPF_H;
+/// `*(u32 *)(to + offset) = from`.
+pub const STORE_WORD: u32 = bpf::BPF_STX | bpf::BPF_MEM | bpf::BPF_W;
+/// `*(u16 *)(to + offset) = from`.
+pub const STORE_HALF: u32 = bpf::BPF_STX | bpf::BPF_MEM | bpf::BPF_H;
+/// `*(u64 *)(to + offset) = immediate`.
+pub const STORE_WIDE: u32 = bpf::BPF_ST | bpf::BPF_MEM | bpf::BPF_DW;
+/// `to = from`.
+pub const MOVE: u32 = bpf::BPF_ALU64 | bpf::BPF_MOV | bpf::BPF_X;
+/// `to += immediate`.
+pub const ADD: u32 = bpf::BPF_ALU64 | bpf::BPF_ADD | bpf::BPF_K;
+/// `to` in network order, of as many bits as `immediate` says.
+pub const TO_NETWORK: u32 = bpf::BPF_ALU | bpf::BPF_END | bpf::BPF_TO_BE;
+/// `if to != immediate`, on by `offset`.
+pub const UNLESS: u32 = bpf::BPF_JMP | bpf::BPF_JNE | bpf::BPF_K;
+/// `if to > from`, on by `offset`.
+pub const IF_GREATER: u32 = bpf::BPF_JMP | bpf::BPF_JGT | bpf::BPF_X;
+/// On by `offset`.
+pub const GO: u32 = bpf::BPF_JMP | bpf::BPF_JA;
 /// `to =` 64 bits, in two places.
 pub const LOAD_WIDE: u32 = bpf::BPF_LD | bpf::BPF_IMM | bpf::BPF_DW;
 /// `to = immediate`.
@@ -58,16 +78,60 @@ impl Instruction {
     }
 }
 
+/// A call of the kernel's function with this id.
+pub const fn call_kernel(id: i32) -> Instruction {
+    #[expect(clippy::cast_possible_truncation, reason = "it is 2")]
+    let kind = bpf::BPF_PSEUDO_KFUNC_CALL as u8;
+    Instruction::new(CALL, (0, kind), 0, id)
+}
+
+/// The id of a function that the kernel has for programs.
+///
+/// # Errors
+/// It has none of this name, or tells nothing of its types (`ENOENT`).
+pub fn kernel_function(name: &CStr) -> io::Result<i32> {
+    silence();
+    // SAFETY: no arguments. It gives null and an error number if there are none.
+    let types = unsafe { bpf::btf__load_vmlinux_btf() };
+    if types.is_null() {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: types of the kernel and a C string.
+    let id = unsafe { bpf::btf__find_by_name_kind(types, name.as_ptr(), bpf::BTF_KIND_FUNC) };
+    // SAFETY: they are ours, and not used any more.
+    unsafe { bpf::btf__free(types) };
+    check(id)
+}
+
+/// Loads an XDP program for one interface's driver, which may call functions of the kernel.
+///
+/// # Errors
+/// As [`load`], or a kernel that binds no program to an interface (`EINVAL`).
+pub fn load_bound(name: &CStr, code: &[Instruction], interface: u32) -> io::Result<OwnedFd> {
+    load_with(name, code, c"Dual MIT/GPL", Some(interface))
+}
+
 /// Loads an XDP program that takes frames in several buffers; `name` is what `bpftool prog` shows.
 ///
 /// # Errors
 /// No permission (`EPERM`); a program that the kernel doesn't accept (`EINVAL`, `EACCES`).
 pub fn load(name: &CStr, code: &[Instruction]) -> io::Result<OwnedFd> {
+    load_with(name, code, c"Apache-2.0", None)
+}
+
+fn load_with(
+    name: &CStr,
+    code: &[Instruction],
+    license: &CStr,
+    bound_to: Option<u32>,
+) -> io::Result<OwnedFd> {
     silence();
+    let binding = bound_to.map_or(0, |_| bpf::BPF_F_XDP_DEV_BOUND_ONLY);
     let mut options = bpf::bpf_prog_load_opts {
         sz: size_of::<bpf::bpf_prog_load_opts>() as bpf::size_t,
         expected_attach_type: bpf::BPF_XDP,
-        prog_flags: bpf::BPF_F_XDP_HAS_FRAGS,
+        prog_flags: bpf::BPF_F_XDP_HAS_FRAGS | binding,
+        prog_ifindex: bound_to.unwrap_or(0),
         ..Default::default()
     };
     // SAFETY: name and license are C strings; the instructions are as many as said, laid out as the
@@ -76,7 +140,7 @@ pub fn load(name: &CStr, code: &[Instruction]) -> io::Result<OwnedFd> {
         bpf::bpf_prog_load(
             bpf::BPF_PROG_TYPE_XDP,
             name.as_ptr(),
-            c"Apache-2.0".as_ptr(),
+            license.as_ptr(),
             code.as_ptr().cast(),
             code.len() as bpf::size_t,
             &raw mut options,

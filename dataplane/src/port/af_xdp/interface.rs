@@ -35,8 +35,11 @@ struct Channels {
 struct Driver {
     command: u32,
     name: [u8; 32],
-    /// Versions, bus, and counts of other things.
-    rest: [u32; 40],
+    /// Versions, bus, and a count of flags.
+    texts: [u32; 36],
+    statistics: u32,
+    /// Lengths of other things.
+    rest: [u32; 3],
 }
 
 /// An interface of the network namespace in which it was found, wherever it is asked from.
@@ -62,6 +65,17 @@ impl Interface {
         Ok(netdevice::name_to_index(&socket, name)
             .ok()
             .map(|index| Self { index, socket }))
+    }
+
+    /// Another interface of its namespace.
+    pub(super) fn at(&self, index: u32) -> Option<Self> {
+        let socket = self.socket.try_clone().ok()?;
+        Some(Self { index, socket })
+    }
+
+    /// How many numbers its driver counts, as `ethtool -S` shows them.
+    pub(super) fn statistics(&self) -> Option<u32> {
+        self.driver_info().map(|driver| driver.statistics)
     }
 
     /// Its number.
@@ -97,14 +111,21 @@ impl Interface {
 
     /// The name of its driver, as `ethtool -i` tells it.
     pub(super) fn driver(&self) -> Option<String> {
+        let driver = self.driver_info()?;
+        let name = driver.name.split(|byte| *byte == 0).next()?;
+        Some(String::from_utf8_lossy(name).into_owned())
+    }
+
+    fn driver_info(&self) -> Option<Driver> {
         let mut driver = Driver {
             command: GET_DRIVER,
             name: [0; 32],
-            rest: [0; 40],
+            texts: [0; 36],
+            statistics: 0,
+            rest: [0; 3],
         };
         self.ethtool(&mut driver)?;
-        let name = driver.name.split(|byte| *byte == 0).next()?;
-        Some(String::from_utf8_lossy(name).into_owned())
+        Some(driver)
     }
 
     /// Has it receive frames for whatever address, as a port of a switch must: a NIC takes but
@@ -140,7 +161,7 @@ impl Interface {
     }
 
     /// Has a command of ethtool filled in: `T` is its structure.
-    fn ethtool<T>(&self, command: &mut T) -> Option<()> {
+    pub(super) fn ethtool<T: ?Sized>(&self, command: &mut T) -> Option<()> {
         let mut request = self.request()?;
         request.ifr_ifru.ifru_data = std::ptr::from_mut(command).cast();
         self.send(libc::SIOCETHTOOL, request).map(drop)

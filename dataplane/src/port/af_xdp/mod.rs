@@ -14,6 +14,7 @@
 //! [`BurstLock`], tried once per burst.
 #![allow(unsafe_code, reason = "rings and memory that the kernel shares")]
 
+mod features;
 mod interface;
 mod open;
 mod program;

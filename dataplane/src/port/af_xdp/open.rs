@@ -10,6 +10,7 @@ use ringway_xdp::Hook;
 use xsk_rs::Socket;
 use xsk_rs::config::{BindFlags, Interface as InterfaceName, LibxdpFlags, QueueSize, SocketConfig};
 
+use super::features::{JOINS, LEAVES_WORK, STRIPS_TAGS};
 use super::interface::{Interface, set_option};
 use super::program::{self, Program};
 use super::receive::{Receiver, Receiving};
@@ -211,8 +212,7 @@ impl Plan<'_> {
             XdpMode::Skb => Hook::Generic,
             XdpMode::Auto | XdpMode::ZeroCopy | XdpMode::Copy => Hook::Driver,
         };
-        let program = Program::attach(self.interface.index(), self.queues, hook)
-            .map_err(|error| self.cannot_attach(&error))?;
+        let program = self.attach(mode, hook)?;
         let (mut umem_bytes, mut is_huge) = (0, true);
         let mut queues = Vec::new();
         let layout = match mode {
@@ -236,6 +236,56 @@ impl Plan<'_> {
             umem_bytes,
             is_huge,
         })
+    }
+
+    /// Attaches the program, and sees to it that it gets frames as they are on the wire: with their
+    /// tags, and of a length that a wire has.
+    fn attach(&self, mode: XdpMode, hook: Hook) -> Result<Program, OpenRefusal> {
+        let (interface, is_veth) = (self.interface, self.driver.as_deref() == Some("veth"));
+        if is_veth && mode != XdpMode::Skb {
+            match Program::attach_to_veth(interface.index(), self.queues) {
+                Ok(program) => return Ok(program),
+                Err(error)
+                    if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) =>
+                {
+                    return Err(self.cannot_attach(&error));
+                }
+                // A kernel before 6.8.
+                Err(_) => {}
+            }
+        }
+        let left_on = if is_veth {
+            let peer = interface.veth_peer();
+            peer.map_or(LEAVES_WORK.to_vec(), |peer| peer.switch_off(LEAVES_WORK))
+        } else {
+            interface.switch_off(STRIPS_TAGS)
+        };
+        if let Some(feature) = left_on.first() {
+            return Err(OpenRefusal::Mode(self.loses_tags(is_veth, feature)));
+        }
+        if mode == XdpMode::Skb {
+            let _ = interface.switch_off(JOINS);
+        }
+        Program::attach(interface.index(), self.queues, hook)
+            .map_err(|error| self.cannot_attach(&error))
+    }
+
+    fn loses_tags(&self, is_veth: bool, feature: &str) -> SwitchError {
+        let ifname = &self.config.ifname;
+        if is_veth {
+            return refuse(
+                self.config,
+                "in this mode it would lose VLAN tags and frames to be cut, which its far end, in \
+                 another network namespace, leaves to it",
+                "use --mode copy with Linux 6.8 or later, or move the far end here while the port is \
+                 added",
+            );
+        }
+        refuse(
+            self.config,
+            format!("it takes VLAN tags from frames ({feature}), and that can't be switched off"),
+            format!("see `ethtool -k {ifname}`; use another interface"),
+        )
     }
 
     /// What frames from the interface may ask for: to have their checksum completed, if its driver

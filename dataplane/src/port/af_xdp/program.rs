@@ -8,7 +8,20 @@
 //!   r3 = XDP_PASS                            what to do if the queue has none
 //!   return bpf_redirect_map(r1, r2, r3)
 //! ```
-//! It reads nothing of the frame, hence frames in several buffers need no more than the flag that
+//! Where a veth is, 25 come before these: the kernel leaves a frame's VLAN tag beside it, in the skb
+//! of whoever sent it, and so XDP, which has the bytes alone, would lose it and a tagged frame enter
+//! the untagged LAN. They ask for the tag and put it back in its place:
+//!
+//! ```text
+//!   if bpf_xdp_metadata_rx_vlan_tag(ctx, &protocol, &tci) == 0
+//!       bpf_xdp_adjust_head(ctx, -4)         room for four bytes
+//!       addresses to the front, protocol and tci behind them
+//! ```
+//! (Documentation/networking/xdp-rx-metadata.rst.) The function is the kernel's, since 6.8; such a
+//! program is bound to one interface, can't be used with generic XDP, and has to be under the GPL
+//! too, as of two licences may be chosen.
+//!
+//! Neither reads the payload, hence frames in several buffers need no more than the flag that
 //! says so. The link that attaches it belongs to this process: when its fd is closed, by whatever
 //! end of the process, the kernel detaches the program.
 
@@ -17,8 +30,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_sys as bpf;
 use ringway_xdp::{
-    CALL, EXIT, Hook, Instruction, LOAD_WIDE, LOAD_WORD, SET, as_int, check, link, load, own,
-    silence,
+    ADD, CALL, EXIT, GO, Hook, IF_GREATER, Instruction, LOAD_HALF, LOAD_WIDE, LOAD_WORD, MOVE, SET,
+    STORE_HALF, STORE_WIDE, STORE_WORD, TO_NETWORK, UNLESS, as_int, call_kernel, check,
+    kernel_function, link, load, load_bound, own, silence,
 };
 
 /// Offset of `rx_queue_index` in `struct xdp_md` (linux/bpf.h).
@@ -56,7 +70,26 @@ impl Program {
     pub(super) fn attach(interface: u32, queues: u16, hook: Hook) -> io::Result<Self> {
         silence();
         let map = create_map(queues)?;
-        let program = load(NAME, &instructions(map.as_raw_fd()))?;
+        let program = load(NAME, &redirecting(map.as_raw_fd()))?;
+        Self::link(program, map, interface, hook)
+    }
+
+    /// The same by the driver's hook, with a program that puts back tags which the kernel knows of.
+    ///
+    /// # Errors
+    /// As above, or a kernel that tells no program about tags (`ENOENT`, `EINVAL`).
+    pub(super) fn attach_to_veth(interface: u32, queues: u16) -> io::Result<Self> {
+        silence();
+        let map = create_map(queues)?;
+        let code = [
+            &restoring_tags(kernel_function(TAG_FUNCTION)?)[..],
+            &redirecting(map.as_raw_fd()),
+        ];
+        let program = load_bound(NAME, &code.concat(), interface)?;
+        Self::link(program, map, interface, Hook::Driver)
+    }
+
+    fn link(program: OwnedFd, map: OwnedFd, interface: u32, hook: Hook) -> io::Result<Self> {
         let link = link(&program, interface, hook)?;
         Ok(Self {
             id: id_of(&program)?,
@@ -152,7 +185,54 @@ fn id_of(program: &OwnedFd) -> io::Result<u32> {
     Ok(info.id)
 }
 
-fn instructions(map: i32) -> [Instruction; 6] {
+/// Tells a frame's tag to a program.
+const TAG_FUNCTION: &std::ffi::CStr = c"bpf_xdp_metadata_rx_vlan_tag";
+
+/// Puts a frame's tag back. Leaves the context in r1, as [`redirecting`] takes it.
+fn restoring_tags(tag_function: i32) -> [Instruction; 32] {
+    const ADJUST_HEAD: i32 = bpf::BPF_FUNC_xdp_adjust_head.cast_signed();
+    const DROP: i32 = bpf::XDP_DROP.cast_signed();
+    let op = Instruction::new;
+    [
+        op(MOVE, (6, 1), 0, 0),
+        // Protocol and tag, two bytes each, in the eight bytes below r10.
+        op(STORE_WIDE, (10, 0), -8, 0),
+        op(MOVE, (2, 10), 0, 0),
+        op(ADD, (2, 0), 0, -8),
+        op(MOVE, (3, 10), 0, 0),
+        op(ADD, (3, 0), 0, -4),
+        call_kernel(tag_function),
+        op(UNLESS, (0, 0), 23, 0),
+        op(MOVE, (1, 6), 0, 0),
+        op(SET, (2, 0), 0, -4),
+        op(CALL, (0, 0), 0, ADJUST_HEAD),
+        op(UNLESS, (0, 0), 17, 0),
+        // From data to data_end there are 16 bytes: the verifier asks.
+        op(LOAD_WORD, (1, 6), 0, 0),
+        op(LOAD_WORD, (2, 6), 4, 0),
+        op(MOVE, (3, 1), 0, 0),
+        op(ADD, (3, 0), 0, 16),
+        op(IF_GREATER, (3, 2), 12, 0),
+        op(LOAD_WORD, (3, 1), 4, 0),
+        op(STORE_WORD, (1, 3), 0, 0),
+        op(LOAD_WORD, (3, 1), 8, 0),
+        op(STORE_WORD, (1, 3), 4, 0),
+        op(LOAD_WORD, (3, 1), 12, 0),
+        op(STORE_WORD, (1, 3), 8, 0),
+        op(LOAD_HALF, (3, 10), -8, 0),
+        op(STORE_HALF, (1, 3), 12, 0),
+        // The protocol is in network order, the tag is not.
+        op(LOAD_HALF, (3, 10), -4, 0),
+        op(TO_NETWORK, (3, 0), 0, 16),
+        op(STORE_HALF, (1, 3), 14, 0),
+        op(GO, (0, 0), 2, 0),
+        op(SET, (0, 0), 0, DROP),
+        op(EXIT, (0, 0), 0, 0),
+        op(MOVE, (1, 6), 0, 0),
+    ]
+}
+
+fn redirecting(map: i32) -> [Instruction; 6] {
     const REDIRECT_MAP: i32 = bpf::BPF_FUNC_redirect_map.cast_signed();
     const PASS: i32 = bpf::XDP_PASS.cast_signed();
     [
