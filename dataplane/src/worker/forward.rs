@@ -393,7 +393,7 @@ impl Forwarder {
 
     /// Tries to deliver what is parked, with `storage` for the bursts, and charges those whose frames
     /// they are for the time that it takes by `clock`, in nanoseconds. Returns how many frames were
-    /// delivered.
+    /// delivered; `None` if it was time to try none.
     #[cold]
     pub(super) fn deliver_parked(
         &mut self,
@@ -401,14 +401,16 @@ impl Forwarder {
         pairs: &PairTable,
         now: Now,
         mut clock: impl FnMut() -> u64,
-    ) -> u64 {
+    ) -> Option<u64> {
         let tries = self.parking.lots().min(LOTS_PER_TURN);
-        let (mut sent, mut start_ns) = (0, now.ns);
+        let (mut sent, mut start_ns) = (None, now.ns);
         for at in 0..tries {
             self.expire_parked(at, pairs, now.ns);
             let from = self.parking.leaving(at).and_then(|leaving| leaving.from);
-            let (frames, bytes) = self.deliver_lot(at, storage, pairs, now.ns);
-            sent += frames;
+            let Some((frames, bytes)) = self.deliver_lot(at, storage, pairs, now.ns) else {
+                continue;
+            };
+            sent = Some(sent.unwrap_or(0) + frames);
             let end_ns = clock();
             let (by_calls, _) = self.take_work();
             if let Some(from) = from {
@@ -445,18 +447,17 @@ impl Forwarder {
         port.map_or(0, |port| port.base().outages.get())
     }
 
-    /// Tries to deliver the first frames of a lot. Returns how many were, with their L2 bytes.
+    /// Tries to deliver the first frames of a lot, if it is time. Returns how many were, with their
+    /// L2 bytes.
     fn deliver_lot(
         &mut self,
         at: usize,
         storage: &mut BurstStorage,
         pairs: &PairTable,
         now_ns: u64,
-    ) -> (u64, u64) {
+    ) -> Option<(u64, u64)> {
         let mut burst = storage.begin();
-        let Some(leaving) = self.parking.leave(at, now_ns, &mut burst) else {
-            return (0, 0);
-        };
+        let leaving = self.parking.leave(at, now_ns, &mut burst)?;
         let to = leaving.to;
         // As when they came.
         let allowed = Offloads::ALL.with(Offloads::VOUCHES);
@@ -480,7 +481,7 @@ impl Forwarder {
         if is_full {
             self.destinations[to.index()].note(&outcome, now_ns);
         }
-        (outcome.sent.len().into(), outcome.sent_bytes)
+        Some((outcome.sent.len().into(), outcome.sent_bytes))
     }
 
     /// Has the kernel send what it had no room for before.

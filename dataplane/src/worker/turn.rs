@@ -201,6 +201,9 @@ impl Worker {
         } = &mut self.path;
         let pairs = &self.handle.pairs;
         let sent = forwarder.deliver_parked(burst, pairs, now, || clock.now_ns());
+        let Some(sent) = sent else {
+            return 0;
+        };
         call::make_owed();
         // So that it is in nobody's next burst.
         let took_ns = self.read_clock();
