@@ -6,7 +6,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{LAYOUTS, Lab, eventually, frame, mac, name, receive};
-use ringway_api::{FdbLimit, FloodLimit, GroupFwdMask, Mtu, SwitchConfig};
+use ringway_api::{FdbLimit, FloodLimit, GroupFwdMask, Mtu, PortState, SwitchConfig};
 use ringway_bridge::{DropReason, MacAddr};
 use ringway_guest::{Guest, GuestBuilder, Layout};
 
@@ -314,6 +314,64 @@ fn what_a_port_floods_beyond_its_limit_is_dropped_and_the_rest_of_it_is_not() {
     let known = frame(2, 1, 64, FRAMES);
     flooder.send_frame(&known).unwrap();
     while receive(a).frame != known {}
+}
+
+/// State and last error of port a.
+fn health_of_a(lab: &Lab) -> (PortState, String) {
+    let port = lab.switch.port(&name("a")).unwrap();
+    (port.port.state, port.last_error.unwrap_or_default())
+}
+
+#[test]
+fn a_guest_that_is_served_one_way_only_is_not_plainly_up() {
+    type Disable = fn(&mut Guest);
+    let lab = Lab::start();
+    let mut a = lab.guest("a", Guest::builder());
+    assert_eq!(health_of_a(&lab), (PortState::Up, String::new()));
+    let ways: [(Disable, &str); 2] = [
+        (
+            |a| a.frontend().enable_ring(0, false).unwrap(),
+            "the guest gets no frame by queue pair 0, whose ring 0 is disabled",
+        ),
+        (
+            |a| a.frontend().enable_ring(1, false).unwrap(),
+            "no frame is taken from the guest by queue pair 0, whose ring 1 is disabled",
+        ),
+    ];
+    for (ring, (disable, what)) in (0..).zip(ways) {
+        disable(&mut a);
+        eventually("it is told", || health_of_a(&lab).0 == PortState::Impaired);
+        let (_, told) = health_of_a(&lab);
+        assert!(told.starts_with(what), "{told}");
+        a.frontend().enable_ring(ring, true).unwrap();
+        eventually("it is up again", || health_of_a(&lab).0 == PortState::Up);
+        assert_eq!(health_of_a(&lab).1, "");
+    }
+    a.frontend().stop_ring(1).unwrap();
+    let (state, told) = health_of_a(&lab);
+    assert_eq!(state, PortState::Impaired);
+    assert!(told.contains("ring 1 is not started"), "{told}");
+    a.frontend().stop_ring(0).unwrap();
+    assert_eq!(health_of_a(&lab), (PortState::Down, String::new()));
+}
+
+/// As with memory that QEMU does not share: what the guest writes is in pages of its own.
+#[test]
+fn a_guest_whose_kicks_show_nothing_is_not_plainly_up() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
+    assert_eq!(health_of_a(&lab).0, PortState::Up);
+    a.transmit_queue(0).kick().signal().unwrap();
+    eventually("it is told", || health_of_a(&lab).0 == PortState::Impaired);
+    let (_, told) = health_of_a(&lab);
+    assert!(told.contains("share=on"), "{told}");
+    let first = frame(0xff, 1, 64, 1);
+    a.send_frame(&first).unwrap();
+    assert_eq!(receive(&mut b).frame, first);
+    eventually("it is up", || {
+        health_of_a(&lab) == (PortState::Up, String::new())
+    });
 }
 
 /// A station moves and says nothing: the frame to it is flooded, since its old port forgot it.

@@ -17,8 +17,11 @@ use crate::value::PortName;
 pub enum PortState {
     /// No front-end is connected, no queue is started, or the interface is down.
     Down,
-    /// At least one queue pair passes frames.
+    /// At least one queue pair passes frames, and none one way only.
     Up,
+    /// A queue pair passes frames one way only, or its guest kicks and shows none: `last_error` says
+    /// which.
+    Impaired,
 }
 
 impl PortState {
@@ -27,6 +30,7 @@ impl PortState {
         match self {
             Self::Down => "down",
             Self::Up => "up",
+            Self::Impaired => "impaired",
         }
     }
 }

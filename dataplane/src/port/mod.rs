@@ -222,6 +222,13 @@ impl Port {
         }
     }
 
+    /// Notes that a kick, or what is one to other ports, came for a pair that was not polled.
+    pub(crate) fn note_kick(&self, pair: u16) {
+        if let Self::VhostUser(port) = self {
+            port.note_kick(pair);
+        }
+    }
+
     /// What frames from the port may ask for, and what it takes, as negotiated now.
     pub(crate) fn offloads(&self) -> (Offloads, Offloads) {
         match self {

@@ -6,14 +6,16 @@
 
 mod allowance;
 mod device;
+mod health;
 mod rings;
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use ringway_api::{PortState, QueueInfo};
+use ringway_api::QueueInfo;
 
+use self::health::Kicks;
 pub(crate) use self::rings::RxScratch;
 pub(super) use self::rings::choose_receiver;
 use self::rings::{QueueState, StartedRing, VhostQueue};
@@ -45,6 +47,8 @@ pub(crate) struct VhostPort {
     memory: Mutex<Arc<GuestMemory>>,
     /// Features that guests may negotiate.
     offered: Features,
+    /// What kicks came to, by queue pair.
+    kicks: Box<[Kicks]>,
     configured_mtu: Option<u16>,
     /// What the front-end told, 0 for nothing.
     frontend_mtu: AtomicU16,
@@ -81,6 +85,7 @@ impl VhostPort {
             memory: Mutex::default(),
             configured_mtu: mtu,
             offered: Features::all(),
+            kicks: (0..pairs).map(|_| Kicks::default()).collect(),
             frontend_mtu: AtomicU16::new(0),
             announced: Mutex::default(),
             features: AtomicU64::new(0),
@@ -124,16 +129,6 @@ impl VhostPort {
     pub(crate) fn mtu(&self) -> Option<u16> {
         let told = self.frontend_mtu.load(Ordering::Relaxed);
         self.configured_mtu.or((told > 0).then_some(told))
-    }
-
-    pub(crate) fn state(&self) -> PortState {
-        let any =
-            |queue: &VhostQueue| queue.is_started() && queue.is_enabled.load(Ordering::Relaxed);
-        if self.queues.iter().any(any) {
-            PortState::Up
-        } else {
-            PortState::Down
-        }
     }
 
     /// Counters of a pair: our Rx (guest transmit), our Tx (guest receive).

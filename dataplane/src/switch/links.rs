@@ -424,7 +424,9 @@ impl Watched {
         let (port, state) = (&self.base.base.name, status.state.as_str());
         match (&status.error, status.state) {
             (Some(error), _) => warn!(%port, state, suppressed, "{error}"),
-            (None, PortState::Up) => info!(%port, state, suppressed, "the interface is up"),
+            (None, PortState::Up | PortState::Impaired) => {
+                info!(%port, state, suppressed, "the interface is up")
+            }
             (None, PortState::Down) => info!(%port, state, suppressed, "the interface is down"),
         }
     }

@@ -258,7 +258,7 @@ impl Switch {
                     closed_for_ms: closed_for.and_then(|time| time.as_millis().try_into().ok()),
                     mapped_bytes,
                     memory_regions,
-                    last_error: guest.last_error(),
+                    last_error: guest.last_error().or_else(|| guest.obstacle()),
                     mtu: guest.mtu(),
                     ..detail
                 }

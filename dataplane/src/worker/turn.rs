@@ -271,6 +271,15 @@ impl Worker {
         self.count_active();
     }
 
+    /// Notes an event of a source that is not polled.
+    fn note_kick(&self, token: Token) {
+        let index = self.by_token.get(&token);
+        let source = index.and_then(|index| self.sources[*index].as_ref());
+        if let Some(source) = source.filter(|source| !source.is_active) {
+            source.port.note_kick(token.pair());
+        }
+    }
+
     fn count(&mut self, turn: &Turn, bursts: u64, took_ns: u64) {
         let stats = &self.handle.stats;
         stats.turns.add_owned(1);
@@ -330,7 +339,10 @@ impl Worker {
         // An empty list in its place costs nothing.
         let mut events = std::mem::replace(&mut self.events, Events::with_capacity(0));
         self.handle.waker.wait(&mut events, timeout);
-        events.tokens().for_each(|token| self.activate(token));
+        for token in events.tokens() {
+            self.note_kick(token);
+            self.activate(token);
+        }
         self.events = events;
     }
 

@@ -115,6 +115,10 @@ impl Device for VhostPort {
             let watched = binding.watch(kick.as_fd());
             watched.map_err(|source| fd_error("kick", source))?;
         }
+        if index % 2 == 1 {
+            let frames = queue.counters.frames.get();
+            self.kicks[usize::from(index / 2)].begin(frames);
+        }
         state.started = Some(started);
         self.show(queue, index, &state);
         drop(state);

@@ -1,0 +1,154 @@
+//! Whether a guest is served, and what is in the way if not: for operators. Nothing of it is on the way
+//! of a frame.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use ringway_api::PortState;
+
+use super::{VhostPort, VhostQueue};
+
+/// So many kicks in a row come and the ring shows nothing, before that is told: a kick may come late.
+const KICKS_IN_VAIN: u32 = 4;
+
+/// The same for a ring that showed nothing since it started: no frame was taken before its kick came.
+/// With VIRTIO_F_EVENT_IDX a driver that sees nothing of ours kicks once, for avail_event is 0 to it
+/// (virtio 1.3, 2.7.10), and then not for 65,535 frames.
+const FIRST_KICKS_IN_VAIN: u32 = 1;
+
+/// What became of the kicks of a transmit ring since it started. Its worker writes, others read.
+#[derive(Debug, Default)]
+pub(super) struct Kicks {
+    in_vain: AtomicU32,
+    /// Frames that had ever been taken at the last kick,
+    frames: AtomicU64,
+    /// and when the ring started.
+    frames_at_start: AtomicU64,
+}
+
+impl Kicks {
+    /// The ring starts, when so many frames had ever been taken.
+    pub(super) fn begin(&self, frames: u64) {
+        self.in_vain.store(0, Ordering::Relaxed);
+        self.frames.store(frames, Ordering::Relaxed);
+        self.frames_at_start.store(frames, Ordering::Relaxed);
+    }
+
+    /// A kick came when so many frames had ever been taken.
+    fn note(&self, frames: u64) {
+        let in_vain = if frames == self.frames.load(Ordering::Relaxed) {
+            self.in_vain.load(Ordering::Relaxed).saturating_add(1)
+        } else {
+            0
+        };
+        self.frames.store(frames, Ordering::Relaxed);
+        self.in_vain.store(in_vain, Ordering::Relaxed);
+    }
+
+    /// Whether kicks come, and no frame since before them.
+    fn are_in_vain(&self, frames: u64) -> bool {
+        let least = if frames == self.frames_at_start.load(Ordering::Relaxed) {
+            FIRST_KICKS_IN_VAIN
+        } else {
+            KICKS_IN_VAIN
+        };
+        self.in_vain.load(Ordering::Relaxed) >= least
+            && frames == self.frames.load(Ordering::Relaxed)
+    }
+}
+
+/// How far a queue pair is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Service {
+    None,
+    Both,
+    /// The guest gets frames only.
+    Receives,
+    /// Frames are taken from the guest only.
+    Transmits,
+    /// Both rings go, and the guest kicks, but nothing is in its transmit ring.
+    Silent,
+}
+
+impl VhostPort {
+    /// Notes a kick for a pair's transmit ring, which was not polled.
+    pub(crate) fn note_kick(&self, pair: u16) {
+        let frames = self.transmit_queue(pair).counters.frames.get();
+        self.kicks[usize::from(pair)].note(frames);
+    }
+
+    fn service(&self, pair: u16) -> Service {
+        let passes =
+            |queue: &VhostQueue| queue.is_started() && queue.is_enabled.load(Ordering::Relaxed);
+        let transmit = self.transmit_queue(pair);
+        match (passes(self.queue(2 * pair)), passes(transmit)) {
+            (false, false) => Service::None,
+            (true, false) => Service::Receives,
+            (false, true) => Service::Transmits,
+            (true, true) => {
+                let frames = transmit.counters.frames.get();
+                match self.kicks[usize::from(pair)].are_in_vain(frames) {
+                    true => Service::Silent,
+                    false => Service::Both,
+                }
+            }
+        }
+    }
+
+    pub(crate) fn state(&self) -> PortState {
+        let pairs = (0..self.pairs()).map(|pair| self.service(pair));
+        pairs.fold(PortState::Down, |state, service| match service {
+            Service::None => state,
+            Service::Both if state == PortState::Down => PortState::Up,
+            Service::Both => state,
+            Service::Receives | Service::Transmits | Service::Silent => PortState::Impaired,
+        })
+    }
+
+    /// What keeps the guest from being served, as far as its rings tell.
+    pub(crate) fn obstacle(&self) -> Option<String> {
+        (0..self.pairs()).find_map(|pair| {
+            let (ring, what) = match self.service(pair) {
+                Service::None | Service::Both => return None,
+                Service::Receives => (2 * pair + 1, "no frame is taken from the guest by"),
+                Service::Transmits => (2 * pair, "the guest gets no frame by"),
+                Service::Silent => {
+                    return Some(format!(
+                        "the guest kicks queue pair {pair}, whose transmit ring shows nothing: is its \
+                         memory shared (QEMU: share=on)?"
+                    ));
+                }
+            };
+            let how = match self.queue(ring).is_started() {
+                true => "disabled",
+                false => "not started",
+            };
+            Some(format!(
+                "{what} queue pair {pair}, whose ring {ring} is {how}: its driver or front-end has to \
+                 start it"
+            ))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kicks_are_in_vain_if_several_in_a_row_brought_no_frame() {
+        let kicks = Kicks::default();
+        let kick = |times: u32, frames| (0..times).for_each(|_| kicks.note(frames));
+        kicks.begin(7);
+        assert!(!kicks.are_in_vain(7));
+        kick(FIRST_KICKS_IN_VAIN, 7);
+        assert!(kicks.are_in_vain(7));
+        assert!(!kicks.are_in_vain(8), "one came since");
+        kick(1, 9);
+        kick(KICKS_IN_VAIN - 1, 9);
+        assert!(!kicks.are_in_vain(9));
+        kick(1, 9);
+        assert!(kicks.are_in_vain(9));
+        kicks.begin(9);
+        assert!(!kicks.are_in_vain(9));
+    }
+}
