@@ -4,18 +4,18 @@
 //! tool built by the same command (`cargo nextest run --workspace`). Whatever is missing fails the
 //! test with the lab's own line: a skipped test would look like a passed one.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::path::Path;
 use std::process::{Command, Output};
 
+use common::{alone, program};
 use serde_json::Value;
 
 /// Runs the lab; one run takes about 30 s on two cores. The lab bounds each of its steps, and the
 /// tests wait for each other: four guests at once would be too slow for those bounds.
 fn lab(arguments: &[&str]) -> Output {
-    let lock = Path::new(env!("CARGO_TARGET_TMPDIR")).join("lab.lock");
-    let lock = File::create(&lock).expect("a lock file in the target folder");
-    lock.lock().expect("an exclusive lock");
+    let _alone = alone();
     Command::new(env!("CARGO_BIN_EXE_ringway-bench"))
         .arg("lab")
         .args(arguments)
@@ -23,15 +23,12 @@ fn lab(arguments: &[&str]) -> Output {
         .expect("ringway-bench starts")
 }
 
-/// A program of the workspace, built beside this crate's own.
-fn sibling(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_BIN_EXE_ringway-bench")).with_file_name(name);
-    assert!(
-        path.is_file(),
-        "{} is not built: run the tests of the whole workspace (`cargo nextest run --workspace`)",
-        path.display()
-    );
-    path
+/// Runs the lab with the daemon and the tool of this workspace.
+fn lab_with_ringway(arguments: &[&str]) -> Output {
+    let [ringwayd, ringway] = ["ringwayd", "ringway"].map(program);
+    let (ringwayd, ringway) = (ringwayd.to_string_lossy(), ringway.to_string_lossy());
+    let programs = ["--ringwayd", &*ringwayd, "--ringway", &*ringway];
+    lab(&[arguments, &programs].concat())
 }
 
 fn report(output: &Output) -> Value {
@@ -42,17 +39,7 @@ fn report(output: &Output) -> Value {
 
 #[test]
 fn guests_and_host_talk_through_ringwayd() {
-    let (ringwayd, ringway) = (sibling("ringwayd"), sibling("ringway"));
-    let output = lab(&[
-        "--quick",
-        "--json",
-        "--tests",
-        "ping,tcp",
-        "--ringwayd",
-        &ringwayd.to_string_lossy(),
-        "--ringway",
-        &ringway.to_string_lossy(),
-    ]);
+    let output = lab_with_ringway(&["--quick", "--json", "--tests", "ping,tcp"]);
     let report = report(&output);
     let samples = report["samples"].as_array().expect("samples");
     assert_eq!(samples.len(), 6, "two pings, TCP in four directions");
@@ -72,8 +59,7 @@ fn guests_and_host_talk_through_ringwayd() {
 /// sent, and each frame that the host receives is right.
 #[test]
 fn bytes_past_af_xdp_and_offloads_are_unchanged() {
-    let (ringwayd, ringway) = (sibling("ringwayd"), sibling("ringway"));
-    let output = lab(&[
+    let output = lab_with_ringway(&[
         "--scenario",
         "af-xdp",
         "--mtu",
@@ -81,10 +67,6 @@ fn bytes_past_af_xdp_and_offloads_are_unchanged() {
         "--offloads",
         "all/none",
         "--json",
-        "--ringwayd",
-        &ringwayd.to_string_lossy(),
-        "--ringway",
-        &ringway.to_string_lossy(),
     ]);
     let scenario = &report(&output)["scenarios"][0];
     assert_eq!(scenario["passed"], true, "{scenario}");
@@ -101,17 +83,7 @@ fn bytes_past_af_xdp_and_offloads_are_unchanged() {
 /// both by one queue.
 #[test]
 fn a_healthy_guest_loses_no_frame_beside_one_that_takes_none() {
-    let (ringwayd, ringway) = (sibling("ringwayd"), sibling("ringway"));
-    let output = lab(&[
-        "--scenario",
-        "neighbours",
-        "--quick",
-        "--json",
-        "--ringwayd",
-        &ringwayd.to_string_lossy(),
-        "--ringway",
-        &ringway.to_string_lossy(),
-    ]);
+    let output = lab_with_ringway(&["--scenario", "neighbours", "--quick", "--json"]);
     let scenario = &report(&output)["scenarios"][0];
     assert_eq!(scenario["passed"], true, "{scenario}");
     for fate in ["frozen", "slow", "stop-and-go"] {
@@ -126,17 +98,7 @@ fn a_healthy_guest_loses_no_frame_beside_one_that_takes_none() {
 /// As libvirt runs QEMU: not as root, on a socket of its group.
 #[test]
 fn qemu_of_another_user_talks_through_a_socket_that_only_its_group_may_open() {
-    let (ringwayd, ringway) = (sibling("ringwayd"), sibling("ringway"));
-    let output = lab(&[
-        "--scenario",
-        "access",
-        "--quick",
-        "--json",
-        "--ringwayd",
-        &ringwayd.to_string_lossy(),
-        "--ringway",
-        &ringway.to_string_lossy(),
-    ]);
+    let output = lab_with_ringway(&["--scenario", "access", "--quick", "--json"]);
     let scenario = &report(&output)["scenarios"][0];
     assert_eq!(scenario["passed"], true, "{scenario}");
 }

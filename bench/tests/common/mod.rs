@@ -1,4 +1,5 @@
 //! What tests of real front-ends stand on: a ringwayd of their own, and programs that are talked to.
+#![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -117,7 +118,7 @@ impl Drop for Switch {
 }
 
 /// A program of the workspace, built beside this crate's own.
-fn program(name: &str) -> PathBuf {
+pub(crate) fn program(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_ringway-bench")).with_file_name(name);
     assert!(
         path.is_file(),

@@ -21,13 +21,7 @@ const TAP: &str = "rwchurn";
 /// TCP between the guests, undisturbed and with a third port added and deleted all the time, for
 /// every shape.
 pub(super) fn churn(stage: &ScenarioStage<'_>) -> Result<Findings> {
-    let mut findings = Findings::default();
-    for shape in stage.plan.shapes() {
-        let label = shape.tag();
-        stage.progress.say(&format!("churn: {label}"));
-        one_shape(stage, shape, &label, &mut findings).with_context(|| label.clone())?;
-    }
-    Ok(findings)
+    stage.each_shape("churn", one_shape)
 }
 
 fn one_shape(

@@ -148,6 +148,21 @@ impl ScenarioStage<'_> {
         Ok(network)
     }
 
+    /// What `run` finds with each shape, of which it is given the label.
+    fn each_shape(
+        &self,
+        name: &str,
+        run: impl Fn(&Self, NetworkShape, &str, &mut Findings) -> Result<()>,
+    ) -> Result<Findings> {
+        let mut findings = Findings::default();
+        for shape in self.plan.shapes() {
+            let label = shape.tag();
+            self.progress.say(&format!("{name}: {label}"));
+            run(self, shape, &label, &mut findings).with_context(|| label.clone())?;
+        }
+        Ok(findings)
+    }
+
     /// The shape of scenarios that need only one.
     fn shape(&self) -> Result<NetworkShape> {
         self.plan

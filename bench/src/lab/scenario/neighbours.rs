@@ -64,13 +64,7 @@ impl Fate {
 /// TCP from the host to guest a while it floods guest b, which is frozen, slow, or stops and goes: no
 /// frame for guest a is dropped.
 pub(super) fn neighbours(stage: &ScenarioStage<'_>) -> Result<Findings> {
-    let mut findings = Findings::default();
-    for shape in stage.plan.shapes() {
-        let label = shape.tag();
-        stage.progress.say(&format!("neighbours: {label}"));
-        one_shape(stage, shape, &label, &mut findings).with_context(|| label.clone())?;
-    }
-    Ok(findings)
+    stage.each_shape("neighbours", one_shape)
 }
 
 fn one_shape(
