@@ -80,6 +80,69 @@ fn a_packed_ring_starts_with_half_a_base() {
     assert_eq!(receive(&mut b).frame, sent);
 }
 
+/// DPDK's virtio_user says 0 of each split ring when its back-end comes back, wherever the ring stands.
+/// What was used is not taken again, what waits is, and a ring that was never used is fresh.
+#[test]
+fn a_split_ring_that_was_used_goes_on_there_though_its_front_end_says_0() {
+    let lab = Lab::start();
+    let config = Guest::builder().queue_size(16);
+    let mut a = lab.guest("a", config.clone());
+    let mut b = lab.guest("b", config);
+    for seed in 0..21 {
+        let sent = frame(2, 1, 64, seed);
+        a.send_frame(&sent).unwrap();
+        assert_eq!(receive(&mut b).frame, sent);
+    }
+    assert!(a.flush(common::DEADLINE).unwrap());
+    b.stop().unwrap();
+    a.stop().unwrap();
+    let waiting = [31, 32, 33].map(|seed| frame(2, 1, 64, seed));
+    for frame in &waiting {
+        a.send_frame(frame).unwrap();
+    }
+    for guest in [&mut b, &mut a] {
+        let memory = std::sync::Arc::clone(guest.memory());
+        let places = [
+            guest.receive_queue(0).ring().place(),
+            guest.transmit_queue(0).ring().place(),
+        ];
+        for (index, place) in (0..).zip(places) {
+            let place = RingPlace { base: 0, ..place };
+            let kick = EventFd::new().unwrap();
+            let frontend = guest.frontend();
+            frontend
+                .start_ring(index, &memory, place, Some(&kick), None)
+                .unwrap();
+            frontend.enable_ring(index, true).unwrap();
+        }
+    }
+    for sent in waiting {
+        let mut came = None;
+        eventually("the frame comes", || {
+            came = b.try_recv(0).unwrap();
+            came.is_some()
+        });
+        assert_eq!(came.unwrap().frame, sent);
+    }
+    assert_eq!(b.try_recv(0).unwrap(), None);
+    let resumed = |port| {
+        let detail = lab.switch.port(&common::name(port)).unwrap();
+        [detail.queues[0].rx_resumed, detail.queues[0].tx_resumed]
+    };
+    assert_eq!((resumed("a"), resumed("b")), ([true, false], [false, true]));
+    assert_eq!(
+        (a.stop().unwrap(), b.stop().unwrap()),
+        (vec![0, 24], vec![24, 0])
+    );
+    a.resume().unwrap();
+    b.resume().unwrap();
+    assert_eq!((resumed("a"), resumed("b")), ([false; 2], [false; 2]));
+    let sent = frame(2, 1, 64, 34);
+    a.send_frame(&sent).unwrap();
+    assert_eq!(receive(&mut b).frame, sent);
+    lab.assert_conserved(&["a", "b"], 0);
+}
+
 #[test]
 fn a_guest_that_comes_back_finds_its_port() {
     let lab = Lab::start();

@@ -106,6 +106,12 @@ pub struct QueueInfo {
     pub rx_size: u16,
     /// Entries of the guest's receive ring; 0 while it is stopped, and for a tap.
     pub tx_size: u16,
+    /// The guest's transmit ring went on at its used index when it started: its front-end said 0
+    /// of a ring that had been used, as DPDK's virtio_user does after a restart of ours. Frames of
+    /// the last burst before may come twice.
+    pub rx_resumed: bool,
+    /// The same of the guest's receive ring.
+    pub tx_resumed: bool,
     /// Number of the worker that polls the pair.
     pub worker: u16,
     /// Frames taken from this pair.

@@ -165,6 +165,8 @@ Header actions, the most that any frame of the port needs:
   pass       as it is: the destination takes all that the port may ask for
   complete_checksum, segment, segment_and_complete_checksum
              the switch does what the destination does not take; offloads that it does take pass
+Rings of queues, by their entries:
+  resumed    it goes on at its used index, since the front-end said 0 of a ring that had been used
 Columns of queues are named as those of `ringway port list` and `ringway worker list`.";
 
 /// What is behind a new port.

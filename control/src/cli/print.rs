@@ -271,17 +271,18 @@ fn queues(out: &mut dyn Write, queues: &[QueueInfo]) -> fmt::Result {
         ">QUEUE|ENABLED|>RX RING|>TX RING|>WORKER|\
          >RX FRAMES|>TX FRAMES|>CALLS|>CONTENDED",
     );
-    let ring = |started: bool, size: u16| match (started, size) {
+    let ring = |started: bool, size: u16, resumed: bool| match (started, size) {
         (false, _) => "stopped".to_owned(),
         (true, 0) => "started".to_owned(),
+        (true, size) if resumed => format!("{size} resumed"),
         (true, size) => size.to_string(),
     };
     for queue in queues {
         table.row([
             queue.index.to_string(),
             if queue.enabled { "yes" } else { "no" }.into(),
-            ring(queue.rx_started, queue.rx_size),
-            ring(queue.tx_started, queue.tx_size),
+            ring(queue.rx_started, queue.rx_size, queue.rx_resumed),
+            ring(queue.tx_started, queue.tx_size, queue.tx_resumed),
             queue.worker.to_string(),
             units::count(queue.rx_frames),
             units::count(queue.tx_frames),

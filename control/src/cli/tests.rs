@@ -74,6 +74,8 @@ fn queue(index: u16, rx_size: u16) -> QueueInfo {
         tx_frames: 0,
         calls: 12,
         contended: 0,
+        rx_resumed: false,
+        tx_resumed: false,
         tolerated: 0,
     }
 }
@@ -81,7 +83,13 @@ fn queue(index: u16, rx_size: u16) -> QueueInfo {
 fn vm_detail() -> PortDetail {
     PortDetail {
         port: vm(),
-        queues: vec![queue(0, 1024), queue(1, 0)],
+        queues: vec![
+            QueueInfo {
+                tx_resumed: true,
+                ..queue(0, 1024)
+            },
+            queue(1, 0),
+        ],
         features: vec!["VIRTIO_F_VERSION_1".into(), "VIRTIO_NET_F_MRG_RXBUF".into()],
         protocol_features: vec!["MQ".into(), "REPLY_ACK".into()],
         connections: 2,

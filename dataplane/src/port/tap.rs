@@ -191,6 +191,8 @@ impl TapPort {
             tx_frames: tx.frames.get(),
             calls: 0,
             contended: 0,
+            rx_resumed: false,
+            tx_resumed: false,
             tolerated: 0,
         }
     }

@@ -147,6 +147,8 @@ impl VhostPort {
             enabled: rx.is_enabled.load(Ordering::Relaxed) || tx.is_enabled.load(Ordering::Relaxed),
             rx_size: rx.size.load(Ordering::Relaxed),
             tx_size: tx.size.load(Ordering::Relaxed),
+            rx_resumed: rx.resumed(),
+            tx_resumed: tx.resumed(),
             worker,
             rx_frames: rx.counters.frames.get(),
             tx_frames: tx.counters.frames.get(),

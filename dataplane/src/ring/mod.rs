@@ -258,6 +258,14 @@ impl Ring {
         }
     }
 
+    /// Whether it goes on at its used index, though it was told to begin at 0.
+    pub(crate) fn resumed(&self) -> bool {
+        match &self.rings {
+            AnyRing::Split(ring) => ring.resumed(),
+            AnyRing::Packed(_) => false,
+        }
+    }
+
     /// Where it stands, for GET_VRING_BASE. Nothing must be taken and not completed.
     pub(crate) fn base(&self) -> u32 {
         match &self.rings {

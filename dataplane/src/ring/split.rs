@@ -60,6 +60,8 @@ pub(crate) struct SplitRing {
     published: u16,
     /// A call was decided on since the ring started: `published` can be compared with used_event.
     call_known: bool,
+    /// It goes on at its used index, though it was told to begin at 0.
+    resumed: bool,
     event_idx: bool,
     in_order: bool,
     rules: ChainRules,
@@ -67,6 +69,10 @@ pub(crate) struct SplitRing {
 
 impl SplitRing {
     /// A ring that goes on at avail index `next_avail`, and at the used index that is in memory.
+    ///
+    /// A front-end that does not know where its ring stands says 0, as DPDK's virtio_user does to a
+    /// back-end that was started again. A fresh ring's used index is 0 as well; what another
+    /// one's says was completed in order, so the ring goes on there.
     ///
     /// # Safety
     /// The areas are those of a ring of `size` entries, a power of two, as
@@ -80,12 +86,17 @@ impl SplitRing {
             next_used: 0,
             published: 0,
             call_known: false,
+            resumed: false,
             event_idx: features.contains(Features::VIRTIO_F_EVENT_IDX),
             in_order: features.contains(Features::VIRTIO_F_IN_ORDER),
             rules: ChainRules::new(features),
         };
-        ring.published = ring.used_u16(2).load(Ordering::Relaxed);
+        ring.published = u16::from_le(ring.used_u16(2).load(Ordering::Relaxed));
         ring.next_used = ring.published;
+        if next_avail == 0 && ring.published != 0 {
+            ring.next_avail = ring.published;
+            ring.resumed = true;
+        }
         ring
     }
 
@@ -105,6 +116,11 @@ impl SplitRing {
     /// Index of the next avail entry, for GET_VRING_BASE.
     pub(crate) fn next_avail(&self) -> u16 {
         self.next_avail
+    }
+
+    /// Whether it goes on at its used index, though it was told to begin at 0.
+    pub(crate) fn resumed(&self) -> bool {
+        self.resumed
     }
 
     /// Gives back the last `count` chains that were taken and not completed: they will be taken,

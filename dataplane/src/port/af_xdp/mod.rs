@@ -169,6 +169,8 @@ impl AfXdpPort {
             tx_frames: queue.tx.frames.get(),
             calls: 0,
             contended: queue.rx.contended.get() + queue.tx.contended.get(),
+            rx_resumed: false,
+            tx_resumed: false,
             tolerated: 0,
         }
     }

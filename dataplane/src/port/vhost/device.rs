@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use ringway_bridge::MacAddr;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{StartedRing, VhostPort};
 use crate::burst_lock::lock;
@@ -98,7 +98,7 @@ impl Device for VhostPort {
         } else {
             Offloads::to_guest(features)
         };
-        let layout = ring.layout();
+        let (layout, base, resumed) = (ring.layout(), ring.base(), ring.resumed());
         let started = StartedRing {
             ring,
             enabled,
@@ -126,6 +126,12 @@ impl Device for VhostPort {
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             let port = &self.base.name;
             info!(%port, ring = index, size, ?layout, base, enabled, suppressed, "ring started");
+            if resumed {
+                warn!(
+                    %port, ring = index, base,
+                    "its front-end said 0 of a ring that had been used: it goes on at its used index"
+                );
+            }
         }
         // Look at the ring once without waiting for a kick: frames may be there already.
         if let Some(binding) = binding {

@@ -104,6 +104,13 @@ impl VhostQueue {
             .map_or(0, |started| started.ring.tolerated())
     }
 
+    /// The started ring went on at its used index, though its front-end said 0.
+    pub(super) fn resumed(&self) -> bool {
+        let state = self.lock();
+        let started = state.started.as_ref();
+        started.is_some_and(|started| started.ring.resumed())
+    }
+
     pub(super) fn is_started(&self) -> bool {
         self.size.load(Ordering::Relaxed) > 0
     }
