@@ -37,13 +37,15 @@ macro_rules! drop_reasons {
 
 drop_reasons! {
     Runt = "runt":
-        "The frame is shorter than an Ethernet header.";
+        "The frame is shorter than an Ethernet header, or than one with the VLAN tag that it begins.";
     TooLong = "too_long":
         "The frame exceeds the destination's MTU, or 64 KiB and headers.";
     BadSource = "bad_source":
         "The source address is a group address or all zeros.";
     LinkLocal = "link_local":
         "The destination is a reserved address (01:80:c2:00:00:00 to 0f) that the switch does not forward (`group_fwd_mask`).";
+    VlanDenied = "vlan_denied":
+        "The frame's VLAN is none of those that its port takes frames of, or is 4095.";
     SamePort = "same_port":
         "The destination is behind the port that the frame came from.";
     NoDestination = "no_destination":

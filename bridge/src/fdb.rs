@@ -1,5 +1,5 @@
-//! The forwarding database: which port a MAC address was last seen behind. What workers ask and
-//! tell it is here; what an operator and housekeeping do to it is in `fdb/admin.rs`.
+//! The forwarding database: which port a MAC address was last seen behind, in each VLAN. What workers
+//! ask and tell it is here; what an operator and housekeeping do to it is in `fdb/admin.rs`.
 
 mod admin;
 mod behind;
@@ -11,7 +11,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
-use crate::{MAX_PORTS, MacAddr, PortId, Tick};
+use crate::{MAX_PORTS, MacAddr, PortId, Station, Tick, VlanId};
 use behind::Behind;
 pub use behind::FdbTally;
 pub(crate) use table::Probe;
@@ -172,36 +172,49 @@ impl Fdb {
         }
     }
 
-    /// The port that `mac` is behind; `None` if unknown or not seen for longer than the ageing.
+    /// The port that a station is behind; `None` if unknown or not seen for longer than the ageing.
     #[inline]
-    pub fn lookup(&self, mac: MacAddr, now: Tick) -> Option<PortId> {
-        self.lookup_probe(self.probe(mac.to_u64()), now)
+    pub fn lookup(&self, station: impl Into<Station>, now: Tick) -> Option<PortId> {
+        self.lookup_probe(self.probe_of(station.into()), now)
     }
 
-    /// Notes that `mac` was seen behind `port` at `now`. Never blocks.
+    /// Notes that a station was seen behind `port` at `now`. Never blocks.
     ///
     /// An expired entry that was not swept yet is an entry: it counts, is refreshed, and moves.
     #[inline]
-    pub fn learn(&self, mac: MacAddr, port: PortId, now: Tick) -> Learned {
-        match check_unicast(mac) {
-            Ok(()) => self.learn_probe(self.probe(mac.to_u64()), port, now),
+    pub fn learn(&self, station: impl Into<Station>, port: PortId, now: Tick) -> Learned {
+        let station = station.into();
+        match check_unicast(station.mac) {
+            Ok(()) => self.learn_probe(self.probe_of(station), port, now),
             Err(_) => Learned::NotUnicast,
         }
     }
 
-    /// Notes that `mac` is behind `port` from `now` on, whatever port used it a moment ago: what
+    /// Notes that a station is behind `port` from `now` on, whatever port used it a moment ago: what
     /// whoever runs the station told, not a frame. Never blocks.
-    pub fn announce(&self, mac: MacAddr, port: PortId, now: Tick) -> Learned {
-        match check_unicast(mac) {
-            Ok(()) => self.learn_within(self.probe(mac.to_u64()), port, now, 0),
+    pub fn announce(&self, station: impl Into<Station>, port: PortId, now: Tick) -> Learned {
+        let station = station.into();
+        match check_unicast(station.mac) {
+            Ok(()) => self.learn_within(self.probe_of(station), port, now, 0),
             Err(_) => Learned::NotUnicast,
         }
     }
 
-    /// Hashes a MAC (low 48 bits) for the functions below.
+    /// Hashes a MAC (low 48 bits), in no VLAN, for the functions below.
     #[inline]
     pub(crate) fn probe(&self, mac: u64) -> Probe {
         self.table.probe(mac)
+    }
+
+    /// The same for a MAC in a VLAN.
+    #[inline]
+    pub(crate) fn probe_in(&self, vlan: VlanId, mac: u64) -> Probe {
+        self.table.probe_in(vlan, mac)
+    }
+
+    #[inline]
+    fn probe_of(&self, station: Station) -> Probe {
+        self.probe_in(station.vlan, station.mac.to_u64())
     }
 
     /// Starts the cache miss of a look-up that follows; the result means nothing.

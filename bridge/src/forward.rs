@@ -1,9 +1,14 @@
-//! Forwarding of bursts: from frame heads to one set of frames per destination.
+//! Forwarding of bursts: from frame heads to one set of frames per destination. What VLANs change of
+//! it is in `forward/vlans.rs`.
+
+mod vlans;
 
 use crate::fdb::{FdbConfig, Probe};
 use crate::flood::{FloodBuckets, FloodLimits};
 use crate::frame::{is_group, is_link_local, is_station};
-use crate::{DropReason, Fdb, FrameHead, FrameSet, Learned, MAX_BURST, MAX_PORTS, PortId, Tick};
+use crate::{
+    Class, DropReason, Fdb, FrameHead, FrameSet, Learned, MAX_BURST, MAX_PORTS, PortId, Tick,
+};
 
 /// What a bridge is made from: that of its forwarding database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,14 +115,11 @@ impl Bridge {
             probed,
             floods,
             result,
+            ..
         } = out;
         let mut may_flood =
             |copies, frames| floods.take(&self.flood_limits, burst.in_port, copies, frames, now);
-        let mut previous = Known {
-            src: u64::MAX,
-            dst: u64::MAX,
-            port: None,
-        };
+        let mut previous = Known::NOTHING;
         for run in probed.iter() {
             match self.decide(run, burst.in_port, now, &mut previous) {
                 Ok(Some(port)) if members.contains(port) => result.deliver(port, run.frames),
@@ -166,13 +168,14 @@ impl Bridge {
         now: Tick,
         previous: &mut Known,
     ) -> Result<Option<PortId>, DropReason> {
-        let (src, dst) = (run.src.mac(), run.dst.mac());
-        if !is_station(src) {
+        let dst_mac = run.dst.mac();
+        if !is_station(run.src.mac()) {
             return Err(DropReason::BadSource);
         }
-        if is_link_local(dst) && self.group_fwd_mask >> (dst & 0xf) & 1 == 0 {
+        if is_link_local(dst_mac) && self.group_fwd_mask >> (dst_mac & 0xf) & 1 == 0 {
             return Err(DropReason::LinkLocal);
         }
+        let (src, dst) = (run.src.key(), run.dst.key());
         if src != previous.src {
             previous.src = src;
             let result = self.fdb.learn_probe(run.src, in_port, now);
@@ -181,7 +184,7 @@ impl Bridge {
                 previous.dst = u64::MAX;
             }
         }
-        if is_group(dst) {
+        if is_group(dst_mac) {
             return Ok(None);
         }
         if dst != previous.dst {
@@ -204,11 +207,20 @@ struct Probed {
     frames: FrameSet,
 }
 
-/// What the run before found out: no address is `u64::MAX`.
+/// What the run before found out, by the keys of its addresses.
 struct Known {
     src: u64,
     dst: u64,
     port: Option<PortId>,
+}
+
+impl Known {
+    /// No key is `u64::MAX`.
+    const NOTHING: Self = Self {
+        src: u64::MAX,
+        dst: u64::MAX,
+        port: None,
+    };
 }
 
 /// The ports that take part in forwarding, in the order of joining.
@@ -282,6 +294,10 @@ pub struct Decisions {
     probed: Vec<Probed>,
     floods: FloodBuckets,
     result: Lists,
+    /// In a switch with VLANs: the VLAN of each run, and the frames of it.
+    classes: Vec<(FrameSet, Class)>,
+    /// The ports that a VLAN's floods go to.
+    flood: Vec<PortId>,
 }
 
 /// Sets of frames. Between bursts all of `by_port` are empty.
@@ -292,6 +308,8 @@ struct Lists {
     destinations: Vec<(PortId, FrameSet)>,
     drops: Vec<(DropReason, FrameSet)>,
     flooded: FrameSet,
+    /// Frames that go to all other members of their VLANs, and in `by_port` of these.
+    flooded_in_vlans: FrameSet,
 }
 
 impl Decisions {
@@ -306,7 +324,10 @@ impl Decisions {
                 destinations: Vec::with_capacity(MAX_PORTS),
                 drops: Vec::with_capacity(DropReason::ALL.len()),
                 flooded: FrameSet::EMPTY,
+                flooded_in_vlans: FrameSet::EMPTY,
             },
+            classes: Vec::with_capacity(MAX_BURST),
+            flood: Vec::with_capacity(MAX_PORTS),
         }
     }
 
@@ -322,9 +343,16 @@ impl Decisions {
         &self.result.drops
     }
 
-    /// The frames that go to all members but the one that they came from.
+    /// The frames that go to all members, of their VLAN if there are VLANs, but the one that they
+    /// came from.
     pub fn flooded(&self) -> FrameSet {
-        self.result.flooded
+        self.result.flooded | self.result.flooded_in_vlans
+    }
+
+    /// The VLANs of the frames that are in one, and the frames of each, in their order; of the last
+    /// burst that was [forwarded in VLANs](Bridge::forward_in_vlans).
+    pub fn classes(&self) -> &[(FrameSet, Class)] {
+        &self.classes
     }
 
     /// Charges a source for what it flooded as if that had been so many copies more: some ports take
@@ -339,6 +367,7 @@ impl Decisions {
         self.result.destinations.clear();
         self.result.drops.clear();
         self.result.flooded = FrameSet::EMPTY;
+        self.result.flooded_in_vlans = FrameSet::EMPTY;
     }
 }
 

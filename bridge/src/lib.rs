@@ -19,10 +19,12 @@ mod forward;
 mod frame;
 mod frame_set;
 mod types;
+mod vlan;
 
 pub use drop_reason::{DropCounts, DropReason};
 pub use fdb::{Fdb, FdbConfig, FdbError, FdbTally, Learned, MAX_FDB_CAPACITY};
 pub use forward::{Arrivals, Bridge, BridgeConfig, Decisions, Members, Run};
 pub use frame::{FrameHead, Headers, L4Protocol, MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS};
 pub use frame_set::FrameSet;
-pub use types::{MAX_BURST, MAX_PORTS, MacAddr, NoSuchSlot, ParseMacError, PortId, Tick};
+pub use types::{MAX_BURST, MAX_PORTS, MacAddr, NoSuchSlot, ParseMacError, PortId, Station, Tick};
+pub use vlan::{Class, Native, PortVlans, Retag, TAG_BYTES, TagType, VlanId, VlanSet, Vlans};

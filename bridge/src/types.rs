@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::VlanId;
+
 /// Most ports that a bridge has: bounds the per-worker destination scratch (24 bytes a port) and
 /// leaves the forwarding database 16 bits for a port.
 pub const MAX_PORTS: usize = 4096;
@@ -67,6 +69,30 @@ impl TryFrom<u16> for PortId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("there is no slot {0}: a bridge has {MAX_PORTS}")]
 pub struct NoSuchSlot(u16);
+
+/// A station: an address in a VLAN. The same address in another VLAN is another station's
+/// (independent learning, IEEE 802.1Q-2022, 8.8.8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Station {
+    /// The address.
+    pub mac: MacAddr,
+    /// The VLAN.
+    pub vlan: VlanId,
+}
+
+impl Station {
+    /// An address in a VLAN.
+    pub const fn new(mac: MacAddr, vlan: VlanId) -> Self {
+        Self { mac, vlan }
+    }
+}
+
+/// In no VLAN.
+impl From<MacAddr> for Station {
+    fn from(mac: MacAddr) -> Self {
+        Self::new(mac, VlanId::NONE)
+    }
+}
 
 /// Coarse time for ageing: tenths of a second since the bridge was made. Wraps after 13 years;
 /// ages are computed with wrapping subtraction.

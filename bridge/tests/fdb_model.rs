@@ -4,18 +4,19 @@
 use std::collections::HashMap;
 
 use proptest::prelude::*;
-use ringway_bridge::{Fdb, FdbConfig, Learned, MacAddr, PortId, Tick};
+use ringway_bridge::{Fdb, FdbConfig, Learned, MacAddr, PortId, Station, Tick, VlanId};
 
 const CAPACITY: usize = 6;
 const HOLD: u32 = 5;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Learn(MacAddr, PortId),
-    Announce(MacAddr, PortId),
-    AddStatic(MacAddr, PortId),
-    Remove(MacAddr),
-    Flush(Option<PortId>),
+    Learn(Station, PortId),
+    Announce(Station, PortId),
+    AddStatic(Station, PortId),
+    Remove(Station),
+    /// Of a port, of a VLAN, of an address.
+    Flush(Option<PortId>, Option<VlanId>, Option<MacAddr>),
     FlushPort(PortId),
     SweepFlushed,
     Purge(PortId),
@@ -34,7 +35,7 @@ struct Entry {
 }
 
 struct Model {
-    entries: HashMap<MacAddr, Entry>,
+    entries: HashMap<Station, Entry>,
     limits: HashMap<PortId, u32>,
     /// Flushes of a port since the last sweep.
     owed: HashMap<PortId, u32>,
@@ -43,7 +44,7 @@ struct Model {
 }
 
 impl Model {
-    fn lookup(&self, mac: MacAddr) -> Option<PortId> {
+    fn lookup(&self, mac: Station) -> Option<PortId> {
         let is_fresh =
             |e: &&Entry| e.is_static || !e.is_flushed && self.now - e.seen <= self.ageing;
         self.entries.get(&mac).filter(is_fresh).map(|e| e.port)
@@ -70,10 +71,10 @@ impl Model {
     /// `evicted` made room, if any.
     fn learn(
         &mut self,
-        mac: MacAddr,
+        mac: Station,
         port: PortId,
         hold: u32,
-        evicted: Option<MacAddr>,
+        evicted: Option<Station>,
     ) -> Learned {
         let entry = Entry {
             port,
@@ -127,7 +128,7 @@ impl Model {
         }
     }
 
-    fn add_static(&mut self, mac: MacAddr, port: PortId, evicted: Option<MacAddr>) -> bool {
+    fn add_static(&mut self, mac: Station, port: PortId, evicted: Option<Station>) -> bool {
         if let Some(evicted) = evicted {
             let entry = self.entries.remove(&evicted);
             assert!(entry.is_some_and(|entry| !entry.is_static));
@@ -168,7 +169,7 @@ impl Model {
     }
 
     /// The entry that is gone from `fdb`, if any.
-    fn evicted(&self, fdb: &Fdb) -> Option<MacAddr> {
+    fn evicted(&self, fdb: &Fdb) -> Option<Station> {
         let left = entries_of(fdb);
         let mut gone = self.entries.keys().filter(|mac| !left.contains_key(mac));
         let evicted = gone.next().copied();
@@ -183,7 +184,7 @@ impl Model {
     }
 }
 
-fn entries_of(fdb: &Fdb) -> HashMap<MacAddr, Entry> {
+fn entries_of(fdb: &Fdb) -> HashMap<Station, Entry> {
     let mut entries = HashMap::new();
     fdb.for_each(|mac, port, is_static, seen| {
         let (seen, is_flushed) = (seen.0, false);
@@ -198,8 +199,10 @@ fn entries_of(fdb: &Fdb) -> HashMap<MacAddr, Entry> {
     entries
 }
 
-fn macs() -> impl Iterator<Item = MacAddr> {
-    (1..=10).map(|n| MacAddr([2, 0, 0, 0, 0, n]))
+/// Five addresses, each in two VLANs.
+fn macs() -> impl Iterator<Item = Station> {
+    let vlans = [0, 4094].into_iter().filter_map(VlanId::new);
+    vlans.flat_map(|vlan| (1..=5).map(move |n| Station::new(MacAddr([2, 0, 0, 0, 0, n]), vlan)))
 }
 
 fn ports() -> impl Iterator<Item = PortId> {
@@ -214,7 +217,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => (mac(), port()).prop_map(|(mac, port)| Step::Announce(mac, port)),
         2 => (mac(), port()).prop_map(|(mac, port)| Step::AddStatic(mac, port)),
         1 => mac().prop_map(Step::Remove),
-        1 => prop::option::of(port()).prop_map(Step::Flush),
+        1 => (prop::option::of(port()), prop::option::of(mac()), prop::option::of(mac())).prop_map(
+            |(port, vlan, mac)| Step::Flush(port, vlan.map(|of| of.vlan), mac.map(|of| of.mac)),
+        ),
         2 => port().prop_map(Step::FlushPort),
         1 => Just(Step::SweepFlushed),
         1 => port().prop_map(Step::Purge),
@@ -266,11 +271,17 @@ proptest! {
                     }
                     prop_assert_eq!(fdb.remove(mac), is_there);
                 }
-                Step::Flush(port) => {
-                    let removed = model.remove_if(|e| {
-                        !e.is_static && !e.is_flushed && port.is_none_or(|port| e.port == port)
+                Step::Flush(port, vlan, mac) => {
+                    let wanted = |station: Station, at: PortId| {
+                        port.is_none_or(|port| at == port)
+                            && vlan.is_none_or(|vlan| station.vlan == vlan)
+                            && mac.is_none_or(|mac| station.mac == mac)
+                    };
+                    let before = model.entries.len();
+                    model.entries.retain(|station, e| {
+                        e.is_static || e.is_flushed || !wanted(*station, e.port)
                     });
-                    prop_assert_eq!(fdb.flush(port), removed);
+                    prop_assert_eq!(fdb.flush(wanted), before - model.entries.len());
                 }
                 Step::FlushPort(port) => {
                     prop_assert_eq!(fdb.flush_port(port), model.flush_port(port));
@@ -296,7 +307,7 @@ proptest! {
             }
             let now = Tick(model.now);
             for mac in macs() {
-                prop_assert_eq!(fdb.lookup(mac, now), model.lookup(mac), "{:?} {}", &step, mac);
+                prop_assert_eq!(fdb.lookup(mac, now), model.lookup(mac), "{:?} {:?}", &step, mac);
             }
             for port in ports() {
                 prop_assert_eq!(fdb.count(port), model.count(port), "{:?} {:?}", &step, port);

@@ -2,23 +2,24 @@
 
 use std::sync::atomic::Ordering;
 
-use super::table::Entry;
+use super::table::{Entry, Slot};
 use super::{EVICTION_BUCKETS, Fdb, FdbError, FdbTally, Writer, check_unicast};
-use crate::{MacAddr, PortId, Tick};
+use crate::{PortId, Station, Tick};
 
 /// Buckets swept between two releases of the lock: 64 KiB, some ten microseconds during which
 /// workers learn no new address.
 const SWEEP_BUCKETS: usize = 1024;
 
 impl Fdb {
-    /// Pins `mac` to `port`: it neither moves nor ages. Takes over an entry of the address, learned
-    /// or static. Limits of ports don't apply, and if need be a learned entry makes room.
+    /// Pins a station to `port`: it neither moves nor ages. Takes over an entry of it, learned or
+    /// static. Limits of ports don't apply, and if need be a learned entry makes room.
     ///
     /// # Errors
     /// The address is none of a station, or the database is full of static entries.
-    pub fn add_static(&self, mac: MacAddr, port: PortId) -> Result<(), FdbError> {
-        check_unicast(mac)?;
-        let probe = self.probe(mac.to_u64());
+    pub fn add_static(&self, station: impl Into<Station>, port: PortId) -> Result<(), FdbError> {
+        let station = station.into();
+        check_unicast(station.mac)?;
+        let probe = self.probe_of(station);
         let entry = Entry::fixed(port);
         let writer = self.lock();
         let stored = match self.table.find(probe) {
@@ -38,22 +39,20 @@ impl Fdb {
         }
     }
 
-    /// Removes the entry of `mac`, learned or static; whether there was one.
-    pub fn remove(&self, mac: MacAddr) -> bool {
-        let probe = self.probe(mac.to_u64());
+    /// Removes the entry of a station, learned or static; whether there was one.
+    pub fn remove(&self, station: impl Into<Station>) -> bool {
+        let probe = self.probe_of(station.into());
         let writer = self.lock();
         self.table
             .find(probe)
             .is_some_and(|(slot, entry)| !self.is_flushed(entry) && writer.vacate(slot, |_| true))
     }
 
-    /// Removes the learned entries, of `port` only if given; how many.
-    pub fn flush(&self, port: Option<PortId>) -> usize {
+    /// Removes the learned entries that are `wanted`; how many.
+    pub fn flush(&self, wanted: impl Fn(Station, PortId) -> bool) -> usize {
         let all = 0..self.table.bucket_count();
-        self.lock().sweep(all, |entry| {
-            !entry.is_static()
-                && !self.is_flushed(entry)
-                && port.is_none_or(|port| entry.port() == port)
+        self.lock().sweep(all, |station, entry| {
+            !entry.is_static() && !self.is_flushed(entry) && wanted(station, entry.port())
         })
     }
 
@@ -84,7 +83,7 @@ impl Fdb {
             return 0;
         }
         let owed: Vec<_> = self.behind.iter().map(|behind| behind.owed()).collect();
-        let swept = self.sweep_in_steps(|entry| self.is_flushed(entry));
+        let swept = self.sweep_in_steps(|_, entry| self.is_flushed(entry));
         for (behind, owed) in self.behind.iter().zip(owed).filter(|(_, owed)| *owed > 0) {
             behind.settle(owed);
         }
@@ -97,7 +96,7 @@ impl Fdb {
     pub fn purge_port(&self, port: PortId) -> usize {
         let all = 0..self.table.bucket_count();
         self.behind(port).clear_tally();
-        self.lock().sweep(all, |entry| entry.port() == port)
+        self.lock().sweep(all, |_, entry| entry.port() == port)
     }
 
     /// Removes the entries that expired by `now`; how many. To be called every few seconds:
@@ -108,10 +107,10 @@ impl Fdb {
     /// the next sweep.
     pub fn age(&self, now: Tick) -> usize {
         let ageing = self.ageing_ticks;
-        self.sweep_in_steps(|entry| entry.is_expired(now, ageing))
+        self.sweep_in_steps(|_, entry| entry.is_expired(now, ageing))
     }
 
-    fn sweep_in_steps(&self, condemned: impl Fn(Entry) -> bool) -> usize {
+    fn sweep_in_steps(&self, condemned: impl Fn(Station, Entry) -> bool) -> usize {
         let end = self.table.bucket_count();
         (0..end)
             .step_by(SWEEP_BUCKETS)
@@ -153,21 +152,14 @@ impl Fdb {
         self.capacity
     }
 
-    /// Calls `visit(mac, port, is_static, last_seen)` for every entry that was not flushed, expired
-    /// ones included; static ones were seen at tick 0. Takes no lock: entries that change meanwhile
-    /// may be visited
-    /// twice or not at all.
-    pub fn for_each(&self, mut visit: impl FnMut(MacAddr, PortId, bool, Tick)) {
-        self.table.for_each(|mac, entry| {
-            if self.is_flushed(entry) {
-                return;
+    /// Calls `visit(station, port, is_static, last_seen)` for every entry that was not flushed,
+    /// expired ones included; static ones were seen at tick 0. Takes no lock: entries that change
+    /// meanwhile may be visited twice or not at all.
+    pub fn for_each(&self, mut visit: impl FnMut(Station, PortId, bool, Tick)) {
+        self.table.for_each(|station, entry| {
+            if !self.is_flushed(entry) {
+                visit(station, entry.port(), entry.is_static(), entry.seen());
             }
-            visit(
-                MacAddr::from_u64(mac),
-                entry.port(),
-                entry.is_static(),
-                entry.seen(),
-            );
         });
     }
 }
@@ -181,10 +173,18 @@ impl Writer<'_> {
         (0..searches).any(|_| self.evict(0, Tick::default()))
     }
 
-    fn sweep(&self, buckets: std::ops::Range<usize>, condemned: impl Fn(Entry) -> bool) -> usize {
+    fn sweep(
+        &self,
+        buckets: std::ops::Range<usize>,
+        condemned: impl Fn(Station, Entry) -> bool,
+    ) -> usize {
+        let is_removed = |slot: &Slot<'_>| {
+            slot.station()
+                .is_some_and(|station| self.vacate(*slot, |entry| condemned(station, entry)))
+        };
         buckets
             .flat_map(|bucket| self.fdb.table.slots(bucket))
-            .filter(|slot| self.vacate(*slot, &condemned))
+            .filter(is_removed)
             .count()
     }
 }

@@ -35,11 +35,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::{MAX_PORTS, PortId, Tick};
+use crate::{MAX_PORTS, MacAddr, PortId, Station, Tick, VlanId};
 
 const SLOTS: usize = 4;
 const OCCUPIED: u64 = 1 << 63;
-const MAC: u64 = (1 << 48) - 1;
+const MAC_BITS: u32 = 48;
+const MAC: u64 = (1 << MAC_BITS) - 1;
 
 const VALID: u64 = 1 << 63;
 const STATIC: u64 = 1 << 62;
@@ -133,8 +134,9 @@ impl Probe {
         }
     }
 
-    #[cfg(test)]
-    pub(super) fn key(self) -> u64 {
+    /// What tells stations apart: the address with its VLAN.
+    #[inline]
+    pub(crate) fn key(self) -> u64 {
         self.key
     }
 
@@ -166,6 +168,12 @@ impl Slot<'_> {
     #[cfg(test)]
     pub(super) fn value(&self) -> &AtomicU64 {
         self.value
+    }
+
+    /// Whose entry it is, if there is one; the caller holds the mutex.
+    pub(super) fn station(self) -> Option<Station> {
+        let key = self.key.load(Ordering::Relaxed);
+        (key != 0).then(|| station_of(key))
     }
 
     /// Whatever the slot holds; the caller holds the mutex.
@@ -288,6 +296,12 @@ impl Table {
         self.probe_key(mac & MAC | OCCUPIED)
     }
 
+    /// The same for an address in a VLAN.
+    #[inline]
+    pub(super) fn probe_in(&self, vlan: VlanId, mac: u64) -> Probe {
+        self.probe_key(u64::from(vlan.get()) << MAC_BITS | mac & MAC | OCCUPIED)
+    }
+
     #[inline]
     fn probe_key(&self, key: u64) -> Probe {
         let hash = fold(fold(key ^ self.seed[0], self.seed[1]), self.seed[2]);
@@ -367,12 +381,12 @@ impl Table {
             .map(|(key, value)| Slot { key, value })
     }
 
-    /// Every entry with its MAC in the low 48 bits, each consistent in itself.
-    pub(super) fn for_each(&self, mut visit: impl FnMut(u64, Entry)) {
+    /// Every entry with whose it is, each consistent in itself.
+    pub(super) fn for_each(&self, mut visit: impl FnMut(Station, Entry)) {
         for slot in (0..self.bucket_count()).flat_map(|bucket| self.slots(bucket)) {
             let key = slot.key.load(Ordering::Relaxed);
             if let Some(entry) = (key != 0).then(|| slot.read(key)).flatten() {
-                visit(key & MAC, entry);
+                visit(station_of(key), entry);
             }
         }
     }
@@ -410,6 +424,11 @@ impl Table {
         }
         None
     }
+}
+
+fn station_of(key: u64) -> Station {
+    let vlan = VlanId::from_bits((key >> MAC_BITS) as u16);
+    Station::new(MacAddr::from_u64(key), vlan)
 }
 
 /// The halves of the wide product, folded into one.

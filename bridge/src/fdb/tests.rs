@@ -82,7 +82,7 @@ fn a_static_entry_neither_moves_nor_ages_nor_is_flushed() {
     let later = Tick(1 << 30);
     assert_eq!(fdb.learn(mac(1), port(2), later), Learned::Static);
     assert_eq!(fdb.learn(mac(1), port(1), later), Learned::Refreshed);
-    assert_eq!((fdb.age(later), fdb.flush(None)), (0, 0));
+    assert_eq!((fdb.age(later), fdb.flush(|_, _| true)), (0, 0));
     assert_eq!(fdb.lookup(mac(1), later), Some(port(1)));
     assert_eq!(fdb.count(port(1)), 0);
     assert_eq!(fdb.purge_port(port(1)), 1);
@@ -486,7 +486,7 @@ fn concurrent_use_never_shows_a_port_of_another_station() {
                 match pick(&mut state) % 7 {
                     5 => _ = fdb.flush_port(port(n)),
                     6 => _ = fdb.sweep_flushed(),
-                    0 => drop(fdb.flush(Some(port(n)))),
+                    0 => drop(fdb.flush(|_, at| at == port(n))),
                     1 => drop(fdb.purge_port(port(n))),
                     2 => drop(fdb.age(Tick(ROUNDS / 2))),
                     3 => drop(fdb.remove(mac(n.into()))),
@@ -510,8 +510,8 @@ fn concurrent_use_never_shows_a_port_of_another_station() {
     let mut seen = HashMap::new();
     let mut learned = HashMap::<_, u32>::new();
     fdb.for_each(|mac, port, is_static, _| {
-        assert_eq!(seen.insert(mac, port), None, "two entries of {mac}");
-        assert_eq!(u64::from(port.get() % STATIONS), mac.to_u64() & 0xffff);
+        assert_eq!(seen.insert(mac, port), None, "two entries of {mac:?}");
+        assert_eq!(u64::from(port.get() % STATIONS), mac.mac.to_u64() & 0xffff);
         *learned.entry(port).or_default() += u32::from(!is_static);
     });
     fdb.sweep_flushed();

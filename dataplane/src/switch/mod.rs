@@ -293,11 +293,11 @@ impl Switch {
         let mut entries = Vec::new();
         self.bridge
             .fdb()
-            .for_each(|mac, port, is_static, last_seen| {
+            .for_each(|station, port, is_static, last_seen| {
                 if let Some(name) = names.get(&port) {
                     let age_ticks = if is_static { 0 } else { now.since(last_seen) };
                     entries.push(FdbEntry {
-                        mac,
+                        mac: station.mac,
                         port: (*name).clone(),
                         is_static,
                         age_seconds: f64::from(age_ticks) / f64::from(Tick::PER_SECOND),
@@ -342,7 +342,9 @@ impl Switch {
     pub fn fdb_flush(&self, port: Option<&PortName>) -> Result<usize, SwitchError> {
         let state = self.table.lock();
         let id = port.map(|name| state.find(name).map(|entry| entry.port.base().id));
-        Ok(self.bridge.fdb().flush(id.transpose()?))
+        let id = id.transpose()?;
+        let wanted = |_, at| id.is_none_or(|id| id == at);
+        Ok(self.bridge.fdb().flush(wanted))
     }
 
     /// A watch over the workers.
