@@ -1,5 +1,5 @@
 //! The kernel's clocks in nanoseconds, as cheaply as they can be read: a worker does it for each
-//! burst.
+//! burst. What the kernel counts of a thread.
 #![allow(unsafe_code, reason = "the kernel writes the time")]
 
 use std::time::Instant;
@@ -20,6 +20,15 @@ fn read_ns(clock: libc::clockid_t) -> u64 {
 /// Time of the processor that the calling thread had.
 pub(crate) fn thread_ns() -> u64 {
     read_ns(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+/// Page faults of the calling thread.
+pub(crate) fn thread_faults() -> u64 {
+    // SAFETY: all of its fields are numbers.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a value that lives until the call returns.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    usage.ru_minflt.cast_unsigned() + usage.ru_majflt.cast_unsigned()
 }
 
 /// A clock that goes on, also while nobody looks.
@@ -59,6 +68,18 @@ mod tests {
         // Its zero was read after, so it may be late by what that took.
         assert!(now_ns + 50_000_000 > before && now_ns <= epoch.elapsed().as_nanos() + 1);
         assert!(u128::from(clock.now_ns()) >= now_ns);
+    }
+
+    #[test]
+    fn a_thread_has_page_faults_as_it_touches_pages() {
+        let before = thread_faults();
+        let pages = 1_000;
+        let mut fresh = vec![0_u8; pages * 4096];
+        for page in 0..pages {
+            std::hint::black_box(&mut fresh)[page * 4096] = 1;
+        }
+        // Some may be large.
+        assert!(thread_faults() > before);
     }
 
     #[test]

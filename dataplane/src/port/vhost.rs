@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use ringway_api::QueueInfo;
 
-use self::health::Kicks;
+use self::health::{Asleep, Kicks};
 pub(crate) use self::rings::RxScratch;
 pub(super) use self::rings::choose_receiver;
 use self::rings::{QueueState, StartedRing, VhostQueue};
@@ -58,6 +58,8 @@ pub(crate) struct VhostPort {
     protocol_features: AtomicU64,
     connections: AtomicU64,
     last_error: Mutex<Option<LastError>>,
+    /// The last sleep of a worker in the guest's memory.
+    asleep: Mutex<Option<Asleep>>,
     /// Of lines that tell of rings: a guest can start and stop them as often as it likes.
     log: LogLimit,
     /// Of lines that tell of rings stopped for a reason of ours, which the others don't crowd out.
@@ -92,6 +94,7 @@ impl VhostPort {
             protocol_features: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             last_error: Mutex::new(None),
+            asleep: Mutex::new(None),
             // A guest that boots starts its rings in firmware and again in its kernel.
             log: LogLimit::new(3 * rings + 5),
             fault_log: LogLimit::new(FAULT_LINES),

@@ -4,8 +4,7 @@
 //! that a guest's vCPU needs to fill the queue. The kernel tells: a thread that was ready to run
 //! and did not for much of the time shares its core.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use super::thread_times::ThreadTimes;
 
 /// How often the kernel is asked while the worker is awake: one system call of 1 µs each time.
 const INTERVAL_NS: u64 = 20_000_000;
@@ -25,21 +24,20 @@ pub(super) struct Contention {
     asked_ns: u64,
     waited_ns: u64,
     contended_until_ns: u64,
-    /// The thread's times.
-    stat: Option<File>,
+    thread: ThreadTimes,
 }
 
 impl Contention {
     /// Begins to watch the calling thread.
     pub(super) fn watch(&mut self) {
-        self.stat = File::open("/proc/thread-self/schedstat").ok();
+        self.thread.watch();
     }
 
     /// Whether somebody else wants this core, as far as is known at `now_ns`.
     #[inline]
     pub(super) fn is_contended(&mut self, now_ns: u64) -> bool {
         if now_ns.saturating_sub(self.asked_ns) >= INTERVAL_NS {
-            let waited_ns = self.read_waited_ns();
+            let waited_ns = self.thread.waited_ns().unwrap_or(0);
             self.note(now_ns, waited_ns);
         }
         now_ns < self.contended_until_ns
@@ -55,18 +53,6 @@ impl Contention {
         }
         self.asked_ns = now_ns;
         self.waited_ns = waited_ns;
-    }
-
-    /// For how long the calling thread was ready and had no core; 0 where the kernel does not tell.
-    #[cold]
-    fn read_waited_ns(&self) -> u64 {
-        let mut text = [0; 64];
-        let read = self.stat.as_ref().map(|stat| stat.read_at(&mut text, 0));
-        // On the CPU, ready without one, and slices: all in nanoseconds but the last.
-        let Some(Ok(bytes)) = read else { return 0 };
-        let text = std::str::from_utf8(&text[..bytes]).unwrap_or_default();
-        let waited = text.split_ascii_whitespace().nth(1);
-        waited.and_then(|ns| ns.parse().ok()).unwrap_or(0)
     }
 }
 

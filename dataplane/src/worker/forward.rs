@@ -2,6 +2,7 @@
 //! are copied under one lock, published once and announced by at most one call.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ringway_bridge::{
     Bridge, Decisions, DropReason, FrameSet, MAX_PORTS, MacAddr, Members, PortId, Tick,
@@ -10,7 +11,9 @@ use ringway_bridge::{
 use super::ledger::{Ledger, max_charge_ns};
 use super::pairs::{Pair, PairTable};
 use super::parking::{Leaving, Parking};
+use super::stalls::{Stall, Stalls};
 use crate::burst::{Burst, BurstStorage};
+use crate::clock::Clock;
 use crate::port::{Job, Outcome, Port, Tools, deliver};
 use crate::wire::Offloads;
 use crate::wire::net_header::HEADER_BYTES;
@@ -52,6 +55,7 @@ pub(super) struct Forwarder {
     /// Copies of frames that went to several ports, since they were charged last.
     flooded: u64,
     pub(super) ledger: Ledger,
+    pub(super) stalls: Stalls,
     /// Queues of ports that hold frames for which the kernel had no room.
     pub(super) unsent: Vec<(PortId, u16)>,
     /// Per destination: the queue pairs that this worker polls, a bit each. Frames go to their
@@ -175,7 +179,7 @@ impl<'a> Round<'a> {
 }
 
 impl Forwarder {
-    pub(super) fn new(bridge: Arc<Bridge>, backpressure_ns: u64) -> Self {
+    pub(super) fn new(bridge: Arc<Bridge>, backpressure_ns: u64, clock: Clock) -> Self {
         Self {
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             members: Members::new(),
@@ -187,6 +191,7 @@ impl Forwarder {
             parking: Parking::default(),
             flooded: 0,
             ledger: Ledger::new(),
+            stalls: Stalls::new(clock),
             unsent: Vec::with_capacity(MAX_PORTS),
             owned: vec![0; MAX_PORTS].into(),
         }
@@ -210,6 +215,31 @@ impl Forwarder {
     /// Rings found in other hands, ever.
     pub(super) fn contended(&mut self) -> &mut u64 {
         &mut self.tools.contended
+    }
+
+    /// Finds out who is to blame for a burst that was late, and charges it for what it took beyond the
+    /// most that it can have taken.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn charge_late(&mut self, from: PortId, took_ns: u64, most_ns: u64, now_ns: u64) {
+        let Some(stall) = self.stalls.judge(took_ns, most_ns, now_ns) else {
+            return;
+        };
+        let Stall { to, ns, slept } = stall;
+        match (to, slept) {
+            (Some(to), false) => self.ledger.charge_destination(to, ns, now_ns),
+            (None, false) => self.ledger.charge(from, ns),
+            (to, true) => self.charge_sleep(to.unwrap_or(from), ns, now_ns),
+        }
+    }
+
+    /// Has a guest pay for memory that had the worker sleep. (The kernel has its own reasons to sleep
+    /// in a call for a tap or a NIC.)
+    fn charge_sleep(&mut self, id: PortId, ns: u64, now_ns: u64) {
+        if let Some(Port::VhostUser(port)) = self.ports[id.index()].as_deref() {
+            let waits_ns = self.ledger.charge_sleep(id, ns, now_ns);
+            port.note_sleep(Duration::from_nanos(ns), Duration::from_nanos(waits_ns));
+        }
     }
 
     /// Has the station that `frame` is from be behind `port` from now on, whoever used its address a
@@ -266,6 +296,9 @@ impl Forwarder {
             let is_behind = self.parking.has((to, source_queue), rivals);
             let outcome = if is_behind || self.ledger.waits(to, now.ns) {
                 Outcome::refused(&job, DropReason::RingFull)
+            } else if self.stalls.is_timing() {
+                let (tools, job) = (&mut self.tools, &job);
+                self.stalls.time(to, || port.deliver(job, tools))
             } else {
                 port.deliver(&job, &mut self.tools)
             };
@@ -406,17 +439,21 @@ impl Forwarder {
         let (mut sent, mut start_ns) = (None, now.ns);
         for at in 0..tries {
             self.expire_parked(at, pairs, now.ns);
-            let from = self.parking.leaving(at).and_then(|leaving| leaving.from);
+            let leaving = self.parking.leaving(at);
+            let (from, to) = (leaving.and_then(|l| l.from), leaving.map(|l| l.to));
             let Some((frames, bytes)) = self.deliver_lot(at, storage, pairs, now.ns) else {
                 continue;
             };
             sent = Some(sent.unwrap_or(0) + frames);
             let end_ns = clock();
             let (by_calls, _) = self.take_work();
+            let most_ns = max_charge_ns(frames, bytes, by_calls.into());
+            let took_ns = end_ns.saturating_sub(start_ns);
             if let Some(from) = from {
-                let most_ns = max_charge_ns(frames, bytes, by_calls.into());
-                let took_ns = end_ns.saturating_sub(start_ns);
                 self.ledger.charge(from, took_ns.min(most_ns));
+            }
+            if let Some(to) = to.filter(|_| self.stalls.is_late(took_ns, most_ns)) {
+                self.charge_late(to, took_ns, most_ns, end_ns);
             }
             start_ns = end_ns;
         }

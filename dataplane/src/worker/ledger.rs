@@ -37,6 +37,14 @@ const WASTE_PRICE: u64 = 24;
 /// Longest wait for wasted time, in nanoseconds, however many waste it.
 const MAX_WAIT_NS: u64 = 100_000_000;
 
+/// Nanoseconds without service for one in which memory kept the worker asleep,
+const SLEEP_PRICE: u64 = 100;
+/// and for one of work beyond what frames take, of which a destination was the cause.
+const WORK_PRICE: u64 = 8;
+
+/// Longest wait for time that the worker slept, in nanoseconds, however many have it sleep.
+const MAX_SLEEP_WAIT_NS: u64 = 300_000_000_000;
+
 /// What reading a descriptor costs, in nanoseconds: most are in no cache.
 const DESCRIPTOR_NS: u64 = 10;
 
@@ -81,8 +89,10 @@ pub(super) struct Ledger {
     least_ns: u64,
     /// The same of this turn so far.
     next_ns: u64,
-    /// When all that was wasted will be paid for.
+    /// When all that was wasted will be paid for,
     paid_ns: u64,
+    /// and all that the worker slept.
+    slept_paid_ns: u64,
 }
 
 impl Ledger {
@@ -92,6 +102,7 @@ impl Ledger {
             least_ns: 0,
             next_ns: u64::MAX,
             paid_ns: 0,
+            slept_paid_ns: 0,
         }
     }
 
@@ -150,6 +161,23 @@ impl Ledger {
         let until_ns = self.paid_ns.max(now_ns) + WASTE_PRICE * wasted_ns;
         self.paid_ns = until_ns.min(now_ns + MAX_WAIT_NS);
         self.accounts[port.index()].waits_until_ns = self.paid_ns;
+    }
+
+    /// Charges a destination for work beyond what frames for it take: it has to wait, since whoever sends
+    /// to it has no part in that.
+    pub(super) fn charge_destination(&mut self, port: PortId, ns: u64, now_ns: u64) {
+        let account = &mut self.accounts[port.index()];
+        let until_ns = now_ns + WORK_PRICE * ns;
+        account.waits_until_ns = account.waits_until_ns.max(until_ns);
+    }
+
+    /// Has a port wait whose memory had the worker sleep, and returns for how long.
+    pub(super) fn charge_sleep(&mut self, port: PortId, ns: u64, now_ns: u64) -> u64 {
+        let until_ns = self.slept_paid_ns.max(now_ns) + ns.saturating_mul(SLEEP_PRICE);
+        self.slept_paid_ns = until_ns.min(now_ns + MAX_SLEEP_WAIT_NS);
+        let account = &mut self.accounts[port.index()];
+        account.waits_until_ns = account.waits_until_ns.max(self.slept_paid_ns);
+        self.slept_paid_ns - now_ns
     }
 
     /// Ends a turn.
@@ -268,6 +296,37 @@ mod tests {
                 "{wasters}: they are served all the same: {part}"
             );
         }
+    }
+
+    #[test]
+    fn a_destination_waits_for_several_times_the_work_that_it_caused() {
+        let mut ledger = Ledger::new();
+        ledger.charge_destination(port(1), 1_000, 7);
+        ledger.charge_destination(port(1), 10, 8);
+        assert!(ledger.waits(port(1), 7 + WORK_PRICE * 1_000 - 1));
+        assert!(!ledger.waits(port(1), 7 + WORK_PRICE * 1_000));
+    }
+
+    #[test]
+    fn those_whose_memory_has_the_worker_sleep_have_one_part_in_a_hundred_together() {
+        let mut ledger = Ledger::new();
+        let (mut now_ns, mut slept_ns, each_ns) = (1, 0, 400_000_000);
+        while now_ns < 2 * MAX_SLEEP_WAIT_NS {
+            for number in 0..4 {
+                if !ledger.waits(port(number), now_ns) {
+                    now_ns += each_ns;
+                    slept_ns += each_ns;
+                    let waits_ns = ledger.charge_sleep(port(number), each_ns, now_ns);
+                    assert!(ledger.waits(port(number), now_ns + waits_ns - 1));
+                }
+            }
+            now_ns += 1_000_000;
+        }
+        // All four begin at once.
+        assert!(
+            (slept_ns - 4 * each_ns) * SLEEP_PRICE <= now_ns,
+            "{slept_ns} of {now_ns}"
+        );
     }
 
     #[test]

@@ -16,6 +16,8 @@ mod ledger;
 mod pairs;
 mod parking;
 mod schedule;
+mod stalls;
+mod thread_times;
 mod turn;
 
 use std::io;

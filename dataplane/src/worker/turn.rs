@@ -63,8 +63,9 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub(crate) fn new(handle: Arc<WorkerHandle>, bridge: Arc<Bridge>, idle: IdleConfig) -> Self {
+        let clock = Clock::since(handle.epoch);
         Self {
-            clock: Clock::since(handle.epoch),
+            clock,
             handle,
             sources: Vec::new(),
             by_token: HashMap::new(),
@@ -73,7 +74,7 @@ impl Worker {
             contention: Contention::default(),
             path: Path {
                 burst: BurstStorage::new(),
-                forwarder: Forwarder::new(bridge, saturating_ns(idle.backpressure)),
+                forwarder: Forwarder::new(bridge, saturating_ns(idle.backpressure), clock),
                 last_bytes: 0,
             },
             events: Events::with_capacity(MAX_EVENTS),
@@ -87,6 +88,7 @@ impl Worker {
         if self.idle.may_sleep() {
             self.contention.watch();
         }
+        self.path.forwarder.stalls.watch();
         self.read_clock();
         while let Some(next) = self.step(inbox) {
             self.obey(next);
@@ -97,8 +99,12 @@ impl Worker {
     /// others and tells what to do next; `None` after [`super::Command::Stop`].
     #[inline]
     pub(crate) fn step(&mut self, inbox: &Inbox) -> Option<Next> {
-        if self.handle.waker.is_rung() && !self.take_commands(inbox) {
-            return None;
+        if self.handle.waker.is_rung() {
+            if !self.take_commands(inbox) {
+                return None;
+            }
+            // So that it is in nobody's next burst.
+            self.read_clock();
         }
         if breaks() != self.seen_breaks {
             self.stop_broken();
@@ -166,7 +172,14 @@ impl Worker {
             if matches!(polled, Polled::Frames(_) | Polled::Waiting(_)) {
                 call::make_owed();
                 let took_ns = self.read_clock();
-                self.path.charge((id, has_calls), polled, took_ns);
+                self.path
+                    .charge((id, has_calls), polled, took_ns, self.now_ns);
+            } else if self.path.forwarder.stalls.is_timing() {
+                let took_ns = self.read_clock();
+                let forwarder = &mut self.path.forwarder;
+                if forwarder.stalls.is_late(took_ns, 0) {
+                    forwarder.charge_late(id, took_ns, 0, self.now_ns);
+                }
             }
             let frames = polled.frames() as u64;
             turn.frames += frames;
@@ -328,6 +341,7 @@ impl Worker {
         let slept_ns = self.read_clock();
         let stats = &self.handle.stats;
         stats.sleeping_since_ns.set(0);
+        self.path.forwarder.stalls.note_idle(slept_ns);
         stats.asleep_ns.add_owned(slept_ns);
         stats.sleeps.add_owned(1);
         self.idle.woke(self.now_ns, timeout.is_some());
@@ -375,7 +389,13 @@ struct Path {
 impl Path {
     /// Charges a port for its last burst.
     #[inline]
-    fn charge(&mut self, (port, has_calls): (PortId, bool), polled: Polled, took_ns: u64) {
+    fn charge(
+        &mut self,
+        (port, has_calls): (PortId, bool),
+        polled: Polled,
+        took_ns: u64,
+        now_ns: u64,
+    ) {
         let forwarder = &mut self.forwarder;
         let frames = polled.frames() as u64;
         let (by_calls, copies) = forwarder.take_work();
@@ -389,6 +409,9 @@ impl Path {
             charged_ns = with_price_of_floods(charged_ns, frames, copies);
         }
         forwarder.ledger.charge(port, charged_ns);
+        if forwarder.stalls.is_late(took_ns, most_ns) {
+            forwarder.charge_late(port, took_ns, most_ns, now_ns);
+        }
     }
 
     /// Takes up to `limit` frames from a source's queue and forwards them; those that have to wait
@@ -412,6 +435,9 @@ impl Path {
                 return Polled::Waiting(0);
             }
         };
+        if self.forwarder.stalls.is_timing() {
+            self.forwarder.stalls.begin(now.ns);
+        }
         let mut burst = self.burst.begin();
         let forwarder = &self.forwarder;
         let takes = |frame: &[u8]| forwarder.takes(port, frame, now.tick);

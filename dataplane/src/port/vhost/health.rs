@@ -2,10 +2,13 @@
 //! of a frame.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use ringway_api::PortState;
+use tracing::warn;
 
 use super::{VhostPort, VhostQueue};
+use crate::burst_lock::lock;
 
 /// So many kicks in a row come and the ring shows nothing, before that is told: a kick may come late.
 const KICKS_IN_VAIN: u32 = 4;
@@ -56,6 +59,25 @@ impl Kicks {
     }
 }
 
+/// A worker slept for so long in the guest's memory, and serves it again then.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asleep {
+    slept: Duration,
+    until: Instant,
+}
+
+impl Asleep {
+    fn text(self, now: Instant) -> String {
+        let left = self.until.saturating_duration_since(now);
+        format!(
+            "a worker slept for {} ms in this guest's memory, which is swapped out or taken away by its \
+             front-end: it is not served for {} s",
+            self.slept.as_millis(),
+            left.as_secs() + 1,
+        )
+    }
+}
+
 /// How far a queue pair is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Service {
@@ -74,6 +96,23 @@ impl VhostPort {
     pub(crate) fn note_kick(&self, pair: u16) {
         let frames = self.transmit_queue(pair).counters.frames.get();
         self.kicks[usize::from(pair)].note(frames);
+    }
+
+    /// Notes that a worker slept in the guest's memory and does not serve it for some time.
+    #[cold]
+    pub(crate) fn note_sleep(&self, slept: Duration, waits: Duration) {
+        let now = Instant::now();
+        let until = now + waits;
+        let asleep = Asleep { slept, until };
+        if let Some(suppressed) = self.fault_log.pass(now) {
+            warn!(port = %self.base.name, suppressed, "{}", asleep.text(now));
+        }
+        *lock(&self.asleep) = Some(asleep);
+    }
+
+    /// The sleep for which the guest is not served at `now`.
+    fn asleep(&self, now: Instant) -> Option<Asleep> {
+        lock(&self.asleep).filter(|asleep| now < asleep.until)
     }
 
     fn service(&self, pair: u16) -> Service {
@@ -96,16 +135,24 @@ impl VhostPort {
 
     pub(crate) fn state(&self) -> PortState {
         let pairs = (0..self.pairs()).map(|pair| self.service(pair));
-        pairs.fold(PortState::Down, |state, service| match service {
+        let state = pairs.fold(PortState::Down, |state, service| match service {
             Service::None => state,
             Service::Both if state == PortState::Down => PortState::Up,
             Service::Both => state,
             Service::Receives | Service::Transmits | Service::Silent => PortState::Impaired,
-        })
+        });
+        match self.asleep(Instant::now()) {
+            Some(_) if state == PortState::Up => PortState::Impaired,
+            _ => state,
+        }
     }
 
-    /// What keeps the guest from being served, as far as its rings tell.
+    /// What keeps the guest from being served, as far as its memory and its rings tell.
     pub(crate) fn obstacle(&self) -> Option<String> {
+        let now = Instant::now();
+        if let Some(asleep) = self.asleep(now) {
+            return Some(asleep.text(now));
+        }
         (0..self.pairs()).find_map(|pair| {
             let (ring, what) = match self.service(pair) {
                 Service::None | Service::Both => return None,

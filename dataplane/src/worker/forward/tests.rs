@@ -1,6 +1,8 @@
 //! What becomes of frames whose destination is not to be had, in virtual time. The ports have no
 //! rings: a delivery that is tried ends in a drop, `port_down`.
 
+use std::time::Instant;
+
 use ringway_bridge::BridgeConfig;
 
 use super::*;
@@ -44,7 +46,11 @@ impl Fixture {
             seed: 1,
             group_fwd_mask: BridgeConfig::BPDUS,
         }));
-        let mut forwarder = Forwarder::new(Arc::clone(&bridge), BACKPRESSURE_NS);
+        let mut forwarder = Forwarder::new(
+            Arc::clone(&bridge),
+            BACKPRESSURE_NS,
+            Clock::since(Instant::now()),
+        );
         for number in 0..ports {
             let (id, name) = (port(number), format!("p{number}").parse().unwrap());
             let base = PortBase::new(name, id, Arc::clone(&bridge));

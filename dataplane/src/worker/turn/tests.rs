@@ -107,7 +107,11 @@ impl Fixture {
             group_fwd_mask: BridgeConfig::BPDUS,
         });
         let bridge = Arc::new(bridge);
-        let mut forwarder = Forwarder::new(Arc::clone(&bridge), 0);
+        let mut forwarder = Forwarder::new(
+            Arc::clone(&bridge),
+            0,
+            Clock::since(std::time::Instant::now()),
+        );
         let [source, other, _] = [0, 1, 2].map(|number| {
             let id = PortId::new(number).unwrap();
             let name = format!("p{number}").parse().unwrap();
@@ -242,7 +246,7 @@ fn may_poll_after(fixture: &mut Fixture, bursts: usize, took_ns: u64) -> bool {
     let id = fixture.source.id;
     for _ in 0..bursts {
         let polled = fixture.receive(Ok(&mut Fake::new(State::Enabled, 64)), 64);
-        fixture.path.charge((id, false), polled, took_ns);
+        fixture.path.charge((id, false), polled, took_ns, 0);
     }
     fixture.path.forwarder.ledger.may_poll(id, 2)
 }
