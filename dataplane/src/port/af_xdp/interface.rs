@@ -98,15 +98,19 @@ impl Interface {
 
     /// Its receive queues that have a transmit queue too; 1 if the driver doesn't tell.
     pub(super) fn queues(&self) -> u16 {
+        self.channels().unwrap_or(1)
+    }
+
+    /// The same; `None` if the driver doesn't tell, or the interface was renamed meanwhile: it is asked
+    /// about by name.
+    pub(super) fn channels(&self) -> Option<u16> {
         let mut channels = Channels {
             command: GET_CHANNELS,
             ..Channels::default()
         };
-        let count = match self.ethtool(&mut channels) {
-            Some(()) => channels.combined + channels.rx.min(channels.tx),
-            None => 1,
-        };
-        u16::try_from(count.max(1)).unwrap_or(u16::MAX)
+        self.ethtool(&mut channels)?;
+        let count = channels.combined + channels.rx.min(channels.tx);
+        Some(u16::try_from(count.max(1)).unwrap_or(u16::MAX))
     }
 
     /// The name of its driver, as `ethtool -i` tells it.

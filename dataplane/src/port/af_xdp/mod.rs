@@ -115,9 +115,9 @@ impl AfXdpPort {
         self.hold.as_ref().map(|hold| hold.attachment.clone())
     }
 
-    /// Queues that the interface has now.
+    /// Queues that the interface has now, if it tells.
     pub(crate) fn channels(&self) -> Option<u16> {
-        self.hold.as_ref().map(|hold| hold.interface.queues())
+        self.hold.as_ref()?.interface.channels()
     }
 
     pub(crate) fn pairs(&self) -> u16 {
