@@ -26,6 +26,11 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// goes without end is tried with the pauses above.
 const STEADY: Duration = Duration::from_secs(1);
 
+/// How often ports are looked at of which something may change that the kernel tells nobody: the XDP
+/// program and the queues of a NIC, who else has a tap open, a tap in another namespace. Twice as
+/// often as their state has to be true, for two or three system calls a port.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
 /// An interface's name: whatever bytes the kernel lets through.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct LinkName(Vec<u8>);
@@ -167,6 +172,32 @@ enum Phase {
     Attached(Attachment),
 }
 
+/// When the ports are to be looked at of which something may change that the kernel tells nobody.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rounds {
+    last: Instant,
+}
+
+impl Rounds {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self { last: now }
+    }
+
+    /// When they are to be looked at next.
+    pub(crate) fn next(&self) -> Instant {
+        self.last + LOOK_INTERVAL
+    }
+
+    /// Whether it is time now; then they are looked at.
+    pub(crate) fn begin(&mut self, now: Instant) -> bool {
+        let is_time = now >= self.next();
+        if is_time {
+            self.last = now;
+        }
+        is_time
+    }
+}
+
 /// Which interfaces a port takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LinkKind {
@@ -256,7 +287,10 @@ impl Link {
         self.is_due = false;
         let before = self.status.state;
         let order = match &self.phase {
-            Phase::Busy => None,
+            Phase::Busy => {
+                self.note(sight);
+                None
+            }
             Phase::Waiting => self.look_for_one(now, sight),
             Phase::Attached(attachment) => {
                 let (status, has_to_go) = self.judge(attachment, sight, was_gone);
@@ -267,7 +301,7 @@ impl Link {
                 })
             }
         };
-        let goes_down = (before, self.status.state) == (PortState::Up, PortState::Down);
+        let goes_down = before != PortState::Down && self.status.state == PortState::Down;
         Verdict {
             flush: goes_down || was_down || order == Some(Order::Detach),
             order,
@@ -306,19 +340,24 @@ impl Link {
         }
     }
 
+    /// Of a port whose interface is being opened or closed: what is true of it whoever has it open.
+    fn note(&mut self, sight: &Sight) {
+        self.status = match sight {
+            Sight::Here(seen, _) if self.kind == LinkKind::Nic && !seen.is_up => {
+                LinkStatus::down(Some(seen.mtu), is_down(&seen.name))
+            }
+            Sight::Here(seen, _) | Sight::Elsewhere(Some(seen)) => LinkStatus {
+                mtu: Some(as_mtu(seen.mtu)),
+                ..self.status.clone()
+            },
+            Sight::Missing | Sight::Elsewhere(None) => LinkStatus::down(None, self.is_missing()),
+        };
+    }
+
     /// Of a port that has nothing open.
     fn look_for_one(&mut self, now: Instant, sight: &Sight) -> Option<Order> {
         let Sight::Here(seen, _) = sight else {
-            let name = &self.ifname;
-            let made = match self.kind {
-                LinkKind::Tap => format!("`ip tuntap add {name} mode tap` makes one"),
-                LinkKind::Nic => "see `ip link`".to_owned(),
-            };
-            let error = format!(
-                "there is no interface {name}: deleted, not made yet, or in another network \
-                 namespace; it is taken as soon as it is there ({made})"
-            );
-            self.status = LinkStatus::down(None, error);
+            self.status = LinkStatus::down(None, self.is_missing());
             return None;
         };
         if let Some(reason) = self.unfit(seen) {
@@ -333,6 +372,18 @@ impl Link {
         self.is_due = false;
         self.phase = Phase::Busy;
         Some(Order::Attach)
+    }
+
+    fn is_missing(&self) -> String {
+        let name = &self.ifname;
+        let made = match self.kind {
+            LinkKind::Tap => format!("`ip tuntap add {name} mode tap` makes one"),
+            LinkKind::Nic => "see `ip link`".to_owned(),
+        };
+        format!(
+            "there is no interface {name}: deleted, not made yet, or in another network namespace; it \
+             is taken as soon as it is there ({made})"
+        )
     }
 
     /// Why an interface need not even be tried.
@@ -351,9 +402,8 @@ impl Link {
         let name = &self.ifname;
         let goes = |mtu, error| (LinkStatus::down(mtu, error), true);
         match (&open.what, sight) {
-            (_, Sight::Missing) => goes(None, format!("the interface {name} is gone")),
-            (Opened::Nic { .. }, Sight::Elsewhere(_)) => {
-                goes(None, format!("{name} is in another network namespace"))
+            (_, Sight::Missing) | (Opened::Nic { .. }, Sight::Elsewhere(_)) => {
+                goes(None, self.is_missing())
             }
             (Opened::Nic { .. }, Sight::Here(seen, _)) if was_gone => {
                 goes(Some(seen.mtu), format!("{name} was gone for a moment"))
@@ -396,7 +446,9 @@ impl Link {
                     .tap_queues
                     .unwrap_or(0)
                     .saturating_sub((*queues).into());
-                if others > 0 && status.error.is_none() {
+                // Some frames go to the others, whatever else there is to be told.
+                if others > 0 && status.state == PortState::Up {
+                    status.state = PortState::Impaired;
                     status.error = Some(others_have_it(&seen.name, others));
                 }
                 (status, false)

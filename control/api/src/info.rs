@@ -19,8 +19,8 @@ pub enum PortState {
     Down,
     /// At least one queue pair passes frames, and none one way only.
     Up,
-    /// A queue pair passes frames one way only, or its guest kicks and shows none: `last_error` says
-    /// which.
+    /// A queue pair passes frames one way only, or its guest kicks and shows none, or another program
+    /// has the tap open as well and takes a part of its frames: `last_error` says which.
     Impaired,
 }
 

@@ -144,7 +144,8 @@ Examples:
 
 const LIST_HELP: &str = "\
 Columns:
-  STATE      impaired: a guest is served in part only; `ringway port show` says what is in the way
+  STATE      impaired: a guest is served in part only, or another program has the tap open too;
+             `ringway port show` says what is in the way
   QUEUES     queue pairs: for vhost-user the most that the guest may use, - all of the NIC's
   MTU        L3 MTU as configured; - takes the front-end's or the interface's
   RX         frames and L2 bytes taken from the port: what its guest transmitted

@@ -258,3 +258,64 @@ fn a_name_is_one_line_whatever_is_in_it() {
     assert_eq!(state, PortState::Up);
     assert!(error.unwrap().contains(r"if0 is called a\x1b[2J\n\xff now"));
 }
+
+#[test]
+fn what_the_kernel_tells_nobody_is_looked_at_every_50_ms_whatever_is_heard_in_between() {
+    let begin = Instant::now();
+    let mut rounds = Rounds::new(begin);
+    // Events come at odd times, without end.
+    let events = (1_u64..).map(|n| Duration::from_micros(n * 7_919));
+    let (mut last, mut looks) = (begin, 0);
+    for event in events.take_while(|at| *at < Duration::from_secs(10)) {
+        // The watcher wakes for an event, or when it is time, whichever is first.
+        for now in [rounds.next().min(begin + event), begin + event] {
+            if rounds.begin(now) {
+                assert_eq!(now - last, LOOK_INTERVAL);
+                (last, looks) = (now, looks + 1);
+            }
+        }
+    }
+    assert_eq!(looks, 199);
+    // One that was kept from running is not early for it the next time.
+    let late = last + 3 * LOOK_INTERVAL;
+    assert!(rounds.begin(late) && !rounds.begin(late));
+    assert_eq!(rounds.next(), late + LOOK_INTERVAL);
+}
+
+#[test]
+fn an_interface_that_others_have_open_leaves_the_port_impaired() {
+    let mut bench = Bench::attached(LinkKind::Tap);
+    bench.seen.tap_queues = Some(3);
+    assert_eq!(bench.look(), Verdict::default(), "who is behind it stays");
+    let (state, _, error) = bench.state();
+    assert_eq!(state, PortState::Impaired);
+    assert!(error.unwrap().contains("2 queues of if0"));
+    // Renamed as well: what is lost comes first.
+    bench.seen.name = "if9".into();
+    bench.look();
+    assert!(bench.state().2.unwrap().contains("2 queues of if9"));
+    bench.seen.name = "if0".into();
+    (bench.seen.is_up, bench.seen.is_running) = (false, false);
+    assert!(bench.look().flush, "it went down");
+    bench.is_down_for("`ip link set if0 up`");
+    (bench.seen.is_up, bench.seen.is_running) = (true, true);
+    bench.seen.tap_queues = Some(1);
+    bench.look();
+    assert_eq!(bench.state(), (PortState::Up, Some(1500), None));
+}
+
+#[test]
+fn what_becomes_of_an_interface_while_it_is_opened_or_closed_is_told() {
+    let mut bench = Bench::attached(LinkKind::Nic);
+    bench.seen.mtu = 9000;
+    assert_eq!(bench.look().order, Some(Order::Detach));
+    bench.seen.mtu = 1400;
+    assert_eq!(bench.look().order, None);
+    bench.is_down_for("was 1500, is 9000");
+    assert_eq!(bench.state().1, Some(1400));
+    bench.link.look(bench.now, &Sight::Missing, true, true);
+    bench.is_down_for("no interface if0");
+    (bench.seen.is_up, bench.seen.is_running) = (false, false);
+    assert_eq!(bench.look().order, None);
+    bench.is_down_for("`ip link set if0 up`");
+}

@@ -8,6 +8,7 @@ mod tap;
 mod vhost;
 
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ringway_api::{IfName, PortConfig, PortCounters, PortName, PortState, QueueInfo, SwitchError};
@@ -25,7 +26,7 @@ pub(crate) use tap::{OWN_NAMESPACE, TapPort, index_of};
 pub(crate) use vhost::VhostPort;
 
 use crate::burst_lock::lock;
-use crate::link::{Attachment, LinkStatus};
+use crate::link::{Attachment, LinkStatus, Order};
 use crate::log_limit::LogLimit;
 use crate::wire::Offloads;
 
@@ -64,10 +65,40 @@ pub(crate) struct LinkBase {
     /// The name by which the port was configured.
     pub(crate) ifname: Box<str>,
     status: Mutex<LinkStatus>,
+    /// Of the watcher.
+    pub(crate) looks: Looks,
     /// What queues counted that are closed by now: our Rx, our Tx.
     closed: (QueueCounters, QueueCounters),
     /// Of these, frames that travelled on as part of the one before.
     closed_merged: Counter,
+}
+
+/// How often the watcher looked at an interface: counts that tell how soon, whatever else the machine
+/// does meanwhile.
+#[derive(Debug, Default)]
+pub(crate) struct Looks {
+    made: AtomicU64,
+    /// Times that the interface was to be opened.
+    attempts: AtomicU64,
+}
+
+impl Looks {
+    /// The watcher has looked, and told what it saw.
+    pub(crate) fn count(&self, order: Option<Order>) {
+        if order == Some(Order::Attach) {
+            self.attempts.fetch_add(1, Ordering::Relaxed);
+        }
+        // Pairs with the load in `read`: what was told before is seen by whoever sees the count.
+        self.made.fetch_add(1, Ordering::Release);
+    }
+
+    /// Looks, and attempts to open the interface, since the port was added.
+    #[cfg(any(test, feature = "inline"))]
+    pub(crate) fn read(&self) -> (u64, u64) {
+        // Pairs with the addition in `count`.
+        let made = self.made.load(Ordering::Acquire);
+        (made, self.attempts.load(Ordering::Relaxed))
+    }
 }
 
 impl LinkBase {
@@ -76,6 +107,7 @@ impl LinkBase {
             base,
             ifname: ifname.as_str().into(),
             status: Mutex::new(LinkStatus::NEW),
+            looks: Looks::default(),
             closed: Default::default(),
             closed_merged: Counter::default(),
         })

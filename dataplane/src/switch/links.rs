@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_channel::{self as channel, Receiver, Sender};
 use ringway_api::{PortConfig, PortName, PortState, SwitchError};
@@ -25,15 +25,10 @@ use rustix::time::Timespec;
 use tracing::{info, warn};
 
 use super::port_table::{PortTable, State, check_pair};
-use crate::link::{Link, LinkKind, LinkName, LinkStatus, Order, Sight};
+use crate::link::{Link, LinkKind, LinkName, LinkStatus, Order, Rounds, Sight};
 use crate::log_limit::LogLimit;
 use crate::netlink::{Asker, Event, Events, Key};
 use crate::port::{AfXdpPort, LinkBase, OWN_NAMESPACE, Port, TapPort};
-
-/// How often ports are looked at of which something may change that the kernel tells nobody: the XDP
-/// program and the queues of a NIC, who else has a tap open, a tap in another namespace. Twice as
-/// often as their state has to be true, for two or three system calls a port.
-const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What the watcher is told.
 enum Command {
@@ -109,7 +104,7 @@ impl Links {
                 .map(|ns| (ns.st_dev, ns.st_ino)),
             ports: BTreeMap::new(),
             orders,
-            looked: Instant::now(),
+            rounds: Rounds::new(Instant::now()),
         };
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.into()).spawn(run)
@@ -140,6 +135,20 @@ impl Links {
     /// Watches the interface of a port no more. What is open of it is nobody's but the caller's then.
     pub(super) fn remove(&self, id: PortId) {
         self.watcher.call(|done| Command::Remove { id, done });
+    }
+}
+
+#[cfg(any(test, feature = "inline"))]
+impl super::Switch {
+    /// How often the interface of a port was looked at, and was to be opened, since the port was added:
+    /// by which tests tell how soon something was seen, whatever else the machine does.
+    ///
+    /// # Errors
+    /// There is no such port.
+    pub fn looks_at(&self, name: &PortName) -> Result<(u64, u64), SwitchError> {
+        let state = self.table.lock();
+        let link = state.find(name)?.port.link();
+        Ok(link.map_or((0, 0), |link| link.looks.read()))
     }
 }
 
@@ -183,8 +192,7 @@ struct Watcher {
     home: Option<(u64, u64)>,
     ports: BTreeMap<PortId, Watched>,
     orders: Sender<Request>,
-    /// When the ports were looked at that are to be every [`LOOK_INTERVAL`].
-    looked: Instant,
+    rounds: Rounds,
 }
 
 impl Watcher {
@@ -208,9 +216,7 @@ impl Watcher {
         let is_polled = |port: &Watched| port.link.is_polled() || port.is_uncertain;
         let polled = self.ports.values().any(is_polled);
         let retries = self.ports.values().filter_map(|port| port.link.look_at());
-        let next = retries
-            .chain(polled.then(|| self.looked + LOOK_INTERVAL))
-            .min();
+        let next = retries.chain(polled.then(|| self.rounds.next())).min();
         let timeout = next.map(|next| {
             let timeout = next.saturating_duration_since(now);
             Timespec {
@@ -341,15 +347,13 @@ impl Watcher {
 
     /// Looks at the ports of which something may be new.
     fn look(&mut self, now: Instant) {
-        let is_time = now.saturating_duration_since(self.looked) >= LOOK_INTERVAL;
-        if is_time {
-            self.looked = now;
-        }
+        let is_time = self.rounds.begin(now);
         for port in self.ports.values_mut() {
             let is_polled = is_time && (port.link.is_polled() || port.is_uncertain);
             let is_due = port.link.look_at().is_some_and(|at| at <= now);
             if port.is_touched || is_polled || is_due {
                 let order = port.look(&mut self.asker, self.home, now);
+                port.base.looks.count(order);
                 if let Some(order) = order {
                     let link = Arc::clone(&port.base);
                     // The attacher lives longer than the watcher.

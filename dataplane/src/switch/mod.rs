@@ -14,7 +14,7 @@ use std::time::{Instant, SystemTime};
 
 use ringway_api::{
     AfXdpConfig, FdbEntry, HeaderAction, Mtu, PairCounters, PolledQueue, PortConfig, PortDetail,
-    PortInfo, PortName, QueuePairs, SocketSpec, SwitchConfig, SwitchError, TapConfig,
+    PortInfo, PortName, PortState, QueuePairs, SocketSpec, SwitchConfig, SwitchError, TapConfig,
     VhostUserConfig, WorkerDetail, WorkerInfo,
 };
 use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
@@ -275,8 +275,10 @@ impl Switch {
             Port::AfXdp(xdp) => {
                 let status = xdp.link.status();
                 let af_xdp = xdp.info();
+                // What is held to be true of frames while there are any.
+                let in_effect = af_xdp.as_ref().filter(|_| status.state == PortState::Up);
                 PortDetail {
-                    mtu: af_xdp.as_ref().map_or(status.mtu, |_| Some(xdp.mtu())),
+                    mtu: in_effect.map_or(status.mtu, |_| Some(xdp.mtu())),
                     last_error: status.error,
                     af_xdp,
                     ..detail
