@@ -14,7 +14,7 @@ use ringway_control::api::{
     PortDelResult, PortList, PortListResult, PortSample, Sample, SocketAccess, WorkerList,
     WorkerListResult, WorkerSample,
 };
-use ringway_control::rpc::{ControlSocket, Server};
+use ringway_control::rpc::{ControlSocket, Reply, Server};
 use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
@@ -33,7 +33,8 @@ fn daemon() -> Daemon {
     )
     .unwrap();
     let samples = AtomicU64::new(0);
-    let handler = move |method: &str, _: Option<&RawValue>| answer(method, &samples);
+    let handler =
+        move |method: &str, _: Option<&RawValue>| answer(method, &samples).map(Reply::Result);
     Daemon {
         _server: Server::start(socket, Arc::new(handler)).unwrap(),
         directory,

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use ringway_control::api::{ApiError, DaemonInfo, ErrorKind, NoParams, SocketAccess};
 use ringway_control::rpc::{
-    Client, ControlSocket, KEPT_CONNECTIONS, MAX_CONNECTIONS, MAX_LINE, Server, Terms,
+    Client, ControlSocket, KEPT_CONNECTIONS, MAX_CONNECTIONS, MAX_LINE, Reply, Server, Stream,
+    Terms,
 };
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -44,6 +45,15 @@ fn start_on(
     terms: Terms,
     handler: impl Fn(&str, Option<&RawValue>) -> Result<Box<RawValue>, ApiError> + Send + Sync + 'static,
 ) -> Running {
+    let replies =
+        move |method: &str, params: Option<&_>| handler(method, params).map(Reply::Result);
+    start_replying(terms, replies)
+}
+
+fn start_replying(
+    terms: Terms,
+    handler: impl Fn(&str, Option<&RawValue>) -> Result<Reply, ApiError> + Send + Sync + 'static,
+) -> Running {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.sock");
     let socket = ControlSocket::bind(&path, &SocketAccess::default()).unwrap();
@@ -52,6 +62,24 @@ fn start_on(
         path,
         _directory: directory,
     }
+}
+
+/// A server that answers each request with a stream of as many lines as its client takes, behind an
+/// empty line if it is "silent".
+fn streaming() -> Running {
+    start_replying(Terms::default(), |method, _| {
+        let (bell, far) = UnixStream::pair().unwrap();
+        let is_silent = method == "silent";
+        let stream = Stream::new(bell.into(), move |out| {
+            // Held: nobody rings.
+            let _ = &far;
+            if !is_silent {
+                out.extend_from_slice(b"{\"line\":1}\n");
+            }
+            true
+        });
+        Ok(Reply::Stream(stream))
+    })
 }
 
 impl Running {
@@ -330,7 +358,7 @@ fn a_slow_reader_is_dropped_at_the_deadline() {
     let path = directory.path().join("control.sock");
     let socket = ControlSocket::bind(&path, &SocketAccess::default()).unwrap();
     let big: Box<RawValue> = RawValue::from_string(format!("\"{}\"", "x".repeat(4 << 20))).unwrap();
-    let handler = move |_: &str, _: Option<&RawValue>| Ok(big.clone());
+    let handler = move |_: &str, _: Option<&RawValue>| Ok(Reply::Result(big.clone()));
     let terms = Terms {
         write_timeout: Duration::from_millis(100),
         ..Terms::default()
@@ -378,4 +406,59 @@ fn a_client_that_vanishes_amid_a_request_is_forgotten() {
     }
     running.server.wait_until_idle();
     running.must_serve();
+}
+
+fn begin(running: &Running, method: &str) -> UnixStream {
+    let mut stream = running.connect();
+    let request = format!("{{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"{method}\"}}\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    stream
+}
+
+#[test]
+fn who_sends_something_on_a_stream_is_told_and_closed() {
+    let running = streaming();
+    let mut stream = begin(&running, "silent");
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    let mut next = || lines.next().map(Result::unwrap);
+    assert_eq!(next().unwrap(), r#"{"jsonrpc":"2.0","id":1,"result":{}}"#);
+    stream.write_all(REQUEST).unwrap();
+    let error: Value = serde_json::from_str(&next().unwrap()).unwrap();
+    assert_eq!(error["error"]["data"]["kind"], "invalid_request");
+    // What it sent is not read to the end, which a socket tells as a reset.
+    assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)));
+    running.server.wait_until_idle();
+}
+
+#[test]
+fn streams_end_when_their_clients_go_and_when_the_server_does() {
+    let running = streaming();
+    // Some wait for a line, others have more of them than they take.
+    drop([begin(&running, "silent"), begin(&running, "loud")]);
+    running.server.wait_until_idle();
+    let mut stay = [begin(&running, "silent"), begin(&running, "loud")];
+    for stream in &mut stay {
+        assert_eq!(answer(stream)["result"], serde_json::json!({}));
+    }
+    running.server.shutdown();
+    for mut stream in stay {
+        std::io::copy(&mut stream, &mut std::io::sink()).unwrap();
+    }
+}
+
+#[test]
+fn an_operator_has_the_place_of_a_stream_that_nobody_reads() {
+    let running = streaming();
+    let asleep: Vec<_> = (0..MAX_CONNECTIONS)
+        .map(|_| {
+            let mut stream = begin(&running, "loud");
+            stream.read_exact(&mut [0; 1]).unwrap();
+            stream
+        })
+        .collect();
+    assert_eq!(
+        answer(&begin(&running, "silent"))["result"],
+        serde_json::json!({})
+    );
+    drop(asleep);
 }

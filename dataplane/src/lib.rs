@@ -28,6 +28,7 @@ mod burst_lock;
 mod call;
 mod clock;
 mod cpus;
+mod events;
 mod housekeeping;
 mod isa;
 mod link;
@@ -47,6 +48,7 @@ mod wire;
 mod worker;
 
 pub use cpus::{allowed_cpus, pin_to_cpu};
+pub use events::EventReader;
 pub use isa::isa_level;
 pub use log_limit::LogLimit;
 pub use port::awaited;

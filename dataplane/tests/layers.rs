@@ -13,6 +13,7 @@ const LAYERS: &[&str] = &[
     "burst_lock",
     "clock",
     "cpus",
+    "events",
     "isa",
     "link",
     "netlink",

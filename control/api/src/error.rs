@@ -75,6 +75,8 @@ kinds! {
         /// The client was idle for too long, or while an operator needed its place; the server
         /// closes the connection, and nothing that came since the last answer was carried out.
         Idle = -32043,
+        /// As many clients as may have a stream of this kind already.
+        TooManyStreams = -32044,
     }
 }
 
@@ -116,6 +118,7 @@ impl From<SwitchError> for ApiError {
             SwitchError::AfXdp { .. } => ErrorKind::AfXdp,
             SwitchError::NoSuchFdbEntry { .. } => ErrorKind::NoSuchFdbEntry,
             SwitchError::FdbRefused { .. } => ErrorKind::FdbRefused,
+            SwitchError::TooManyStreams { .. } => ErrorKind::TooManyStreams,
             SwitchError::System { .. } => ErrorKind::System,
         };
         Self::new(kind, error.to_string(), error.hint())

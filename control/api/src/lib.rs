@@ -17,6 +17,7 @@
 
 mod access;
 mod error;
+mod event;
 mod info;
 mod measure;
 mod method;
@@ -28,6 +29,7 @@ mod value;
 
 pub use access::{AccountName, SocketAccess, SocketMode};
 pub use error::{ApiError, ErrorKind};
+pub use event::{Event, Occurrence};
 pub use info::{
     AfXdpInfo, AfXdpQueueInfo, DaemonReport, FdbEntry, HeaderAction, PolledQueue, PortCounters,
     PortDetail, PortInfo, PortState, QueueInfo, WorkerDetail, WorkerInfo,
@@ -35,10 +37,11 @@ pub use info::{
 pub use measure::{Drops, PairCounters, PortSample, Sample, WorkerSample};
 pub use method::{
     DaemonInfo, Done, FdbAdd, FdbAddParams, FdbDel, FdbDelParams, FdbFlush, FdbFlushParams,
-    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, NoParams,
-    PortAdd, PortAddParams, PortDel, PortDelParams, PortDelResult, PortList, PortListResult,
-    PortShow, PortShowParams, WorkerList, WorkerListResult, WorkerPin, WorkerPinParams, WorkerShow,
-    WorkerShowParams, WorkerUnpin, WorkerUnpinParams, WorkerUnpinResult, method_names,
+    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, MonitorStart,
+    NoParams, PortAdd, PortAddParams, PortDel, PortDelParams, PortDelResult, PortList,
+    PortListResult, PortShow, PortShowParams, WorkerList, WorkerListResult, WorkerPin,
+    WorkerPinParams, WorkerShow, WorkerShowParams, WorkerUnpin, WorkerUnpinParams,
+    WorkerUnpinResult, method_names,
 };
 pub use port::{
     AfXdpConfig, Pins, PortConfig, PortKind, SocketSpec, TapConfig, VhostUserConfig, XdpMode,

@@ -76,6 +76,8 @@ methods! {
         "Leaves it to the daemon again which worker polls a queue pair.";
     MeasureSample = "measure.sample" (NoParams) -> Sample:
         "All counters at one moment; two samples make an interval.";
+    MonitorStart = "monitor.start" (NoParams) -> Done:
+        "Turns the connection into a stream of events, until the client hangs up.";
     DaemonInfo = "daemon.info" (NoParams) -> DaemonReport:
         "Version, process and uptime of the daemon.";
 }

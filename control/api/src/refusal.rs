@@ -100,6 +100,14 @@ pub enum SwitchError {
         /// What is wrong.
         reason: String,
     },
+    /// As many clients as may have a stream of this kind already.
+    #[error("{most} clients listen to {what} already")]
+    TooManyStreams {
+        /// What they listen to.
+        what: &'static str,
+        /// How many may.
+        most: usize,
+    },
     /// A system call failed that has no better explanation.
     #[error("{what}: {source}")]
     System {
@@ -133,6 +141,9 @@ impl SwitchError {
             Self::NoSuchFdbEntry { .. } => "`ringway fdb list` shows the entries".into(),
             Self::FdbRefused { .. } => {
                 "an entry is a station's own address; `ringway fdb flush` makes room".into()
+            }
+            Self::TooManyStreams { .. } => {
+                "end one of them: `ss -xp` shows the clients of the control socket".into()
             }
             Self::System { .. } => "see the daemon's log".into(),
         }

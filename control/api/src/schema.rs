@@ -5,6 +5,7 @@ use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use crate::error::ErrorKind;
+use crate::event::Event;
 use crate::method::{self, Method};
 
 /// Collects methods into the document.
@@ -35,6 +36,7 @@ pub fn document(transport: &Value) -> Value {
     };
     method::for_each(&mut visitor);
     let methods = visitor.methods;
+    let event = generator.subschema_for::<Event>();
     let kinds = generator.subschema_for::<ErrorKind>();
     let errors: Vec<Value> = ErrorKind::ALL
         .iter()
@@ -47,6 +49,13 @@ pub fn document(transport: &Value) -> Value {
             Parameters are by name. Rx and Tx are from the switch's point of view.",
         "transport": transport,
         "methods": methods,
+        "notifications": {
+            "event": {
+                "description": "What the daemon sends after its answer to monitor.start, without \
+                    being asked: one event each. `ringway monitor -j` prints them, one a line.",
+                "params": event,
+            },
+        },
         "error": {
             "type": "object",
             "required": ["code", "message", "data"],

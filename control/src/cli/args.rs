@@ -92,6 +92,8 @@ pub enum Noun {
     Drops(DropsArgs),
     /// Measure what flows between ports, in intervals, as iperf3 does
     Measure(MeasureArgs),
+    /// Print what happens in the switch, as it happens, until interrupted
+    Monitor(MonitorArgs),
     /// Version, process and uptime of the daemon
     Info,
     /// Print a completion script for a shell
@@ -472,6 +474,29 @@ Examples:
   ringway measure
   ringway measure --from vm1 --to vm2 -t 60 -i 10 -j
   ringway measure --to vm2 --min 1.5G && echo fast enough";
+
+/// How to print events.
+#[derive(Clone, Copy, Debug, ClapArgs)]
+#[command(after_help = MONITOR_HELP)]
+pub struct MonitorArgs {
+    /// Print when each event was noticed (UTC)
+    #[arg(short, long)]
+    pub timestamps: bool,
+}
+
+const MONITOR_HELP: &str = "\
+Prints a line for each event: ports that are added, removed, up, impaired or down; front-ends that
+come and go, and the features negotiated; addresses learned, moved and forgotten, within 0.1 s;
+addresses refused, spoof attempts and floods dropped, counted for each port once a second; what was
+refused to a front-end. Ctrl-C ends it, and so does a reader that goes.
+
+Whoever reads too slowly for 16,384 events to wait finds a gap that tells how many are missing. 100
+events in 10 s are told that one port's guest or front-end causes; more are counted (suppressed).
+-j prints a JSON object a line (docs/control-api.schema.json, notifications), with time and number.
+
+Examples:
+  ringway monitor -t
+  ringway monitor -j | jq 'select(.event == \"spoof_attempts\")'";
 
 /// A path made absolute: the daemon has another working directory.
 fn socket_path(text: &str) -> Result<SocketPath, BadValue> {

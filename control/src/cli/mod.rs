@@ -3,7 +3,9 @@
 mod args;
 mod drops;
 mod external;
+mod interrupt;
 mod measure;
+mod monitor;
 mod print;
 mod table;
 #[cfg(test)]
@@ -177,6 +179,7 @@ fn run(args: &Args) -> Result<(), Stop> {
         Noun::Worker(verb) => worker(args, verb),
         Noun::Drops(wanted) => drops::run(&mut connect(args)?, wanted, args.json),
         Noun::Measure(measure) => measure::run(&mut connect(args)?, measure, args.json),
+        Noun::Monitor(monitor) => monitor::run(connect(args)?, monitor, args.json),
         Noun::Info => ask::<DaemonInfo>(args, &NoParams {}, print::info),
         Noun::Completions { shell } => {
             let mut script = Vec::new();

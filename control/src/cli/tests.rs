@@ -342,6 +342,7 @@ fn help_texts() {
     insta::assert_snapshot!("help_port_list", help(&["port", "list"]));
     insta::assert_snapshot!("help_port_show", help(&["port", "show"]));
     insta::assert_snapshot!("help_drops", help(&["drops"]));
+    insta::assert_snapshot!("help_monitor", help(&["monitor"]));
     insta::assert_snapshot!("help_measure", help(&["measure"]));
     insta::assert_snapshot!("help_worker", help(&["worker"]));
     insta::assert_snapshot!("help_worker_list", help(&["worker", "list"]));

@@ -3,6 +3,7 @@
 mod args;
 mod log;
 mod service;
+mod streams;
 mod watchdog;
 
 use std::fmt;

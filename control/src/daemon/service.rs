@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use ringway_api::{
     ApiError, BadValue, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbDel, FdbFlush,
-    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, PortAdd,
-    PortAddParams, PortConfig, PortDel, PortDelParams, PortDelResult, PortInfo, PortList,
+    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, MonitorStart,
+    PortAdd, PortAddParams, PortConfig, PortDel, PortDelParams, PortDelResult, PortInfo, PortList,
     PortListResult, PortName, PortSample, PortShow, Sample, SocketAccess, SocketSpec, SwitchError,
     WorkerList, WorkerListResult, WorkerPin, WorkerSample, WorkerShow, WorkerUnpin,
     WorkerUnpinResult, method_names,
@@ -16,7 +16,8 @@ use ringway_dataplane::{LogLimit, Switch};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::value::RawValue;
 
-use crate::rpc::describe;
+use super::streams;
+use crate::rpc::{Reply, describe};
 use crate::suggest::{Unknown, nearest};
 
 /// Lines in 10 s that tell of changes: as many as a file may have ports.
@@ -93,11 +94,17 @@ impl Service {
     ///
     /// # Errors
     /// No such method, bad parameters, or the switch refuses.
-    pub fn handle(
-        &self,
-        method: &str,
-        params: Option<&RawValue>,
-    ) -> Result<Box<RawValue>, ApiError> {
+    pub fn handle(&self, method: &str, params: Option<&RawValue>) -> Result<Reply, ApiError> {
+        match method {
+            MonitorStart::NAME => {
+                read_params::<MonitorStart>(params)?;
+                streams::events(self.switch.events()?).map(Reply::Stream)
+            }
+            _ => self.call(method, params).map(Reply::Result),
+        }
+    }
+
+    fn call(&self, method: &str, params: Option<&RawValue>) -> Result<Box<RawValue>, ApiError> {
         match method {
             PortAdd::NAME => reply::<PortAdd>(params, |p| self.port_add(p)),
             PortDel::NAME => reply::<PortDel>(params, |p| self.port_del(p)),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -128,6 +129,15 @@ impl Client {
         }
     }
 
+    /// Calls `M`, which turns the connection into a stream.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn stream<M: Method>(mut self, params: &M::Params) -> Result<Notifications, CallError> {
+        self.call::<M>(params)?;
+        Ok(Notifications(self))
+    }
+
     fn call_once<M: Method>(&mut self, params: &M::Params) -> Result<M::Result, CallError> {
         let id = self.next_id;
         self.next_id += 1;
@@ -163,6 +173,72 @@ impl Client {
     }
 }
 
+/// What the server sends without being asked.
+#[derive(Debug)]
+pub struct Notifications(Client);
+
+#[derive(Deserialize)]
+struct Notification<'a> {
+    #[serde(borrow)]
+    params: Option<&'a RawValue>,
+    error: Option<CallRefusal>,
+}
+
+impl Notifications {
+    /// The connection: readable when there is something, or the server hung up.
+    pub fn socket(&self) -> &UnixStream {
+        &self.0.lines.get_ref().stream
+    }
+
+    /// Whether [`Notifications::receive`] returns at once.
+    pub fn is_here(&self) -> bool {
+        self.0.lines.has_line()
+    }
+
+    /// The parameters of the next notification, once it begins to arrive.
+    ///
+    /// # Errors
+    /// The server hung up, said why it is about to, or does not send the rest in time.
+    pub fn receive<T: DeserializeOwned>(&mut self) -> Result<T, CallError> {
+        let client = &mut self.0;
+        client.lines.get_mut().deadline = Instant::now() + client.timeout;
+        let (path, timeout) = (client.path.clone(), client.timeout);
+        let garbled = |reason: String| CallError::Garbled {
+            path: path.clone(),
+            reason,
+        };
+        let line = match client.lines.next_line() {
+            Ok(Some(line)) => line,
+            Ok(None) => {
+                let ended = io::Error::new(io::ErrorKind::UnexpectedEof, "it hung up");
+                return Err(failure(&path, timeout, ended));
+            }
+            Err(LineError::Io(error)) => return Err(failure(&path, timeout, error)),
+            Err(error @ LineError::TooLong { .. }) => return Err(garbled(error.to_string())),
+        };
+        let notification: Notification<'_> =
+            serde_json::from_slice(line).map_err(|error| garbled(error.to_string()))?;
+        if let Some(error) = notification.error {
+            return Err(error.into());
+        }
+        let params = notification
+            .params
+            .ok_or_else(|| garbled("no notification".into()))?;
+        serde_json::from_str(params.get()).map_err(|error| garbled(error.to_string()))
+    }
+}
+
+impl From<CallRefusal> for CallError {
+    fn from(error: CallRefusal) -> Self {
+        Self::Refused {
+            code: error.code,
+            kind: error.data.kind,
+            message: error.message,
+            hint: error.data.hint,
+        }
+    }
+}
+
 fn open(path: &Path, timeout: Duration) -> Result<Lines<Deadlined>, CallError> {
     let stream = connect(path, timeout).map_err(|error| failure(path, timeout, error))?;
     let reader = Deadlined {
@@ -182,12 +258,7 @@ fn read_answer<M: Method>(path: &Path, line: &[u8], id: u64) -> Result<M::Result
     match response {
         CallAnswer {
             error: Some(error), ..
-        } => Err(CallError::Refused {
-            code: error.code,
-            kind: error.data.kind,
-            message: error.message,
-            hint: error.data.hint,
-        }),
+        } => Err(error.into()),
         CallAnswer {
             id: Some(answered),
             result: Some(result),

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
+use super::Stream;
 use crate::api::{ApiError, ErrorKind};
 
 /// Most requests in a batch: many times what any client of ours sends.
@@ -12,23 +13,56 @@ pub const MAX_BATCH: usize = 64;
 /// 64 listings of a large forwarding database would be gigabytes.
 pub const MAX_BATCH_RESPONSE: usize = 8 << 20;
 
-/// Answers a method call with the result as JSON. `params` is absent or a JSON object.
-pub type Handler = dyn Fn(&str, Option<&RawValue>) -> Result<Box<RawValue>, ApiError> + Send + Sync;
+/// What a method call comes to.
+#[derive(Debug)]
+pub enum Reply {
+    /// A result as JSON.
+    Result(Box<RawValue>),
+    /// An empty result, which the connection's stream follows.
+    Stream(Stream),
+}
 
-/// Answers one line: the response without a newline, or `None` if it holds notifications only.
-pub fn answer(line: &[u8], handler: &Handler) -> Option<String> {
+/// Answers a method call. `params` is absent or a JSON object.
+pub type Handler = dyn Fn(&str, Option<&RawValue>) -> Result<Reply, ApiError> + Send + Sync;
+
+/// The same for the moment.
+type Call<'a> = dyn Fn(&str, Option<&RawValue>) -> Result<Reply, ApiError> + 'a;
+
+/// What a line comes to.
+#[derive(Debug, Default)]
+pub struct Answer {
+    /// The response without a newline, or `None` if the line holds notifications only.
+    pub line: Option<String>,
+    /// What the connection is from now on, once the response is written.
+    pub stream: Option<Stream>,
+}
+
+impl From<String> for Answer {
+    fn from(line: String) -> Self {
+        Self {
+            line: Some(line),
+            stream: None,
+        }
+    }
+}
+
+/// Answers one line.
+pub fn answer(line: &[u8], handler: &Handler) -> Answer {
     let value = match parse(line) {
         Ok(value) => value,
-        Err(error) => return Some(error_line(&error)),
+        Err(error) => return error_line(&error).into(),
     };
     if !value.get().starts_with('[') {
         return answer_one(value, handler);
     }
     let requests: Vec<&RawValue> = match serde_json::from_str(value.get()) {
         Ok(requests) => requests,
-        Err(error) => return Some(error_line(&parse_error(&error.to_string()))),
+        Err(error) => return error_line(&parse_error(&error.to_string())).into(),
     };
-    answer_batch(&requests, handler)
+    Answer {
+        line: answer_batch(&requests, handler),
+        stream: None,
+    }
 }
 
 /// The response to something that has no request: `id` is null.
@@ -62,14 +96,17 @@ fn answer_batch(requests: &[&RawValue], handler: &Handler) -> Option<String> {
     let mut all = String::new();
     for request in requests {
         let one = if all.len() <= MAX_BATCH_RESPONSE {
-            answer_one(request, handler)
+            answer_one(request, &|method, params| match handler(method, params)? {
+                Reply::Stream(_) => Err(no_stream_here(method)),
+                result => Ok(result),
+            })
         } else {
             let refuse = |_: &str, _: Option<&RawValue>| {
                 Err(too_large("the answers before this one are too long".into()))
             };
             answer_one(request, &refuse)
         };
-        if let Some(one) = one {
+        if let Some(one) = one.line {
             all.push(if all.is_empty() { '[' } else { ',' });
             all.push_str(&one);
         }
@@ -79,6 +116,12 @@ fn answer_batch(requests: &[&RawValue], handler: &Handler) -> Option<String> {
     }
     all.push(']');
     Some(all)
+}
+
+fn no_stream_here(method: &str) -> ApiError {
+    let message = format!("{method} in a batch");
+    let hint = "send it by itself, on a connection of its own";
+    ApiError::new(ErrorKind::InvalidRequest, message, hint)
 }
 
 fn too_large(message: String) -> ApiError {
@@ -105,15 +148,30 @@ fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<&'de RawValue>, 
     <&RawValue>::deserialize(from).map(Some)
 }
 
-fn answer_one(raw: &RawValue, handler: &Handler) -> Option<String> {
+/// A stream that is asked for by a notification is not begun: who asks does not expect an answer.
+fn answer_one(raw: &RawValue, handler: &Call<'_>) -> Answer {
     let request: Request<'_> = match parse_request(raw) {
         Ok(request) => request,
-        Err(error) => return Some(error_line(&error)),
+        Err(error) => return error_line(&error).into(),
     };
     let outcome =
         check_params(request.params).and_then(|()| handler(&request.method, request.params));
-    let id = request.id?;
-    Some(response(Some(id), outcome.as_deref()))
+    let Some(id) = request.id else {
+        return Answer::default();
+    };
+    match outcome {
+        Ok(Reply::Result(result)) => response(Some(id), Ok(&result)).into(),
+        Ok(Reply::Stream(stream)) => Answer {
+            line: Some(response(Some(id), Ok(&no_result()))),
+            stream: Some(stream),
+        },
+        Err(error) => response(Some(id), Err(&error)).into(),
+    }
+}
+
+fn no_result() -> Box<RawValue> {
+    // An empty object is JSON.
+    RawValue::from_string("{}".into()).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }
 
 fn parse_request(raw: &RawValue) -> Result<Request<'_>, ApiError> {
@@ -212,16 +270,22 @@ mod tests {
 
     use super::*;
 
-    fn echo(method: &str, params: Option<&RawValue>) -> Result<Box<RawValue>, ApiError> {
-        match method {
-            "echo" => Ok(params.map_or_else(|| RawValue::NULL.to_owned(), ToOwned::to_owned)),
-            "big" => Ok(RawValue::from_string(format!("\"{}\"", "x".repeat(3 << 20))).unwrap()),
-            _ => Err(ApiError::new(ErrorKind::MethodNotFound, "no", "none")),
-        }
+    fn echo(method: &str, params: Option<&RawValue>) -> Result<Reply, ApiError> {
+        let text = match method {
+            "echo" => params.map_or("null", RawValue::get).to_owned(),
+            "big" => format!("\"{}\"", "x".repeat(3 << 20)),
+            "stream" => {
+                let (bell, _) = std::os::unix::net::UnixStream::pair().unwrap();
+                return Ok(Reply::Stream(Stream::new(bell.into(), |_| false)));
+            }
+            _ => return Err(ApiError::new(ErrorKind::MethodNotFound, "no", "none")),
+        };
+        Ok(Reply::Result(RawValue::from_string(text).unwrap()))
     }
 
     fn ask(line: &str) -> Option<Value> {
-        answer(line.as_bytes(), &echo).map(|line| serde_json::from_str(&line).unwrap())
+        let answer = answer(line.as_bytes(), &echo).line;
+        answer.map(|line| serde_json::from_str(&line).unwrap())
     }
 
     fn code(line: &str) -> i64 {
@@ -240,7 +304,7 @@ mod tests {
             let line =
                 format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"echo","params":{{"a":1}}}}"#);
             let expected = format!(r#"{{"jsonrpc":"2.0","id":{id},"result":{{"a":1}}}}"#);
-            assert_eq!(answer(line.as_bytes(), &echo).unwrap(), expected);
+            assert_eq!(answer(line.as_bytes(), &echo).line.unwrap(), expected);
         }
     }
 
@@ -252,11 +316,27 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_begins_for_one_request_by_itself_and_not_in_a_batch() {
+        let one = r#"{"jsonrpc":"2.0","id":1,"method":"stream"}"#;
+        let begun = answer(one.as_bytes(), &echo);
+        assert_eq!(
+            begun.line.unwrap(),
+            r#"{"jsonrpc":"2.0","id":1,"result":{}}"#
+        );
+        assert!(begun.stream.is_some());
+        let refused = answer(format!("[{one}]").as_bytes(), &echo);
+        assert!(refused.line.unwrap().contains("in a batch"));
+        assert!(refused.stream.is_none());
+        let unasked = answer(br#"{"jsonrpc":"2.0","method":"stream"}"#, &echo);
+        assert!(unasked.line.is_none() && unasked.stream.is_none());
+    }
+
+    #[test]
     fn a_line_that_is_no_json_is_a_parse_error() {
         for line in ["", "{", "nul", "{\"a\":1}x", "[1,", "\u{feff}{}"] {
             assert_eq!(code(line), -32700, "{line}");
         }
-        let response = answer(b"{\"jsonrpc\":\"\xff\"}", &echo).unwrap();
+        let response = answer(b"{\"jsonrpc\":\"\xff\"}", &echo).line.unwrap();
         assert!(
             response.contains("-32700") && response.contains("UTF-8"),
             "{response}"

@@ -44,6 +44,11 @@ impl<R: Read> Lines<R> {
     }
 
     /// The stream.
+    pub fn get_ref(&self) -> &R {
+        &self.reader
+    }
+
+    /// The same, to be changed.
     pub fn get_mut(&mut self) -> &mut R {
         &mut self.reader
     }
@@ -74,6 +79,12 @@ impl<R: Read> Lines<R> {
                 return Ok(None);
             }
         }
+    }
+
+    /// Whether the next line is here already, so that asking for it does not read.
+    pub fn has_line(&self) -> bool {
+        let rest = self.buffer.get(self.taken..).unwrap_or_default();
+        rest.contains(&b'\n')
     }
 
     fn discard_taken(&mut self) {

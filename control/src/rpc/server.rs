@@ -12,7 +12,7 @@ use ringway_dataplane::LogLimit;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, UCred};
 
-use super::codec::{self, Handler};
+use super::codec::{self, Answer, Handler};
 use super::line::{LineError, Lines};
 use super::places::{Entry, Places};
 use super::{ControlSocket, MAX_LINE};
@@ -333,7 +333,7 @@ fn refuse(stream: &UnixStream, is_operator: bool) -> io::Result<()> {
 }
 
 /// Says why a connection ends. Who does not read it, does not get it: it does not wait.
-fn say_last(stream: &UnixStream, error: &ApiError) {
+pub(super) fn say_last(stream: &UnixStream, error: &ApiError) {
     let mut line = codec::error_line(error);
     line.push('\n');
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
@@ -352,7 +352,7 @@ fn serve(stream: &UnixStream, handler: &Handler, registered: &Registered) {
     };
     let mut lines = Lines::new(reader, MAX_LINE);
     loop {
-        let response = match lines.next_line() {
+        let Answer { line, stream: feed } = match lines.next_line() {
             Ok(Some(_)) if !connections.lock().begin(place) => break,
             Ok(Some(line)) => codec::answer(line, handler),
             Ok(None) => break,
@@ -377,7 +377,7 @@ fn serve(stream: &UnixStream, handler: &Handler, registered: &Registered) {
                 break;
             }
         };
-        if let Some(response) = response
+        if let Some(response) = line
             && let Err(error) = send(stream, response, terms.write_timeout)
         {
             if let Some(suppressed) = log.pass(Instant::now()) {
@@ -387,6 +387,13 @@ fn serve(stream: &UnixStream, handler: &Handler, registered: &Registered) {
         }
         let now = Instant::now();
         if !connections.lock().answered(place, now) {
+            break;
+        }
+        if let Some(feed) = feed {
+            // Who takes nothing is idle, so that an operator may have the place of a client that
+            // sleeps.
+            let keep = || connections.lock().answered(place, Instant::now());
+            feed.carry(stream, keep);
             break;
         }
         lines.get_mut().deadline = now + terms.idle_timeout;

@@ -10,8 +10,11 @@ mod vhost;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-use ringway_api::{IfName, PortConfig, PortCounters, PortName, PortState, QueueInfo, SwitchError};
+use ringway_api::{
+    IfName, Occurrence, PortConfig, PortCounters, PortName, PortState, QueueInfo, SwitchError,
+};
 use ringway_bridge::{Bridge, FdbTally, PortId};
 
 pub(crate) use af_xdp::AfXdpPort;
@@ -26,6 +29,7 @@ pub(crate) use tap::{OWN_NAMESPACE, TapPort, index_of};
 pub(crate) use vhost::VhostPort;
 
 use crate::burst_lock::lock;
+use crate::events::EventHub;
 use crate::link::{Attachment, LinkStatus, Order};
 use crate::log_limit::LogLimit;
 use crate::wire::Offloads;
@@ -56,7 +60,14 @@ pub(crate) struct PortBase {
     /// How often it was seen down: what waits for it is for whoever was there before.
     pub(crate) outages: Counter,
     bridge: Arc<Bridge>,
+    events: EventHub,
+    /// Of events that its guest or front-end can cause.
+    event_limit: LogLimit,
 }
+
+/// Events in 10 s that a guest or its front-end can cause: a few reboots, each with all that
+/// belongs to it.
+const EVENTS: u32 = 100;
 
 /// What a port of an interface keeps while what it has open is closed and opened anew.
 #[derive(Debug)]
@@ -124,7 +135,7 @@ impl LinkBase {
 }
 
 impl PortBase {
-    pub(crate) fn new(name: PortName, id: PortId, bridge: Arc<Bridge>) -> Self {
+    pub(crate) fn new(name: PortName, id: PortId, bridge: Arc<Bridge>, events: &EventHub) -> Self {
         Self {
             name,
             id,
@@ -135,7 +146,31 @@ impl PortBase {
             watch_log: LogLimit::new(1),
             outages: Counter::default(),
             bridge,
+            events: events.clone(),
+            event_limit: LogLimit::new(EVENTS),
         }
+    }
+
+    /// Tells what happened to the port, if anybody listens; what is too much is counted, and told
+    /// with the next event. Not for workers.
+    pub(crate) fn tell(&self, what: impl FnOnce(PortName) -> Occurrence) {
+        if self.events.is_heard()
+            && let Some(suppressed) = self.event_limit.pass(Instant::now())
+        {
+            self.events.tell_after(suppressed, what(self.name.clone()));
+        }
+    }
+
+    /// Tells in which state the port is, `reason` being why it is not up.
+    pub(crate) fn tell_state(&self, state: PortState, reason: Option<String>) {
+        self.tell(|port| match state {
+            PortState::Up => Occurrence::PortUp { port },
+            PortState::Down => Occurrence::PortDown { port, reason },
+            PortState::Impaired => Occurrence::PortImpaired {
+                port,
+                reason: reason.unwrap_or_default(),
+            },
+        });
     }
 
     /// What the forwarding database did and refused of the port since it was added.

@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use ringway_api::QueueInfo;
+use ringway_api::{PortState, QueueInfo};
 
 use self::health::{Asleep, Kicks};
 pub(crate) use self::rings::RxScratch;
@@ -60,6 +60,8 @@ pub(crate) struct VhostPort {
     last_error: Mutex<Option<LastError>>,
     /// The last sleep of a worker in the guest's memory.
     asleep: Mutex<Option<Asleep>>,
+    /// The state that events told last.
+    told: Mutex<PortState>,
     /// Of lines that tell of rings: a guest can start and stop them as often as it likes.
     log: LogLimit,
     /// Of lines that tell of rings stopped for a reason of ours, which the others don't crowd out.
@@ -74,6 +76,8 @@ struct LastError {
     reason: String,
     /// In which session, by the number of its connection: told until the next one ends.
     session: u64,
+    /// Events tell it already.
+    is_told: bool,
 }
 
 impl VhostPort {
@@ -95,6 +99,7 @@ impl VhostPort {
             connections: AtomicU64::new(0),
             last_error: Mutex::new(None),
             asleep: Mutex::new(None),
+            told: Mutex::new(PortState::Down),
             // A guest that boots starts its rings in firmware and again in its kernel.
             log: LogLimit::new(3 * rings + 5),
             fault_log: LogLimit::new(FAULT_LINES),
@@ -222,12 +227,13 @@ impl VhostPort {
             .unwrap_or(u16::MAX)
     }
 
-    fn set_last_error(&self, ring: Option<u16>, reason: String) {
+    fn set_last_error(&self, ring: Option<u16>, reason: String, is_told: bool) {
         let session = self.connections();
         *lock(&self.last_error) = Some(LastError {
             ring,
             reason,
             session,
+            is_told,
         });
     }
 

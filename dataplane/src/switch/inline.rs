@@ -8,6 +8,7 @@ use crossbeam_channel as channel;
 use ringway_api::{AfXdpConfig, IdleConfig, PortName, SwitchError};
 use ringway_bridge::{Bridge, BridgeConfig, PortId, Tick};
 
+use crate::events::EventHub;
 use crate::port::{AfXdpPort, LinkBase, Port, PortBase, VhostPort};
 use crate::socket_file::SocketFile;
 use crate::vhost_user::{Endpoint, SessionThread};
@@ -81,7 +82,7 @@ impl InlineSwitch {
     pub fn add_port(&mut self, name: PortName, socket: &Path) -> Result<(), SwitchError> {
         let id = self.next_id()?;
         let endpoint = Endpoint::listen(socket, &SocketFile::default())?;
-        let base = PortBase::new(name, id, Arc::clone(&self.bridge));
+        let base = PortBase::new(name, id, Arc::clone(&self.bridge), &EventHub::default());
         let guest = Arc::new(VhostPort::new(base, 1, None));
         for pair in 0..guest.pairs() {
             let (waker, token) = (Arc::clone(&self.handle.waker), Token::new(id, pair, 0));
@@ -110,7 +111,8 @@ impl InlineSwitch {
         name: PortName,
         config: &AfXdpConfig,
     ) -> Result<(), SwitchError> {
-        let base = PortBase::new(name, self.next_id()?, Arc::clone(&self.bridge));
+        let (id, bridge) = (self.next_id()?, Arc::clone(&self.bridge));
+        let base = PortBase::new(name, id, bridge, &EventHub::default());
         let port = AfXdpPort::open(LinkBase::new(base, &config.ifname), config)?;
         self.add_to_worker(Port::AfXdp(Box::new(port)));
         Ok(())

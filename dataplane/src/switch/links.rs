@@ -422,6 +422,8 @@ impl Watched {
         if is_same(status) == is_same(&told) {
             return;
         }
+        let base = &self.base.base;
+        base.tell_state(status.state, status.error.clone());
         let Some(suppressed) = self.log.pass(now) else {
             return;
         };

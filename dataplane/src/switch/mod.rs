@@ -1,5 +1,6 @@
 //! The handle by which the control plane runs the dataplane.
 
+mod addresses;
 mod balance;
 #[cfg(any(test, feature = "inline"))]
 mod inline;
@@ -9,13 +10,13 @@ mod port_table;
 mod watch;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use ringway_api::{
-    AfXdpConfig, FdbEntry, HeaderAction, Mtu, PairCounters, PolledQueue, PortConfig, PortDetail,
-    PortInfo, PortName, PortState, QueuePairs, SocketSpec, SwitchConfig, SwitchError, TapConfig,
-    VhostUserConfig, WorkerDetail, WorkerInfo,
+    AfXdpConfig, FdbEntry, HeaderAction, Mtu, Occurrence, PairCounters, PolledQueue, PortConfig,
+    PortDetail, PortInfo, PortName, PortState, QueuePairs, SocketSpec, SwitchConfig, SwitchError,
+    TapConfig, VhostUserConfig, WorkerDetail, WorkerInfo,
 };
 use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
 
@@ -25,7 +26,9 @@ pub use inline::InlineSwitch;
 use self::links::Links;
 use self::port_table::{PortTable, State, check_pair};
 use self::watch::Watch;
+use crate::burst_lock::lock;
 use crate::cpus::allowed_cpus;
+use crate::events::{EventHub, EventReader};
 use crate::housekeeping::{self, Periodic};
 use crate::offload::Action;
 use crate::placement::QueueId;
@@ -51,6 +54,8 @@ pub struct Switch {
     sessions: SessionThread<VhostPort>,
     table: Arc<PortTable>,
     bridge: Arc<Bridge>,
+    events: EventHub,
+    watch: Arc<Mutex<Watch>>,
     epoch: Instant,
     #[expect(
         dead_code,
@@ -94,12 +99,15 @@ impl Switch {
             |source| SwitchError::System { what, source }
         };
         let table = Arc::new(PortTable::new(workers));
-        let watched = Arc::clone(&table);
-        let mut watch = Watch::default();
-        let look_at_ports = move || {
-            if let Some(state) = watched.try_lock() {
-                state.forget_behind_down_interfaces();
-                watch.look(&state, Instant::now());
+        let (events, watch) = (EventHub::default(), Arc::new(Mutex::new(Watch::default())));
+        let look_at_ports = {
+            let (table, bridge) = (Arc::clone(&table), Arc::clone(&bridge));
+            let (events, watch) = (events.clone(), Arc::clone(&watch));
+            move || {
+                if let Some(state) = table.try_lock() {
+                    state.forget_behind_down_interfaces();
+                    lock(&watch).look(&state, &bridge, &events, Instant::now());
+                }
             }
         };
         Ok(Self {
@@ -113,6 +121,8 @@ impl Switch {
             housekeeping: housekeeping::start(Arc::clone(&bridge), epoch, look_at_ports)
                 .map_err(system("housekeeping thread"))?,
             bridge,
+            events,
+            watch,
         })
     }
 
@@ -155,7 +165,7 @@ impl Switch {
             self.table.check_worker(*worker)?;
         }
         refuse_shared(&state, &config)?;
-        let base = PortBase::new(name.clone(), id, Arc::clone(&self.bridge));
+        let base = PortBase::new(name.clone(), id, Arc::clone(&self.bridge), &self.events);
         // What can be refused comes first; nothing of it outlives an error.
         let (port, endpoint) = open_port(base, &config, &file, may_wait)?;
         let is_open = port.queue_pairs() > 0;
@@ -173,7 +183,12 @@ impl Switch {
         self.bridge.fdb().set_limit(id, Some(fdb_limit));
         self.bridge
             .set_flood_limit(id, config.flood_limit().bound());
+        let kind = config.kind();
         state.insert(name.clone(), config, Arc::clone(&port));
+        self.events.tell(|| Occurrence::PortAdded {
+            port: name.clone(),
+            kind,
+        });
         let added = self.table.change_topology(&mut state, &desired);
         let started = added.and_then(|()| match (&*port, endpoint) {
             (Port::VhostUser(guest), Some(endpoint)) => {
@@ -349,6 +364,16 @@ impl Switch {
         Ok(self.bridge.fdb().flush(wanted))
     }
 
+    /// What happens from now on, as events.
+    ///
+    /// # Errors
+    /// As many listen as may.
+    pub fn events(&self) -> Result<EventReader, SwitchError> {
+        let state = self.table.lock();
+        lock(&self.watch).begin(&state, &self.bridge, &self.events);
+        self.events.listen()
+    }
+
     /// A watch over the workers.
     pub fn heartbeat(&self) -> Heartbeat {
         let workers = self.table.workers.iter();
@@ -471,6 +496,8 @@ impl Switch {
         self.bridge.fdb().set_limit(id, None);
         self.bridge.set_flood_limit(id, None);
         state.ports.remove(name);
+        let port = name.clone();
+        self.events.tell(|| Occurrence::PortRemoved { port });
     }
 
     fn port_info(&self, state: &State, name: &PortName) -> Result<PortInfo, SwitchError> {

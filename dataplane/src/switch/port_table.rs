@@ -59,6 +59,14 @@ impl State {
             .collect()
     }
 
+    /// The names of all ports, with the generations of their slots.
+    pub(super) fn generations(&self) -> BTreeMap<PortId, (&PortName, u32)> {
+        let ports = self.ports.iter();
+        ports
+            .map(|(name, entry)| (entry.port.base().id, (name, entry.generation)))
+            .collect()
+    }
+
     /// The first slot that no port has, one that waits for its interface included.
     pub(super) fn free_id(&self) -> Option<PortId> {
         let taken: BTreeSet<_> = self.ports.values().map(|e| e.port.base().id).collect();

@@ -1,24 +1,51 @@
-//! What ports flood and teach beyond what they may, told to the log: by housekeeping, since workers
+//! What ports do, told to the log and to who listens to events: by housekeeping, since workers
 //! don't format.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use ringway_bridge::{DropReason, FdbTally, PortId};
+use ringway_api::Occurrence;
+use ringway_bridge::{Bridge, DropReason, FdbTally, PortId};
 use tracing::{info, warn};
 
-use super::port_table::State;
-use crate::port::PortBase;
+use super::addresses::AddressWatch;
+use super::port_table::{PortEntry, State};
+use crate::events::EventHub;
+use crate::port::{Port, PortBase};
 
-/// How often ports are looked at.
+/// How often is looked at what ports flood and teach.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// What was told of each port.
+/// What was told.
 #[derive(Debug, Default)]
 pub(super) struct Watch {
     looked: Option<Instant>,
-    /// By port, with the generation of its slot.
-    told: BTreeMap<PortId, (u32, Counts)>,
+    logged: Told,
+    heard: Told,
+    addresses: AddressWatch,
+}
+
+/// What was told of each port, with the generation of its slot.
+#[derive(Debug, Default)]
+struct Told(BTreeMap<PortId, (u32, Counts)>);
+
+impl Told {
+    /// What came since, and what there is now.
+    fn news(&self, entry: &PortEntry) -> (Counts, Counts) {
+        let port = entry.port.base();
+        let told = self.0.get(&port.id);
+        let told = told.filter(|(generation, _)| *generation == entry.generation);
+        let now = Counts::of(port);
+        (
+            now.since(told.map_or(Counts::default(), |told| told.1)),
+            now,
+        )
+    }
+
+    fn note(&mut self, entry: &PortEntry, now: Counts) {
+        let id = entry.port.base().id;
+        self.0.insert(id, (entry.generation, now));
+    }
 }
 
 /// What is told, since the port was added or since the line before.
@@ -26,6 +53,14 @@ pub(super) struct Watch {
 struct Counts {
     fdb: FdbTally,
     floods: u64,
+}
+
+/// Tells what a guest's session does not: what lasts, and what a worker found.
+fn tell_of_guest(port: &Port) {
+    if let Port::VhostUser(guest) = port {
+        guest.tell_state();
+        guest.tell_fault();
+    }
 }
 
 impl Counts {
@@ -50,6 +85,35 @@ impl Counts {
         }
     }
 
+    /// Tells what is more than it may be.
+    fn tell(self, port: &PortBase, hub: &EventHub) {
+        let port = || port.name.clone();
+        let frames = self.fdb.moves_refused;
+        if frames > 0 {
+            hub.tell(|| Occurrence::SpoofAttempts {
+                port: port(),
+                frames,
+            });
+        }
+        let (limit_hits, refused_full) = (self.fdb.limit_hits, self.fdb.refused_full);
+        let evictions = self.fdb.evictions;
+        if limit_hits + refused_full + evictions > 0 {
+            hub.tell(|| Occurrence::AddressesRefused {
+                port: port(),
+                limit_hits,
+                refused_full,
+                evictions,
+            });
+        }
+        let frames = self.floods;
+        if frames > 0 {
+            hub.tell(|| Occurrence::FloodsDropped {
+                port: port(),
+                frames,
+            });
+        }
+    }
+
     /// Stations move where all is well.
     fn is_harmless(self) -> bool {
         let moves = self.fdb.moves;
@@ -62,37 +126,58 @@ impl Counts {
 }
 
 impl Watch {
-    /// Tells of the ports of which there is something new, of each once in 10 s.
-    pub(super) fn look(&mut self, state: &State, now: Instant) {
+    /// Before somebody listens: what is so by now is nothing new.
+    pub(super) fn begin(&mut self, state: &State, bridge: &Bridge, hub: &EventHub) {
+        self.addresses.begin(state, bridge, hub);
+        for entry in state.ports.values() {
+            tell_of_guest(&entry.port);
+            if !hub.is_heard() {
+                self.heard.note(entry, Counts::of(entry.port.base()));
+            }
+        }
+    }
+
+    /// Tells what is new of all ports.
+    pub(super) fn look(&mut self, state: &State, bridge: &Bridge, hub: &EventHub, now: Instant) {
+        if hub.is_heard() {
+            let ports = state.ports.values();
+            ports.for_each(|entry| tell_of_guest(&entry.port));
+        }
+        self.addresses.look(state, bridge, hub, now);
         let is_early = |looked| now.saturating_duration_since(looked) < INTERVAL;
         if self.looked.is_some_and(is_early) {
             return;
         }
         self.looked = Some(now);
-        let ports = state.ports.values();
-        let is_there = |id: &PortId, generation: u32| {
-            let entry = state.ports.values().find(|e| e.port.base().id == *id);
-            entry.is_some_and(|entry| entry.generation == generation)
-        };
-        self.told
-            .retain(|id, (generation, _)| is_there(id, *generation));
-        for entry in ports {
-            let port = entry.port.base();
-            let counts = Counts::of(port);
-            let told = self
-                .told
-                .get(&port.id)
-                .map_or(Counts::default(), |told| told.1);
-            let new = counts.since(told);
-            if new != Counts::default() && tell(port, new, now) {
-                self.told.insert(port.id, (entry.generation, counts));
+        for entry in state.ports.values() {
+            let (new, counts) = self.logged.news(entry);
+            // Of each port once in 10 s.
+            if new != Counts::default() && log(entry.port.base(), new, now) {
+                self.logged.note(entry, counts);
             }
+            if hub.is_heard() {
+                let (new, counts) = self.heard.news(entry);
+                new.tell(entry.port.base(), hub);
+                self.heard.note(entry, counts);
+            }
+        }
+        self.forget(state);
+    }
+
+    /// Forgets ports that are gone.
+    fn forget(&mut self, state: &State) {
+        let ports = state.generations();
+        for told in [&mut self.logged, &mut self.heard] {
+            told.0.retain(|id, (generation, _)| {
+                let port = ports.get(id);
+                port.is_some_and(|(_, current)| current == generation)
+            });
         }
     }
 }
 
 /// Logs a line, unless there was one lately.
-fn tell(port: &PortBase, new: Counts, now: Instant) -> bool {
+fn log(port: &PortBase, new: Counts, now: Instant) -> bool {
     let Some(suppressed) = port.watch_log.pass(now) else {
         return false;
     };

@@ -5,16 +5,14 @@ mod report;
 #[cfg(test)]
 mod tests;
 
-use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use self::rates::Interval;
 pub(super) use self::rates::{Filter, Measurement};
 use super::args::MeasureArgs;
+use super::interrupt::Interrupt;
 use super::units::Rate;
 use super::{EXIT_BELOW_MIN, EXIT_REFUSED, Failure, Stop, emit, emit_json};
 use crate::api::{DaemonInfo, DaemonReport, MeasureSample, NoParams, PortName, Sample};
@@ -154,38 +152,4 @@ fn document(
         "intervals": intervals,
         "end": end,
     })
-}
-
-/// SIGINT and SIGTERM, as something to wait for.
-struct Interrupt {
-    pipe: UnixStream,
-}
-
-impl Interrupt {
-    fn new() -> Result<Self, Stop> {
-        let make = || -> std::io::Result<UnixStream> {
-            let (pipe, writer) = UnixStream::pair()?;
-            signal_hook::low_level::pipe::register(SIGINT, writer.try_clone()?)?;
-            signal_hook::low_level::pipe::register(SIGTERM, writer)?;
-            Ok(pipe)
-        };
-        let pipe = make().map_err(|error| Stop::local(&error))?;
-        Ok(Self { pipe })
-    }
-
-    /// Waits until `due`; true if a signal came first.
-    fn wait_until(&self, due: Instant) -> Result<bool, Stop> {
-        loop {
-            let left = due.saturating_duration_since(Instant::now());
-            let timeout = Timespec::try_from(left.min(Duration::from_secs(3600)))
-                .map_err(|error| Stop::local(&std::io::Error::other(error)))?;
-            let mut fds = [PollFd::new(&self.pipe, PollFlags::IN)];
-            match poll(&mut fds, Some(&timeout)) {
-                Ok(0) if Instant::now() >= due => return Ok(false),
-                Ok(0) | Err(rustix::io::Errno::INTR) => {}
-                Ok(_) => return Ok(true),
-                Err(error) => return Err(Stop::local(&error.into())),
-            }
-        }
-    }
 }

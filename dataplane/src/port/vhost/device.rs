@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use ringway_api::Occurrence;
 use ringway_bridge::MacAddr;
 use tracing::{info, warn};
 
@@ -31,12 +32,17 @@ impl Device for VhostPort {
     }
 
     fn refused(&self, ring: Option<u16>, reason: String) {
-        self.set_last_error(ring, reason);
+        let why = reason.clone();
+        self.set_last_error(ring, reason, true);
+        self.base
+            .tell(|port| Occurrence::PortError { port, reason: why });
     }
 
     fn connected(&self) {
         self.connections.fetch_add(1, Ordering::Relaxed);
         self.callee.begin(Instant::now());
+        self.base
+            .tell(|port| Occurrence::FrontEndConnected { port });
     }
 
     fn set_alarm(&self, alarm: Arc<OwnedFd>) {
@@ -50,17 +56,29 @@ impl Device for VhostPort {
     fn disconnected(&self, reason: Option<String>) {
         self.frontend_mtu.store(0, Ordering::Relaxed);
         self.set_features(Features::empty(), ProtocolFeatures::empty());
+        let why = reason.clone();
+        self.base
+            .tell(|port| Occurrence::FrontEndDisconnected { port, reason: why });
         match reason {
-            Some(reason) => self.set_last_error(None, reason),
+            Some(reason) => self.set_last_error(None, reason, true),
             // A front-end that goes since it was refused goes without a word.
             None => self.forget_errors_before(self.connections()),
         }
     }
 
     fn set_features(&self, features: Features, protocol_features: ProtocolFeatures) {
+        let before = self.features();
         self.features.store(features.bits(), Ordering::Relaxed);
         self.protocol_features
             .store(protocol_features.bits(), Ordering::Relaxed);
+        if before != (features, protocol_features) && !features.is_empty() {
+            let owned = |names: Vec<&str>| names.into_iter().map(str::to_owned).collect();
+            self.base.tell(|port| Occurrence::FeaturesNegotiated {
+                port,
+                features: owned(features.names()),
+                protocol_features: owned(protocol_features.names()),
+            });
+        }
     }
 
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Vec<(u16, RingError)> {
@@ -123,6 +141,7 @@ impl Device for VhostPort {
         self.show(queue, index, &state);
         drop(state);
         self.forget_error_of(index);
+        self.tell_whole_state();
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             let port = &self.base.name;
             info!(%port, ring = index, size, ?layout, base, enabled, suppressed, "ring started");
@@ -149,6 +168,7 @@ impl Device for VhostPort {
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             info!(port = %self.base.name, ring = index, base, suppressed, "ring stopped");
         }
+        self.tell_whole_state();
         Some(base)
     }
 
@@ -161,6 +181,7 @@ impl Device for VhostPort {
         }
         let binding = state.binding.clone();
         drop(state);
+        self.tell_whole_state();
         if let Some(binding) = binding {
             binding.activate();
         }

@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use ringway_api::PortState;
+use ringway_api::{Occurrence, PortState};
 use tracing::warn;
 
 use super::{VhostPort, VhostQueue};
@@ -144,6 +144,43 @@ impl VhostPort {
         match self.asleep(Instant::now()) {
             Some(_) if state == PortState::Up => PortState::Impaired,
             _ => state,
+        }
+    }
+
+    /// Tells a state that is another than was told last.
+    pub(crate) fn tell_state(&self) {
+        self.tell_state_if(|_| true);
+    }
+
+    /// The same, but for a guest that is served in part: its rings are started and stopped one by
+    /// one.
+    pub(super) fn tell_whole_state(&self) {
+        self.tell_state_if(|state| state != PortState::Impaired);
+    }
+
+    fn tell_state_if(&self, is_told: impl FnOnce(PortState) -> bool) {
+        let mut told = lock(&self.told);
+        let state = self.state();
+        if state == *told || !is_told(state) {
+            return;
+        }
+        *told = state;
+        let reason = match state {
+            PortState::Up => None,
+            PortState::Impaired => self.obstacle(),
+            PortState::Down => self.last_error(),
+        };
+        self.base.tell_state(state, reason);
+    }
+
+    /// Tells why a worker stopped a ring, unless that was told.
+    pub(crate) fn tell_fault(&self) {
+        let mut error = lock(&self.last_error);
+        if let Some(error) = error.as_mut().filter(|error| !error.is_told) {
+            error.is_told = true;
+            let reason = error.reason.clone();
+            self.base
+                .tell(|port| Occurrence::PortError { port, reason });
         }
     }
 

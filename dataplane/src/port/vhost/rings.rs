@@ -169,7 +169,8 @@ impl VhostPort {
         if let Some(suppressed) = self.fault_log.pass(Instant::now()) {
             warn!(port = %self.base.name, ring = index, suppressed, "ring stopped: {why}");
         }
-        self.set_last_error(Some(index), format!("ring {index} stopped: {why}"));
+        let reason = format!("ring {index} stopped: {why}");
+        self.set_last_error(Some(index), reason, false);
         state.stopped_at = self.take_started(queue, index, state);
     }
 }

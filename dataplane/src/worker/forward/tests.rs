@@ -6,6 +6,7 @@ use std::time::Instant;
 use ringway_bridge::BridgeConfig;
 
 use super::*;
+use crate::events::EventHub;
 use crate::memory::GuestSlice;
 use crate::port::{PortBase, VhostPort};
 use crate::wire::net_header::HEADER_LEN;
@@ -53,7 +54,7 @@ impl Fixture {
         );
         for number in 0..ports {
             let (id, name) = (port(number), format!("p{number}").parse().unwrap());
-            let base = PortBase::new(name, id, Arc::clone(&bridge));
+            let base = PortBase::new(name, id, Arc::clone(&bridge), &EventHub::default());
             let added = Port::VhostUser(Arc::new(VhostPort::new(base, 1, None)));
             forwarder.members.add(id);
             forwarder.ports[id.index()] = Some(Arc::new(added));

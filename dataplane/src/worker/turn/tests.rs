@@ -4,6 +4,7 @@ use ringway_bridge::{BridgeConfig, PortId};
 
 use super::*;
 use crate::burst::Burst;
+use crate::events::EventHub;
 use crate::memory::GuestSlice;
 use crate::port::{PortBase, QueueCounters, VhostPort};
 use crate::wire::Offloads;
@@ -115,7 +116,7 @@ impl Fixture {
         let [source, other, _] = [0, 1, 2].map(|number| {
             let id = PortId::new(number).unwrap();
             let name = format!("p{number}").parse().unwrap();
-            let base = PortBase::new(name, id, Arc::clone(&bridge));
+            let base = PortBase::new(name, id, Arc::clone(&bridge), &EventHub::default());
             let port = Port::VhostUser(Arc::new(VhostPort::new(base, 1, None)));
             let port = Arc::new(port);
             forwarder.members.add(id);

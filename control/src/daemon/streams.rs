@@ -1,0 +1,45 @@
+//! What the daemon tells by itself, as lines of a connection.
+
+use std::io;
+
+use ringway_api::{ApiError, Event, SwitchError};
+use ringway_dataplane::EventReader;
+use serde::Serialize;
+
+use crate::rpc::Stream;
+
+/// Events written at once: some 10 KiB.
+const EVENTS: usize = 64;
+
+/// A notification (JSON-RPC 2.0, 4.1).
+#[derive(Serialize)]
+struct Notification<'a> {
+    jsonrpc: &'static str,
+    method: &'static str,
+    params: &'a Event,
+}
+
+/// All events that a reader hears.
+pub(super) fn events(reader: EventReader) -> Result<Stream, ApiError> {
+    let bell = reader.bell().map_err(no_fd)?;
+    Ok(Stream::new(bell, move |out| {
+        for event in reader.take(EVENTS) {
+            let notification = Notification {
+                jsonrpc: "2.0",
+                method: "event",
+                params: &event,
+            };
+            match serde_json::to_writer(&mut *out, &notification) {
+                Ok(()) => out.push(b'\n'),
+                // Names and numbers always serialise, and a vector takes all.
+                Err(error) => tracing::error!(%error, "an event can't be written"),
+            }
+        }
+        true
+    }))
+}
+
+fn no_fd(source: io::Error) -> ApiError {
+    let what = "a stream".to_owned();
+    SwitchError::System { what, source }.into()
+}
