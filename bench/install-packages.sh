@@ -1,8 +1,8 @@
 #!/bin/sh
 # Installs what building, tests and `ringway-bench lab` need on Debian 12 or later: by name a linker,
 # what libxdp is built with (make to m4, and for the check of aarch64 a compiler that crosses), QEMU,
-# iperf3, busybox, valgrind and a few tools; and a cloud kernel and user-mode Linux, which are unpacked
-# into the cache and never installed. It says what it is going to install, and from where, before it does.
+# iperf3, busybox, valgrind and a few tools; and a cloud kernel, user-mode Linux and promtool, which are
+# unpacked into the cache and never installed. It says what it is going to install, and from where, before it does.
 # Safe to run again; it returns at once when nothing is missing.
 #
 # With RINGWAY_INSTALL=no it says what is missing, with the command that installs it, and fails.
@@ -16,6 +16,7 @@ lock_seconds=120
 cache=${XDG_CACHE_HOME:-${HOME:?}/.cache}/ringway
 kernels=$cache/kernel
 uml=$cache/user-mode-linux
+promtool=$cache/promtool
 uml_suite=sid
 zero_copy_suite=trixie-backports
 codename=$(. /etc/os-release 2>/dev/null && echo "${VERSION_CODENAME:-}")
@@ -111,6 +112,9 @@ tell_plan() {
     fi
     if ! have_uml; then
         say "missing, to be unpacked into $uml and not installed: user-mode-linux with its libc, of $uml_suite"
+    fi
+    if ! have_promtool; then
+        say "missing, to be unpacked into $cache and not installed: promtool (of prometheus)"
     fi
     if [ -n "$suite" ] && ! known_suite "$suite"; then
         say "apt gets the suite $suite, in /etc/apt/sources.list.d"
@@ -245,6 +249,26 @@ unpack_uml() {
     rm -rf "$work"
 }
 
+# Prometheus itself would run as a service.
+unpack_promtool() {
+    refresh_lists
+    mkdir -p "$cache"
+    work=$(mktemp -d "$cache/.unpack.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    trap 'exit 130' INT TERM
+    chmod 755 "$work"
+    say "downloading prometheus, $(package_size prometheus), for promtool"
+    (cd "$work" && apt -o APT::Sandbox::User=root download prometheus >&2) ||
+        die "downloading prometheus failed; check the network and run this again"
+    dpkg-deb -x "$work"/*.deb "$work/root"
+    mv "$work/root/usr/bin/promtool" "$promtool"
+    rm -rf "$work"
+}
+
+have_promtool() {
+    [ -x "$promtool" ]
+}
+
 have_uml() {
     [ -e "$uml/linux" ] || [ "$(uname -m)" != x86_64 ]
 }
@@ -272,7 +296,7 @@ zero-copy)
 esac
 
 missing=$(missing_tools)
-if [ -z "$missing" ] && have_kernel && have_uml; then
+if [ -z "$missing" ] && have_kernel && have_uml && have_promtool; then
     exit 0
 fi
 choose_suite
@@ -283,7 +307,7 @@ if [ "${RINGWAY_INSTALL:-yes}" = no ]; then
     tell_plan
     die "nothing was installed (RINGWAY_INSTALL=no); \`$install\` installs it"
 fi
-[ "$(id -u)" = 0 ] || die "missing: ${missing:-a guest kernel or user-mode Linux}; installing takes root: \`$install\`"
+[ "$(id -u)" = 0 ] || die "missing: ${missing:-a guest kernel, user-mode Linux or promtool}; installing takes root: \`$install\`"
 
 tell_plan
 if [ -n "$missing" ]; then
@@ -296,4 +320,5 @@ if [ -n "$missing" ]; then
 fi
 have_kernel || unpack_kernel
 have_uml || unpack_uml
+have_promtool || unpack_promtool
 say "all there"

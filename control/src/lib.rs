@@ -10,12 +10,14 @@
 //!   `docs/control-api.schema.json`.
 //! - [`rpc`] carries it: codec, server, client. It knows no method.
 //! - [`config`] reads the daemon's TOML file.
+//! - [`metrics`] writes what is counted for Prometheus, and serves it over HTTP.
 //! - [`daemon`] and [`cli`] are the two programs.
 #![forbid(unsafe_code)]
 
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod metrics;
 pub mod rpc;
 pub mod schema;
 mod suggest;

@@ -78,6 +78,8 @@ methods! {
         "All counters at one moment; two samples make an interval.";
     MonitorStart = "monitor.start" (NoParams) -> Done:
         "Turns the connection into a stream of events, until the client hangs up.";
+    MetricsShow = "metrics.show" (NoParams) -> MetricsShowResult:
+        "All counters of one moment, in the text format of Prometheus.";
     DaemonInfo = "daemon.info" (NoParams) -> DaemonReport:
         "Version, process and uptime of the daemon.";
 }
@@ -229,6 +231,13 @@ pub struct WorkerUnpinResult {
 pub struct WorkerListResult {
     /// The workers, by number.
     pub workers: Vec<WorkerInfo>,
+}
+
+/// Result of `metrics.show`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct MetricsShowResult {
+    /// The text, version 0.0.4 of the format.
+    pub text: String,
 }
 
 /// Parameters of `worker.show`.

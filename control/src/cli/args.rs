@@ -90,6 +90,9 @@ pub enum Noun {
     Worker(WorkerVerb),
     /// Show which frames are dropped, on which way and why: those that are dropped now come first
     Drops(DropsArgs),
+    /// Print all counters in the text format of Prometheus
+    #[command(after_help = METRICS_HELP)]
+    Metrics,
     /// Measure what flows between ports, in intervals, as iperf3 does
     Measure(MeasureArgs),
     /// Print what happens in the switch, as it happens, until interrupted
@@ -143,6 +146,10 @@ Examples:
   ringway port add vm2 vhost-user --connect /run/qemu/vm2.sock
   ringway port add host tap --ifname rw0 --mtu 9000
   ringway port add uplink af-xdp --ifname eth1 --mode zero-copy";
+
+const METRICS_HELP: &str = "\
+`ringwayd --metrics` serves the same over HTTP, at 127.0.0.1:9479/metrics. Receive is what came from
+a port (what its guest transmitted), transmit what went to it.";
 
 const LIST_HELP: &str = "\
 Columns:

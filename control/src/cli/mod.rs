@@ -25,9 +25,9 @@ pub use units::Rate;
 
 use self::args::{FdbVerb, Noun, PortVerb, WorkerVerb};
 use crate::api::{
-    DaemonInfo, FdbAdd, FdbDel, FdbFlush, FdbList, Method, NoParams, PortAdd, PortAddParams,
-    PortDel, PortList, PortShow, WorkerInfo, WorkerList, WorkerPin, WorkerShow, WorkerShowParams,
-    WorkerUnpin,
+    DaemonInfo, FdbAdd, FdbDel, FdbFlush, FdbList, Method, MetricsShow, NoParams, PortAdd,
+    PortAddParams, PortDel, PortList, PortShow, WorkerInfo, WorkerList, WorkerPin, WorkerShow,
+    WorkerShowParams, WorkerUnpin,
 };
 use crate::rpc::{CallError, Client};
 use crate::usage;
@@ -177,6 +177,9 @@ fn run(args: &Args) -> Result<(), Stop> {
         Noun::Port(verb) => port(args, verb),
         Noun::Fdb(verb) => fdb(args, verb),
         Noun::Worker(verb) => worker(args, verb),
+        Noun::Metrics => {
+            ask::<MetricsShow>(args, &NoParams {}, |out, shown| out.write_str(&shown.text))
+        }
         Noun::Drops(wanted) => drops::run(&mut connect(args)?, wanted, args.json),
         Noun::Measure(measure) => measure::run(&mut connect(args)?, measure, args.json),
         Noun::Monitor(monitor) => monitor::run(connect(args)?, monitor, args.json),

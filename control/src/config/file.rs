@@ -1,6 +1,7 @@
 //! From TOML to a checked [`Config`].
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use super::{
     Config, ConfigError, CpuList, DEFAULT_BALANCE, DEFAULT_FDB_AGEING, DEFAULT_FDB_CAPACITY,
     DEFAULT_IDLE, LogFormat, MAX_FDB_CAPACITY,
 };
+use crate::metrics::DEFAULT_LISTEN;
 use crate::suggest::Unknown;
 
 /// Longest ageing time (IEEE 802.1Q, table 8-6).
@@ -37,6 +39,7 @@ const MAX_REBALANCE_SECONDS: u64 = 3600;
 struct File {
     daemon: DaemonSection,
     sockets: SocketsSection,
+    metrics: MetricsSection,
     bridge: BridgeSection,
     fdb: FdbSection,
     idle: IdleSection,
@@ -60,6 +63,12 @@ struct SocketsSection {
     owner: Option<AccountName>,
     group: Option<AccountName>,
     mode: Option<SocketMode>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct MetricsSection {
+    listen: Option<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -200,6 +209,7 @@ fn check(
             mode: file.sockets.mode,
         },
         log_format: file.daemon.log_format,
+        metrics: check_metrics(file.metrics.listen.as_deref(), places)?,
         fdb_ageing: check_ageing(&file.fdb, places)?,
         fdb_capacity: check_capacity(&file.fdb, places)?,
         fdb_move_hold: check_move_hold(&file.fdb, places)?,
@@ -225,6 +235,27 @@ fn check_cpus(text: Option<&str>, places: &Places<'_>) -> Result<Option<CpuList>
         places.error(&["daemon", "worker_cpus"], error.to_string(), hint)
     };
     text.map(|text| text.parse().map_err(bad)).transpose()
+}
+
+fn check_metrics(
+    text: Option<&str>,
+    places: &Places<'_>,
+) -> Result<Option<SocketAddr>, ConfigError> {
+    let bad = |what: String| {
+        let hint = "name one address and a port, or leave the section out";
+        places.error(&["metrics", "listen"], what, hint)
+    };
+    text.map(|text| listen_address(text).map_err(bad))
+        .transpose()
+}
+
+/// Where metrics are to be served, as it is written.
+///
+/// # Errors
+/// It is no address with a port.
+pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| format!("{text:?} is no address with a port, as {DEFAULT_LISTEN}"))
 }
 
 fn check_ageing(fdb: &FdbSection, places: &Places<'_>) -> Result<Duration, ConfigError> {

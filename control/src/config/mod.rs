@@ -10,6 +10,7 @@ mod cpus;
 mod file;
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use ringway_api::{
 use serde::Deserialize;
 
 pub use cpus::{CpuList, CpuListError};
+pub use file::listen_address;
 pub use ringway_dataplane::pin_to_cpu;
 
 /// Where the control socket is when nothing else is said.
@@ -64,6 +66,8 @@ pub struct Config {
     pub worker_cpus: Option<CpuList>,
     /// Log format, if the file names one.
     pub log_format: Option<LogFormat>,
+    /// Where metrics are served over HTTP, if anywhere.
+    pub metrics: Option<SocketAddr>,
     /// Learned entries are forgotten after this long.
     pub fdb_ageing: Duration,
     /// Entries of the forwarding database.
@@ -88,6 +92,7 @@ impl Default for Config {
             socket_access: SocketAccess::default(),
             worker_cpus: None,
             log_format: None,
+            metrics: None,
             fdb_ageing: DEFAULT_FDB_AGEING,
             fdb_capacity: DEFAULT_FDB_CAPACITY,
             fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,

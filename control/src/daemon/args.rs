@@ -1,11 +1,12 @@
 //! The command line of `ringwayd`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Parser;
 use ringway_api::{AccountName, SocketAccess, SocketMode};
 
-use crate::config::{Config, CpuList, LogFormat};
+use crate::config::{Config, CpuList, LogFormat, listen_address};
 
 /// A software switch for virtual machines: vhost-user ports for guests, tap ports for the host,
 /// AF_XDP ports for NICs
@@ -52,6 +53,11 @@ pub struct Args {
     #[arg(long, value_name = "LIST")]
     pub worker_cpus: Option<CpuList>,
 
+    /// Serve metrics for Prometheus over HTTP there [default without ADDRESS: 127.0.0.1:9479]
+    #[arg(long, value_name = "ADDRESS:PORT", num_args = 0..=1, require_equals = true,
+          default_missing_value = "127.0.0.1:9479", value_parser = listen_address)]
+    pub metrics: Option<SocketAddr>,
+
     /// How log lines on standard error look [default: text]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -74,6 +80,7 @@ const AFTER_HELP: &str = "\
 Examples:
   ringwayd --worker-cpus 2-3
   ringwayd --socket-group kvm --control-group adm
+  ringwayd --metrics                      # curl http://127.0.0.1:9479/metrics
   ringwayd --config /etc/ringway/ringway.toml --check
   RUST_LOG=ringway_dataplane=debug ringwayd
 
@@ -107,6 +114,9 @@ impl Args {
         config.socket_access = given.or(&config.socket_access);
         if let Some(cpus) = &self.worker_cpus {
             config.worker_cpus = Some(cpus.clone());
+        }
+        if self.metrics.is_some() {
+            config.metrics = self.metrics;
         }
         if let Some(format) = self.log_format {
             config.log_format = Some(format);

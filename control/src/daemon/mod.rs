@@ -8,6 +8,7 @@ mod watchdog;
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -24,6 +25,7 @@ use log::Log;
 pub use service::Service;
 
 use crate::config::{Config, ConfigError, CpuList, DEFAULT_CONTROL, LogFormat};
+use crate::metrics::Exporter;
 use crate::rpc::{BindError, ControlSocket, Server};
 use crate::usage;
 
@@ -221,6 +223,14 @@ fn serve(
             });
         }
     };
+    let exporter = match serve_metrics(config.metrics, &service) {
+        Ok(exporter) => exporter,
+        Err(failure) => {
+            server.shutdown();
+            end(service);
+            return Err(failure);
+        }
+    };
     tracing::info!(control = %control.display(), %worker_cpus, "ready");
     notify(&[NotifyState::Ready]);
     if let Err(error) = watchdog::start(heartbeat) {
@@ -228,10 +238,30 @@ fn serve(
     }
     wait_for_end(&mut signals);
     notify(&[NotifyState::Stopping]);
+    drop(exporter);
     server.shutdown();
     end(service);
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Serves metrics, if an address is configured.
+fn serve_metrics(
+    listen: Option<SocketAddr>,
+    service: &Arc<Service>,
+) -> Result<Option<Exporter>, Failure> {
+    let Some(listen) = listen else {
+        return Ok(None);
+    };
+    let service = Arc::clone(service);
+    let exporter = Exporter::start(listen, move || service.metrics());
+    let exporter = exporter.map_err(|error| Failure {
+        what: format!("can't serve metrics at {listen}: {error}"),
+        hint: "give another address with --metrics=ADDRESS:PORT; `ss -ltnp` tells who has this one"
+            .into(),
+    })?;
+    tracing::info!(address = %exporter.address(), "metrics are served");
+    Ok(Some(exporter))
 }
 
 /// Returns when a signal is to end the daemon. A hang-up is not: daemons read their configuration anew

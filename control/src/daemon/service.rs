@@ -6,17 +6,18 @@ use std::time::Instant;
 
 use ringway_api::{
     ApiError, BadValue, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbDel, FdbFlush,
-    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, MonitorStart,
-    PortAdd, PortAddParams, PortConfig, PortDel, PortDelParams, PortDelResult, PortInfo, PortList,
-    PortListResult, PortName, PortSample, PortShow, Sample, SocketAccess, SocketSpec, SwitchError,
-    WorkerList, WorkerListResult, WorkerPin, WorkerSample, WorkerShow, WorkerUnpin,
-    WorkerUnpinResult, method_names,
+    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, MetricsShow,
+    MetricsShowResult, MonitorStart, PortAdd, PortAddParams, PortConfig, PortDel, PortDelParams,
+    PortDelResult, PortInfo, PortList, PortListResult, PortName, PortSample, PortShow, Sample,
+    SocketAccess, SocketSpec, SwitchError, WorkerList, WorkerListResult, WorkerPin, WorkerSample,
+    WorkerShow, WorkerUnpin, WorkerUnpinResult, method_names,
 };
 use ringway_dataplane::{LogLimit, Switch};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::value::RawValue;
 
 use super::streams;
+use crate::metrics::Snapshot;
 use crate::rpc::{Reply, describe};
 use crate::suggest::{Unknown, nearest};
 
@@ -150,6 +151,10 @@ impl Service {
                 Ok(WorkerUnpinResult { was_pinned })
             }),
             MeasureSample::NAME => reply::<MeasureSample>(params, |_| Ok(self.sample())),
+            MetricsShow::NAME => reply::<MetricsShow>(params, |_| {
+                let text = self.metrics();
+                Ok(MetricsShowResult { text })
+            }),
             DaemonInfo::NAME => reply::<DaemonInfo>(params, |_| Ok(self.info())),
             _ => Err(no_such_method(method)),
         }
@@ -216,6 +221,18 @@ impl Service {
             ports: ports.into_iter().map(port_sample).collect(),
             workers: workers.iter().map(WorkerSample::from).collect(),
         }
+    }
+
+    /// All counters, as Prometheus reads them.
+    pub(super) fn metrics(&self) -> String {
+        let snapshot = Snapshot {
+            daemon: self.info(),
+            ports: self.switch.ports(),
+            queues: self.switch.queues(),
+            pairs: self.switch.pairs(),
+            workers: self.switch.workers(),
+        };
+        snapshot.text()
     }
 
     fn info(&self) -> DaemonReport {

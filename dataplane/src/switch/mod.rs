@@ -15,8 +15,8 @@ use std::time::{Instant, SystemTime};
 
 use ringway_api::{
     AfXdpConfig, FdbEntry, HeaderAction, Mtu, Occurrence, PairCounters, PolledQueue, PortConfig,
-    PortDetail, PortInfo, PortName, PortState, QueuePairs, SocketSpec, SwitchConfig, SwitchError,
-    TapConfig, VhostUserConfig, WorkerDetail, WorkerInfo,
+    PortDetail, PortInfo, PortName, PortState, QueueInfo, QueuePairs, SocketSpec, SwitchConfig,
+    SwitchError, TapConfig, VhostUserConfig, WorkerDetail, WorkerInfo,
 };
 use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
 
@@ -232,6 +232,15 @@ impl Switch {
             .collect()
     }
 
+    /// The queues of all ports, by the ports' names.
+    pub fn queues(&self) -> Vec<(PortName, Vec<QueueInfo>)> {
+        let state = self.table.lock();
+        let ports = state.ports.iter();
+        ports
+            .map(|(name, entry)| (name.clone(), queues(&state, &entry.port)))
+            .collect()
+    }
+
     /// One port with its queues.
     ///
     /// # Errors
@@ -240,12 +249,10 @@ impl Switch {
         let state = self.table.lock();
         let info = self.port_info(&state, name)?;
         let port = &state.find(name)?.port;
-        let placement = state.topology.placement(port.base().id);
-        let queues = port.queues(|pair| placement.get(usize::from(pair)).copied().unwrap_or(0));
         let (rx_offloads, tx_offloads) = port.offloads();
         let detail = PortDetail {
             port: info,
-            queues,
+            queues: queues(&state, port),
             features: Vec::new(),
             protocol_features: Vec::new(),
             connections: 0,
@@ -523,6 +530,12 @@ impl Drop for Switch {
             self.take_out(&mut state, &name);
         }
     }
+}
+
+/// The queues of a port, with their workers.
+fn queues(state: &State, port: &Port) -> Vec<QueueInfo> {
+    let placement = state.topology.placement(port.base().id);
+    port.queues(|pair| placement.get(usize::from(pair)).copied().unwrap_or(0))
 }
 
 /// What is done to headers from a port to each other, by name.
