@@ -143,6 +143,37 @@ fn a_split_ring_that_was_used_goes_on_there_though_its_front_end_says_0() {
     lab.assert_conserved(&["a", "b"], 0);
 }
 
+/// QEMU, and virtio_user whose back-end comes back, start rings with the kick fds that they had before,
+/// which an edge-triggered epoll instance finds readable for a kick of then.
+#[test]
+fn a_kick_of_before_a_ring_started_is_not_in_vain() {
+    let lab = Lab::start();
+    let mut a = lab.guest("a", Guest::builder());
+    let mut b = lab.guest("b", Guest::builder());
+    a.transmit_queue(0).kick().signal().unwrap();
+    let hello = frame(1, 2, 64, 1);
+    b.send_frame(&hello).unwrap();
+    assert_eq!(receive(&mut a).frame, hello);
+    assert!(b.flush(common::DEADLINE).unwrap());
+    let state_of_a = || lab.switch.port(&common::name("a")).unwrap().port.state;
+    for seed in 2..8 {
+        a.stop().unwrap();
+        b.stop().unwrap();
+        // It is taken after b's ring started, so after the worker was told of a's.
+        let sent = frame(1, 2, 64, seed);
+        b.send_frame(&sent).unwrap();
+        a.resume().unwrap();
+        b.resume().unwrap();
+        assert_eq!(receive(&mut a).frame, sent);
+        assert_eq!(state_of_a(), PortState::Up);
+    }
+    eventually("one of now is told", || {
+        // A ring that is still polled needs none.
+        a.transmit_queue(0).kick().signal().unwrap();
+        state_of_a() == PortState::Impaired
+    });
+}
+
 #[test]
 fn a_guest_that_comes_back_finds_its_port() {
     let lab = Lab::start();

@@ -289,10 +289,10 @@ impl Port {
         }
     }
 
-    /// Notes that a kick, or what is one to other ports, came for a pair that was not polled.
-    pub(crate) fn note_kick(&self, pair: u16) {
+    /// Notes that a kick, or what is one to other ports, came for a pair.
+    pub(crate) fn note_kick(&self, pair: u16, is_polled: bool) {
         if let Self::VhostUser(port) = self {
-            port.note_kick(pair);
+            port.note_kick(pair, is_polled);
         }
     }
 

@@ -121,7 +121,7 @@ impl VhostPort {
         let mut state = self.transmit_queue(pair).lock();
         let started = state.started.as_ref();
         if let Some(kick) = started.and_then(|started| started.kick.as_ref()) {
-            binding.watch(kick.as_fd())?;
+            self.watch_kick(pair, &binding, kick)?;
             if let Some(old) = &state.binding {
                 old.unwatch(kick.as_fd());
             }

@@ -284,12 +284,12 @@ impl Worker {
         self.count_active();
     }
 
-    /// Notes an event of a source that is not polled.
+    /// Notes an event of a source.
     fn note_kick(&self, token: Token) {
         let index = self.by_token.get(&token);
         let source = index.and_then(|index| self.sources[*index].as_ref());
-        if let Some(source) = source.filter(|source| !source.is_active) {
-            source.port.note_kick(token.pair());
+        if let Some(source) = source {
+            source.port.note_kick(token.pair(), source.is_active);
         }
     }
 

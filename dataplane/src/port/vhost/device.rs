@@ -1,6 +1,6 @@
 //! What a session does to a port: rings that start, stop and move, each under its lock.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -129,13 +129,13 @@ impl Device for VhostPort {
         let mut state = queue.lock();
         debug_assert!(state.started.is_none() && state.stopped_at.is_none());
         let binding = state.binding.clone();
-        if let (Some(kick), Some(binding)) = (&started.kick, &binding) {
-            let watched = binding.watch(kick.as_fd());
-            watched.map_err(|source| fd_error("kick", source))?;
-        }
         if index % 2 == 1 {
             let frames = queue.counters.frames.get();
             self.kicks[usize::from(index / 2)].begin(frames);
+        }
+        if let (Some(kick), Some(binding)) = (&started.kick, &binding) {
+            let watched = self.watch_kick(index / 2, binding, kick);
+            watched.map_err(|source| fd_error("kick", source))?;
         }
         state.started = Some(started);
         self.show(queue, index, &state);

@@ -1,14 +1,17 @@
 //! Whether a guest is served, and what is in the way if not: for operators. Nothing of it is on the way
 //! of a frame.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ringway_api::{Occurrence, PortState};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::warn;
 
 use super::{VhostPort, VhostQueue};
 use crate::burst_lock::lock;
+use crate::wake::Binding;
 
 /// So many kicks in a row come and the ring shows nothing, before that is told: a kick may come late.
 const KICKS_IN_VAIN: u32 = 4;
@@ -26,6 +29,8 @@ pub(super) struct Kicks {
     frames: AtomicU64,
     /// and when the ring started.
     frames_at_start: AtomicU64,
+    /// The next kick is one of before: its frames were taken then, or lost with their driver's ring.
+    is_echo: AtomicBool,
 }
 
 impl Kicks {
@@ -34,10 +39,19 @@ impl Kicks {
         self.in_vain.store(0, Ordering::Relaxed);
         self.frames.store(frames, Ordering::Relaxed);
         self.frames_at_start.store(frames, Ordering::Relaxed);
+        self.is_echo.store(false, Ordering::Relaxed);
     }
 
-    /// A kick came when so many frames had ever been taken.
-    fn note(&self, frames: u64) {
+    /// The next kick to be noted is one of before.
+    fn expect_echo(&self) {
+        self.is_echo.store(true, Ordering::Relaxed);
+    }
+
+    /// A kick came when so many frames had ever been taken; of a ring that is polled it says nothing.
+    fn note(&self, frames: u64, is_polled: bool) {
+        if self.is_echo.swap(false, Ordering::Relaxed) || is_polled {
+            return;
+        }
         let in_vain = if frames == self.frames.load(Ordering::Relaxed) {
             self.in_vain.load(Ordering::Relaxed).saturating_add(1)
         } else {
@@ -92,10 +106,29 @@ enum Service {
 }
 
 impl VhostPort {
-    /// Notes a kick for a pair's transmit ring, which was not polled.
-    pub(crate) fn note_kick(&self, pair: u16) {
+    /// Has a pair's worker told of kicks. The fd is never read, so one that was ever written to is an
+    /// event as soon as it is watched: QEMU, and virtio_user whose back-end comes back, start rings
+    /// with the fds that they had before.
+    ///
+    /// # Errors
+    /// The fd can't be polled.
+    pub(super) fn watch_kick(
+        &self,
+        pair: u16,
+        binding: &Binding,
+        kick: &OwnedFd,
+    ) -> std::io::Result<()> {
+        let mut fds = [PollFd::new(kick, PollFlags::IN)];
+        if poll(&mut fds, Some(&Timespec::default()))? > 0 {
+            self.kicks[usize::from(pair)].expect_echo();
+        }
+        binding.watch(kick.as_fd())
+    }
+
+    /// Notes a kick for a pair's transmit ring.
+    pub(crate) fn note_kick(&self, pair: u16, is_polled: bool) {
         let frames = self.transmit_queue(pair).counters.frames.get();
-        self.kicks[usize::from(pair)].note(frames);
+        self.kicks[usize::from(pair)].note(frames, is_polled);
     }
 
     /// Notes that a worker slept in the guest's memory and does not serve it for some time.
@@ -221,7 +254,7 @@ mod tests {
     #[test]
     fn kicks_are_in_vain_if_several_in_a_row_brought_no_frame() {
         let kicks = Kicks::default();
-        let kick = |times: u32, frames| (0..times).for_each(|_| kicks.note(frames));
+        let kick = |times: u32, frames| (0..times).for_each(|_| kicks.note(frames, false));
         kicks.begin(7);
         assert!(!kicks.are_in_vain(7));
         kick(FIRST_KICKS_IN_VAIN, 7);
@@ -234,5 +267,13 @@ mod tests {
         assert!(kicks.are_in_vain(9));
         kicks.begin(9);
         assert!(!kicks.are_in_vain(9));
+        for is_polled in [false, true] {
+            kicks.expect_echo();
+            kicks.note(9, is_polled);
+            kicks.note(9, true);
+            assert!(!kicks.are_in_vain(9), "they say nothing");
+        }
+        kick(1, 9);
+        assert!(kicks.are_in_vain(9));
     }
 }
