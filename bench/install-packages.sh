@@ -1,8 +1,8 @@
 #!/bin/sh
 # Installs what building, tests and `ringway-bench lab` need on Debian 12 or later: by name a linker,
 # what libxdp is built with (make to m4, and for the check of aarch64 a compiler that crosses), QEMU,
-# iperf3, busybox, valgrind and a few tools; and a cloud kernel, user-mode Linux and promtool, which are
-# unpacked into the cache and never installed. It says what it is going to install, and from where, before it does.
+# iperf3, busybox, valgrind and a few tools; and a cloud kernel, user-mode Linux, promtool and DPDK's
+# testpmd, which are unpacked into the cache and never installed. It says what it is going to install, and from where, before it does.
 # Safe to run again; it returns at once when nothing is missing.
 #
 # With RINGWAY_INSTALL=no it says what is missing, with the command that installs it, and fails.
@@ -18,6 +18,7 @@ kernels=$cache/kernel
 uml=$cache/user-mode-linux
 promtool=$cache/promtool
 uml_suite=sid
+dpdk=$cache/dpdk
 zero_copy_suite=trixie-backports
 codename=$(. /etc/os-release 2>/dev/null && echo "${VERSION_CODENAME:-}")
 
@@ -112,6 +113,9 @@ tell_plan() {
     fi
     if ! have_uml; then
         say "missing, to be unpacked into $uml and not installed: user-mode-linux with its libc, of $uml_suite"
+    fi
+    if ! have_dpdk; then
+        say "missing, to be unpacked into $dpdk and not installed: dpdk-testpmd (dpdk-dev) with its libraries"
     fi
     if ! have_promtool; then
         say "missing, to be unpacked into $cache and not installed: promtool (of prometheus)"
@@ -249,6 +253,50 @@ unpack_uml() {
     rm -rf "$work"
 }
 
+# What a package depends on, by name.
+depends() {
+    apt-cache depends --important "$@" | sed -n 's/^ *Depends: \([a-z0-9][^ ]*\)$/\1/p' | sort -u
+}
+
+# dpdk-dev with what its testpmd needs, rather than installed: that would bring headers of 30 libraries, udev
+# and rdma-core.
+unpack_dpdk() {
+    refresh_lists
+    needed=$(depends dpdk-dev | grep -Ev '^(libdpdk-dev|python3)$')
+    abi=$(echo "$needed" | sed -n 's/^librte-ethdev//p')
+    [ -n "$abi" ] || die "apt knows no dpdk-dev; check this machine's apt sources"
+    libraries=$(apt-cache depends --recurse --important "librte-net-virtio$abi" $needed |
+        sed -n 's/^\(librte-[^ ]*\)$/\1/p' | sort -u)
+    others=$(for name in $needed; do
+        case $name in librte-*) ;; *) installed "$name" || echo "$name" ;; esac
+    done)
+    mkdir -p "$cache"
+    rm -rf "${work:-}"
+    work=$(mktemp -d "$cache/.unpack.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    trap 'exit 130' INT TERM
+    chmod 755 "$work"
+    mkdir "$work/debs"
+    say "downloading dpdk-dev and libraries of DPDK, 6 MB (unpacked into the cache, not installed)"
+    # shellcheck disable=SC2086  # lists of names
+    (cd "$work/debs" && apt -o APT::Sandbox::User=root download dpdk-dev $libraries $others >&2) ||
+        die "downloading dpdk-dev failed; check the network and run this again"
+    for deb in "$work"/debs/*.deb; do
+        dpkg-deb -x "$deb" "$work/root"
+    done
+    ln -s usr/bin/dpdk-testpmd "$work/root/testpmd"
+    (cd "$work/root" && ln -s usr/lib/*-linux-gnu* lib && ln -s lib/dpdk/pmds-* drivers)
+    lacks=$(LD_LIBRARY_PATH=$work/root/lib ldd "$work/root/testpmd" | sed -n 's/ => not found//p' | sort -u)
+    [ -z "$lacks" ] || die "dpdk-testpmd lacks "$lacks
+    rm -rf "${dpdk:?}"
+    mv "$work/root" "$dpdk"
+    rm -rf "$work"
+}
+
+have_dpdk() {
+    [ -e "$dpdk/testpmd" ]
+}
+
 # Prometheus itself would run as a service.
 unpack_promtool() {
     refresh_lists
@@ -296,7 +344,7 @@ zero-copy)
 esac
 
 missing=$(missing_tools)
-if [ -z "$missing" ] && have_kernel && have_uml && have_promtool; then
+if [ -z "$missing" ] && have_kernel && have_uml && have_promtool && have_dpdk; then
     exit 0
 fi
 choose_suite
@@ -307,7 +355,7 @@ if [ "${RINGWAY_INSTALL:-yes}" = no ]; then
     tell_plan
     die "nothing was installed (RINGWAY_INSTALL=no); \`$install\` installs it"
 fi
-[ "$(id -u)" = 0 ] || die "missing: ${missing:-a guest kernel, user-mode Linux or promtool}; installing takes root: \`$install\`"
+[ "$(id -u)" = 0 ] || die "missing: ${missing:-a guest kernel, user-mode Linux, promtool or testpmd}; installing takes root: \`$install\`"
 
 tell_plan
 if [ -n "$missing" ]; then
@@ -321,4 +369,5 @@ fi
 have_kernel || unpack_kernel
 have_uml || unpack_uml
 have_promtool || unpack_promtool
+have_dpdk || unpack_dpdk
 say "all there"

@@ -7,26 +7,13 @@
 mod common;
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use common::{Switch, Talker, alone, eventually};
+use common::{Switch, Talker, alone, eventually, unpacked};
 
 /// What each guest sends to the other.
 const MEBIBYTES: u32 = 100;
-
-/// Where the package is unpacked.
-fn unpacked() -> PathBuf {
-    let home = || PathBuf::from(std::env::var_os("HOME").expect("a home")).join(".cache");
-    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
-    let folder = cache.join("ringway/user-mode-linux");
-    assert!(
-        folder.join("linux").is_file(),
-        "user-mode Linux is not in {}: `sh bench/install-packages.sh` unpacks it there",
-        folder.display()
-    );
-    folder
-}
 
 /// A guest.
 struct Guest {
@@ -37,7 +24,7 @@ struct Guest {
 impl Guest {
     /// Boots a guest on the port behind `socket`; `folder` is for its root and its sockets.
     fn boot(folder: &Path, socket: &Path, name: &str, address: &'static str) -> Self {
-        let from = unpacked();
+        let from = unpacked("user-mode-linux", "linux");
         let root = folder.join(format!("root-{name}"));
         for place in ["bin", "proc", "sys", "dev", "tmp"] {
             std::fs::create_dir_all(root.join(place)).expect("a folder");

@@ -58,6 +58,19 @@ impl Switch {
             .expect("ringwayd starts")
     }
 
+    /// Kills the daemon with -9.
+    pub(crate) fn kill(&mut self) {
+        self.daemon.kill().expect("it is killed");
+        self.daemon.wait().expect("it ends");
+    }
+
+    /// Starts another daemon in the place of one that was killed, without ports and with a log of its
+    /// own.
+    pub(crate) fn start_again(&mut self) {
+        self.daemon = Self::spawn(&self.folder);
+        self.wait_until_ready();
+    }
+
     fn wait_until_ready(&self) {
         eventually("ringwayd answers", || {
             self.ringway(&["port", "list"]).status.success()
@@ -117,6 +130,19 @@ impl Drop for Switch {
     }
 }
 
+/// Where `bench/install-packages.sh` unpacks what it does not install.
+pub(crate) fn unpacked(name: &str, program: &str) -> PathBuf {
+    let home = || PathBuf::from(std::env::var_os("HOME").expect("a home")).join(".cache");
+    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
+    let folder = cache.join("ringway").join(name);
+    assert!(
+        folder.join(program).is_file(),
+        "{program} is not in {}: `sh bench/install-packages.sh` unpacks it there",
+        folder.display()
+    );
+    folder
+}
+
 /// A program of the workspace, built beside this crate's own.
 pub(crate) fn program(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_ringway-bench")).with_file_name(name);
@@ -128,7 +154,8 @@ pub(crate) fn program(name: &str) -> PathBuf {
     path
 }
 
-/// A program that is talked to through its standard input and output. Killed with the value.
+/// A program that is talked to through its standard input and output, with standard error among the
+/// latter. Killed with the value.
 pub(crate) struct Talker {
     child: Child,
     said: Arc<(Mutex<String>, Condvar)>,
@@ -138,17 +165,19 @@ pub(crate) struct Talker {
 
 impl Talker {
     pub(crate) fn start(command: &mut Command) -> Self {
-        let mut child = command
+        let (mut output, said_by_it) = std::io::pipe().expect("a pipe");
+        let errors = said_by_it.try_clone().expect("a pipe's end");
+        let child = command
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
+            .stdout(said_by_it)
+            .stderr(errors)
             .spawn()
             .unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let said: Arc<(Mutex<String>, Condvar)> = Arc::default();
-        let mut stdout = child.stdout.take().expect("a pipe");
         let all = Arc::clone(&said);
         std::thread::spawn(move || {
             let mut chunk = [0; 4096];
-            while let Ok(count @ 1..) = stdout.read(&mut chunk) {
+            while let Ok(count @ 1..) = output.read(&mut chunk) {
                 let text = String::from_utf8_lossy(&chunk[..count]);
                 all.0.lock().expect("no panic").push_str(&text);
                 all.1.notify_all();
@@ -165,6 +194,11 @@ impl Talker {
         let stdin = self.child.stdin.as_mut().expect("a pipe");
         stdin.write_all(line.as_bytes()).expect("it listens");
         stdin.write_all(b"\n").expect("it listens");
+    }
+
+    /// All that it said until now.
+    pub(crate) fn said(&self) -> String {
+        self.said.0.lock().expect("no panic").clone()
     }
 
     /// What it says up to `end`, from where the last call ended.
