@@ -61,7 +61,7 @@ drop_reasons! {
     BufferTooSmall = "buffer_too_small":
         "The guest's receive buffers can't hold the frame, which it did not ask to be split (no MRG_RXBUF).";
     OffloadUnsupported = "offload_unsupported":
-        "The destination did not negotiate the segmentation that the frame needs, and its IP header tells another length than it has.";
+        "The destination did not negotiate the segmentation that the frame needs, and its IP header tells another length than it has, or it has more than three VLAN tags.";
     TooManySegments = "too_many_segments":
         "The frame would have to be cut into more segments than the switch makes of one.";
     OffloadNotNegotiated = "offload_not_negotiated":

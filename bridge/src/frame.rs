@@ -2,8 +2,9 @@
 
 use crate::DropReason;
 
-/// Most VLAN tags that [`Headers::parse`] skips: a service tag and a customer tag (802.1ad).
-pub const MAX_VLAN_TAGS: usize = 2;
+/// Most VLAN tags that [`Headers::parse`] skips: a service tag and a customer tag (802.1ad), and one
+/// that a port of a VLAN puts before them.
+pub const MAX_VLAN_TAGS: usize = 3;
 
 /// Most IPv6 extension headers that [`Headers::parse`] skips. RFC 8200, 4.1 has seven in its
 /// recommended order; more come from attackers only.

@@ -285,6 +285,24 @@ impl PortVlans {
         Ok(Class { vlan, tag })
     }
 
+    /// The VLAN of a frame of the port with this EtherType behind its addresses; `tci` as for
+    /// [`Bridge::forward_in_vlans`](crate::Bridge::forward_in_vlans).
+    ///
+    /// # Errors
+    /// It ends within its tag, or is not taken.
+    pub fn vlan_of(
+        &self,
+        ether_type: u16,
+        tci: impl FnOnce() -> Option<u16>,
+    ) -> Result<VlanId, DropReason> {
+        let tci = if self.reads(ether_type) {
+            Some(tci().ok_or(DropReason::Runt)?)
+        } else {
+            None
+        };
+        self.admit(tci).map(|class| class.vlan)
+    }
+
     /// What is to be done to a frame of a VLAN of the port, so that the port may have it.
     pub fn retag(&self, class: Class) -> Retag {
         // What is in no VLAN leaves as it came, with its priority.

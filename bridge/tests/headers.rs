@@ -260,16 +260,16 @@ fn ip_protocol_zero_is_no_transport() {
 
 /// CVE-2016-2074: a stack of labels was followed beyond what was reserved for it.
 #[test]
-fn a_third_vlan_tag_is_not_followed() {
+fn a_fourth_vlan_tag_is_not_followed() {
     let tagged = |tags: usize| {
         let frame = udp4();
         [&frame[..12], &[0x81, 0, 0, 7].repeat(tags), &frame[12..]].concat()
     };
     assert_eq!(
-        Headers::parse(&tagged(2)).map(|headers| headers.l3_offset),
-        Some(22)
+        Headers::parse(&tagged(3)).map(|headers| headers.l3_offset),
+        Some(26)
     );
-    for tags in [3, 4, 300] {
+    for tags in [4, 5, 300] {
         assert_eq!(Headers::parse(&tagged(tags)), None, "{tags}");
     }
 }

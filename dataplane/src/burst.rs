@@ -156,6 +156,7 @@ impl BurstStorage {
             buffers: self.buffers.list(),
             scattered: FrameSet::EMPTY,
             plain: FrameSet::EMPTY,
+            unchanged: FrameSet::EMPTY,
             runs: &mut self.runs,
             rejected: &mut self.rejected,
             walked: 0,
@@ -174,6 +175,8 @@ pub(crate) struct Burst<'m> {
     scattered: FrameSet,
     /// Frames in one buffer that ask nothing of their destination.
     plain: FrameSet,
+    /// Of these, the ones whose tags the destination at hand leaves alone.
+    unchanged: FrameSet,
     /// Frames that passed their checks, by what they begin with.
     runs: &'m mut Vec<Run>,
     /// Frames that did not, by reason.
@@ -210,10 +213,15 @@ impl<'m> Burst<'m> {
         self.walked = walked;
     }
 
-    /// The frames that are plain.
+    /// The plain frames that are delivered as they are: all but those whose tags were said to change.
     #[inline(always)]
-    pub(crate) fn plain(&self) -> FrameSet {
-        self.plain
+    pub(crate) fn unchanged(&self) -> FrameSet {
+        self.unchanged
+    }
+
+    /// Says which frames get another tag at the destination that comes next.
+    pub(crate) fn change_tags_of(&mut self, frames: FrameSet) {
+        self.unchanged = self.plain - frames;
     }
 
     /// All frames, in order.
@@ -238,6 +246,16 @@ impl<'m> Burst<'m> {
     #[inline]
     pub(crate) fn l2_bytes(&self, index: usize) -> u32 {
         self.total_bytes(index) - HEADER_BYTES
+    }
+
+    /// The control information of the tag that frame `index` begins with behind its addresses, if it
+    /// has one; `None` if the frame ends before what follows the tag.
+    pub(crate) fn tci(&self, index: usize) -> Option<u16> {
+        const TCI: usize = HEADER_LEN + 14;
+        // Then they are in the snapshot too, whatever its length.
+        let is_whole = self.l2_bytes(index) >= 18;
+        let snapshot = &self.snapshots[index].0;
+        is_whole.then(|| u16::from_be_bytes([snapshot[TCI], snapshot[TCI + 1]]))
     }
 
     /// What frame `index`'s header asks for.
@@ -382,6 +400,7 @@ impl<'m> Burst<'m> {
         }
         self.add_run(head, FrameSet::range(from, len) - rejected);
         self.plain = FrameSet::range(0, len) - others;
+        self.unchanged = self.plain;
     }
 
     #[inline]

@@ -225,6 +225,17 @@ pub struct HeaderAction {
     pub done: Vec<String>,
 }
 
+/// VLANs with the same ports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VlanInfo {
+    /// The VLANs, as `10,20-30`; 0 is where untagged frames are of ports that say nothing.
+    pub vlans: String,
+    /// The ports that its frames leave with its tag, by name.
+    pub tagged: Vec<PortName>,
+    /// The ports that its frames leave without, by name.
+    pub untagged: Vec<PortName>,
+}
+
 /// An entry of the forwarding database.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct FdbEntry {

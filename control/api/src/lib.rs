@@ -26,22 +26,23 @@ mod refusal;
 mod schema;
 mod switch;
 mod value;
+mod vlan;
 
 pub use access::{AccountName, SocketAccess, SocketMode};
 pub use error::{ApiError, ErrorKind};
 pub use event::{Event, Occurrence};
 pub use info::{
     AfXdpInfo, AfXdpQueueInfo, DaemonReport, FdbEntry, HeaderAction, PolledQueue, PortCounters,
-    PortDetail, PortInfo, PortState, QueueInfo, WorkerDetail, WorkerInfo,
+    PortDetail, PortInfo, PortState, QueueInfo, VlanInfo, WorkerDetail, WorkerInfo,
 };
 pub use measure::{Drops, PairCounters, PortSample, Sample, WorkerSample};
 pub use method::{
     DaemonInfo, Done, FdbAdd, FdbAddParams, FdbDel, FdbDelParams, FdbFlush, FdbFlushParams,
     FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, MetricsShow,
     MetricsShowResult, MonitorStart, NoParams, PortAdd, PortAddParams, PortDel, PortDelParams,
-    PortDelResult, PortList, PortListResult, PortShow, PortShowParams, WorkerList,
-    WorkerListResult, WorkerPin, WorkerPinParams, WorkerShow, WorkerShowParams, WorkerUnpin,
-    WorkerUnpinParams, WorkerUnpinResult, method_names,
+    PortDelResult, PortList, PortListResult, PortSet, PortSetParams, PortShow, PortShowParams,
+    VlanList, VlanListResult, WorkerList, WorkerListResult, WorkerPin, WorkerPinParams, WorkerShow,
+    WorkerShowParams, WorkerUnpin, WorkerUnpinParams, WorkerUnpinResult, method_names,
 };
 pub use port::{
     AfXdpConfig, Pins, PortConfig, PortKind, SocketSpec, TapConfig, VhostUserConfig, XdpMode,
@@ -55,3 +56,4 @@ pub use value::{
     BadValue, BusyPoll, FdbLimit, FloodLimit, GroupFwdMask, IfName, MAX_PORT_NAME, MAX_QUEUE_PAIRS,
     MAX_SOCKET_PATH, Mtu, PortName, QueuePairs, SocketPath, UmemFrames,
 };
+pub use vlan::{VlanConfig, VlanEthertype, VlanMode, VlanNumbers, VlanTag};

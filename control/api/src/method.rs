@@ -5,10 +5,13 @@ use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::info::{DaemonReport, FdbEntry, PortDetail, PortInfo, WorkerDetail, WorkerInfo};
+use crate::info::{
+    DaemonReport, FdbEntry, PortDetail, PortInfo, VlanInfo, WorkerDetail, WorkerInfo,
+};
 use crate::measure::Sample;
 use crate::port::PortConfig;
 use crate::value::PortName;
+use crate::vlan::VlanConfig;
 
 /// A method of the control API.
 pub trait Method {
@@ -58,6 +61,10 @@ methods! {
         "All ports, by name.";
     PortShow = "port.show" (PortShowParams) -> PortDetail:
         "One port with its queue pairs and session.";
+    PortSet = "port.set" (PortSetParams) -> PortInfo:
+        "Changes settings of a port; what is not given stays.";
+    VlanList = "vlan.list" (NoParams) -> VlanListResult:
+        "Which ports are in which VLAN.";
     FdbList = "fdb.list" (FdbListParams) -> FdbListResult:
         "The forwarding database, by address.";
     FdbAdd = "fdb.add" (FdbAddParams) -> Done:
@@ -130,6 +137,24 @@ pub struct PortDelResult {
 pub struct PortShowParams {
     /// The port.
     pub name: PortName,
+}
+
+/// Parameters of `port.set`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortSetParams {
+    /// The port.
+    pub name: PortName,
+    /// The VLANs that it is in from now on, all that is said of them; `{}` says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<VlanConfig>,
+}
+
+/// Result of `vlan.list`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VlanListResult {
+    /// VLANs with the same ports together, by number; none if no port says which it is in.
+    pub vlans: Vec<VlanInfo>,
 }
 
 /// Result of `port.list`.

@@ -10,6 +10,7 @@ use crate::value::{
     BadValue, BusyPoll, FdbLimit, FloodLimit, IfName, Mtu, QueuePairs, SocketPath, UmemFrames,
     shown,
 };
+use crate::vlan::VlanConfig;
 
 /// What is behind a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -76,6 +77,8 @@ pub struct VhostUserConfig {
     pub fdb_limit: FdbLimit,
     /// Most copies per second that floods of the port's frames make.
     pub flood_limit: FloodLimit,
+    /// The VLANs that it is in.
+    pub vlan: VlanConfig,
     /// Queue pairs that are polled by a given worker whatever their load.
     pub pins: Pins,
 }
@@ -119,6 +122,9 @@ struct VhostUserFields {
     /// queues; 0 for no limit. The first copy of a frame does not count.
     #[serde(default)]
     flood_limit: FloodLimit,
+    /// The VLANs that it is in; absent is a trunk of all, whose untagged frames are in none.
+    #[serde(default, skip_serializing_if = "VlanConfig::is_default")]
+    vlan: VlanConfig,
     /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and
     /// of the worker. The switch places the others.
     #[serde(default, skip_serializing_if = "Pins::is_empty")]
@@ -138,6 +144,7 @@ impl VhostUserConfig {
             mtu: None,
             fdb_limit: FdbLimit::DEFAULT,
             flood_limit: FloodLimit::DEFAULT,
+            vlan: VlanConfig::default(),
             pins: Pins::default(),
         }
     }
@@ -192,6 +199,7 @@ impl TryFrom<VhostUserFields> for VhostUserConfig {
             mtu: fields.mtu,
             fdb_limit: fields.fdb_limit,
             flood_limit: fields.flood_limit,
+            vlan: fields.vlan,
             pins: fields.pins,
         };
         config.check_access().map_err(BadValue::into_text)?;
@@ -217,6 +225,7 @@ impl From<VhostUserConfig> for VhostUserFields {
             mtu: config.mtu,
             fdb_limit: config.fdb_limit,
             flood_limit: config.flood_limit,
+            vlan: config.vlan,
             pins: config.pins,
         }
     }
@@ -248,6 +257,9 @@ pub struct TapConfig {
     /// queues; 0 for no limit. The first copy of a frame does not count.
     #[serde(default)]
     pub flood_limit: FloodLimit,
+    /// The VLANs that it is in; absent is a trunk of all, whose untagged frames are in none.
+    #[serde(default, skip_serializing_if = "VlanConfig::is_default")]
+    pub vlan: VlanConfig,
     /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and
     /// of the worker. The switch places the others.
     #[serde(default, skip_serializing_if = "Pins::is_empty")]
@@ -267,6 +279,7 @@ impl TapConfig {
             offload: true,
             fdb_limit: FdbLimit::DEFAULT,
             flood_limit: FloodLimit::DEFAULT,
+            vlan: VlanConfig::default(),
             pins: Pins::default(),
         }
     }
@@ -310,6 +323,9 @@ pub struct AfXdpConfig {
     /// queues; 0 for no limit. The first copy of a frame does not count.
     #[serde(default)]
     pub flood_limit: FloodLimit,
+    /// The VLANs that it is in; absent is a trunk of all, whose untagged frames are in none.
+    #[serde(default, skip_serializing_if = "VlanConfig::is_default")]
+    pub vlan: VlanConfig,
     /// Queue pairs that are polled by a given worker whatever their load: number of the pair, and
     /// of the worker. The switch places the others.
     #[serde(default, skip_serializing_if = "Pins::is_empty")]
@@ -331,6 +347,7 @@ impl AfXdpConfig {
             gro: true,
             fdb_limit: FdbLimit::DEFAULT,
             flood_limit: FloodLimit::DEFAULT,
+            vlan: VlanConfig::default(),
             pins: Pins::default(),
         }
     }
@@ -454,6 +471,16 @@ impl PortConfig {
         of_any_kind!(self, config => config.flood_limit)
     }
 
+    /// The VLANs that it is in.
+    pub const fn vlan(&self) -> &VlanConfig {
+        of_any_kind!(self, config => &config.vlan)
+    }
+
+    /// The same, to be changed.
+    pub const fn vlan_mut(&mut self) -> &mut VlanConfig {
+        of_any_kind!(self, config => &mut config.vlan)
+    }
+
     /// Queue pairs with a worker of their own choice.
     pub const fn pins(&self) -> &Pins {
         of_any_kind!(self, config => &config.pins)
@@ -517,7 +544,7 @@ mod tests {
     #[test]
     fn settings_survive_the_way_to_the_dataplane_and_back() {
         let vm = json!({
-            "owner": "root", "group": "64055", "mode": "0600", "queues": 2, "guest_offloads": false, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "pins": { "0": 1, "1": 0 },
+            "owner": "root", "group": "64055", "mode": "0600", "queues": 2, "guest_offloads": false, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "vlan": { "tag": 10 }, "pins": { "0": 1, "1": 0 },
         });
         let tap = json!({
             "queues": 1, "persist": true, "offload": false, "fdb_limit": 4096, "flood_limit": 1_000_000,
@@ -584,6 +611,8 @@ mod tests {
             (VhostUser, json!({ "fdb_limit": 0 }), "limit of 0"),
             (VhostUser, json!({ "pins": { "+1": 0 } }), "no queue \"+1\""),
             (Tap, json!({ "mode": "copy" }), "`mode`"),
+            (Tap, json!({ "vlan": { "tag": 0 } }), "VLAN 0"),
+            (Tap, json!({ "vlan": { "tags": "1" } }), "`tags`"),
             (AfXdp, json!({ "persist": true }), "`persist`"),
             (Tap, json!({ "gro": true }), "`gro`"),
             (AfXdp, json!({ "umem_frames": 1000 }), "1000 frames"),

@@ -96,8 +96,6 @@ macro_rules! text {
     };
 }
 
-pub(crate) use text;
-
 /// serde, a JSON schema and `FromStr` for a number with bounds.
 macro_rules! number {
     ($name:ident($int:ident) $range:expr, format: $format:literal, what: $what:literal, hint: $hint:expr) => {
@@ -168,6 +166,8 @@ macro_rules! number {
         }
     };
 }
+
+pub(crate) use {number, text};
 
 /// Longest port name, in bytes: fits a column of a terminal and a socket's file name.
 pub const MAX_PORT_NAME: usize = 63;

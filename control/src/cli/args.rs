@@ -10,8 +10,9 @@ use super::units::Rate;
 use crate::api::{
     AccountName, AfXdpConfig, BadValue, BusyPoll, FdbAddParams, FdbDelParams, FdbFlushParams,
     FdbLimit, FdbListParams, FloodLimit, IfName, Mtu, PortConfig, PortDelParams, PortName,
-    PortShowParams, QueuePairs, SocketAccess, SocketMode, SocketPath, SocketSpec, TapConfig,
-    UmemFrames, VhostUserConfig, WorkerPinParams, WorkerUnpinParams, XdpMode,
+    PortSetParams, PortShowParams, QueuePairs, SocketAccess, SocketMode, SocketPath, SocketSpec,
+    TapConfig, UmemFrames, VhostUserConfig, VlanConfig, VlanEthertype, VlanMode, VlanNumbers,
+    VlanTag, WorkerPinParams, WorkerUnpinParams, XdpMode,
 };
 
 /// How long the daemon may take to answer unless told.
@@ -85,6 +86,9 @@ pub enum Noun {
     /// The forwarding database: which MAC address is behind which port
     #[command(subcommand)]
     Fdb(FdbVerb),
+    /// Show which ports are in which VLANs; `port add` and `port set` say so
+    #[command(after_help = VLAN_HELP)]
+    Vlan,
     /// The threads that forward frames
     #[command(subcommand)]
     Worker(WorkerVerb),
@@ -130,6 +134,9 @@ pub enum PortVerb {
     },
     /// Delete a port: its socket, interface and guest memory are gone afterwards
     Del(PortDelParams),
+    /// Change the VLANs that a port is in; its guest or interface stays plugged in
+    #[command(after_help = SET_HELP)]
+    Set(SetArgs),
     /// List the ports with their counters
     #[command(after_help = LIST_HELP)]
     List,
@@ -145,7 +152,32 @@ Examples:
   ringway port add vm3 vhost-user --listen /run/ringway/vm3.sock --group kvm --mode 0660
   ringway port add vm2 vhost-user --connect /run/qemu/vm2.sock
   ringway port add host tap --ifname rw0 --mtu 9000
-  ringway port add uplink af-xdp --ifname eth1 --mode zero-copy";
+  ringway port add uplink af-xdp --ifname eth1 --mode zero-copy
+  ringway port add vm4 vhost-user --listen /run/ringway/vm4.sock --tag 10
+
+VLANs are told as Open vSwitch has them. A port without such options is a trunk of all VLANs; its
+untagged frames are in none. As long as no port has any, tags pass and separate nothing.";
+
+const SET_HELP: &str = "\
+What is given replaces all that was said of the port's VLANs. What was learned behind the port is
+forgotten; static entries stay in their VLAN.
+
+Examples:
+  ringway port set vm1 --tag 10                          # access port of VLAN 10
+  ringway port set uplink --trunks 10,20-30              # trunk; untagged frames are dropped
+  ringway port set uplink --trunks 10,20 --tag 10 --vlan-mode native-untagged
+  ringway port set uplink --trunks 100 --vlan-ethertype 802.1ad
+  ringway port set vm2 --tag 100 --vlan-mode dot1q-tunnel
+  ringway port set vm1 --no-vlan                         # trunk of all, as at first";
+
+const VLAN_HELP: &str = "\
+VLANs with the same ports are one line. Nothing is listed as long as no port says which VLANs it is
+in: then tags pass as they are and separate nothing.
+
+Columns:
+  VLAN      0 is where untagged frames are of ports that say nothing
+  TAGGED    ports that frames of the VLAN leave with its tag
+  UNTAGGED  ports that they leave without";
 
 const METRICS_HELP: &str = "\
 `ringwayd --metrics` serves the same over HTTP, at 127.0.0.1:9479/metrics. Receive is what came from
@@ -265,8 +297,61 @@ Examples:
   ringway port add uplink af-xdp --ifname eth1
   ringway port add uplink af-xdp --ifname eth1 --queues 2 --mode zero-copy --busy-poll-us 20";
 
+/// Which VLANs a port is in.
+#[derive(Clone, Debug, ClapArgs)]
+#[command(next_help_heading = "VLANs")]
+pub struct VlanArgs {
+    /// VLAN of an access port, or a trunk's native VLAN, or a tunnel's service VLAN, 1 to 4094
+    #[arg(long, value_name = "VLAN")]
+    pub tag: Option<VlanTag>,
+    /// VLANs of a trunk, as 10,20-30 [default: all]
+    #[arg(long, value_name = "VLANS")]
+    pub trunks: Option<VlanNumbers>,
+    /// How the port tells its VLANs [default: access with a tag alone, else trunk]
+    #[arg(long, value_name = "MODE")]
+    pub vlan_mode: Option<VlanMode>,
+    /// Which tags a trunk has [default: 802.1q]
+    #[arg(long, value_name = "TYPE")]
+    pub vlan_ethertype: Option<VlanEthertype>,
+}
+
+impl VlanArgs {
+    fn config(&self) -> Result<VlanConfig, BadValue> {
+        let ethertype = self.vlan_ethertype.unwrap_or_default();
+        VlanConfig::new(self.vlan_mode, self.tag, self.trunks.clone(), ethertype)
+    }
+}
+
+/// What to change of a port.
+#[derive(Debug, ClapArgs)]
+#[command(group(clap::ArgGroup::new("what").required(true).multiple(true)
+    .args(["tag", "trunks", "vlan_mode", "vlan_ethertype", "no_vlan"])))]
+pub struct SetArgs {
+    /// The port
+    pub name: PortName,
+    #[command(flatten)]
+    pub vlan: VlanArgs,
+    /// Be a trunk of all VLANs, whose untagged frames are in none
+    #[arg(long, conflicts_with_all = ["tag", "trunks", "vlan_mode", "vlan_ethertype"])]
+    #[arg(help_heading = "VLANs")]
+    pub no_vlan: bool,
+}
+
+impl SetArgs {
+    /// The method's parameters.
+    ///
+    /// # Errors
+    /// The VLANs contradict each other.
+    pub fn params(&self) -> Result<PortSetParams, BadValue> {
+        Ok(PortSetParams {
+            name: self.name.clone(),
+            vlan: Some(self.vlan.config()?),
+        })
+    }
+}
+
 /// Settings of all kinds of port.
-#[derive(Clone, Copy, Debug, ClapArgs)]
+#[derive(Clone, Debug, ClapArgs)]
 pub struct AddCommon {
     /// L3 MTU in bytes, 68 to 65521 [default: the front-end's or the interface's]
     #[arg(long, value_name = "BYTES")]
@@ -277,12 +362,17 @@ pub struct AddCommon {
     /// Most copies per second that floods of its frames make, 0 for no limit [default: 1000000]
     #[arg(long, value_name = "N")]
     pub flood_limit: Option<FloodLimit>,
+    #[command(flatten)]
+    pub vlan: VlanArgs,
 }
 
 impl AddKind {
     /// The port's configuration: what was not said is as it is when nothing is said.
-    pub fn config(&self) -> PortConfig {
-        match self {
+    ///
+    /// # Errors
+    /// The VLANs contradict each other.
+    pub fn config(&self) -> Result<PortConfig, BadValue> {
+        Ok(match self {
             Self::VhostUser {
                 listen,
                 connect,
@@ -308,6 +398,7 @@ impl AddKind {
                     mtu: common.mtu,
                     fdb_limit: common.fdb_limit.unwrap_or_default(),
                     flood_limit: common.flood_limit.unwrap_or_default(),
+                    vlan: common.vlan.config()?,
                     ..default
                 })
             }
@@ -326,6 +417,7 @@ impl AddKind {
                     offload: !no_offload,
                     fdb_limit: common.fdb_limit.unwrap_or_default(),
                     flood_limit: common.flood_limit.unwrap_or_default(),
+                    vlan: common.vlan.config()?,
                     ..default
                 })
             }
@@ -348,10 +440,11 @@ impl AddKind {
                     gro: !no_gro,
                     fdb_limit: common.fdb_limit.unwrap_or_default(),
                     flood_limit: common.flood_limit.unwrap_or_default(),
+                    vlan: common.vlan.config()?,
                     ..default
                 })
             }
-        }
+        })
     }
 }
 
@@ -570,7 +663,7 @@ mod tests {
         let Noun::Port(PortVerb::Add { kind, .. }) = args.noun else {
             panic!("another noun");
         };
-        let PortConfig::VhostUser(config) = kind.config() else {
+        let PortConfig::VhostUser(config) = kind.config().unwrap() else {
             panic!("another kind");
         };
         let SocketSpec::Listen(path) = config.socket else {

@@ -25,9 +25,9 @@ pub use units::Rate;
 
 use self::args::{FdbVerb, Noun, PortVerb, WorkerVerb};
 use crate::api::{
-    DaemonInfo, FdbAdd, FdbDel, FdbFlush, FdbList, Method, MetricsShow, NoParams, PortAdd,
-    PortAddParams, PortDel, PortList, PortShow, WorkerInfo, WorkerList, WorkerPin, WorkerShow,
-    WorkerShowParams, WorkerUnpin,
+    BadValue, DaemonInfo, FdbAdd, FdbDel, FdbFlush, FdbList, Method, MetricsShow, NoParams,
+    PortAdd, PortAddParams, PortDel, PortList, PortSet, PortShow, VlanList, WorkerInfo, WorkerList,
+    WorkerPin, WorkerShow, WorkerShowParams, WorkerUnpin,
 };
 use crate::rpc::{CallError, Client};
 use crate::usage;
@@ -125,6 +125,13 @@ impl From<CallError> for Stop {
     }
 }
 
+/// Options that contradict each other.
+impl From<BadValue> for Stop {
+    fn from(bad: BadValue) -> Self {
+        Self::Failed(Failure::new(EXIT_USAGE, "usage", bad.reason, bad.hint))
+    }
+}
+
 impl From<fmt::Error> for Stop {
     fn from(error: fmt::Error) -> Self {
         Self::local(&io::Error::other(error))
@@ -176,6 +183,7 @@ fn run(args: &Args) -> Result<(), Stop> {
     match &args.noun {
         Noun::Port(verb) => port(args, verb),
         Noun::Fdb(verb) => fdb(args, verb),
+        Noun::Vlan => ask::<VlanList>(args, &NoParams {}, print::vlans),
         Noun::Worker(verb) => worker(args, verb),
         Noun::Metrics => {
             ask::<MetricsShow>(args, &NoParams {}, |out, shown| out.write_str(&shown.text))
@@ -218,7 +226,7 @@ fn port(args: &Args, verb: &PortVerb) -> Result<(), Stop> {
         PortVerb::Add { name, kind } => {
             let params = PortAddParams {
                 name: name.clone(),
-                config: kind.config(),
+                config: kind.config()?,
             };
             ask::<PortAdd>(args, &params, |out, port| {
                 writeln!(out, "port {} added", port.name)
@@ -230,6 +238,9 @@ fn port(args: &Args, verb: &PortVerb) -> Result<(), Stop> {
                 true => writeln!(out, "port {name} deleted"),
                 false => writeln!(out, "there was no port {name}"),
             }
+        }),
+        PortVerb::Set(set) => ask::<PortSet>(args, &set.params()?, |out, port| {
+            writeln!(out, "port {}: vlans {}", port.name, port.config.vlan())
         }),
         PortVerb::List => ask::<PortList>(args, &NoParams {}, print::ports),
         PortVerb::Show(params) => ask::<PortShow>(args, params, print::port),

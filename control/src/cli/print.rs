@@ -6,8 +6,9 @@ use super::table::Table;
 use super::units;
 use crate::api::{
     AccountName, AfXdpConfig, AfXdpInfo, DaemonReport, Drops, FdbListResult, HeaderAction,
-    PolledQueue, PortConfig, PortCounters, PortDetail, PortInfo, PortListResult, QueueInfo,
-    SocketAccess, SocketMode, SocketSpec, WorkerDetail, WorkerInfo, WorkerListResult,
+    PolledQueue, PortConfig, PortCounters, PortDetail, PortInfo, PortListResult, PortName,
+    QueueInfo, SocketAccess, SocketMode, SocketSpec, VlanListResult, WorkerDetail, WorkerInfo,
+    WorkerListResult,
 };
 
 /// What stands for nothing.
@@ -69,6 +70,7 @@ pub(super) fn port(out: &mut dyn Write, show: &PortDetail) -> fmt::Result {
         field(out, "pinned", &pins.join(", "))?;
     }
     field(out, "mtu", &optional(show.mtu))?;
+    field(out, "vlans", &port.config.vlan().to_string())?;
     let limit = port.config.fdb_limit();
     let limit = format!("{} of {limit} at most", port.fdb_entries);
     field(out, "mac addresses", &limit)?;
@@ -291,6 +293,29 @@ fn queues(out: &mut dyn Write, queues: &[QueueInfo]) -> fmt::Result {
         ]);
     }
     writeln!(out)?;
+    table.write(out)
+}
+
+/// `ringway vlan`.
+pub(super) fn vlans(out: &mut dyn Write, list: &VlanListResult) -> fmt::Result {
+    if list.vlans.is_empty() {
+        return writeln!(
+            out,
+            "no port says which VLANs it is in; `ringway port set` does"
+        );
+    }
+    let mut table = Table::new("VLAN|TAGGED|UNTAGGED");
+    let names = |ports: &[PortName]| {
+        let names: Vec<_> = ports.iter().map(PortName::as_str).collect();
+        if names.is_empty() {
+            NONE.to_owned()
+        } else {
+            names.join(" ")
+        }
+    };
+    for row in &list.vlans {
+        table.row([row.vlans.clone(), names(&row.tagged), names(&row.untagged)]);
+    }
     table.write(out)
 }
 

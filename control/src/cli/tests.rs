@@ -7,8 +7,8 @@ use super::{Args, print};
 use crate::api::{
     AfXdpConfig, AfXdpInfo, AfXdpQueueInfo, BusyPoll, DaemonReport, Drops, FdbEntry, FdbLimit,
     FdbListResult, HeaderAction, Mtu, PolledQueue, PortConfig, PortCounters, PortDetail, PortInfo,
-    PortListResult, PortState, QueueInfo, SocketSpec, TapConfig, VhostUserConfig, WorkerDetail,
-    WorkerInfo, WorkerListResult, XdpMode,
+    PortListResult, PortState, QueueInfo, SocketSpec, TapConfig, VhostUserConfig, VlanInfo,
+    VlanListResult, WorkerDetail, WorkerInfo, WorkerListResult, XdpMode,
 };
 
 fn drops(list: &[(&str, u64)]) -> Drops {
@@ -262,6 +262,26 @@ fn fdb_list() {
 }
 
 #[test]
+fn vlan_list() {
+    let row = |vlans: &str, tagged: &[&str], untagged: &[&str]| VlanInfo {
+        vlans: vlans.into(),
+        tagged: tagged.iter().map(|name| name.parse().unwrap()).collect(),
+        untagged: untagged.iter().map(|name| name.parse().unwrap()).collect(),
+    };
+    let vlans = vec![
+        row("0", &[], &["host"]),
+        row("1-9,11-4094", &["host", "uplink"], &[]),
+        row("10", &["host", "uplink"], &["vm1", "vm2"]),
+    ];
+    insta::assert_snapshot!(written(print::vlans, &VlanListResult { vlans }));
+    let vlans = vec![];
+    insta::assert_snapshot!(
+        "vlan_list_without_vlans",
+        written(print::vlans, &VlanListResult { vlans })
+    );
+}
+
+#[test]
 fn worker_list() {
     let workers = vec![worker(0, 2), worker(1, 3)];
     insta::assert_snapshot!(written(print::workers, &WorkerListResult { workers }));
@@ -340,6 +360,8 @@ fn help_texts() {
     insta::assert_snapshot!("help_port_add_tap", help(&["port", "add", "tap"]));
     insta::assert_snapshot!("help_port_add_af_xdp", help(&["port", "add", "af-xdp"]));
     insta::assert_snapshot!("help_port_list", help(&["port", "list"]));
+    insta::assert_snapshot!("help_port_set", help(&["port", "set"]));
+    insta::assert_snapshot!("help_vlan", help(&["vlan"]));
     insta::assert_snapshot!("help_port_show", help(&["port", "show"]));
     insta::assert_snapshot!("help_drops", help(&["drops"]));
     insta::assert_snapshot!("help_monitor", help(&["monitor"]));

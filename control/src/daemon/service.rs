@@ -8,9 +8,10 @@ use ringway_api::{
     ApiError, BadValue, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbDel, FdbFlush,
     FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, MetricsShow,
     MetricsShowResult, MonitorStart, PortAdd, PortAddParams, PortConfig, PortDel, PortDelParams,
-    PortDelResult, PortInfo, PortList, PortListResult, PortName, PortSample, PortShow, Sample,
-    SocketAccess, SocketSpec, SwitchError, WorkerList, WorkerListResult, WorkerPin, WorkerSample,
-    WorkerShow, WorkerUnpin, WorkerUnpinResult, method_names,
+    PortDelResult, PortInfo, PortList, PortListResult, PortName, PortSample, PortSet,
+    PortSetParams, PortShow, Sample, SocketAccess, SocketSpec, SwitchError, VlanList,
+    VlanListResult, WorkerList, WorkerListResult, WorkerPin, WorkerSample, WorkerShow, WorkerUnpin,
+    WorkerUnpinResult, method_names,
 };
 use ringway_dataplane::{LogLimit, Switch};
 use rustix::time::{ClockId, clock_gettime};
@@ -114,6 +115,11 @@ impl Service {
                 Ok(PortListResult { ports })
             }),
             PortShow::NAME => reply::<PortShow>(params, |p| Ok(self.switch.port(&p.name)?)),
+            PortSet::NAME => reply::<PortSet>(params, |p| self.port_set(p)),
+            VlanList::NAME => reply::<VlanList>(params, |_| {
+                let vlans = self.switch.vlans();
+                Ok(VlanListResult { vlans })
+            }),
             FdbList::NAME => reply::<FdbList>(params, |p| self.fdb_list(p)),
             FdbAdd::NAME => reply::<FdbAdd>(params, |p| {
                 self.switch.fdb_add(p.mac, &p.port)?;
@@ -193,6 +199,19 @@ impl Service {
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn port_set(&self, params: PortSetParams) -> Result<PortInfo, ApiError> {
+        let PortSetParams { name, vlan } = params;
+        let Some(vlan) = vlan else {
+            return Ok(self.switch.port(&name)?.port);
+        };
+        let info = self.switch.set_vlan(&name, vlan)?;
+        if let Some(suppressed) = self.log.pass(Instant::now()) {
+            let vlans = info.config.vlan().to_string();
+            tracing::info!(port = %name, vlans, suppressed, "port changed");
+        }
+        Ok(info)
     }
 
     fn fdb_list(&self, params: FdbListParams) -> Result<FdbListResult, ApiError> {

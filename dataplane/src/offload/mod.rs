@@ -10,6 +10,7 @@
 //!                                     | pending | the checksum that is to be completed, if any
 //!                                     +---------+
 //! ```
+//! The head has the tag that the destination's VLANs ask for, in place of the source's.
 //! Any destination can take an [`OutFrame`]: one that copies has it written into its buffers
 //! ([`OutFrame::write_to`], which sums what it copies), one that gathers gets its parts
 //! ([`OutFrame::gather`]).
@@ -21,6 +22,7 @@
 mod gro;
 mod gso;
 mod out_frame;
+mod retag;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +30,7 @@ use crate::wire::Offloads;
 
 pub(crate) use gro::{GroFrame, is_checksum_right};
 pub(crate) use out_frame::{GsoScratch, OutFrame, OutFrames};
+pub(crate) use retag::Retags;
 
 /// Most segments that one frame becomes: 64 KiB with segments of 128 bytes. Smaller ones, which no
 /// MTU in use has, would make a worker build headers at the expense of others.

@@ -1,16 +1,18 @@
 //! Frames as a destination takes them: as they are, with their checksum completed, or segmented.
 
-use ringway_bridge::{DropReason, Headers};
+use ringway_bridge::{DropReason, Headers, Retag, TAG_BYTES};
 
 use super::gso::Segmenter;
+use super::retag::{growth, write_retagged};
 use super::{Action, MAX_GSO_SEGMENTS};
 use crate::burst::{Burst, MAX_SNAPSHOT_BYTES};
 use crate::memory::{GuestSlice, IoVecs, PieceRun, Pieces};
 use crate::wire::Offloads;
 use crate::wire::checksum::Sum;
-use crate::wire::net_header::{self, Fields, HEADER_BYTES, HEADER_LEN};
+use crate::wire::net_header::{self, Fields, HEADER_BYTES, HEADER_LEN, MAX_FRAME_BYTES};
 
-const HEAD_LEN: usize = MAX_SNAPSHOT_BYTES as usize;
+/// A snapshot, and a tag more.
+const HEAD_LEN: usize = MAX_SNAPSHOT_BYTES as usize + TAG_BYTES;
 
 /// Private memory in which heads are made. Once per worker.
 #[derive(Debug)]
@@ -21,31 +23,37 @@ impl GsoScratch {
         Self([0; HEAD_LEN])
     }
 
-    /// Frame `index` of a burst for a destination that takes `taken` and frames of at most
-    /// `max_bytes` L2 bytes: as it is, or as many.
+    /// Frame `index` of a burst, whose tag is changed, for a destination that takes `taken` and frames
+    /// of at most `max_bytes` L2 bytes: as it is, or as many.
     ///
     /// # Errors
     /// Why the destination can't have it.
     pub(crate) fn frames<'a>(
         &'a mut self,
-        burst: &'a Burst<'_>,
-        index: usize,
+        (burst, index, retag): (&'a Burst<'_>, usize, Retag),
         taken: Offloads,
         max_bytes: u32,
     ) -> Result<OutFrames<'a>, DropReason> {
         let header = burst.header(index);
-        if header.wire_bytes > max_bytes {
+        let grown = |bytes: u32| bytes.saturating_add_signed(growth(retag).into());
+        if grown(header.wire_bytes) > max_bytes || grown(burst.l2_bytes(index)) > MAX_FRAME_BYTES {
             return Err(DropReason::TooLong);
         }
         let action = Action::between(header.needs, taken);
         let completes = matches!(action, Action::Complete | Action::SegmentAndComplete);
+        let seen_bytes = burst.snapshot_bytes(index);
+        write_retagged(&mut self.0, burst.snapshot(index), retag)?;
+        let head_bytes = grown(seen_bytes) as usize;
         if !matches!(action, Action::Pass | Action::Complete) {
-            return self.segments(burst, index, completes);
+            return self.segments(burst, index, retag, completes);
         }
-        let snapshot = burst.snapshot(index);
-        let head_bytes = burst.snapshot_bytes(index);
-        self.0.copy_from_slice(snapshot);
-        let fields = Fields::of(snapshot);
+        // Or whoever segments it would not find its headers behind so many tags.
+        let is_segmented = header.needs.without(Offloads::CSUM) != Offloads::NONE;
+        if matches!(retag, Retag::Push(_)) && is_segmented {
+            let seen = &self.0[HEADER_LEN..head_bytes];
+            Headers::parse(seen).ok_or(DropReason::OffloadUnsupported)?;
+        }
+        let fields = Fields::of(&self.0);
         let pending = completes.then_some(PendingChecksum {
             start: u32::from(fields.csum_start),
             at: u32::from(fields.csum_start) + u32::from(fields.csum_offset),
@@ -55,9 +63,9 @@ impl GsoScratch {
             net_header::clear(&mut self.0);
         }
         Ok(OutFrames {
-            head: &mut self.0[..head_bytes as usize],
-            body: burst.body(index, head_bytes),
-            body_bytes: burst.total_bytes(index) - head_bytes,
+            head: &mut self.0[..head_bytes],
+            body: burst.body(index, seen_bytes),
+            body_bytes: burst.total_bytes(index) - seen_bytes,
             count: 1,
             made: 0,
             pending,
@@ -65,26 +73,30 @@ impl GsoScratch {
         })
     }
 
+    /// The segments of frame `index`, whose first bytes are in our memory, with the destination's tag.
     #[cold]
     fn segments<'a>(
         &'a mut self,
         burst: &'a Burst<'_>,
         index: usize,
+        retag: Retag,
         completes: bool,
     ) -> Result<OutFrames<'a>, DropReason> {
-        let snapshot = burst.snapshot(index);
-        let seen = &snapshot[HEADER_LEN..burst.snapshot_bytes(index) as usize];
-        let fields = Fields::of(snapshot);
-        // As when the frame's header was checked: the same bytes.
-        let headers = Headers::parse(seen).ok_or(DropReason::BadHeader)?;
-        let segmenter = Segmenter::new(seen, &headers, burst.l2_bytes(index), fields.gso_size)
+        let growth = i32::from(growth(retag));
+        let grown = |bytes: u32| bytes.saturating_add_signed(growth);
+        let seen = &self.0[HEADER_LEN..grown(burst.snapshot_bytes(index)) as usize];
+        let fields = Fields::of(&self.0);
+        // As when the frame's header was checked: the same bytes, but for the tag.
+        let headers = Headers::parse(seen).ok_or(DropReason::OffloadUnsupported)?;
+        let frame_bytes = grown(burst.l2_bytes(index));
+        let segmenter = Segmenter::new(seen, &headers, frame_bytes, fields.gso_size)
             .ok_or(DropReason::OffloadUnsupported)?;
         let count = segmenter.count();
         if count > MAX_GSO_SEGMENTS {
             return Err(DropReason::TooManySegments);
         }
         let head_bytes = HEADER_LEN + segmenter.headers_bytes();
-        self.0[..head_bytes].copy_from_slice(&snapshot[..head_bytes]);
+        let seen_bytes = u32::try_from(head_bytes).unwrap_or(u32::MAX);
         let (start, at) = segmenter.checksum();
         let offset = |at: usize| u16::try_from(at).unwrap_or(u16::MAX);
         let pending = if completes {
@@ -99,7 +111,7 @@ impl GsoScratch {
         };
         Ok(OutFrames {
             head: &mut self.0[..head_bytes],
-            body: burst.body(index, u32::try_from(head_bytes).unwrap_or(u32::MAX)),
+            body: burst.body(index, seen_bytes.saturating_add_signed(-growth)),
             body_bytes: 0,
             count,
             made: 0,

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::os::fd::AsFd;
 
 use proptest::prelude::*;
-use ringway_bridge::{DropReason, Headers};
+use ringway_bridge::{DropReason, Headers, Retag, TAG_BYTES};
 use ringway_testbed::packet::{self, GSO_ECN, Packet, complete, judge, pattern, plain_sum};
 
 use super::{Action, GroFrame, GsoScratch, MAX_GSO_SEGMENTS, OutFrames, is_checksum_right};
@@ -38,6 +38,21 @@ fn burst<'m>(
     burst.add(mark, Entry::single(0), total);
     burst.take_snapshots(HEADER_BYTES, Offloads::ALL);
     burst
+}
+
+/// A message as a driver has it that puts tags in front of what follows the addresses.
+fn with_tags(message: &[u8], tags: &[[u8; TAG_BYTES]]) -> Vec<u8> {
+    let (front, rest) = message.split_at(HEADER_LEN + 12);
+    let mut message = [front, &tags.concat(), rest].concat();
+    let grow = |field: &mut [u8]| {
+        let value = u16::from_le_bytes([field[0], field[1]]);
+        let value = value + u16::try_from(tags.len() * TAG_BYTES).unwrap();
+        field.copy_from_slice(&value.to_le_bytes());
+    };
+    if message[0] & packet::NEEDS_CSUM != 0 {
+        grow(&mut message[6..8]);
+    }
+    message
 }
 
 /// An out frame as it arrives in buffers of these sizes, then larger ones.
@@ -198,7 +213,7 @@ proptest! {
         let mut scratch = GsoScratch::new();
         let count = packet.payload.len().div_ceil(gso_size.into()).max(1);
         let action = Action::between(needs, taken);
-        let mut frames = match scratch.frames(&burst, 0, taken, u32::MAX) {
+        let mut frames = match scratch.frames((&burst, 0, Retag::Keep), taken, u32::MAX) {
             Ok(frames) => frames,
             Err(reason) => {
                 prop_assert_eq!(reason, DropReason::TooManySegments);
@@ -222,11 +237,58 @@ proptest! {
             check_segments(&packet, gso_size, taken, &parts);
         }
         // Those who gather get the same.
-        let mut frames = scratch.frames(&burst, 0, taken, u32::MAX).unwrap();
+        let mut frames = scratch.frames((&burst, 0, Retag::Keep), taken, u32::MAX).unwrap();
         for part in &parts {
             prop_assert_eq!(&gathered(&mut frames).unwrap(), part);
         }
         prop_assert!(gathered(&mut frames).is_none());
+    }
+
+    /// Whatever is done to it on the way besides.
+    #[test]
+    fn a_frame_with_another_tag_is_what_it_would_be_had_it_come_with_it(
+        packet in packets(),
+        tags in proptest::collection::vec(any::<[u8; 2]>(), 0..3),
+        tag: [u8; 2],
+        (gso_size, taken) in (100..9000_u16, takers()),
+        what in 0..3,
+        cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..8),
+    ) {
+        let bare = [packet.header(gso_size), packet.open()].concat();
+        let tag = [0x81, 0, tag[0], tag[1]];
+        let before: Vec<_> = tags.iter().map(|tci| [0x88, 0xa8, tci[0], tci[1]]).collect();
+        let (retag, after) = match (what, before.split_first()) {
+            (0, Some((_, inner))) => (Retag::Pop, inner.to_vec()),
+            (1, Some((_, inner))) => (Retag::Replace(tag), [&[tag][..], inner].concat()),
+            _ => (Retag::Push(tag), [&[tag][..], &before].concat()),
+        };
+        // Three tags are the most that headers are looked for behind.
+        prop_assume!(after.len() + packet.tags <= 3 && before.len() + packet.tags <= 3);
+        let (mut source, mut expected) = (with_tags(&bare, &before), with_tags(&bare, &after));
+        let (mut storage, mut others) = (BurstStorage::new(), BurstStorage::new());
+        let source = burst(&mut storage, &mut source, &cuts);
+        let expected = burst(&mut others, &mut expected, &[]);
+        prop_assert!(source.rejected().is_empty() && expected.rejected().is_empty());
+        let (mut scratch, mut other) = (GsoScratch::new(), GsoScratch::new());
+        for limit in [1518, u32::MAX] {
+            let frames = scratch.frames((&source, 0, retag), taken, limit);
+            let as_came = other.frames((&expected, 0, Retag::Keep), taken, limit);
+            let (mut frames, mut as_came) = match (frames, as_came) {
+                (Ok(frames), Ok(as_came)) => (frames, as_came),
+                (frames, as_came) => {
+                    prop_assert_eq!(frames.err(), as_came.err());
+                    continue;
+                }
+            };
+            prop_assert_eq!(frames.longest_bytes(), as_came.longest_bytes());
+            loop {
+                let (frame, as_came) = (written(&mut frames, &[], 0), written(&mut as_came, &[], 0));
+                prop_assert_eq!(&frame, &as_came);
+                if frame.is_none() {
+                    break;
+                }
+            }
+        }
     }
 
     #[test]
@@ -254,11 +316,11 @@ proptest! {
         let burst = burst(&mut storage, &mut message, &cuts);
         prop_assert!(burst.rejected().is_empty(), "{:?}", burst.rejected());
         let mut scratch = GsoScratch::new();
-        let mut frames = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+        let mut frames = scratch.frames((&burst, 0, Retag::Keep), Offloads::NONE, u32::MAX).unwrap();
         let part = written(&mut frames, &sizes, 0).unwrap();
         prop_assert_eq!(&part[..HEADER_LEN], &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
         prop_assert_eq!(&part[HEADER_LEN..], &expected);
-        let mut frames = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+        let mut frames = scratch.frames((&burst, 0, Retag::Keep), Offloads::NONE, u32::MAX).unwrap();
         let part = gathered(&mut frames).unwrap();
         prop_assert_eq!(&part[HEADER_LEN..], &expected);
     }
@@ -285,7 +347,7 @@ proptest! {
         if !burst.rejected().is_empty() {
             return Ok(());
         }
-        let Ok(mut frames) = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX) else {
+        let Ok(mut frames) = scratch.frames((&burst, 0, Retag::Keep), Offloads::NONE, u32::MAX) else {
             return Ok(());
         };
         let count = frames.count();
@@ -348,7 +410,9 @@ fn refusal(packet: &Packet, gso_size: u16, taken: Offloads, max_bytes: u32) -> O
     let mut storage = BurstStorage::new();
     let burst = burst(&mut storage, &mut message, &[]);
     assert!(burst.rejected().is_empty());
-    GsoScratch::new().frames(&burst, 0, taken, max_bytes).err()
+    GsoScratch::new()
+        .frames((&burst, 0, Retag::Keep), taken, max_bytes)
+        .err()
 }
 
 #[test]
@@ -384,7 +448,9 @@ fn ip_lengths_that_are_not_the_frames_are_refused() {
             let burst = burst(&mut storage, &mut message, &[]);
             assert!(burst.rejected().is_empty());
             let mut scratch = GsoScratch::new();
-            let refused = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).err();
+            let refused = scratch
+                .frames((&burst, 0, Retag::Keep), Offloads::NONE, u32::MAX)
+                .err();
             assert_eq!(refused, Some(DropReason::OffloadUnsupported));
         }
     }
@@ -415,7 +481,9 @@ fn congestion_is_told_once_even_if_the_header_does_not_say_ecn() {
     let mut storage = BurstStorage::new();
     let burst = burst(&mut storage, &mut message, &[]);
     let mut scratch = GsoScratch::new();
-    let mut frames = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+    let mut frames = scratch
+        .frames((&burst, 0, Retag::Keep), Offloads::NONE, u32::MAX)
+        .unwrap();
     let mut parts = Vec::new();
     while let Some(part) = written(&mut frames, &[], 0) {
         parts.push(part);
@@ -423,7 +491,10 @@ fn congestion_is_told_once_even_if_the_header_does_not_say_ecn() {
     check_segments(&packet, 1000, Offloads::NONE, &parts);
     let taken = Offloads::CSUM.with(SEGMENTATION.without(Offloads::ECN));
     assert_eq!(
-        scratch.frames(&burst, 0, taken, u32::MAX).unwrap().count(),
+        scratch
+            .frames((&burst, 0, Retag::Keep), taken, u32::MAX)
+            .unwrap()
+            .count(),
         1
     );
 }
@@ -498,7 +569,9 @@ fn segments(packet: &Packet, gso_size: u16) -> Vec<Vec<u8>> {
     let mut storage = BurstStorage::new();
     let burst = burst(&mut storage, &mut message, &[]);
     let mut scratch = GsoScratch::new();
-    let mut frames = scratch.frames(&burst, 0, Offloads::NONE, u32::MAX).unwrap();
+    let mut frames = scratch
+        .frames((&burst, 0, Retag::Keep), Offloads::NONE, u32::MAX)
+        .unwrap();
     std::iter::from_fn(|| written(&mut frames, &[], 0))
         .map(|all| all[HEADER_LEN..].to_vec())
         .collect()

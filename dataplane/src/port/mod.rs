@@ -408,4 +408,5 @@ pub(crate) fn max_l2_bytes(mtu: Option<u16>) -> u32 {
     mtu.map_or(u32::MAX, |mtu| u32::from(mtu) + L2_HEADER_BYTES)
 }
 
-const _: () = assert!(ringway_bridge::MAX_VLAN_TAGS == 2);
+// And whose headers are found behind them.
+const _: () = assert!(ringway_bridge::MAX_VLAN_TAGS >= 2);

@@ -11,13 +11,13 @@
 //! delivered is a drop of its own. Before that, it waits for room for all of its segments as other
 //! frames wait for theirs.
 
-use ringway_bridge::{DropCounts, DropReason, FrameSet};
+use ringway_bridge::{DropCounts, DropReason, FrameSet, Retag};
 
 use super::QueueCounters;
 use super::vhost::RxScratch;
 use crate::burst::Burst;
 use crate::isa::for_this_cpu;
-use crate::offload::{GsoScratch, OutFrame, OutFrames};
+use crate::offload::{GsoScratch, OutFrame, OutFrames, Retags};
 use crate::wire::Offloads;
 
 /// Why a queue can't be taken for a burst.
@@ -143,8 +143,8 @@ pub(crate) trait TxQueue {
     fn limits(&self) -> Limits;
 
     /// Delivers frames of the common kind, in order, until one is of another kind or finds no room:
-    /// plain ones that are short enough and need one buffer. Returns those that were delivered and
-    /// their L2 bytes; the others are for [`TxQueue::put`].
+    /// plain ones ([`Burst::unchanged`]) that are short enough and need one buffer. Returns those
+    /// that were delivered and their L2 bytes; the others are for [`TxQueue::put`].
     #[inline(always)]
     fn put_plain(&mut self, _burst: &Burst<'_>, _frames: FrameSet) -> (FrameSet, u64) {
         (FrameSet::EMPTY, 0)
@@ -173,6 +173,9 @@ pub(crate) struct Job<'a, 'm> {
     pub(crate) frames: FrameSet,
     /// Those whose segments are delivered as far as there is room, rather than wait for it.
     pub(crate) no_wait: FrameSet,
+    /// What the destination's VLANs make of the frames' tags; nothing in a switch without VLANs. The
+    /// burst knows which they are.
+    pub(crate) retags: Option<&'a Retags>,
     /// The source's queue: a flow stays in one queue of the destination.
     pub(crate) source_queue: u16,
     /// The destination's queue pairs that this worker polls, a bit each: no other worker wants
@@ -371,8 +374,9 @@ fn put_any<Q: TxQueue>(
         offloads,
         max_bytes,
     } = queue.limits();
+    let retag = job.retags.map_or(Retag::Keep, |retags| retags.of(index));
     let mut frames = gso
-        .frames(job.burst, index, offloads, max_bytes)
+        .frames((job.burst, index, retag), offloads, max_bytes)
         .map_err(Refusal::Drop)?;
     let (count, longest) = (frames.count(), frames.longest_bytes());
     if count > 1 && !job.no_wait.contains(index) && queue.should_wait_for(count, longest)? {

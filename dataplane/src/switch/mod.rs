@@ -7,6 +7,7 @@ mod inline;
 mod links;
 mod load;
 mod port_table;
+mod vlans;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -185,6 +186,8 @@ impl Switch {
             .set_flood_limit(id, config.flood_limit().bound());
         let kind = config.kind();
         state.insert(name.clone(), config, Arc::clone(&port));
+        // Before the first frame of it.
+        self.table.publish_vlans(&mut state);
         self.events.tell(|| Occurrence::PortAdded {
             port: name.clone(),
             kind,
@@ -503,6 +506,7 @@ impl Switch {
         self.bridge.fdb().set_limit(id, None);
         self.bridge.set_flood_limit(id, None);
         state.ports.remove(name);
+        self.table.publish_vlans(state);
         let port = name.clone();
         self.events.tell(|| Occurrence::PortRemoved { port });
     }

@@ -26,6 +26,8 @@ pub(super) struct State {
     generation: u32,
     /// What the queues took lately.
     pub(super) load: LoadMeter,
+    /// Workers tell VLANs apart.
+    pub(super) has_vlans: bool,
 }
 
 /// A port as the switch keeps it.
@@ -261,7 +263,7 @@ impl PortTable {
     }
 
     /// Sends each worker a command and waits until all have executed it.
-    fn tell_all(&self, command: impl Fn(u16, channel::Sender<()>) -> Command) {
+    pub(super) fn tell_all(&self, command: impl Fn(u16, channel::Sender<()>) -> Command) {
         let (done, all_done) = channel::bounded(self.workers.len());
         for worker in &self.workers {
             worker

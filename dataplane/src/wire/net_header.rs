@@ -220,6 +220,26 @@ pub(crate) fn clear(snapshot: &mut [u8]) {
     snapshot[..HEADER_LEN].copy_from_slice(&clean(0, 0, 0, 0, [0, 0]));
 }
 
+/// Moves what a header that was checked tells of the frame's headers by so many bytes: a tag comes or
+/// goes in front of them. False if they don't lie behind the addresses then.
+pub(crate) fn shift(header: &mut [u8], by: i16) -> bool {
+    if header[0] & FLAG_NEEDS_CSUM == 0 {
+        return true;
+    }
+    let fields = Fields::of(header);
+    let start = fields.csum_start.checked_add_signed(by);
+    let Some(start) = start.filter(|start| *start >= 14) else {
+        return false;
+    };
+    header[6..8].copy_from_slice(&start.to_le_bytes());
+    if header[1] != 0 {
+        let hdr_len = u16::from_le_bytes([header[2], header[3]]);
+        let hdr_len = hdr_len.saturating_add_signed(by);
+        header[2..4].copy_from_slice(&hdr_len.to_le_bytes());
+    }
+    true
+}
+
 /// Makes a header ask for nothing but its checksum.
 pub(crate) fn set_needs_csum(snapshot: &mut [u8], csum_start: u16, csum_offset: u16) {
     let header = clean(FLAG_NEEDS_CSUM, 0, 0, 0, [csum_start, csum_offset]);

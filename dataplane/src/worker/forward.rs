@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ringway_bridge::{
-    Bridge, Decisions, DropReason, FrameSet, MAX_PORTS, MacAddr, Members, PortId, Tick,
+    Arrivals, Bridge, Decisions, DropReason, FrameSet, MAX_PORTS, MacAddr, Members, PortId,
+    Station, Tick, Vlans,
 };
 
 use super::ledger::{Ledger, max_charge_ns};
@@ -14,6 +15,7 @@ use super::parking::{Leaving, Parking};
 use super::stalls::{Stall, Stalls};
 use crate::burst::{Burst, BurstStorage};
 use crate::clock::Clock;
+use crate::offload::Retags;
 use crate::port::{Job, Outcome, Port, Tools, deliver};
 use crate::wire::Offloads;
 use crate::wire::net_header::HEADER_BYTES;
@@ -43,6 +45,8 @@ const SHARED_NS: u64 = 100_000_000;
 pub(super) struct Forwarder {
     pub(super) ports: Box<[Option<Arc<Port>>]>,
     pub(super) members: Members,
+    /// Nothing while no port says which VLANs it is in. Looked at once a burst.
+    in_vlans: Option<Box<InVlans>>,
     bridge: Arc<Bridge>,
     decisions: Decisions,
     tools: Tools,
@@ -61,6 +65,24 @@ pub(super) struct Forwarder {
     /// Per destination: the queue pairs that this worker polls, a bit each. Frames go to their
     /// receive rings, so that no other worker wants the same lock.
     pub(super) owned: Box<[u64]>,
+}
+
+/// What forwarding in VLANs takes besides.
+#[derive(Debug)]
+struct InVlans {
+    /// Which port is in which VLAN.
+    vlans: Arc<Vlans>,
+    /// What becomes of a burst's tags at the destination that it is delivered to.
+    retags: Retags,
+}
+
+impl InVlans {
+    /// What becomes of the tags of `frames`, for `to`.
+    fn retags(&mut self, to: PortId, frames: FrameSet, decisions: &Decisions) -> &Retags {
+        let to = self.vlans.of(to);
+        self.retags.decide(to, frames, decisions.classes());
+        &self.retags
+    }
 }
 
 /// A point in time, in the units of its users.
@@ -183,6 +205,7 @@ impl Forwarder {
         Self {
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             members: Members::new(),
+            in_vlans: None,
             bridge,
             decisions: Decisions::new(),
             tools: Tools::new(),
@@ -246,18 +269,52 @@ impl Forwarder {
     /// moment ago.
     pub(super) fn announce(&self, port: PortId, frame: &[u8], now: Tick) {
         if let Some([_, _, _, _, _, _, a, b, c, d, e, f]) = frame.first_chunk() {
-            let station = MacAddr([*a, *b, *c, *d, *e, *f]);
-            self.bridge.fdb().announce(station, port, now);
+            let mac = MacAddr([*a, *b, *c, *d, *e, *f]);
+            if let Some(station) = self.in_vlan_of(mac, port, frame) {
+                self.bridge.fdb().announce(station, port, now);
+            }
         }
+    }
+
+    /// The station of an address in the VLAN that a frame of `port` is in which begins with `frame`;
+    /// none if the port does not take it.
+    fn in_vlan_of(&self, mac: MacAddr, port: PortId, frame: &[u8]) -> Option<Station> {
+        let Some(InVlans { vlans, .. }) = self.in_vlans.as_deref() else {
+            return Some(mac.into());
+        };
+        let [high, low, tci @ ..] = frame.get(12..18)?.first_chunk::<6>()?;
+        let vlan = vlans
+            .of(port)
+            .vlan_of(u16::from_be_bytes([*high, *low]), || {
+                Some(u16::from_be_bytes([tci[0], tci[1]]))
+            });
+        Some(Station::new(mac, vlan.ok()?))
     }
 
     /// Forwards a burst whose snapshots are taken, and returns how many of its last frames are to
     /// be given back to the source, since their destination is full for the moment. All others
     /// are delivered or dropped, and counted.
+    #[inline]
     pub(super) fn forward(
         &mut self,
         sender: Sender<'_>,
-        burst: &Burst<'_>,
+        burst: &mut Burst<'_>,
+        pairs: &PairTable,
+        now: Now,
+    ) -> usize {
+        if self.in_vlans.is_none() {
+            self.forward_burst::<false>(sender, burst, pairs, now)
+        } else {
+            self.forward_burst::<true>(sender, burst, pairs, now)
+        }
+    }
+
+    /// [`Forwarder::forward`], compiled for switches with VLANs and for those without.
+    #[inline(never)]
+    fn forward_burst<const HAS_VLANS: bool>(
+        &mut self,
+        sender: Sender<'_>,
+        burst: &mut Burst<'_>,
         pairs: &PairTable,
         now: Now,
     ) -> usize {
@@ -267,12 +324,13 @@ impl Forwarder {
             service,
         } = sender;
         let from = source.base().id;
-        let heads = ringway_bridge::Arrivals {
-            in_port: from,
-            runs: burst.runs(),
+        // In our hands for the burst: what is done to the tags is part of each job.
+        let mut in_vlans = if HAS_VLANS {
+            self.in_vlans.take()
+        } else {
+            None
         };
-        self.bridge
-            .forward(&self.members, now.tick, &heads, &mut self.decisions);
+        self.decide(from, burst, now.tick, in_vlans.as_deref());
         let round = Round {
             from: Some(from),
             may_wait: self.note_service(from, service, now.ns),
@@ -285,10 +343,17 @@ impl Forwarder {
             let Some(port) = &self.ports[to.index()] else {
                 continue;
             };
+            let retags = in_vlans
+                .as_deref_mut()
+                .map(|within| within.retags(to, frames, &self.decisions));
+            if let Some(retags) = retags {
+                burst.change_tags_of(retags.frames());
+            }
             let job = Job {
-                burst,
+                burst: &*burst,
                 frames,
                 no_wait: self.destinations[to.index()].no_wait(self.backpressure_ns, now.ns),
+                retags,
                 source_queue,
                 owned: self.owned[to.index()],
             };
@@ -307,8 +372,38 @@ impl Forwarder {
                 waiting |= self.keep(&round, to, &job, &outcome);
             }
         }
+        if HAS_VLANS {
+            self.in_vlans = in_vlans;
+        }
         self.count_source_drops(source, burst);
         waiting.len() as usize
+    }
+
+    /// Has the workers' ports be in these VLANs from the next burst on, or tell none apart.
+    pub(super) fn set_vlans(&mut self, vlans: Option<Arc<Vlans>>) {
+        let within = |vlans| InVlans {
+            vlans,
+            retags: Retags::new(),
+        };
+        self.in_vlans = vlans.map(within).map(Box::new);
+    }
+
+    /// Has the bridge decide on a burst.
+    #[inline(always)]
+    fn decide(&mut self, from: PortId, burst: &Burst<'_>, now: Tick, in_vlans: Option<&InVlans>) {
+        let heads = Arrivals {
+            in_port: from,
+            runs: burst.runs(),
+        };
+        let out = &mut self.decisions;
+        match in_vlans {
+            None => self.bridge.forward(&self.members, now, &heads, out),
+            Some(InVlans { vlans, .. }) => {
+                let within = (&self.members, &**vlans);
+                let tci = |index| burst.tci(index);
+                self.bridge.forward_in_vlans(within, now, &heads, tci, out);
+            }
+        }
     }
 
     /// Notes which destinations a source's burst has, and returns whether the one that it has may
@@ -320,12 +415,11 @@ impl Forwarder {
             return !service.is_shared(now_ns);
         }
         let flooded = self.decisions.flooded();
-        let ports = self.decisions.destinations().len() as u64;
-        self.flooded += u64::from(flooded.len()) * ports;
         if !flooded.is_empty() {
             self.charge_flood_by_calls(from, flooded);
         }
         for (to, frames) in self.decisions.destinations() {
+            self.flooded += u64::from((*frames & flooded).len());
             if !(*frames - flooded).is_empty() {
                 service.note(*to, false, now_ns);
             }
@@ -341,9 +435,12 @@ impl Forwarder {
             matches!(port, Some(Port::Tap(_)))
         };
         let destinations = self.decisions.destinations().iter();
-        let taps = destinations.filter(|(to, _)| takes_calls(*to)).count() as u64;
-        let copies = taps * u64::from(flooded.len()) * (COPIES_PER_CALL - 1);
-        self.decisions.charge_flood(from, copies);
+        let taps = destinations.filter(|(to, _)| takes_calls(*to));
+        let copies: u64 = taps
+            .map(|(_, frames)| u64::from((*frames & flooded).len()))
+            .sum();
+        self.decisions
+            .charge_flood(from, copies * (COPIES_PER_CALL - 1));
     }
 
     /// Counts what happened to a destination's frames.
@@ -503,6 +600,8 @@ impl Forwarder {
             burst: &burst,
             frames: FrameSet::range(0, burst.len()),
             no_wait: self.destinations[to.index()].no_wait(self.backpressure_ns, now_ns),
+            // They have the destination's already.
+            retags: None,
             source_queue: leaving.source_queue,
             owned: self.owned[to.index()],
         };
@@ -534,10 +633,9 @@ impl Forwarder {
     /// What the one destination of a frame from `source` takes that begins with `frame`; nothing if
     /// it has none or several.
     pub(super) fn takes(&self, source: &Port, frame: &[u8], now: Tick) -> Offloads {
-        let Some(to) = frame.first_chunk().map(|mac| MacAddr(*mac)) else {
-            return Offloads::NONE;
-        };
-        let to = self.bridge.fdb().lookup(to, now);
+        let to = frame.first_chunk().map(|mac| MacAddr(*mac));
+        let to = to.and_then(|to| self.in_vlan_of(to, source.base().id, frame));
+        let to = to.and_then(|to| self.bridge.fdb().lookup(to, now));
         let port = to.and_then(|to| self.ports[to.index()].as_ref());
         match port {
             Some(port) if port.base().id != source.base().id => port.offloads().1,

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{self as channel, Receiver, Sender};
 use ringway_api::{IdleConfig, SwitchError, WorkerInfo};
-use ringway_bridge::{Bridge, PortId};
+use ringway_bridge::{Bridge, PortId, Vlans};
 use tracing::warn;
 
 pub(crate) use pairs::PairTable;
@@ -56,6 +56,11 @@ pub(crate) enum Command {
     RemovePort { id: PortId, done: Sender<()> },
     /// A port that left does not come back: its counters by pairs of ports go.
     ForgetPairs { id: PortId, done: Sender<()> },
+    /// Which ports are in which VLANs from now on; nothing if no port says so.
+    SetVlans {
+        vlans: Option<Arc<Vlans>>,
+        done: Sender<()>,
+    },
     /// A source queue goes to another worker: it is touched no more once `done` is answered.
     Release { token: Token, done: Sender<()> },
     /// A source queue comes from another worker.

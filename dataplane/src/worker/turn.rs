@@ -455,7 +455,7 @@ impl Path {
         burst.take_snapshots(header_bytes, allowed);
         let count = burst.len();
         let kept = if is_enabled {
-            self.forwarder.forward(sender, &burst, pairs, now)
+            self.forwarder.forward(sender, &mut burst, pairs, now)
         } else {
             let drops = &port.base().rx_drops;
             drops.add(DropReason::QueueDisabled, count as u64);

@@ -50,7 +50,7 @@ impl TxQueue for Told {
 
     fn put_plain(&mut self, burst: &Burst<'_>, frames: FrameSet) -> (FrameSet, u64) {
         let (mut sent, mut bytes) = (FrameSet::EMPTY, 0);
-        let plain = frames.leading(burst.plain()).iter();
+        let plain = frames.leading(burst.unchanged()).iter();
         for index in plain.take(self.plain_at_a_time.min(self.plain_limit) as usize) {
             self.plain_limit -= 1;
             self.taken.push(burst.l2_bytes(index));
@@ -116,6 +116,7 @@ fn run(queue: &mut Told, messages: &mut [Vec<u8>], no_wait: FrameSet) -> (Outcom
         burst: &burst,
         frames: FrameSet::ALL - FrameSet::from_index(burst.len()),
         no_wait,
+        retags: None,
         source_queue: 0,
         owned: 0,
     };

@@ -104,7 +104,7 @@ impl Fixture {
             pair: 0,
             service: &mut self.service,
         };
-        self.forwarder.forward(sender, &burst, &self.pairs, now) as u64
+        self.forwarder.forward(sender, &mut burst, &self.pairs, now) as u64
     }
 
     fn deliver_parked(&mut self) {
@@ -268,6 +268,7 @@ fn what_a_delivery_reads_is_charged_to_its_destination() {
         burst: &burst,
         frames: FrameSet::EMPTY,
         no_wait: FrameSet::EMPTY,
+        retags: None,
         source_queue: 0,
         owned: 0,
     };

@@ -38,6 +38,7 @@ fn park(parking: &mut Parking, from: u16, to: u16, messages: &mut [Vec<u8>], now
         burst: &burst,
         frames: FrameSet::range(0, burst.len()),
         no_wait: FrameSet::EMPTY,
+        retags: None,
         source_queue: 0,
         owned: 0,
     };

@@ -40,6 +40,10 @@ impl Worker {
                     self.handle.pairs.forget(id);
                     let _ = done.send(());
                 }
+                Command::SetVlans { vlans, done } => {
+                    self.path.forwarder.set_vlans(vlans);
+                    let _ = done.send(());
+                }
                 Command::Release { token, done } => {
                     self.release(token);
                     let _ = done.send(());
@@ -151,7 +155,7 @@ impl Worker {
             pair: 0,
             service: &mut service,
         };
-        forwarder.forward(sender, &burst, &self.handle.pairs, now);
+        forwarder.forward(sender, &mut burst, &self.handle.pairs, now);
         let counters = &port.base().injected;
         counters.frames.add(1);
         counters.bytes.add(frame.len() as u64);

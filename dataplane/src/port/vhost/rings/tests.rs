@@ -37,6 +37,7 @@ fn search(lengths: &[usize]) -> (u64, u32, u32) {
         burst: &burst,
         frames: FrameSet::range(0, lengths.len()),
         no_wait: FrameSet::EMPTY,
+        retags: None,
         source_queue: 0,
         owned: 0,
     };
@@ -106,6 +107,7 @@ proptest! {
                 burst: &burst,
                 frames: FrameSet::one(0),
                 no_wait: FrameSet::EMPTY,
+                retags: None,
                 source_queue: 0,
                 owned: 0,
             };
