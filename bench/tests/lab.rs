@@ -103,6 +103,15 @@ fn qemu_of_another_user_talks_through_a_socket_that_only_its_group_may_open() {
     assert_eq!(scenario["passed"], true, "{scenario}");
 }
 
+/// QEMU starts such a guest only if its back-end offers VIRTIO_F_ACCESS_PLATFORM and a channel for
+/// IOTLB messages.
+#[test]
+fn guests_whose_nics_have_iommu_platform_on_talk() {
+    let output = lab_with_ringway(&["--scenario", "platform", "--quick", "--json"]);
+    let scenario = &report(&output)["scenarios"][0];
+    assert_eq!(scenario["passed"], true, "{scenario}");
+}
+
 /// The reference works by itself: what fails above and passes here is ringwayd's.
 #[test]
 fn guests_talk_through_the_linux_bridge() {

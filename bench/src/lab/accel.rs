@@ -113,6 +113,7 @@ fn probe(image: &Image, folder: &Path) -> Result<Verdict> {
         nic: GuestNic::None,
         accel: Accel::Kvm,
         account: None,
+        iommu_platform: false,
     };
     let deadline = Instant::now() + PROBE_TIMEOUT;
     let booted = QemuGuest::start(&spec, image, &folder, None)

@@ -93,6 +93,8 @@ pub(crate) struct GuestSpec {
     pub(crate) accel: Accel,
     /// Who runs QEMU; `None` is who runs the lab.
     pub(crate) account: Option<Account>,
+    /// The NIC's addresses are the platform's (VIRTIO_F_ACCESS_PLATFORM).
+    pub(crate) iommu_platform: bool,
 }
 
 /// A guest that was started.
@@ -315,12 +317,16 @@ fn add_nic(command: &mut Command, spec: &GuestSpec) -> String {
         }
     };
     command.arg("-netdev").arg(netdev);
+    let platform = match spec.iommu_platform {
+        true => ",disable-legacy=on,iommu_platform=on",
+        false => "",
+    };
     command.arg("-device").arg(format!(
         "virtio-net-pci,netdev=net,mac={mac},mq={},vectors={},host_mtu={},romfile={}",
         if pairs > 1 { "on" } else { "off" },
         2 * pairs + 2,
         spec.mtu,
-        spec.offloads.qemu_properties()
+        spec.offloads.qemu_properties() + platform
     ));
     format!(" rw.ip={}/24 rw.mtu={}", address(spec.index), spec.mtu)
 }
@@ -435,6 +441,7 @@ mod tests {
                 nic: GuestNic::None,
                 accel: Accel::Tcg,
                 account: None,
+                iommu_platform: false,
             };
             let nowhere = PathBuf::from("/nonexistent/kernel");
             let image = Image {

@@ -100,6 +100,7 @@ fn run_in(plan: &LabPlan, folder: &Path) -> Result<bool> {
         programs: plan.programs.clone(),
         folder: folder.to_owned(),
         account: None,
+        iommu_platform: false,
     };
     if !plan.scenarios.is_empty() {
         return scenario::run_all(plan, &base, machine, &progress);

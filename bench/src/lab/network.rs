@@ -60,6 +60,8 @@ pub(crate) struct Base {
     pub(crate) folder: PathBuf,
     /// Who runs QEMU, on sockets of that group; `None` is who runs the lab.
     pub(crate) account: Option<Account>,
+    /// Guests' NICs have `iommu_platform=on`.
+    pub(crate) iommu_platform: bool,
 }
 
 /// A switch with its host interface and up to two guests. Fields are dropped in this order:
@@ -134,6 +136,7 @@ impl LabNetwork {
             nic,
             accel: self.base.accel,
             account: self.base.account,
+            iommu_platform: self.base.iommu_platform,
         };
         self.guests[index] = None;
         let (image, folder) = (&self.base.image, self.qemu_folder()?);

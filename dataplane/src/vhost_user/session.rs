@@ -38,6 +38,14 @@ pub(crate) enum SessionError {
          the port one queue pair (`--queues 1`), and it is not offered"
     )]
     ControlQueue,
+    /// VIRTIO_F_ACCESS_PLATFORM, with which addresses are those of an IOMMU (virtio 1.3, 6.1; "IOMMU
+    /// support" in vhost-user.rst), which nobody translates here.
+    #[error(
+        "the guest's NIC is behind a virtual IOMMU (VIRTIO_F_ACCESS_PLATFORM), which is not supported: \
+         take it from the guest (QEMU: no `-device intel-iommu` and the like, or the NIC on a bus with \
+         `bypass_iommu=on`)"
+    )]
+    Iommu,
     /// A ring that the device does not have.
     #[error("there is no ring {index}, only {count}")]
     NoSuchRing { index: u32, count: usize },
@@ -298,6 +306,9 @@ impl<D: Device> Session<D> {
         })?;
         if self.passes_through() && features.contains(Features::VIRTIO_NET_F_CTRL_VQ) {
             return Err(SessionError::ControlQueue);
+        }
+        if features.contains(Features::VIRTIO_F_ACCESS_PLATFORM) {
+            return Err(SessionError::Iommu);
         }
         self.negotiated = true;
         self.footing.features = features;

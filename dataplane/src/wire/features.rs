@@ -8,8 +8,8 @@ bitflags! {
     /// Virtio features (virtio 1.3, 5.1.3 and 6), and the two bits that vhost-user adds.
     ///
     /// QEMU masks away from the guest whatever is in its list of features for vhost-user-net
-    /// back-ends and not in ours; of that list we lack what the data path can't do (UFO, RSS, an
-    /// IOMMU, and NOTIFY_ON_EMPTY and GSO of drivers older than virtio 1.0). STATUS, CTRL_VQ and
+    /// back-ends and not in ours; of that list we lack what the data path can't do (UFO, RSS, and
+    /// NOTIFY_ON_EMPTY and GSO of drivers older than virtio 1.0). STATUS, CTRL_VQ and
     /// the CTRL_* that the front-end serves by itself are outside of the list of QEMU 10, but in
     /// that of older versions, which would mask them too. A front-end without a device model, which
     /// passes to its guest what we offer, is offered less (`vhost_user/offer.rs`).
@@ -38,6 +38,7 @@ bitflags! {
         const VIRTIO_F_EVENT_IDX = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
         const VHOST_USER_F_PROTOCOL_FEATURES = 1 << 30;
         const VIRTIO_F_VERSION_1 = 1 << config::VIRTIO_F_VERSION_1;
+        const VIRTIO_F_ACCESS_PLATFORM = 1 << config::VIRTIO_F_ACCESS_PLATFORM;
         const VIRTIO_F_RING_PACKED = 1 << config::VIRTIO_F_RING_PACKED;
         const VIRTIO_F_IN_ORDER = 1 << config::VIRTIO_F_IN_ORDER;
         const VIRTIO_NET_F_GUEST_USO4 = 1 << net::VIRTIO_NET_F_GUEST_USO4;
@@ -85,10 +86,6 @@ impl Features {
 }
 
 impl ProtocolFeatures {
-    /// What is for front-ends without a device model of their own; QEMU warns of CONFIG.
-    pub(crate) const OF_PASSED_THROUGH: Self =
-        Self::VHOST_USER_PROTOCOL_F_BACKEND_REQ.union(Self::VHOST_USER_PROTOCOL_F_CONFIG);
-
     /// Names of the bits that are set, in their order.
     pub(crate) fn names(self) -> Vec<&'static str> {
         self.iter_names().map(|(name, _)| name).collect()

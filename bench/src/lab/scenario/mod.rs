@@ -4,6 +4,7 @@ mod access;
 mod af_xdp;
 mod churn;
 mod neighbours;
+mod platform;
 mod quiet;
 mod recovery;
 mod zero_copy;
@@ -51,6 +52,8 @@ pub(crate) enum Scenario {
     Neighbours,
     /// QEMU as a user of its own, on sockets that its group may open and nobody else
     Access,
+    /// Guests whose NICs have iommu_platform=on, as confidential guests' have, with no virtual IOMMU
+    Platform,
     /// All of the above
     All,
     /// ringwayd in a guest, its NIC (virtio_net, igb) in zero-copy: modes, traffic, kill -9. Not
@@ -241,6 +244,7 @@ fn run(scenario: Scenario, stage: &ScenarioStage<'_>) -> Result<Findings> {
         Scenario::AfXdp => af_xdp::af_xdp(stage),
         Scenario::Neighbours => neighbours::neighbours(stage),
         Scenario::Access => access::access(stage),
+        Scenario::Platform => platform::platform(stage),
         Scenario::ZeroCopy => zero_copy::zero_copy(stage),
         Scenario::All => bail!("`all` is expanded before"),
     }

@@ -155,6 +155,7 @@ impl NicGuest {
             },
             accel: stage.base.accel,
             account: None,
+            iommu_platform: false,
         };
         let mut guest = QemuGuest::start(&spec, image, &folder, Some(&namespace))?;
         guest.wait_ready()?;

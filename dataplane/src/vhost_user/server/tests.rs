@@ -19,7 +19,7 @@ use crate::wire::{Features, ProtocolFeatures};
 const OFFERED_FEATURES: u64 = Features::all().bits();
 /// To QEMU.
 const OFFERED_PROTOCOL_FEATURES: u64 =
-    ProtocolFeatures::all().bits() & !ProtocolFeatures::OF_PASSED_THROUGH.bits();
+    ProtocolFeatures::all().bits() & !ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIG.bits();
 use crate::vhost_user::test_device::{
     Call, PATIENCE, REGION_SIZE, TestDevice, USER_BASE, body32, body64, event, memfd, open_memfds,
     region, region_fields, send_with_fds, wait_for, wire,
@@ -292,8 +292,10 @@ fn the_vhost_crates_front_end_gets_its_rings_started() {
     // Rings per device, not pairs: `get_queue_num` would overwrite it.
     let mut front = Frontend::connect(bed.path(0), 2).unwrap();
     front.set_owner().unwrap();
-    // Of a port with one queue pair, whose MTU nobody told.
-    let none = Features::OF_CONTROL_QUEUE | Features::VIRTIO_NET_F_MTU;
+    // Of a port with one queue pair, whose MTU nobody told; the last is for QEMU.
+    let none = Features::OF_CONTROL_QUEUE
+        | Features::VIRTIO_NET_F_MTU
+        | Features::VIRTIO_F_ACCESS_PLATFORM;
     let offered = OFFERED_FEATURES & !none.bits();
     assert_eq!(front.get_features().unwrap(), offered);
     let protocol = front.get_protocol_features().unwrap();

@@ -12,7 +12,7 @@ const VERSION_1: u64 = 1 << 32;
 const OFFERED_FEATURES: u64 = Features::all().bits();
 /// To QEMU.
 const OFFERED_PROTOCOL_FEATURES: u64 =
-    ProtocolFeatures::all().bits() & !ProtocolFeatures::OF_PASSED_THROUGH.bits();
+    ProtocolFeatures::all().bits() & !ProtocolFeatures::VHOST_USER_PROTOCOL_F_CONFIG.bits();
 
 struct Fixture {
     device: Arc<TestDevice>,
@@ -616,6 +616,22 @@ fn qemu_is_offered_all_of_a_device_and_no_configuration_space() {
     }
 }
 
+/// QEMU passes the bit on only where an IOMMU is in front of the NIC, and sends a channel for its
+/// messages to whoever offers it.
+#[test]
+fn a_guest_behind_an_iommu_is_refused_with_a_hint() {
+    let mut fixture = Fixture::fresh();
+    fixture.ok(Request::GetFeatures);
+    fixture.ok(Request::SetProtocolFeatures(OFFERED_PROTOCOL_FEATURES));
+    assert_eq!(OFFERED_FEATURES >> 33 & 1, 1);
+    fixture.ok(Request::SetBackendReqFd);
+    fixture.ok(Request::SetFeatures(VERSION_1 | PROTOCOL_FEATURES));
+    let features = Request::SetFeatures(VERSION_1 | PROTOCOL_FEATURES | 1 << 33);
+    let error = fixture.err(features);
+    assert!(matches!(error, SessionError::Iommu), "{error}");
+    assert!(error.to_string().contains("intel-iommu"), "{error}");
+}
+
 /// User-mode Linux begins with SET_OWNER, and its guest gets what is offered.
 #[test]
 fn who_passes_features_through_is_offered_what_is_served() {
@@ -632,6 +648,7 @@ fn who_passes_features_through_is_offered_what_is_served() {
             panic!("features are a number");
         };
         let offered = Features::from_bits(offered).unwrap();
+        assert!(!offered.contains(Features::VIRTIO_F_ACCESS_PLATFORM));
         let of_control = offered & Features::OF_CONTROL_QUEUE;
         assert_eq!(of_control.is_empty(), !control, "{of_control:?}");
         assert!(!offered.contains(Features::VIRTIO_NET_F_MTU), "nobody told");
