@@ -10,13 +10,13 @@ use std::process::{Command, Output};
 
 use common::Place;
 use ringway_control::api::{
-    DaemonInfo, FdbAdd, FdbAddParams, FdbFlush, FdbFlushParams, FdbList, FdbListParams,
-    FdbListResult, MeasureSample, NoParams, PortAdd, PortAddParams, PortConfig, PortDel,
-    PortDelParams, PortList, PortName, PortShow, PortShowParams, QueuePairs, SocketSpec,
-    VhostUserConfig, WorkerList, WorkerPin, WorkerPinParams, WorkerShow, WorkerShowParams,
-    WorkerUnpin, WorkerUnpinParams,
+    DaemonInfo, FdbAdd, FdbAddParams, FdbDel, FdbDelParams, FdbFlush, FdbFlushParams, FdbList,
+    FdbListParams, FdbListResult, MeasureSample, NoParams, PortAdd, PortAddParams, PortConfig,
+    PortDel, PortDelParams, PortList, PortName, PortSet, PortSetParams, PortShow, PortShowParams,
+    QueuePairs, SocketSpec, VhostUserConfig, VlanList, VlanTag, WorkerList, WorkerPin,
+    WorkerPinParams, WorkerShow, WorkerShowParams, WorkerUnpin, WorkerUnpinParams,
 };
-use ringway_control::rpc::CallError;
+use ringway_control::rpc::{CallError, Client};
 use rustix::process::{Pid, Signal, kill_process};
 
 fn error(output: &Output) -> String {
@@ -388,6 +388,7 @@ fn static_entries_of_the_forwarding_database() {
     let add = |mac: &str, port: &str| FdbAddParams {
         mac: mac.parse().unwrap(),
         port: name(port),
+        vlan: None,
     };
     client
         .call::<FdbAdd>(&add("52:54:00:00:00:01", "vm1"))
@@ -400,19 +401,73 @@ fn static_entries_of_the_forwarding_database() {
         "fdb_refused",
         client.call::<FdbAdd>(&add("01:00:5e:00:00:01", "vm1")),
     );
-    client
-        .call::<FdbFlush>(&FdbFlushParams { port: None })
-        .unwrap();
-    let port = Some(name("vm1"));
-    let FdbListResult { entries } = client.call::<FdbList>(&FdbListParams { port }).unwrap();
+    client.call::<FdbFlush>(&FdbFlushParams::default()).unwrap();
+    let of = |port: &str| FdbListParams {
+        port: Some(name(port)),
+        vlan: None,
+    };
+    let FdbListResult { entries } = client.call::<FdbList>(&of("vm1")).unwrap();
     assert_eq!(entries.len(), 1);
     assert!(entries[0].is_static);
-    let port = Some(name("vm9"));
-    refused(
-        "no_such_port",
-        client.call::<FdbList>(&FdbListParams { port }),
-    );
+    refused("no_such_port", client.call::<FdbList>(&of("vm9")));
     running.stop(Signal::INT);
+}
+
+#[test]
+fn vlans_are_configured_changed_and_told_and_entries_are_of_one() {
+    let place = Place::new();
+    let ports = [
+        vm("vm1", &place.path("vm1.sock")),
+        "vlan = { tag = 10 }\n".into(),
+        vm("vm2", &place.path("vm2.sock")),
+    ];
+    let path = place.config(&ports.concat());
+    let running = place.start(&["--config", path.to_str().unwrap()]);
+    let mut client = running.client();
+    let vlans = |client: &mut Client| client.call::<VlanList>(&NoParams {}).unwrap().vlans;
+    let told = vlans(&mut client);
+    assert_eq!(told.last().unwrap().vlans, "10");
+    assert_eq!(told.last().unwrap().tagged, [name("vm2")]);
+    assert_eq!(told.last().unwrap().untagged, [name("vm1")]);
+
+    let tag = |number: u16| Some(VlanTag::new(number).unwrap());
+    let add = |port: &str, vlan| FdbAddParams {
+        mac: "52:54:00:00:00:01".parse().unwrap(),
+        port: name(port),
+        vlan,
+    };
+    // In the port's own VLAN, in one of its others, and in one that it is not in.
+    client.call::<FdbAdd>(&add("vm1", None)).unwrap();
+    client.call::<FdbAdd>(&add("vm2", tag(20))).unwrap();
+    refused("vlan_of_port", client.call::<FdbAdd>(&add("vm1", tag(20))));
+    let entries = client.call::<FdbList>(&FdbListParams::default()).unwrap();
+    let entries: Vec<_> = entries
+        .entries
+        .iter()
+        .map(|entry| (entry.vlan, entry.port.as_str(), entry.is_static))
+        .collect();
+    assert_eq!(entries, [(10, "vm1", true), (20, "vm2", true)]);
+    let del = |vlan| FdbDelParams {
+        mac: "52:54:00:00:00:01".parse().unwrap(),
+        vlan,
+    };
+    refused("several_vlans", client.call::<FdbDel>(&del(None)));
+    client.call::<FdbDel>(&del(tag(20))).unwrap();
+    client.call::<FdbDel>(&del(None)).unwrap();
+    refused("no_such_fdb_entry", client.call::<FdbDel>(&del(None)));
+
+    let set = |vlan: &str| PortSetParams {
+        name: name("vm1"),
+        vlan: Some(serde_json::from_str(vlan).unwrap()),
+    };
+    let info = client.call::<PortSet>(&set(r#"{"trunks":"20"}"#)).unwrap();
+    assert_eq!(info.config.vlan().to_string(), "trunk of 20");
+    // It has no VLAN of its own.
+    refused("vlan_of_port", client.call::<FdbAdd>(&add("vm1", None)));
+    client.call::<PortSet>(&set("{}")).unwrap();
+    assert!(vlans(&mut client).is_empty());
+    refused("vlan_of_port", client.call::<FdbAdd>(&add("vm1", tag(10))));
+    running.stop(Signal::TERM);
 }
 
 fn refused<T: std::fmt::Debug>(expected: &str, result: Result<T, CallError>) {

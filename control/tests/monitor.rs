@@ -264,7 +264,7 @@ fn learn(running: &Running, guest: &mut Guest, events: &Reader, count: usize) ->
             told.push(event);
             if learned == STATIONS {
                 learned = 0;
-                let all = FdbFlushParams { port: None };
+                let all = FdbFlushParams::default();
                 running.client().call::<FdbFlush>(&all).unwrap();
             }
         }

@@ -257,7 +257,7 @@ impl Busy {
             let [own, peer] = macs.map(|number| station(number, 0));
             guest.address(peer, own);
             let port: PortName = name.parse().unwrap();
-            switch.fdb_add(MacAddr(own), &port).unwrap();
+            switch.fdb_add(MacAddr(own), &port, None).unwrap();
             guest
         };
         let (a, b) = (busy("a", [1, 2]), busy("b", [2, 1]));

@@ -239,7 +239,9 @@ fn an_address_in_use_can_not_be_taken_but_be_announced_and_configured() {
     thief.frontend().send_rarp(mac(2)).unwrap();
     eventually("it moved", || lab.counters("thief").fdb_moves == 1);
     at(frame(2, 1, 64, 100), &mut thief);
-    lab.switch.fdb_add(MacAddr(mac(2)), &name("b")).unwrap();
+    lab.switch
+        .fdb_add(MacAddr(mac(2)), &name("b"), None)
+        .unwrap();
     at(frame(2, 1, 64, 101), &mut b);
 }
 
@@ -421,7 +423,9 @@ fn a_guest_that_vanishes_is_forgotten_and_one_that_keeps_a_ring_is_not() {
         entries.iter().filter(|e| e.port.as_str() == port).count()
     };
     eventually("both are known", || (behind("a"), behind("b")) == (1, 1));
-    lab.switch.fdb_add(MacAddr(mac(3)), &name("b")).unwrap();
+    lab.switch
+        .fdb_add(MacAddr(mac(3)), &name("b"), None)
+        .unwrap();
     a.frontend().stop_ring(0).unwrap();
     a.frontend().queue_pairs().unwrap();
     assert_eq!(behind("a"), 1, "its second receive ring is left");

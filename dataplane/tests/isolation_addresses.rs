@@ -25,7 +25,7 @@ fn addresses_without_end_and_those_of_others_do_others_no_harm() {
     // To itself: what is learned is all that it is about.
     attacker.address(mac(ATTACKER), mac(ATTACKER));
     let own = MacAddr(mac(ATTACKER));
-    lab.switch.fdb_add(own, &name("attacker")).unwrap();
+    lab.switch.fdb_add(own, &name("attacker"), None).unwrap();
     let slots = attacker.tx.ring.slots();
     innocents.endure(0.5, "addresses without end", || {
         attacker.tx.ring.reclaim().unwrap();

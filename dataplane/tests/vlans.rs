@@ -12,8 +12,8 @@ use std::sync::mpsc;
 use common::host::{ip, quiet_namespace, veth};
 use common::packet::{Packet, judge, pattern};
 use common::{DEADLINE, Lab, af_xdp, frame, ifname, mac, name, receive, tap};
-use ringway_api::VlanConfig;
-use ringway_bridge::DropReason;
+use ringway_api::{VlanConfig, VlanTag};
+use ringway_bridge::{DropReason, MacAddr};
 use ringway_guest::features::TSO;
 use ringway_guest::{Guest, GuestBuilder, Layout};
 use serde_json::{Value, from_value, json};
@@ -156,8 +156,57 @@ fn an_address_may_be_in_two_vlans_at_once() {
         assert!(taken(&mut hosts[at]) == [frame(7, 1, 64, 5)]);
         assert!(taken(&mut hosts[1 - at]).is_empty());
     }
-    let vlans: Vec<_> = lab.switch.fdb().iter().map(|entry| entry.mac.0).collect();
-    assert_eq!(vlans, [mac(1), mac(1), mac(7), mac(7)]);
+    let entries = lab.switch.fdb();
+    let entries: Vec<_> = entries.iter().map(|of| (of.mac.0, of.vlan)).collect();
+    assert_eq!(
+        entries,
+        [(mac(1), 10), (mac(1), 20), (mac(7), 10), (mac(7), 20)]
+    );
+}
+
+#[test]
+fn learned_entries_are_flushed_by_vlan_address_and_port_and_static_ones_stay() {
+    let lab = Lab::start();
+    let trunk = json!({ "trunks": "10,20" });
+    let mut a = guest_in(&lab, "a", trunk.clone(), Guest::builder());
+    let mut b = guest_in(&lab, "b", trunk, Guest::builder());
+    let tag = |vlan: u16| VlanTag::new(vlan).unwrap();
+    let mac_of = |station| MacAddr(mac(station));
+    let entries = || {
+        let entries = lab.switch.fdb();
+        let told = entries
+            .iter()
+            .map(|of| (of.mac.0[5], of.vlan, of.is_static));
+        told.collect::<Vec<_>>()
+    };
+    let mut teach = || {
+        for vid in [10, 20] {
+            for (guest, station) in [(&mut a, 1), (&mut b, 2)] {
+                let frame = frame(0xff, station, 60, 0);
+                send(guest, &tagged(&[[0x81, 0, 0, vid]], &frame));
+            }
+        }
+    };
+    lab.switch
+        .fdb_add(mac_of(3), &name("a"), Some(tag(10)))
+        .unwrap();
+    let flush = |port: Option<&str>, vlan, station: Option<u8>| {
+        let port = port.map(name);
+        let mac = station.map(mac_of);
+        lab.switch.fdb_flush(port.as_ref(), vlan, mac).unwrap()
+    };
+    let pinned = (3, 10, true);
+    teach();
+    assert_eq!(flush(None, Some(tag(10)), None), 2);
+    assert_eq!(entries(), [(1, 20, false), (2, 20, false), pinned]);
+    teach();
+    assert_eq!(flush(None, None, Some(2)), 2);
+    assert_eq!(entries(), [(1, 10, false), (1, 20, false), pinned]);
+    teach();
+    assert_eq!(flush(Some("a"), Some(tag(20)), Some(1)), 1);
+    assert_eq!(flush(Some("b"), Some(tag(20)), Some(1)), 0);
+    assert_eq!(flush(None, None, None), 3);
+    assert_eq!(entries(), [pinned]);
 }
 
 /// IEEE 802.1Q-2022, 15: a provider carries its customers' frames as they are.

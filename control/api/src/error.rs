@@ -58,6 +58,10 @@ kinds! {
         NoSuchFdbEntry = -32010,
         /// The forwarding database can't take the entry.
         FdbRefused = -32011,
+        /// The address is in several VLANs.
+        SeveralVlans = -32012,
+        /// The port is not in the VLAN, or it is not said which of its VLANs is meant.
+        VlanOfPort = -32013,
         /// There is no worker of that number.
         NoSuchWorker = -32020,
         /// There is no such CPU, or it is not allowed to the daemon.
@@ -119,6 +123,8 @@ impl From<SwitchError> for ApiError {
             SwitchError::NoSuchFdbEntry { .. } => ErrorKind::NoSuchFdbEntry,
             SwitchError::FdbRefused { .. } => ErrorKind::FdbRefused,
             SwitchError::TooManyStreams { .. } => ErrorKind::TooManyStreams,
+            SwitchError::SeveralVlans { .. } => ErrorKind::SeveralVlans,
+            SwitchError::VlanOfPort { .. } => ErrorKind::VlanOfPort,
             SwitchError::System { .. } => ErrorKind::System,
         };
         Self::new(kind, error.to_string(), error.hint())

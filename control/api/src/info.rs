@@ -241,6 +241,8 @@ pub struct VlanInfo {
 pub struct FdbEntry {
     /// The address, as `52:54:00:00:00:01`.
     pub mac: MacAddr,
+    /// The VLAN in which it is there; 0 where untagged frames are of ports that say nothing of VLANs.
+    pub vlan: u16,
     /// The port behind which it is.
     pub port: PortName,
     /// Configured, so never aged or moved.

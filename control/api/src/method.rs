@@ -11,7 +11,7 @@ use crate::info::{
 use crate::measure::Sample;
 use crate::port::PortConfig;
 use crate::value::PortName;
-use crate::vlan::VlanConfig;
+use crate::vlan::{VlanConfig, VlanTag};
 
 /// A method of the control API.
 pub trait Method {
@@ -72,7 +72,7 @@ methods! {
     FdbDel = "fdb.del" (FdbDelParams) -> Done:
         "Deletes an entry, static or learned.";
     FdbFlush = "fdb.flush" (FdbFlushParams) -> FdbFlushResult:
-        "Forgets the learned entries of all ports or one.";
+        "Forgets learned entries: all, or those of a port, a VLAN, an address.";
     WorkerList = "worker.list" (NoParams) -> WorkerListResult:
         "All workers, by number.";
     WorkerShow = "worker.show" (WorkerShowParams) -> WorkerDetail:
@@ -173,6 +173,10 @@ pub struct FdbListParams {
     #[cfg_attr(feature = "clap", arg(long, value_name = "PORT"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<PortName>,
+    /// Only those in this VLAN.
+    #[cfg_attr(feature = "clap", arg(long, value_name = "VLAN"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<VlanTag>,
 }
 
 /// Result of `fdb.list`.
@@ -191,6 +195,10 @@ pub struct FdbAddParams {
     pub mac: MacAddr,
     /// The port behind which it is.
     pub port: PortName,
+    /// The VLAN in which it is there [default: that of the port's untagged frames].
+    #[cfg_attr(feature = "clap", arg(long, value_name = "VLAN"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<VlanTag>,
 }
 
 /// Parameters of `fdb.del`.
@@ -200,6 +208,10 @@ pub struct FdbAddParams {
 pub struct FdbDelParams {
     /// The address, as 52:54:00:00:00:01.
     pub mac: MacAddr,
+    /// The VLAN in which it is; needed if it is in several.
+    #[cfg_attr(feature = "clap", arg(long, value_name = "VLAN"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<VlanTag>,
 }
 
 /// Parameters of `fdb.flush`.
@@ -211,6 +223,14 @@ pub struct FdbFlushParams {
     #[cfg_attr(feature = "clap", arg(long, value_name = "PORT"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<PortName>,
+    /// Only those in this VLAN.
+    #[cfg_attr(feature = "clap", arg(long, value_name = "VLAN"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<VlanTag>,
+    /// Only those of this address.
+    #[cfg_attr(feature = "clap", arg(long, value_name = "MAC"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
 }
 
 /// Result of `fdb.flush`.

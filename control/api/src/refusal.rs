@@ -108,6 +108,22 @@ pub enum SwitchError {
         /// How many may.
         most: usize,
     },
+    /// The address is in several VLANs.
+    #[error("{mac} is in several VLANs: {vlans}")]
+    SeveralVlans {
+        /// The address.
+        mac: MacAddr,
+        /// The VLANs, as `10,20-30`.
+        vlans: String,
+    },
+    /// The port is not in the VLAN, or it is not said which of its VLANs is meant.
+    #[error("{reason}")]
+    VlanOfPort {
+        /// What is wrong.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
     /// A system call failed that has no better explanation.
     #[error("{what}: {source}")]
     System {
@@ -135,9 +151,11 @@ impl SwitchError {
                 last => format!("the workers are 0 to {last}; `ringway worker list` shows them"),
             },
             Self::TooManyPorts => "delete a port first".into(),
-            Self::SocketPath { hint, .. } | Self::Tap { hint, .. } | Self::AfXdp { hint, .. } => {
-                hint.clone()
-            }
+            Self::SocketPath { hint, .. }
+            | Self::Tap { hint, .. }
+            | Self::AfXdp { hint, .. }
+            | Self::VlanOfPort { hint, .. } => hint.clone(),
+            Self::SeveralVlans { .. } => "say which by --vlan".into(),
             Self::NoSuchFdbEntry { .. } => "`ringway fdb list` shows the entries".into(),
             Self::FdbRefused { .. } => {
                 "an entry is a station's own address; `ringway fdb flush` makes room".into()

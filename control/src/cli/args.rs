@@ -452,6 +452,7 @@ impl AddKind {
 #[derive(Debug, Subcommand)]
 pub enum FdbVerb {
     /// List the entries
+    #[command(after_help = FDB_LIST_HELP)]
     List(FdbListParams),
     /// Add a static entry, or make a learned one static: it neither ages nor moves
     Add(FdbAddParams),
@@ -460,6 +461,12 @@ pub enum FdbVerb {
     /// Forget learned entries; static ones stay
     Flush(FdbFlushParams),
 }
+
+const FDB_LIST_HELP: &str = "\
+Columns:
+  VLAN       0 is where untagged frames are of ports that say nothing of VLANs
+  TYPE       static entries are configured: they neither age nor move
+  LAST SEEN  since a frame from the address came";
 
 /// What to do with workers.
 #[derive(Debug, Subcommand)]

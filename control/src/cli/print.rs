@@ -321,7 +321,7 @@ pub(super) fn vlans(out: &mut dyn Write, list: &VlanListResult) -> fmt::Result {
 
 /// `ringway fdb list`.
 pub(super) fn fdb(out: &mut dyn Write, list: &FdbListResult) -> fmt::Result {
-    let mut table = Table::new("MAC|PORT|TYPE|>LAST SEEN");
+    let mut table = Table::new("MAC|>VLAN|PORT|TYPE|>LAST SEEN");
     for entry in &list.entries {
         let (kind, age) = if entry.is_static {
             ("static", NONE.to_owned())
@@ -330,6 +330,7 @@ pub(super) fn fdb(out: &mut dyn Write, list: &FdbListResult) -> fmt::Result {
         };
         table.row([
             entry.mac.to_string(),
+            entry.vlan.to_string(),
             entry.port.to_string(),
             kind.into(),
             age,

@@ -247,16 +247,17 @@ fn port_show_as_json() {
 
 #[test]
 fn fdb_list() {
-    let entry = |mac: &str, is_static, age_seconds| FdbEntry {
+    let entry = |mac: &str, vlan, is_static, age_seconds| FdbEntry {
         mac: mac.parse().unwrap(),
+        vlan,
         port: "vm1".parse().unwrap(),
         is_static,
         age_seconds,
     };
     let entries = vec![
-        entry("52:54:00:00:00:01", false, 12.34),
-        entry("52:54:00:00:00:02", true, 0.0),
-        entry("52:54:00:00:00:03", false, 0.05),
+        entry("52:54:00:00:00:01", 0, false, 12.34),
+        entry("52:54:00:00:00:02", 4094, true, 0.0),
+        entry("52:54:00:00:00:03", 10, false, 0.05),
     ];
     insta::assert_snapshot!(written(print::fdb, &FdbListResult { entries }));
 }
@@ -362,6 +363,7 @@ fn help_texts() {
     insta::assert_snapshot!("help_port_list", help(&["port", "list"]));
     insta::assert_snapshot!("help_port_set", help(&["port", "set"]));
     insta::assert_snapshot!("help_vlan", help(&["vlan"]));
+    insta::assert_snapshot!("help_fdb_list", help(&["fdb", "list"]));
     insta::assert_snapshot!("help_port_show", help(&["port", "show"]));
     insta::assert_snapshot!("help_drops", help(&["drops"]));
     insta::assert_snapshot!("help_monitor", help(&["monitor"]));

@@ -122,15 +122,15 @@ impl Service {
             }),
             FdbList::NAME => reply::<FdbList>(params, |p| self.fdb_list(p)),
             FdbAdd::NAME => reply::<FdbAdd>(params, |p| {
-                self.switch.fdb_add(p.mac, &p.port)?;
+                self.switch.fdb_add(p.mac, &p.port, p.vlan)?;
                 Ok(Done {})
             }),
             FdbDel::NAME => reply::<FdbDel>(params, |p| {
-                self.switch.fdb_del(p.mac)?;
+                self.switch.fdb_del(p.mac, p.vlan)?;
                 Ok(Done {})
             }),
             FdbFlush::NAME => reply::<FdbFlush>(params, |p| {
-                let flushed = self.switch.fdb_flush(p.port.as_ref())?;
+                let flushed = self.switch.fdb_flush(p.port.as_ref(), p.vlan, p.mac)?;
                 Ok(FdbFlushResult {
                     flushed: flushed.try_into().unwrap_or(u64::MAX),
                 })
@@ -219,6 +219,9 @@ impl Service {
         if let Some(name) = params.port {
             self.switch.port(&name)?;
             entries.retain(|entry| entry.port == name);
+        }
+        if let Some(vlan) = params.vlan {
+            entries.retain(|entry| entry.vlan == vlan.get());
         }
         Ok(FdbListResult { entries })
     }

@@ -2,6 +2,7 @@
 
 mod addresses;
 mod balance;
+mod fdb;
 #[cfg(any(test, feature = "inline"))]
 mod inline;
 mod links;
@@ -15,11 +16,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use ringway_api::{
-    AfXdpConfig, FdbEntry, HeaderAction, Mtu, Occurrence, PairCounters, PolledQueue, PortConfig,
-    PortDetail, PortInfo, PortName, PortState, QueueInfo, QueuePairs, SocketSpec, SwitchConfig,
-    SwitchError, TapConfig, VhostUserConfig, WorkerDetail, WorkerInfo,
+    AfXdpConfig, HeaderAction, Mtu, Occurrence, PairCounters, PolledQueue, PortConfig, PortDetail,
+    PortInfo, PortName, PortState, QueueInfo, QueuePairs, SocketSpec, SwitchConfig, SwitchError,
+    TapConfig, VhostUserConfig, WorkerDetail, WorkerInfo,
 };
-use ringway_bridge::{Bridge, BridgeConfig, MacAddr, PortId, Tick};
+use ringway_bridge::{Bridge, BridgeConfig, PortId, Tick};
 
 #[cfg(any(test, feature = "inline"))]
 pub use inline::InlineSwitch;
@@ -310,68 +311,6 @@ impl Switch {
                 }
             }
         })
-    }
-
-    /// The forwarding database, by address.
-    pub fn fdb(&self) -> Vec<FdbEntry> {
-        let state = self.table.lock();
-        let names = state.names();
-        let now = Tick::after(self.epoch.elapsed());
-        let mut entries = Vec::new();
-        self.bridge
-            .fdb()
-            .for_each(|station, port, is_static, last_seen| {
-                if let Some(name) = names.get(&port) {
-                    let age_ticks = if is_static { 0 } else { now.since(last_seen) };
-                    entries.push(FdbEntry {
-                        mac: station.mac,
-                        port: (*name).clone(),
-                        is_static,
-                        age_seconds: f64::from(age_ticks) / f64::from(Tick::PER_SECOND),
-                    });
-                }
-            });
-        entries.sort_by_key(|entry| entry.mac);
-        entries
-    }
-
-    /// Adds a static entry, or makes a learned one static.
-    ///
-    /// # Errors
-    /// No such port, a group address, or the database is full.
-    pub fn fdb_add(&self, mac: MacAddr, port: &PortName) -> Result<(), SwitchError> {
-        let state = self.table.lock();
-        let id = state.find(port)?.port.base().id;
-        let added = self.bridge.fdb().add_static(mac, id);
-        added.map_err(|error| SwitchError::FdbRefused {
-            mac,
-            reason: error.to_string(),
-        })
-    }
-
-    /// Deletes an entry, static or learned.
-    ///
-    /// # Errors
-    /// There is no such entry.
-    pub fn fdb_del(&self, mac: MacAddr) -> Result<(), SwitchError> {
-        let removed = self.bridge.fdb().remove(mac);
-        if removed {
-            Ok(())
-        } else {
-            Err(SwitchError::NoSuchFdbEntry { mac })
-        }
-    }
-
-    /// Forgets the learned entries of all ports or one, and returns how many.
-    ///
-    /// # Errors
-    /// There is no such port.
-    pub fn fdb_flush(&self, port: Option<&PortName>) -> Result<usize, SwitchError> {
-        let state = self.table.lock();
-        let id = port.map(|name| state.find(name).map(|entry| entry.port.base().id));
-        let id = id.transpose()?;
-        let wanted = |_, at| id.is_none_or(|id| id == at);
-        Ok(self.bridge.fdb().flush(wanted))
     }
 
     /// What happens from now on, as events.

@@ -516,7 +516,7 @@ impl Lab {
     /// Tells the bridge where a station is, so that nothing for it is flooded.
     pub(crate) fn pin(&self, port: &str, station: u8) {
         self.switch
-            .fdb_add(MacAddr(mac(station)), &name(port))
+            .fdb_add(MacAddr(mac(station)), &name(port), None)
             .unwrap();
     }
 }
