@@ -10,10 +10,12 @@
 //!   `docs/control-api.schema.json`.
 //! - [`rpc`] carries it: codec, server, client. It knows no method.
 //! - [`config`] reads the daemon's TOML file.
+//! - [`auto`] makes ports of the sockets in a directory.
 //! - [`metrics`] writes what is counted for Prometheus, and serves it over HTTP.
 //! - [`daemon`] and [`cli`] are the two programs.
 #![forbid(unsafe_code)]
 
+pub mod auto;
 pub mod cli;
 pub mod config;
 pub mod daemon;

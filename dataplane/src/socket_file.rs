@@ -89,6 +89,43 @@ impl SocketFile {
         }
     }
 
+    /// Makes a directory in which those may make sockets who may open this one, if there is none.
+    ///
+    /// # Errors
+    /// What is there is no directory, or anybody may write to it; or there can be none.
+    pub fn make_directory(&self, path: &Path) -> Result<(), BadValue> {
+        let system = |error: &io::Error| BadValue {
+            reason: format!("{} can't be had: {error}", path.display()),
+            hint: "name a directory whose parent exists and that ringwayd may make or use".into(),
+        };
+        match fs::symlink_metadata(path) {
+            Ok(there) if !there.is_dir() => {
+                return Err(system(&io::Error::other("it is no directory")));
+            }
+            Ok(there) if there.permissions().mode() & 0o002 != 0 => {
+                return Err(BadValue {
+                    reason: format!("anybody may write to {}", path.display()),
+                    hint: format!(
+                        "whoever makes a socket there has a port of the switch: chmod o-w {}",
+                        path.display()
+                    ),
+                });
+            }
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(system(&error)),
+        }
+        fs::create_dir(path).map_err(|error| system(&error))?;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(path, flags, Mode::empty());
+        let directory = directory.map_err(|error| system(&error.into()))?;
+        // Whoever may connect may look for sockets, and make one.
+        let write = u32::from(self.mode.bits()) & 0o220;
+        let mode = Mode::from_raw_mode(write << 1 | write | write >> 1);
+        let settled = rustix::fs::fchmod(&directory, mode).map_err(|error| system(&error.into()));
+        settled.and_then(|()| self.give(&directory))
+    }
+
     fn give(&self, file: &OwnedFd) -> Result<(), BadValue> {
         let (owner, group) = (self.owner.as_ref(), self.group.as_ref());
         if owner.is_none() && group.is_none() {

@@ -19,6 +19,7 @@ use super::{
     Config, ConfigError, CpuList, DEFAULT_BALANCE, DEFAULT_FDB_AGEING, DEFAULT_FDB_CAPACITY,
     DEFAULT_IDLE, LogFormat, MAX_FDB_CAPACITY,
 };
+use crate::auto::Profiles;
 use crate::metrics::DEFAULT_LISTEN;
 use crate::suggest::Unknown;
 
@@ -40,6 +41,7 @@ struct File {
     daemon: DaemonSection,
     sockets: SocketsSection,
     metrics: MetricsSection,
+    auto: AutoSection,
     bridge: BridgeSection,
     fdb: FdbSection,
     idle: IdleSection,
@@ -69,6 +71,12 @@ struct SocketsSection {
 #[serde(deny_unknown_fields, default)]
 struct MetricsSection {
     listen: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct AutoSection {
+    directory: Option<SocketPath>,
 }
 
 #[derive(Default, Deserialize)]
@@ -109,9 +117,11 @@ pub(super) fn parse(text: &str) -> Result<Config, ConfigError> {
     let places = Places { text, root };
     let mut values = layout.clone();
     let ports = values.get_mut().remove("ports");
+    let profiles = values.get_mut().remove("profiles");
     let file = File::deserialize(values.into_deserializer());
     let file = file.map_err(|error| places.refused(&error, None))?;
-    check(file, ports, &places)
+    let profiles = super::profiles::check(profiles, &places)?;
+    check(file, ports, profiles, &places)
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
@@ -120,14 +130,14 @@ fn line_of(text: &str, offset: usize) -> usize {
 }
 
 /// Where things are in the text.
-struct Places<'a> {
+pub(super) struct Places<'a> {
     text: &'a str,
     root: &'a DeTable<'a>,
 }
 
 impl Places<'_> {
     /// What serde or the parser refuses, somewhere from `start` on if the error does not tell.
-    fn refused(&self, error: &TomlError, start: Option<usize>) -> ConfigError {
+    pub(super) fn refused(&self, error: &TomlError, start: Option<usize>) -> ConfigError {
         let start = error.span().map(|span| span.start).or(start);
         let message = error.message();
         let (what, hint) = if let Some(bad) = BadValue::from_serde(message) {
@@ -149,7 +159,12 @@ impl Places<'_> {
     }
 
     /// An error at `path`, or at its deepest part that the text has.
-    fn error(&self, path: &[&str], what: String, hint: impl Into<String>) -> ConfigError {
+    pub(super) fn error(
+        &self,
+        path: &[&str],
+        what: String,
+        hint: impl Into<String>,
+    ) -> ConfigError {
         let start = self.start(path);
         ConfigError {
             file: None,
@@ -191,6 +206,7 @@ fn path_to<'a>(table: &'a DeTable<'_>, offset: usize) -> Vec<&'a str> {
 fn check(
     file: File,
     ports: Option<Spanned<DeValue<'_>>>,
+    profiles: Profiles,
     places: &Places<'_>,
 ) -> Result<Config, ConfigError> {
     let control = file.daemon.control.as_ref().map(SocketPath::as_path);
@@ -209,6 +225,8 @@ fn check(
             mode: file.sockets.mode,
         },
         log_format: file.daemon.log_format,
+        auto: file.auto.directory.map(|path| path.as_path().to_owned()),
+        profiles,
         metrics: check_metrics(file.metrics.listen.as_deref(), places)?,
         fdb_ageing: check_ageing(&file.fdb, places)?,
         fdb_capacity: check_capacity(&file.fdb, places)?,

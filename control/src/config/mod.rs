@@ -8,6 +8,7 @@
 
 mod cpus;
 mod file;
+mod profiles;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -18,6 +19,8 @@ use ringway_api::{
     BalanceConfig, GroupFwdMask, IdleConfig, PortConfig, PortName, SocketAccess, SwitchConfig,
 };
 use serde::Deserialize;
+
+use crate::auto::Profiles;
 
 pub use cpus::{CpuList, CpuListError};
 pub use file::listen_address;
@@ -68,6 +71,10 @@ pub struct Config {
     pub log_format: Option<LogFormat>,
     /// Where metrics are served over HTTP, if anywhere.
     pub metrics: Option<SocketAddr>,
+    /// Directory whose sockets become ports, if the file names one.
+    pub auto: Option<PathBuf>,
+    /// How the ports of these sockets are.
+    pub profiles: Profiles,
     /// Learned entries are forgotten after this long.
     pub fdb_ageing: Duration,
     /// Entries of the forwarding database.
@@ -93,6 +100,8 @@ impl Default for Config {
             worker_cpus: None,
             log_format: None,
             metrics: None,
+            auto: None,
+            profiles: Profiles::new(),
             fdb_ageing: DEFAULT_FDB_AGEING,
             fdb_capacity: DEFAULT_FDB_CAPACITY,
             fdb_move_hold: SwitchConfig::DEFAULT_FDB_MOVE_HOLD,

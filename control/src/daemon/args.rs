@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Parser;
-use ringway_api::{AccountName, SocketAccess, SocketMode};
+use ringway_api::{AccountName, SocketAccess, SocketMode, SocketPath};
 
 use crate::config::{Config, CpuList, LogFormat, listen_address};
 
@@ -53,6 +53,11 @@ pub struct Args {
     #[arg(long, value_name = "LIST")]
     pub worker_cpus: Option<CpuList>,
 
+    /// Make a port of each socket NAME.sock, or PROFILE/NAME.sock, that a QEMU makes in this directory
+    /// (server=on; libvirt: mode='server'), as long as it is there
+    #[arg(long, value_name = "DIRECTORY")]
+    pub auto: Option<SocketPath>,
+
     /// Serve metrics for Prometheus over HTTP there [default without ADDRESS: 127.0.0.1:9479]
     #[arg(long, value_name = "ADDRESS:PORT", num_args = 0..=1, require_equals = true,
           default_missing_value = "127.0.0.1:9479", value_parser = listen_address)]
@@ -80,6 +85,7 @@ const AFTER_HELP: &str = "\
 Examples:
   ringwayd --worker-cpus 2-3
   ringwayd --socket-group kvm --control-group adm
+  ringwayd --auto /run/ringway/auto --socket-group kvm
   ringwayd --metrics                      # curl http://127.0.0.1:9479/metrics
   ringwayd --config /etc/ringway/ringway.toml --check
   RUST_LOG=ringway_dataplane=debug ringwayd
@@ -114,6 +120,9 @@ impl Args {
         config.socket_access = given.or(&config.socket_access);
         if let Some(cpus) = &self.worker_cpus {
             config.worker_cpus = Some(cpus.clone());
+        }
+        if let Some(auto) = &self.auto {
+            config.auto = Some(auto.as_path().to_owned());
         }
         if self.metrics.is_some() {
             config.metrics = self.metrics;

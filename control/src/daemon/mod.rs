@@ -2,13 +2,13 @@
 
 mod args;
 mod log;
+mod servers;
 mod service;
 mod streams;
 mod watchdog;
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
-use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -22,11 +22,11 @@ use tracing_subscriber::EnvFilter;
 
 pub use args::Args;
 use log::Log;
+use servers::{Beside, Servers};
 pub use service::Service;
 
 use crate::config::{Config, ConfigError, CpuList, DEFAULT_CONTROL, LogFormat};
-use crate::metrics::Exporter;
-use crate::rpc::{BindError, ControlSocket, Server};
+use crate::rpc::{BindError, ControlSocket};
 use crate::usage;
 
 /// Why the daemon did not start.
@@ -209,24 +209,14 @@ fn serve(
         end(service);
         return Err(failure);
     }
-    let handler = {
-        let service = Arc::clone(&service);
-        Arc::new(move |method: &str, params: Option<&_>| service.handle(method, params))
+    let beside = Beside {
+        metrics: config.metrics,
+        auto: config.auto,
+        profiles: config.profiles,
     };
-    let server = match Server::start(socket, handler) {
-        Ok(server) => server,
-        Err(error) => {
-            end(service);
-            return Err(Failure {
-                what: format!("can't serve the control socket: {error}"),
-                hint: "see `ulimit -u` and `ulimit -n`".into(),
-            });
-        }
-    };
-    let exporter = match serve_metrics(config.metrics, &service) {
-        Ok(exporter) => exporter,
+    let servers = match Servers::start(socket, beside, &service) {
+        Ok(servers) => servers,
         Err(failure) => {
-            server.shutdown();
             end(service);
             return Err(failure);
         }
@@ -238,30 +228,10 @@ fn serve(
     }
     wait_for_end(&mut signals);
     notify(&[NotifyState::Stopping]);
-    drop(exporter);
-    server.shutdown();
+    drop(servers);
     end(service);
     tracing::info!("stopped");
     Ok(())
-}
-
-/// Serves metrics, if an address is configured.
-fn serve_metrics(
-    listen: Option<SocketAddr>,
-    service: &Arc<Service>,
-) -> Result<Option<Exporter>, Failure> {
-    let Some(listen) = listen else {
-        return Ok(None);
-    };
-    let service = Arc::clone(service);
-    let exporter = Exporter::start(listen, move || service.metrics());
-    let exporter = exporter.map_err(|error| Failure {
-        what: format!("can't serve metrics at {listen}: {error}"),
-        hint: "give another address with --metrics=ADDRESS:PORT; `ss -ltnp` tells who has this one"
-            .into(),
-    })?;
-    tracing::info!(address = %exporter.address(), "metrics are served");
-    Ok(Some(exporter))
 }
 
 /// Returns when a signal is to end the daemon. A hang-up is not: daemons read their configuration anew

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ringway_api::{
     ApiError, BadValue, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbDel, FdbFlush,
@@ -70,6 +70,25 @@ impl Service {
         config: PortConfig,
     ) -> Result<PortInfo, SwitchError> {
         self.add(name, config, Switch::add_or_await_port)
+    }
+
+    /// Who may open the sockets of ports that don't say.
+    pub(super) fn socket_access(&self) -> &SocketAccess {
+        &self.socket_access
+    }
+
+    /// Removes a port; false if there is none.
+    pub fn remove_port(&self, name: &PortName) -> bool {
+        let params = PortDelParams {
+            name: name.clone(),
+            if_exists: true,
+        };
+        self.port_del(params).is_ok_and(|result| result.deleted)
+    }
+
+    /// As [`Switch::refused_for`].
+    pub fn refused_for(&self, name: &PortName) -> Option<Duration> {
+        self.switch.refused_for(name)
     }
 
     fn add(
@@ -258,8 +277,7 @@ impl Service {
     }
 
     fn info(&self) -> DaemonReport {
-        let uptime =
-            std::time::Duration::from_nanos(monotonic_ns().saturating_sub(self.started_ns));
+        let uptime = Duration::from_nanos(monotonic_ns().saturating_sub(self.started_ns));
         DaemonReport {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),

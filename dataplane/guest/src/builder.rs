@@ -120,7 +120,15 @@ impl GuestBuilder {
     /// # Errors
     /// No back-end, or one that lacks what the guest needs.
     pub fn connect(self, path: &Path) -> Result<Guest, GuestError> {
-        Guest::start(Frontend::connect(path)?, self)
+        self.on(Frontend::connect(path)?)
+    }
+
+    /// The same on a session in which nothing was said yet.
+    ///
+    /// # Errors
+    /// A back-end that lacks what the guest needs.
+    pub fn on(self, frontend: Frontend) -> Result<Guest, GuestError> {
+        Guest::start(frontend, self)
     }
 
     /// Starts all queues on a session in which nothing was said yet, for buffers that stay where

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use ringway_api::{PortState, QueueInfo};
 
-use self::health::{Asleep, Kicks};
+use self::health::{Asleep, Kicks, Unreachable};
 pub(crate) use self::rings::RxScratch;
 pub(super) use self::rings::choose_receiver;
 use self::rings::{QueueState, StartedRing, VhostQueue};
@@ -58,6 +58,8 @@ pub(crate) struct VhostPort {
     protocol_features: AtomicU64,
     connections: AtomicU64,
     last_error: Mutex<Option<LastError>>,
+    /// Why the front-end's socket can't be connected to, since it could be last.
+    unreachable: Mutex<Option<Unreachable>>,
     /// The last sleep of a worker in the guest's memory.
     asleep: Mutex<Option<Asleep>>,
     /// The state that events told last.
@@ -98,6 +100,7 @@ impl VhostPort {
             protocol_features: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             last_error: Mutex::new(None),
+            unreachable: Mutex::new(None),
             asleep: Mutex::new(None),
             told: Mutex::new(PortState::Down),
             // A guest that boots starts its rings in firmware and again in its kernel.

@@ -13,7 +13,7 @@ mod watch;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ringway_api::{
     AfXdpConfig, HeaderAction, Mtu, Occurrence, PairCounters, PolledQueue, PortConfig, PortDetail,
@@ -234,6 +234,16 @@ impl Switch {
             .keys()
             .filter_map(|name| self.port_info(&state, name).ok())
             .collect()
+    }
+
+    /// For how long nobody has listened at the socket that a port is to connect to, though its file is
+    /// there.
+    pub fn refused_for(&self, name: &PortName) -> Option<Duration> {
+        let state = self.table.lock();
+        let Port::VhostUser(guest) = &*state.find(name).ok()?.port else {
+            return None;
+        };
+        guest.refused_for(Instant::now())
     }
 
     /// The queues of all ports, by the ports' names.

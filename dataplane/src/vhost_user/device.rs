@@ -1,9 +1,11 @@
 //! What a vhost-user session drives: the port's rings.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use ringway_bridge::MacAddr;
+use rustix::io::Errno;
 
 use crate::call::Verdict;
 use crate::memory::GuestMemory;
@@ -69,6 +71,9 @@ pub(crate) trait Device: Send + Sync {
 
     /// A front-end connected.
     fn connected(&self);
+
+    /// A try to connect to the front-end's socket at `path` failed.
+    fn unreachable(&self, _path: &Path, _error: Errno) {}
 
     /// The session ended, for this reason if it was an error; all rings are stopped already and
     /// memory is empty.

@@ -418,6 +418,7 @@ impl<D: Device> Reactor<D> {
                 self.open_link(id, connection);
             }
             Err(error) => {
+                port.device.unreachable(port.endpoint.path(), error);
                 if port.connect_error.replace(error) != Some(error)
                     && let Some(suppressed) = port.log.pass(Instant::now())
                 {

@@ -1,12 +1,14 @@
 //! What a session does to a port: rings that start, stop and move, each under its lock.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use ringway_api::Occurrence;
 use ringway_bridge::MacAddr;
+use rustix::io::Errno;
 use tracing::{info, warn};
 
 use super::{StartedRing, VhostPort};
@@ -38,7 +40,12 @@ impl Device for VhostPort {
             .tell(|port| Occurrence::PortError { port, reason: why });
     }
 
+    fn unreachable(&self, path: &Path, error: Errno) {
+        self.note_unreachable(path, error, Instant::now());
+    }
+
     fn connected(&self) {
+        lock(&self.unreachable).take();
         self.connections.fetch_add(1, Ordering::Relaxed);
         self.callee.begin(Instant::now());
         self.base

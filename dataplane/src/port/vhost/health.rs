@@ -2,11 +2,13 @@
 //! of a frame.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ringway_api::{Occurrence, PortState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use tracing::warn;
 
 use super::{VhostPort, VhostQueue};
@@ -92,6 +94,15 @@ impl Asleep {
     }
 }
 
+/// The front-end's socket can't be connected to.
+#[derive(Clone, Debug)]
+pub(super) struct Unreachable {
+    error: Errno,
+    /// Since when it is this error.
+    since: Instant,
+    reason: String,
+}
+
 /// How far a queue pair is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Service {
@@ -146,6 +157,28 @@ impl VhostPort {
     /// The sleep for which the guest is not served at `now`.
     fn asleep(&self, now: Instant) -> Option<Asleep> {
         lock(&self.asleep).filter(|asleep| now < asleep.until)
+    }
+
+    /// Notes that a try to connect to the front-end's socket failed.
+    pub(super) fn note_unreachable(&self, path: &Path, error: Errno, now: Instant) {
+        let mut unreachable = lock(&self.unreachable);
+        if unreachable.as_ref().is_some_and(|was| was.error == error) {
+            return;
+        }
+        *unreachable = Some(Unreachable {
+            error,
+            since: now,
+            reason: format!("can't connect to {}: {error}", path.display()),
+        });
+    }
+
+    /// For how long nobody has listened at the front-end's socket, whose file is there.
+    pub(crate) fn refused_for(&self, now: Instant) -> Option<Duration> {
+        let unreachable = lock(&self.unreachable);
+        let refused = unreachable
+            .as_ref()
+            .filter(|was| was.error == Errno::CONNREFUSED)?;
+        Some(now.saturating_duration_since(refused.since))
     }
 
     fn service(&self, pair: u16) -> Service {
@@ -222,6 +255,9 @@ impl VhostPort {
         let now = Instant::now();
         if let Some(asleep) = self.asleep(now) {
             return Some(asleep.text(now));
+        }
+        if let Some(unreachable) = &*lock(&self.unreachable) {
+            return Some(unreachable.reason.clone());
         }
         (0..self.pairs()).find_map(|pair| {
             let (ring, what) = match self.service(pair) {
