@@ -26,7 +26,7 @@ lint: cargo-deny cargo-machete
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	$(CARGO) clippy --locked --workspace --no-default-features -- -D warnings
-	@! $(CARGO) tree --locked --workspace --no-default-features -e normal,build | grep -E 'xsk-rs|lib(bpf|xdp)-sys'
+	@! $(CARGO) tree --locked --workspace --no-default-features -e normal,build | grep -E 'xsk-rs|lib(bpf|xdp)-sys|pcap v'
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items --quiet
 	$(CARGO) deny --locked --log-level warn check --hide-inclusion-graph bans licenses sources
 	$(CARGO) machete

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what building, tests and `ringway-bench lab` need on Debian 12 or later: by name a linker,
-# what libxdp is built with (make to m4, and for the check of aarch64 a compiler that crosses), QEMU,
+# what libxdp is built with (make to m4, and for the check of aarch64 a compiler that crosses), libpcap, QEMU,
 # iperf3, busybox, valgrind, Open vSwitch (a test's oracle) and a few tools; and a cloud kernel, user-mode Linux, promtool and DPDK's
 # testpmd, which are unpacked into the cache and never installed. It says what it is going to install, and from where, before it does.
 # Safe to run again; it returns at once when nothing is missing.
@@ -11,7 +11,7 @@
 # `ringway-bench lab --scenario zero-copy`: one whose virtio_net and igb have AF_XDP's zero-copy.
 set -eu
 
-tools="gcc libc6-dev make pkg-config zlib1g-dev libelf-dev clang m4 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-system-x86 iperf3 busybox-static iproute2 tcpdump xz-utils kmod util-linux valgrind openvswitch-switch"
+tools="gcc libc6-dev make pkg-config zlib1g-dev libelf-dev clang m4 libpcap-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-system-x86 iperf3 busybox-static iproute2 tcpdump tshark xz-utils kmod util-linux valgrind openvswitch-switch"
 lock_seconds=120
 cache=${XDG_CACHE_HOME:-${HOME:?}/.cache}/ringway
 kernels=$cache/kernel

@@ -26,6 +26,7 @@ mod backoff;
 mod burst;
 mod burst_lock;
 mod call;
+mod capture;
 mod clock;
 mod cpus;
 mod events;
@@ -47,6 +48,7 @@ mod wake;
 mod wire;
 mod worker;
 
+pub use capture::{CapturedFrame, Direction};
 pub use cpus::{allowed_cpus, pin_to_cpu};
 pub use events::EventReader;
 pub use isa::isa_level;
@@ -55,7 +57,7 @@ pub use port::awaited;
 pub use socket_file::SocketFile;
 #[cfg(any(test, feature = "inline"))]
 pub use switch::InlineSwitch;
-pub use switch::Switch;
+pub use switch::{CaptureReader, Switch};
 pub use wake::Heartbeat;
 #[cfg(feature = "inline")]
 pub use wire::checksum::{copy_and_checksum, internet_checksum};

@@ -27,6 +27,7 @@ const LAYERS: &[&str] = &[
     "memory",
     "wire",
     "burst",
+    "capture",
     "ring",
     "offload",
     "vhost_user",

@@ -81,6 +81,8 @@ kinds! {
         Idle = -32043,
         /// As many clients as may have a stream of this kind already.
         TooManyStreams = -32044,
+        /// The filter of a capture does not compile.
+        Filter = -32045,
     }
 }
 
@@ -122,6 +124,7 @@ impl From<SwitchError> for ApiError {
             SwitchError::AfXdp { .. } => ErrorKind::AfXdp,
             SwitchError::NoSuchFdbEntry { .. } => ErrorKind::NoSuchFdbEntry,
             SwitchError::FdbRefused { .. } => ErrorKind::FdbRefused,
+            SwitchError::Filter { .. } => ErrorKind::Filter,
             SwitchError::TooManyStreams { .. } => ErrorKind::TooManyStreams,
             SwitchError::SeveralVlans { .. } => ErrorKind::SeveralVlans,
             SwitchError::VlanOfPort { .. } => ErrorKind::VlanOfPort,

@@ -37,12 +37,13 @@ pub use info::{
 };
 pub use measure::{Drops, PairCounters, PortSample, Sample, WorkerSample};
 pub use method::{
-    DaemonInfo, Done, FdbAdd, FdbAddParams, FdbDel, FdbDelParams, FdbFlush, FdbFlushParams,
-    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, MetricsShow,
-    MetricsShowResult, MonitorStart, NoParams, PortAdd, PortAddParams, PortDel, PortDelParams,
-    PortDelResult, PortList, PortListResult, PortSet, PortSetParams, PortShow, PortShowParams,
-    VlanList, VlanListResult, WorkerList, WorkerListResult, WorkerPin, WorkerPinParams, WorkerShow,
-    WorkerShowParams, WorkerUnpin, WorkerUnpinParams, WorkerUnpinResult, method_names,
+    CaptureStart, CaptureStartParams, DaemonInfo, Done, FdbAdd, FdbAddParams, FdbDel, FdbDelParams,
+    FdbFlush, FdbFlushParams, FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample,
+    Method, MetricsShow, MetricsShowResult, MonitorStart, NoParams, PortAdd, PortAddParams,
+    PortDel, PortDelParams, PortDelResult, PortList, PortListResult, PortSet, PortSetParams,
+    PortShow, PortShowParams, VlanList, VlanListResult, WorkerList, WorkerListResult, WorkerPin,
+    WorkerPinParams, WorkerShow, WorkerShowParams, WorkerUnpin, WorkerUnpinParams,
+    WorkerUnpinResult, method_names,
 };
 pub use port::{
     AfXdpConfig, Pins, PortConfig, PortKind, SocketSpec, TapConfig, VhostUserConfig, XdpMode,

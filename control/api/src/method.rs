@@ -87,6 +87,9 @@ methods! {
         "Turns the connection into a stream of events, until the client hangs up.";
     MetricsShow = "metrics.show" (NoParams) -> MetricsShowResult:
         "All counters of one moment, in the text format of Prometheus.";
+    CaptureStart = "capture.start" (CaptureStartParams) -> Done:
+        "Turns the connection into a stream of frames of some ports: a pcapng file follows the answer. \
+         Shut the connection down for writing to have its end.";
     DaemonInfo = "daemon.info" (NoParams) -> DaemonReport:
         "Version, process and uptime of the daemon.";
 }
@@ -155,6 +158,20 @@ pub struct PortSetParams {
 pub struct VlanListResult {
     /// VLANs with the same ports together, by number; none if no port says which it is in.
     pub vlans: Vec<VlanInfo>,
+}
+
+/// Parameters of `capture.start`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CaptureStartParams {
+    /// The ports: at least one.
+    pub ports: Vec<PortName>,
+    /// Most bytes that are kept of each frame; absent for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snap_bytes: Option<u32>,
+    /// Which frames, as pcap-filter(7) says it; absent for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<String>,
 }
 
 /// Result of `port.list`.

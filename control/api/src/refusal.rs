@@ -100,6 +100,14 @@ pub enum SwitchError {
         /// What is wrong.
         reason: String,
     },
+    /// A filter of a capture does not compile.
+    #[error("filter {filter:?}: {reason}")]
+    Filter {
+        /// The filter.
+        filter: String,
+        /// What the compiler says.
+        reason: String,
+    },
     /// As many clients as may have a stream of this kind already.
     #[error("{most} clients listen to {what} already")]
     TooManyStreams {
@@ -160,6 +168,7 @@ impl SwitchError {
             Self::FdbRefused { .. } => {
                 "an entry is a station's own address; `ringway fdb flush` makes room".into()
             }
+            Self::Filter { .. } => "pcap-filter(7) tells what filters are like".into(),
             Self::TooManyStreams { .. } => {
                 "end one of them: `ss -xp` shows the clients of the control socket".into()
             }

@@ -99,6 +99,8 @@ pub enum Noun {
     Metrics,
     /// Measure what flows between ports, in intervals, as iperf3 does
     Measure(MeasureArgs),
+    /// Capture frames of ports, to be printed, written to a file or piped into Wireshark
+    Capture(CaptureArgs),
     /// Print what happens in the switch, as it happens, until interrupted
     Monitor(MonitorArgs),
     /// Version, process and uptime of the daemon
@@ -581,6 +583,42 @@ Examples:
   ringway measure
   ringway measure --from vm1 --to vm2 -t 60 -i 10 -j
   ringway measure --to vm2 --min 1.5G && echo fast enough";
+
+/// What to capture.
+#[derive(Debug, ClapArgs)]
+#[command(after_help = CAPTURE_HELP)]
+pub struct CaptureArgs {
+    /// The ports; what follows the last one is the filter
+    #[arg(required = true, value_name = "PORT… [FILTER")]
+    pub words: Vec<String>,
+    /// Write a pcapng file, - to standard output, rather than print a line for each frame
+    #[arg(short, long, value_name = "FILE")]
+    pub write: Option<PathBuf>,
+    /// Most bytes to keep of each frame [default: all]
+    #[arg(short = 'l', long, value_name = "BYTES")]
+    pub snap_bytes: Option<u32>,
+    /// The filter, if its first word is the name of a port
+    #[arg(short, long, value_name = "FILTER")]
+    pub filter: Option<String>,
+}
+
+const CAPTURE_HELP: &str = "\
+Frames are captured on their way from a port into the switch (In) and out of it (Out), each port
+being an interface of the file; a frame from one captured port to another is there twice. What is
+not delivered is there with a comment that says why (dropped: REASON). On the way out, too, frames
+are as their source sent them: up to 64 KiB long if they are to be segmented, without the
+checksums that are left to others, with the VLAN tags of where they come from.
+
+FILTER is that of tcpdump (pcap-filter(7)). Capturing holds up no frame: what the client does not
+read in time is not copied, and counted: at the end, and in the file (Interface Statistics Block).
+A frame that waited for a destination and was dropped for it is counted by `ringway drops` alone.
+Ctrl-C ends it.
+
+Examples:
+  ringway capture vm1
+  ringway capture vm1 vm2 -w trace.pcapng tcp port 80
+  ringway capture uplink -w - | wireshark -k -i -
+  ringway capture uplink -w - | tshark -i -";
 
 /// How to print events.
 #[derive(Clone, Copy, Debug, ClapArgs)]

@@ -1,6 +1,7 @@
 //! The operator's tool `ringway`.
 
 mod args;
+mod capture;
 mod drops;
 mod external;
 mod interrupt;
@@ -190,6 +191,7 @@ fn run(args: &Args) -> Result<(), Stop> {
         }
         Noun::Drops(wanted) => drops::run(&mut connect(args)?, wanted, args.json),
         Noun::Measure(measure) => measure::run(&mut connect(args)?, measure, args.json),
+        Noun::Capture(wanted) => capture::run(connect(args)?, wanted),
         Noun::Monitor(monitor) => monitor::run(connect(args)?, monitor, args.json),
         Noun::Info => ask::<DaemonInfo>(args, &NoParams {}, print::info),
         Noun::Completions { shell } => {

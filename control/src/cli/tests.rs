@@ -366,6 +366,7 @@ fn help_texts() {
     insta::assert_snapshot!("help_fdb_list", help(&["fdb", "list"]));
     insta::assert_snapshot!("help_port_show", help(&["port", "show"]));
     insta::assert_snapshot!("help_drops", help(&["drops"]));
+    insta::assert_snapshot!("help_capture", help(&["capture"]));
     insta::assert_snapshot!("help_monitor", help(&["monitor"]));
     insta::assert_snapshot!("help_measure", help(&["measure"]));
     insta::assert_snapshot!("help_worker", help(&["worker"]));

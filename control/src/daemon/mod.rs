@@ -2,6 +2,7 @@
 
 mod args;
 mod log;
+mod pcapng;
 mod servers;
 mod service;
 mod streams;

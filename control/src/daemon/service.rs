@@ -5,15 +5,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ringway_api::{
-    ApiError, BadValue, DaemonInfo, DaemonReport, Done, ErrorKind, FdbAdd, FdbDel, FdbFlush,
-    FdbFlushResult, FdbList, FdbListParams, FdbListResult, MeasureSample, Method, MetricsShow,
-    MetricsShowResult, MonitorStart, PortAdd, PortAddParams, PortConfig, PortDel, PortDelParams,
-    PortDelResult, PortInfo, PortList, PortListResult, PortName, PortSample, PortSet,
-    PortSetParams, PortShow, Sample, SocketAccess, SocketSpec, SwitchError, VlanList,
-    VlanListResult, WorkerList, WorkerListResult, WorkerPin, WorkerSample, WorkerShow, WorkerUnpin,
-    WorkerUnpinResult, method_names,
+    ApiError, BadValue, CaptureStart, CaptureStartParams, DaemonInfo, DaemonReport, Done,
+    ErrorKind, FdbAdd, FdbDel, FdbFlush, FdbFlushResult, FdbList, FdbListParams, FdbListResult,
+    MeasureSample, Method, MetricsShow, MetricsShowResult, MonitorStart, PortAdd, PortAddParams,
+    PortConfig, PortDel, PortDelParams, PortDelResult, PortInfo, PortList, PortListResult,
+    PortName, PortSample, PortSet, PortSetParams, PortShow, Sample, SocketAccess, SocketSpec,
+    SwitchError, VlanList, VlanListResult, WorkerList, WorkerListResult, WorkerPin, WorkerSample,
+    WorkerShow, WorkerUnpin, WorkerUnpinResult, method_names,
 };
-use ringway_dataplane::{LogLimit, Switch};
+use ringway_dataplane::{CaptureReader, LogLimit, Switch};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::value::RawValue;
 
@@ -121,8 +121,27 @@ impl Service {
                 read_params::<MonitorStart>(params)?;
                 streams::events(self.switch.events()?).map(Reply::Stream)
             }
+            CaptureStart::NAME => {
+                let params = read_params::<CaptureStart>(params)?;
+                streams::capture(self.capture(&params)?).map(Reply::Stream)
+            }
             _ => self.call(method, params).map(Reply::Result),
         }
+    }
+
+    fn capture(&self, params: &CaptureStartParams) -> Result<CaptureReader, ApiError> {
+        if params.ports.is_empty() {
+            let (what, hint) = ("no port to capture", "name one or more: `ports`");
+            return Err(ApiError::new(ErrorKind::InvalidParams, what, hint));
+        }
+        let snap_bytes = params.snap_bytes.unwrap_or(u32::MAX);
+        let filter = params.filter.as_deref();
+        let reader = self.switch.capture(&params.ports, snap_bytes, filter)?;
+        if let Some(suppressed) = self.log.pass(Instant::now()) {
+            let ports = reader.ports();
+            tracing::info!(?ports, filter, suppressed, "capture begun");
+        }
+        Ok(reader)
     }
 
     fn call(&self, method: &str, params: Option<&RawValue>) -> Result<Box<RawValue>, ApiError> {

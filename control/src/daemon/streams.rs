@@ -1,11 +1,13 @@
 //! What the daemon tells by itself, as lines of a connection.
 
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ringway_api::{ApiError, Event, SwitchError};
-use ringway_dataplane::EventReader;
+use ringway_dataplane::{CaptureReader, EventReader};
 use serde::Serialize;
 
+use super::pcapng::CaptureFile;
 use crate::rpc::Stream;
 
 /// Events written at once: some 10 KiB.
@@ -37,6 +39,25 @@ pub(super) fn events(reader: EventReader) -> Result<Stream, ApiError> {
         }
         true
     }))
+}
+
+/// A capture as a pcapng file.
+pub(super) fn capture(reader: CaptureReader) -> Result<Stream, ApiError> {
+    let clock = reader.clock().map_err(no_fd)?;
+    let bell = clock.try_clone().map_err(no_fd)?;
+    let file = Arc::new(Mutex::new(CaptureFile::new(reader)));
+    let at_end = Arc::clone(&file);
+    let take = move |out: &mut Vec<u8>| {
+        // How often it rang does not matter.
+        let _ = rustix::io::read(&clock, &mut [0; 8]);
+        lock(&file).take(out);
+        true
+    };
+    Ok(Stream::new(bell, take).with_end(move |out| lock(&at_end).end(out)))
+}
+
+fn lock(file: &Mutex<CaptureFile>) -> MutexGuard<'_, CaptureFile> {
+    file.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn no_fd(source: io::Error) -> ApiError {

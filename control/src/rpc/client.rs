@@ -138,6 +138,20 @@ impl Client {
         Ok(Notifications(self))
     }
 
+    /// Calls `M`, which turns the connection into a stream of bytes. Returns it with the first
+    /// ones.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn bytes<M: Method>(
+        mut self,
+        params: &M::Params,
+    ) -> Result<(UnixStream, Vec<u8>), CallError> {
+        self.call::<M>(params)?;
+        let (reader, first) = self.lines.into_parts();
+        Ok((reader.stream, first))
+    }
+
     fn call_once<M: Method>(&mut self, params: &M::Params) -> Result<M::Result, CallError> {
         let id = self.next_id;
         self.next_id += 1;

@@ -43,6 +43,12 @@ impl<R: Read> Lines<R> {
         }
     }
 
+    /// The stream, with what was read of it behind the last line.
+    pub fn into_parts(mut self) -> (R, Vec<u8>) {
+        self.discard_taken();
+        (self.reader, self.buffer)
+    }
+
     /// The stream.
     pub fn get_ref(&self) -> &R {
         &self.reader

@@ -19,11 +19,9 @@ use ringway_bridge::{Bridge, FdbTally, PortId};
 
 pub(crate) use af_xdp::AfXdpPort;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
-#[cfg(test)]
-pub(crate) use queue::Account;
 pub(crate) use queue::{
-    Completion, Gathered, Job, Limits, Outcome, Refusal, RxQueue, Tools, TxQueue, Unavailable,
-    deliver, with_rx_queue,
+    Account, Completion, Gathered, Job, Limits, Outcome, Refusal, RxQueue, Tools, TxQueue,
+    Unavailable, deliver, with_rx_queue,
 };
 pub(crate) use tap::{OWN_NAMESPACE, TapPort, index_of};
 pub(crate) use vhost::VhostPort;

@@ -2,6 +2,7 @@
 
 mod addresses;
 mod balance;
+mod capture;
 mod fdb;
 #[cfg(any(test, feature = "inline"))]
 mod inline;
@@ -25,12 +26,14 @@ use ringway_bridge::{Bridge, BridgeConfig, PortId, Tick};
 #[cfg(any(test, feature = "inline"))]
 pub use inline::InlineSwitch;
 
+pub use self::capture::CaptureReader;
+
 use self::links::Links;
 use self::port_table::{PortTable, State, check_pair};
 use self::watch::Watch;
 use crate::burst_lock::lock;
 use crate::cpus::allowed_cpus;
-use crate::events::{EventHub, EventReader};
+use crate::events::EventHub;
 use crate::housekeeping::{self, Periodic};
 use crate::offload::Action;
 use crate::placement::QueueId;
@@ -321,16 +324,6 @@ impl Switch {
                 }
             }
         })
-    }
-
-    /// What happens from now on, as events.
-    ///
-    /// # Errors
-    /// As many listen as may.
-    pub fn events(&self) -> Result<EventReader, SwitchError> {
-        let state = self.table.lock();
-        lock(&self.watch).begin(&state, &self.bridge, &self.events);
-        self.events.listen()
     }
 
     /// A watch over the workers.

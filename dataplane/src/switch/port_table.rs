@@ -10,8 +10,10 @@ use ringway_api::{IfName, PortConfig, PortName, PortState, SwitchError};
 use ringway_bridge::PortId;
 use tracing::warn;
 
+use super::capture::Captures;
 use super::load::LoadMeter;
 use crate::burst_lock::lock;
+use crate::capture::Tap;
 use crate::port::{Port, index_of};
 use crate::topology::{Action, Topology, diff};
 use crate::wake::{Binding, Token, Waker};
@@ -28,6 +30,8 @@ pub(super) struct State {
     pub(super) load: LoadMeter,
     /// Workers tell VLANs apart.
     pub(super) has_vlans: bool,
+    /// Who captures frames.
+    pub(super) captures: Captures,
 }
 
 /// A port as the switch keeps it.
@@ -331,6 +335,22 @@ impl PortTable {
             None => pins.remove(&pair),
         };
         Ok(old.is_some())
+    }
+
+    /// Gives each worker its tap, and returns when all have them.
+    pub(super) fn add_taps(&self, taps: Vec<Tap>) {
+        let (done, all_done) = channel::bounded(self.workers.len());
+        for (worker, tap) in self.workers.iter().zip(taps) {
+            let (tap, done) = (Box::new(tap), done.clone());
+            worker.handle.send(Command::AddTap { tap, done });
+        }
+        drop(done);
+        for () in &all_done {}
+    }
+
+    /// Takes a capture's taps from the workers.
+    pub(super) fn remove_taps(&self, id: u64) {
+        self.tell_all(|_, done| Command::RemoveTap { id, done });
     }
 
     /// Has the workers forget what they counted of a port by pairs, which has left them for good.

@@ -4,13 +4,15 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use ringway_api::Occurrence;
+use ringway_api::{Occurrence, SwitchError};
 use ringway_bridge::{Bridge, DropReason, FdbTally, PortId};
 use tracing::{info, warn};
 
+use super::Switch;
 use super::addresses::AddressWatch;
 use super::port_table::{PortEntry, State};
-use crate::events::EventHub;
+use crate::burst_lock::lock;
+use crate::events::{EventHub, EventReader};
 use crate::port::{Port, PortBase};
 
 /// How often is looked at what ports flood and teach.
@@ -199,6 +201,18 @@ fn log(port: &PortBase, new: Counts, now: Instant) -> bool {
         );
     }
     true
+}
+
+impl Switch {
+    /// What happens from now on, as events.
+    ///
+    /// # Errors
+    /// As many listen as may.
+    pub fn events(&self) -> Result<EventReader, SwitchError> {
+        let state = self.table.lock();
+        lock(&self.watch).begin(&state, &self.bridge, &self.events);
+        self.events.listen()
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! From a gathered burst to delivered frames: the bridge decides, then each destination's frames
 //! are copied under one lock, published once and announced by at most one call.
 
+mod capture;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +16,7 @@ use super::pairs::{Pair, PairTable};
 use super::parking::{Leaving, Parking};
 use super::stalls::{Stall, Stalls};
 use crate::burst::{Burst, BurstStorage};
+use crate::capture::Taps;
 use crate::clock::Clock;
 use crate::offload::Retags;
 use crate::port::{Job, Outcome, Port, Tools, deliver};
@@ -60,6 +63,8 @@ pub(super) struct Forwarder {
     flooded: u64,
     pub(super) ledger: Ledger,
     pub(super) stalls: Stalls,
+    /// Captures, while there are any.
+    pub(super) taps: Option<Box<Taps>>,
     /// Queues of ports that hold frames for which the kernel had no room.
     pub(super) unsent: Vec<(PortId, u16)>,
     /// Per destination: the queue pairs that this worker polls, a bit each. Frames go to their
@@ -214,6 +219,7 @@ impl Forwarder {
             parking: Parking::default(),
             flooded: 0,
             ledger: Ledger::new(),
+            taps: None,
             stalls: Stalls::new(clock),
             unsent: Vec::with_capacity(MAX_PORTS),
             owned: vec![0; MAX_PORTS].into(),
@@ -337,6 +343,10 @@ impl Forwarder {
             pairs,
             now_ns: now.ns,
         };
+        if let Some(taps) = &mut self.taps {
+            let dropped = burst.rejected().iter().chain(self.decisions.drops());
+            taps.arrivals((from, source_queue), burst, dropped);
+        }
         let mut waiting = FrameSet::EMPTY;
         for at in 0..self.decisions.destinations().len() {
             let (to, frames) = self.decisions.destinations()[at];
@@ -367,6 +377,9 @@ impl Forwarder {
             } else {
                 port.deliver(&job, &mut self.tools)
             };
+            if let Some(taps) = &mut self.taps {
+                capture::departures(taps, to, &job, &outcome, &self.tools.account);
+            }
             self.settle(&round, to, &outcome);
             if !outcome.refused.is_empty() {
                 waiting |= self.keep(&round, to, &job, &outcome);
@@ -483,6 +496,9 @@ impl Forwarder {
         let mut given_back = FrameSet::EMPTY;
         if round.may_wait && full_ns < self.backpressure_ns {
             given_back = outcome.refused.suffix(job.burst.len());
+            if let (Some(taps), Some(from)) = (&mut self.taps, round.from) {
+                taps.gave_back((from, job.source_queue), given_back.len());
+            }
         }
         let mut left = outcome.refused - given_back;
         if !left.is_empty() && full_ns < self.parking_ns() {
@@ -505,6 +521,9 @@ impl Forwarder {
             }
         }
         if !left.is_empty() {
+            if let Some(taps) = &mut self.taps {
+                capture::dropped(taps, to, job, (outcome.refusal, left));
+            }
             self.count_drop(round, to, outcome.refusal, left.len().into());
         }
         given_back
@@ -609,6 +628,9 @@ impl Forwarder {
             Some(port) if !self.ledger.waits(to, now_ns) => port.deliver(&job, &mut self.tools),
             _ => Outcome::refused(&job, DropReason::RingFull),
         };
+        if let Some(taps) = &mut self.taps {
+            capture::departures(taps, to, &job, &outcome, &self.tools.account);
+        }
         let (count, is_full) = (burst.len(), !outcome.refused.is_empty());
         let gone = count - outcome.refused.len() as usize;
         self.parking.left(at, gone, is_full, now_ns);

@@ -36,6 +36,7 @@ pub(crate) use turn::Worker;
 use self::idle::saturating_ns;
 
 use crate::call;
+use crate::capture::Tap;
 use crate::cpus::pin_to_cpu;
 use crate::port::{Counter, Port};
 use crate::wake::{Token, WakeRequest, Waker};
@@ -69,6 +70,10 @@ pub(crate) enum Command {
         token: Token,
         done: Sender<()>,
     },
+    /// Frames are captured from now on.
+    AddTap { tap: Box<Tap>, done: Sender<()> },
+    /// This capture is over: nothing is copied to it once `done` is answered.
+    RemoveTap { id: u64, done: Sender<()> },
     /// End the thread.
     Stop,
 }

@@ -8,6 +8,7 @@ use tracing::debug;
 
 use super::{Path, Source, Worker};
 use crate::call;
+use crate::capture::Taps;
 use crate::memory::{GuestSlice, breaks};
 use crate::port::Port;
 use crate::wake::{Token, WakeRequest};
@@ -38,6 +39,19 @@ impl Worker {
                 }
                 Command::ForgetPairs { id, done } => {
                     self.handle.pairs.forget(id);
+                    if let Some(taps) = &mut self.path.forwarder.taps {
+                        taps.forget(id);
+                    }
+                    let _ = done.send(());
+                }
+                Command::AddTap { tap, done } => {
+                    let taps = &mut self.path.forwarder.taps;
+                    taps.get_or_insert_with(|| Box::new(Taps::new())).add(*tap);
+                    let _ = done.send(());
+                }
+                Command::RemoveTap { id, done } => {
+                    let taps = &mut self.path.forwarder.taps;
+                    taps.take_if(|taps| taps.remove(id));
                     let _ = done.send(());
                 }
                 Command::SetVlans { vlans, done } => {
