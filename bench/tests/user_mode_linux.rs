@@ -97,15 +97,20 @@ fn send(from: &mut Guest, to: &mut Guest) {
     to.run("rm /tmp/came /tmp/in");
 }
 
-#[test]
-fn two_guests_ping_and_send_each_other_bytes_that_arrive_unchanged() {
+/// Two guests on ports of one queue pair, with these options besides, all of whose rings are of
+/// that layout.
+fn guests_talk(options: &[&str], layout: &str) {
     let _alone = alone();
     let switch = Switch::start();
     let folder = switch.folder.path();
     let [mut a, mut b] = [("a", "10.0.0.1"), ("b", "10.0.0.2")].map(|(name, address)| {
-        let socket = switch.add_port(name, &["--queues", "1"]);
+        let socket = switch.add_port(name, &[&["--queues", "1"], options].concat());
         Guest::boot(folder, &socket, name, address)
     });
+    let started = || switch.log().matches("ring started").count();
+    eventually("all rings are told", || started() >= 4);
+    let of_layout = switch.log().matches(&format!("layout={layout}")).count();
+    assert_eq!(of_layout, started(), "{}", switch.log());
     let said = a.run("ping -c 5 -w 20 10.0.0.2");
     assert!(said.contains(" 0% packet loss"), "{said}");
     send(&mut a, &mut b);
@@ -115,6 +120,17 @@ fn two_guests_ping_and_send_each_other_bytes_that_arrive_unchanged() {
         assert_eq!(port["last_error"], serde_json::Value::Null, "{port}");
         assert_eq!(port["port"]["state"], "up", "{port}");
     }
+}
+
+/// Its driver takes packed rings where they are offered.
+#[test]
+fn two_guests_ping_and_send_each_other_bytes_that_arrive_unchanged() {
+    guests_talk(&[], "Packed");
+}
+
+#[test]
+fn two_guests_with_split_rings_ping_and_send_each_other_bytes_that_arrive_unchanged() {
+    guests_talk(&["--no-packed"], "Split");
 }
 
 /// A port with several queue pairs offers a control queue, which nobody serves here.

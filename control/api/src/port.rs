@@ -71,6 +71,8 @@ pub struct VhostUserConfig {
     pub queues: QueuePairs,
     /// The guest may leave segmentation of what it receives, and checksums, to itself.
     pub guest_offloads: bool,
+    /// The guest may have packed rings.
+    pub packed: bool,
     /// L3 MTU; `None` takes the front-end's.
     pub mtu: Option<Mtu>,
     /// Most MAC addresses learned behind the port.
@@ -112,6 +114,10 @@ struct VhostUserFields {
     /// a back-end nothing.
     #[serde(default = "yes")]
     guest_offloads: bool,
+    /// Offer the guest packed rings (VIRTIO_F_RING_PACKED); false leaves it the split ones. For
+    /// front-ends whose guest takes what is offered, as user-mode Linux: QEMU has packed=off.
+    #[serde(default = "yes")]
+    packed: bool,
     /// L3 MTU in bytes; absent takes the front-end's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     mtu: Option<Mtu>,
@@ -141,6 +147,7 @@ impl VhostUserConfig {
             access: SocketAccess::default(),
             queues: Self::default_queues(),
             guest_offloads: true,
+            packed: true,
             mtu: None,
             fdb_limit: FdbLimit::DEFAULT,
             flood_limit: FloodLimit::DEFAULT,
@@ -196,6 +203,7 @@ impl TryFrom<VhostUserFields> for VhostUserConfig {
             access,
             queues: fields.queues,
             guest_offloads: fields.guest_offloads,
+            packed: fields.packed,
             mtu: fields.mtu,
             fdb_limit: fields.fdb_limit,
             flood_limit: fields.flood_limit,
@@ -222,6 +230,7 @@ impl From<VhostUserConfig> for VhostUserFields {
             mode,
             queues: config.queues,
             guest_offloads: config.guest_offloads,
+            packed: config.packed,
             mtu: config.mtu,
             fdb_limit: config.fdb_limit,
             flood_limit: config.flood_limit,
@@ -544,7 +553,7 @@ mod tests {
     #[test]
     fn settings_survive_the_way_to_the_dataplane_and_back() {
         let vm = json!({
-            "owner": "root", "group": "64055", "mode": "0600", "queues": 2, "guest_offloads": false, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "vlan": { "tag": 10 }, "pins": { "0": 1, "1": 0 },
+            "owner": "root", "group": "64055", "mode": "0600", "queues": 2, "guest_offloads": false, "packed": false, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "vlan": { "tag": 10 }, "pins": { "0": 1, "1": 0 },
         });
         let tap = json!({
             "queues": 1, "persist": true, "offload": false, "fdb_limit": 4096, "flood_limit": 1_000_000,

@@ -241,6 +241,10 @@ pub enum AddKind {
         /// offloads off at run time, as with an XDP program: QEMU does not tell
         #[arg(long)]
         no_guest_offloads: bool,
+        /// Offer the guest no packed rings. For a front-end that has no such setting of its own, as
+        /// user-mode Linux; QEMU's NICs have split rings unless told packed=on
+        #[arg(long)]
+        no_packed: bool,
         #[command(flatten)]
         common: AddCommon,
     },
@@ -383,6 +387,7 @@ impl AddKind {
                 mode,
                 queues,
                 no_guest_offloads,
+                no_packed,
                 common,
             } => {
                 let listen = listen.clone().map(SocketSpec::Listen);
@@ -397,6 +402,7 @@ impl AddKind {
                     },
                     queues: queues.unwrap_or(default.queues),
                     guest_offloads: !no_guest_offloads,
+                    packed: !no_packed,
                     mtu: common.mtu,
                     fdb_limit: common.fdb_limit.unwrap_or_default(),
                     flood_limit: common.flood_limit.unwrap_or_default(),

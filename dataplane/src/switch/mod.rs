@@ -563,11 +563,13 @@ fn open_port(
                 SocketSpec::Listen(path) => Endpoint::listen(path.as_path(), file)?,
                 SocketSpec::Connect(path) => Endpoint::connect(path.as_path())?,
             };
-            let withheld = if guest.guest_offloads {
-                Features::empty()
-            } else {
-                Features::OF_RECEIVE_OFFLOADS
-            };
+            let mut withheld = Features::empty();
+            if !guest.guest_offloads {
+                withheld |= Features::OF_RECEIVE_OFFLOADS;
+            }
+            if !guest.packed {
+                withheld |= Features::VIRTIO_F_RING_PACKED;
+            }
             let port = VhostPort::new(base, guest.queues.get(), guest.mtu.map(Mtu::get));
             let port = port.without(withheld);
             (Port::VhostUser(Arc::new(port)), Some(endpoint))
