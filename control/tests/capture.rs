@@ -295,7 +295,7 @@ fn tshark_reads_from_a_pipe_while_it_runs() {
     });
     assert_eq!(seen.unwrap(), "77");
     assert_eq!(capture.try_wait().unwrap(), None, "it still runs");
-    // Its reader goes, and so does it, though no frame comes any more.
+    // Its reader goes, and so does it.
     // It has a child of its own, dumpcap, which it ends for this signal.
     kill_process(Pid::from_child(&tshark), Signal::INT).unwrap();
     tshark.wait().unwrap();
@@ -371,7 +371,7 @@ fn who_does_not_read_costs_copies_and_no_frame() {
 }
 
 #[test]
-fn a_port_that_goes_ends_no_capture_and_its_successor_is_not_captured() {
+fn a_port_that_goes_ends_no_capture() {
     let mut bed = Bed::new();
     let file = bed.place.path("trace.pcapng");
     let child = start(&bed, &file, &["a", "b"]);
