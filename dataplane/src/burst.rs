@@ -156,7 +156,6 @@ impl BurstStorage {
             buffers: self.buffers.list(),
             scattered: FrameSet::EMPTY,
             plain: FrameSet::EMPTY,
-            unchanged: FrameSet::EMPTY,
             runs: &mut self.runs,
             rejected: &mut self.rejected,
             walked: 0,
@@ -175,8 +174,6 @@ pub(crate) struct Burst<'m> {
     scattered: FrameSet,
     /// Frames in one buffer that ask nothing of their destination.
     plain: FrameSet,
-    /// Of these, the ones whose tags the destination at hand leaves alone.
-    unchanged: FrameSet,
     /// Frames that passed their checks, by what they begin with.
     runs: &'m mut Vec<Run>,
     /// Frames that did not, by reason.
@@ -213,15 +210,25 @@ impl<'m> Burst<'m> {
         self.walked = walked;
     }
 
-    /// The plain frames that are delivered as they are: all but those whose tags were said to change.
+    /// The frames that are plain.
     #[inline(always)]
-    pub(crate) fn unchanged(&self) -> FrameSet {
-        self.unchanged
+    pub(crate) fn plain(&self) -> FrameSet {
+        self.plain
     }
 
-    /// Says which frames get another tag at the destination that comes next.
-    pub(crate) fn change_tags_of(&mut self, frames: FrameSet) {
-        self.unchanged = self.plain - frames;
+    /// Has the frames of `plain`, which were so at first, be plain but for those of `changed`, which get
+    /// another tag at the destination that comes next.
+    pub(crate) fn set_plain(&mut self, plain: FrameSet, changed: FrameSet) {
+        self.plain = plain - changed;
+        for index in (plain & changed).iter() {
+            let wire_bytes = self.l2_bytes(index);
+            let details = &mut self.details[index];
+            (details.snapshot_bytes, details.gap) = (PLAIN_BYTES, 0);
+            details.header = Checked {
+                wire_bytes,
+                ..Checked::NONE
+            };
+        }
     }
 
     /// All frames, in order.
@@ -400,7 +407,6 @@ impl<'m> Burst<'m> {
         }
         self.add_run(head, FrameSet::range(from, len) - rejected);
         self.plain = FrameSet::range(0, len) - others;
-        self.unchanged = self.plain;
     }
 
     #[inline]

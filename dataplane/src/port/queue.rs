@@ -143,7 +143,7 @@ pub(crate) trait TxQueue {
     fn limits(&self) -> Limits;
 
     /// Delivers frames of the common kind, in order, until one is of another kind or finds no room:
-    /// plain ones ([`Burst::unchanged`]) that are short enough and need one buffer. Returns those
+    /// plain ones ([`Burst::plain`]) that are short enough and need one buffer. Returns those
     /// that were delivered and their L2 bytes; the others are for [`TxQueue::put`].
     #[inline(always)]
     fn put_plain(&mut self, _burst: &Burst<'_>, _frames: FrameSet) -> (FrameSet, u64) {

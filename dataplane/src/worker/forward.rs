@@ -336,6 +336,7 @@ impl Forwarder {
         } else {
             None
         };
+        let plain = burst.plain();
         self.decide(from, burst, now.tick, in_vlans.as_deref());
         let round = Round {
             from: Some(from),
@@ -357,7 +358,7 @@ impl Forwarder {
                 .as_deref_mut()
                 .map(|within| within.retags(to, frames, &self.decisions));
             if let Some(retags) = retags {
-                burst.change_tags_of(retags.frames());
+                burst.set_plain(plain, retags.frames());
             }
             let job = Job {
                 burst: &*burst,

@@ -238,7 +238,7 @@ impl TxQueue for NicTx<'_> {
     /// Copies frames into a free chunk each.
     #[inline(always)]
     fn put_plain(&mut self, burst: &Burst<'_>, frames: FrameSet) -> (FrameSet, u64) {
-        let plain = frames.leading(burst.unchanged());
+        let plain = frames.leading(burst.plain());
         let Transmitter {
             umem,
             chunks,

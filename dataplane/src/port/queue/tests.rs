@@ -50,7 +50,7 @@ impl TxQueue for Told {
 
     fn put_plain(&mut self, burst: &Burst<'_>, frames: FrameSet) -> (FrameSet, u64) {
         let (mut sent, mut bytes) = (FrameSet::EMPTY, 0);
-        let plain = frames.leading(burst.unchanged()).iter();
+        let plain = frames.leading(burst.plain()).iter();
         for index in plain.take(self.plain_at_a_time.min(self.plain_limit) as usize) {
             self.plain_limit -= 1;
             self.taken.push(burst.l2_bytes(index));

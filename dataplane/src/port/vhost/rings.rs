@@ -482,7 +482,7 @@ impl<R: DeviceRing> TxQueue for GuestTx<'_, R> {
     /// written; the others come while the frame before is copied.
     #[inline(always)]
     fn put_plain(&mut self, burst: &Burst<'_>, frames: FrameSet) -> (FrameSet, u64) {
-        let plain = frames.leading(burst.unchanged());
+        let plain = frames.leading(burst.plain());
         let wanted = plain.len().min(u32::from(self.available)) as usize;
         if self.ring.header_bytes() != HEADER_BYTES || wanted == 0 {
             return (FrameSet::EMPTY, 0);
