@@ -14,6 +14,7 @@ const LAYERS: &[&str] = &[
     "clock",
     "cpus",
     "events",
+    "fd_limit",
     "isa",
     "link",
     "netlink",

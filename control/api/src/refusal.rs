@@ -172,6 +172,10 @@ impl SwitchError {
             Self::TooManyStreams { .. } => {
                 "end one of them: `ss -xp` shows the clients of the control socket".into()
             }
+            // EMFILE.
+            Self::System { source, .. } if source.raw_os_error() == Some(24) => {
+                "raise LimitNOFILE= of the unit (`ulimit -Hn` of a shell), or remove ports".into()
+            }
             Self::System { .. } => "see the daemon's log".into(),
         }
     }

@@ -12,6 +12,7 @@ mod client;
 mod codec;
 mod line;
 mod places;
+mod reserve;
 mod server;
 mod socket;
 mod stream;

@@ -8,13 +8,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use ringway_dataplane::LogLimit;
+use ringway_dataplane::{LogLimit, out_of_fds};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, UCred};
 
 use super::codec::{self, Answer, Handler};
 use super::line::{LineError, Lines};
 use super::places::{Entry, Places};
+use super::reserve::Reserve;
 use super::{ControlSocket, MAX_LINE};
 use crate::api::{ApiError, ErrorKind};
 
@@ -207,7 +208,9 @@ fn accept_all(
     handler: &Arc<Handler>,
 ) {
     let mut failing = false;
+    let mut reserve = Reserve::default();
     loop {
+        reserve.fill(socket.listener().as_fd());
         let mut fds = [
             PollFd::new(woken, PollFlags::IN),
             PollFd::new(socket.listener(), PollFlags::IN),
@@ -227,10 +230,13 @@ fn accept_all(
         if !fds[0].revents().is_empty() {
             return;
         }
-        match socket.listener().accept() {
+        match reserve.open(|| socket.listener().accept()) {
             Ok((stream, _)) => {
                 failing = false;
-                if let Err(error) = admit(stream, connections, handler)
+                let admitted = reserve
+                    .open(|| stream.try_clone())
+                    .and_then(|handle| admit(stream, handle, connections, handler));
+                if let Err(error) = admitted
                     && let Some(suppressed) = connections.log.pass(Instant::now())
                 {
                     tracing::warn!(%error, suppressed, "a control connection was dropped");
@@ -239,7 +245,9 @@ fn accept_all(
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => failing = false,
             Err(error) => {
                 if !failing && let Some(suppressed) = connections.log.pass(Instant::now()) {
-                    tracing::warn!(%error, suppressed, "can't accept control connections");
+                    let (error, hint) = out_of_fds(&error)
+                        .unwrap_or_else(|| (error.to_string(), "clients wait until it is over"));
+                    tracing::warn!(error, hint, suppressed, "can't accept control connections");
                 }
                 failing = true;
             }
@@ -249,6 +257,7 @@ fn accept_all(
 
 fn admit(
     stream: UnixStream,
+    handle: UnixStream,
     connections: &Arc<Connections>,
     handler: &Arc<Handler>,
 ) -> io::Result<()> {
@@ -256,7 +265,7 @@ fn admit(
     let peer = rustix::net::sockopt::socket_peercred(stream.as_fd()).ok();
     let span = span_of(peer.as_ref());
     let is_operator = peer.is_some_and(|peer| (connections.terms.is_operator)(peer.uid.as_raw()));
-    let Some(place) = take_place(&stream, connections, is_operator)? else {
+    let Some(place) = take_place(handle, connections, is_operator) else {
         if let Some(suppressed) = connections.log.pass(Instant::now()) {
             span.in_scope(|| tracing::warn!(suppressed, "refused: too many connections"));
         }
@@ -280,23 +289,18 @@ fn admit(
 }
 
 /// A place for a client, if it may have one. Who has to go for it is told why.
-fn take_place(
-    stream: &UnixStream,
-    connections: &Connections,
-    is_operator: bool,
-) -> io::Result<Option<u64>> {
-    let handle = stream.try_clone()?;
+fn take_place(handle: UnixStream, connections: &Connections, is_operator: bool) -> Option<u64> {
     let mut places = connections.lock();
     match places.enter(handle, is_operator, Instant::now()) {
-        Entry::Admitted(place) => Ok(Some(place)),
-        Entry::Full => Ok(None),
+        Entry::Admitted(place) => Some(place),
+        Entry::Full => None,
         Entry::Instead { place, leaves } => {
             if let Some(idle) = places.handle(leaves) {
                 say_last(idle, &idle_for_an_operator());
                 // Its thread finds the end of its requests.
                 let _ = idle.shutdown(Shutdown::Both);
             }
-            Ok(Some(place))
+            Some(place)
         }
     }
 }

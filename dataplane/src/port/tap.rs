@@ -20,6 +20,7 @@ use self::receive::TapReader;
 use super::queue::{Job, Limits, Outcome, Refusal, Tools, TxQueue, deliver};
 use super::{LinkBase, QueueCounters, max_l2_bytes};
 use crate::burst_lock::BurstLock;
+use crate::fd_limit::out_of_fds;
 use crate::link::{Attachment, LinkName, Opened};
 use crate::memory::IoVecs;
 use crate::netlink::{Asker, Key};
@@ -410,6 +411,13 @@ fn refuse_others(config: &TapConfig, own: u16) -> Result<(), SwitchError> {
 }
 
 fn explain(config: &TapConfig, existed: bool, error: &io::Error) -> SwitchError {
+    if let Some((reason, hint)) = out_of_fds(error) {
+        return SwitchError::Tap {
+            ifname: config.ifname.clone(),
+            reason,
+            hint: hint.to_owned(),
+        };
+    }
     let (reason, hint) = match error.raw_os_error() {
         Some(libc::EACCES) => (
             "/dev/net/tun may not be opened".to_owned(),

@@ -73,13 +73,22 @@ pub(crate) struct VhostPort {
 /// Why a session ended, or what went wrong in it.
 #[derive(Debug)]
 struct LastError {
-    /// True until this ring starts again.
-    ring: Option<u16>,
+    scope: Scope,
     reason: String,
     /// In which session, by the number of its connection: told until the next one ends.
     session: u64,
     /// Events tell it already.
     is_told: bool,
+}
+
+/// What an error is of, which may end it before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    Session,
+    /// True until this ring starts again.
+    Ring(u16),
+    /// True until a front-end is let in.
+    Entry,
 }
 
 impl VhostPort {
@@ -230,10 +239,10 @@ impl VhostPort {
             .unwrap_or(u16::MAX)
     }
 
-    fn set_last_error(&self, ring: Option<u16>, reason: String, is_told: bool) {
+    fn set_last_error(&self, scope: Scope, reason: String, is_told: bool) {
         let session = self.connections();
         *lock(&self.last_error) = Some(LastError {
-            ring,
+            scope,
             reason,
             session,
             is_told,
@@ -244,9 +253,9 @@ impl VhostPort {
         lock(&self.last_error).take_if(|error| error.session < session);
     }
 
-    /// A ring goes again: what was wrong with it is no longer true.
-    fn forget_error_of(&self, ring: u16) {
-        lock(&self.last_error).take_if(|error| error.ring == Some(ring));
+    /// A ring goes again, or a front-end is let in: what was wrong with it is no longer true.
+    fn forget_error_of(&self, scope: Scope) {
+        lock(&self.last_error).take_if(|error| error.scope == scope);
     }
 
     /// Takes a started ring out of use. Its kick fd leaves the worker's epoll instance first: the

@@ -25,6 +25,7 @@ use rustix::time::Timespec;
 use tracing::{info, warn};
 
 use super::port_table::{PortTable, State, check_pair};
+use crate::fd_limit;
 use crate::link::{Link, LinkKind, LinkName, LinkStatus, Order, Rounds, Sight};
 use crate::log_limit::LogLimit;
 use crate::netlink::{Asker, Event, Events, Key};
@@ -523,7 +524,7 @@ impl Attacher {
         Some(served.map_err(|error| {
             self.table.remove_from_workers(&mut state, id);
             self.exchange(&mut state, &name, waiting);
-            format!("can't wait for its queues: {error}; see `ulimit -n`")
+            format!("can't wait for its queues: {}", fd_limit::explain(&error))
         }))
     }
 

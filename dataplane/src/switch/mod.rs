@@ -34,6 +34,7 @@ use self::watch::Watch;
 use crate::burst_lock::lock;
 use crate::cpus::allowed_cpus;
 use crate::events::EventHub;
+use crate::fd_limit::out_of_fds;
 use crate::housekeeping::{self, Periodic};
 use crate::offload::Action;
 use crate::placement::QueueId;
@@ -210,10 +211,11 @@ impl Switch {
         });
         if let Err(source) = started {
             self.take_out(&mut state, &name);
-            return Err(SwitchError::System {
-                what: format!("port {name}"),
-                source,
-            });
+            let what = match out_of_fds(&source) {
+                Some((reason, _)) => format!("port {name}: {reason}"),
+                None => format!("port {name}"),
+            };
+            return Err(SwitchError::System { what, source });
         }
         self.port_info(&state, &name)
     }

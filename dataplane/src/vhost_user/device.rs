@@ -90,6 +90,9 @@ pub(crate) trait Device: Send + Sync {
     /// Something was refused that the session survives: a ring, or a request. For display.
     fn refused(&self, ring: Option<u16>, reason: String);
 
+    /// No front-end can be let in, or connected to, for a reason that is ours: told until one is.
+    fn barred(&self, _reason: String) {}
+
     /// Virtio and protocol features in effect, for display.
     fn set_features(&self, features: Features, protocol_features: ProtocolFeatures);
 

@@ -7,12 +7,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ringway_api::SwitchError;
-use rustix::io::Errno;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
     socket_with,
 };
 
+use crate::fd_limit::out_of_fds;
 use crate::socket_file::SocketFile;
 
 /// Connections that wait to be accepted: all but one are closed at once, so a few suffice.
@@ -72,7 +73,10 @@ impl Listener {
         make_room(path, &address)?;
         let refused = |error: Errno| bind_refused(path, error);
         let socket = stream_socket().map_err(refused)?;
+        // In the place of the file that is opened next: what there are no fds for makes no file.
+        let spare = fcntl_dupfd_cloexec(&socket, 0).map_err(refused)?;
         bind(&socket, &address).map_err(refused)?;
+        drop(spare);
         let file = file.settle(path);
         let file = file.map_err(|bad| refusal(path, &bad.reason, &bad.hint))?;
         let listener = Self {
@@ -187,6 +191,9 @@ fn make_room(path: &Path, address: &SocketAddrUnix) -> Result<(), SwitchError> {
 }
 
 fn bind_refused(path: &Path, error: Errno) -> SwitchError {
+    if let Some((reason, hint)) = out_of_fds(&error.into()) {
+        return refusal(path, &reason, hint);
+    }
     let (reason, hint) = match error {
         Errno::NOENT => ("its directory does not exist", "create the directory"),
         Errno::NOTDIR => ("a part of the path is no directory", "use another path"),

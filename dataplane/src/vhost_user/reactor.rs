@@ -23,6 +23,7 @@ use super::session::Session;
 use super::socket::Connection;
 use crate::backoff::{Backoff, Growth};
 use crate::call::Verdict;
+use crate::fd_limit;
 use crate::log_limit::LogLimit;
 
 /// The eventfd's token in the epoll instance.
@@ -34,16 +35,14 @@ const MAX_EVENTS: usize = 64;
 /// Connections that one listener accepts before the others have their turn.
 const MAX_ACCEPTS_PER_TURN: usize = 8;
 
-/// Delays before another try to connect, the first one also after a session that was in use. A
-/// front-end that is back is found within the longest.
+/// Delays before another try to connect, the first one also after a session that was in use, or to accept
+/// after one failed. A front-end that is back is found within the longest, and one that there were no
+/// fds for let in.
 const RECONNECT: Growth = Growth {
     base: Duration::from_millis(20),
     max: Duration::from_secs(1),
     healthy: Duration::from_secs(10),
 };
-
-/// How long a listener rests when this process has no fds or memory for another connection.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// All that the session thread owns.
 pub(super) struct Reactor<D: Device> {
@@ -78,6 +77,20 @@ struct ServedPort<D: Device> {
     /// Shared with the sessions.
     log: LogLimit,
     closing: Closing,
+}
+
+impl<D: Device> ServedPort<D> {
+    /// This process has no fds or memory for another front-end: tells so, and how long to wait.
+    fn bar(&mut self, error: Errno) -> Duration {
+        let (now, error) = (Instant::now(), fd_limit::explain(&error.into()));
+        let _entered = self.span.enter();
+        if let Some(suppressed) = self.log.pass(now) {
+            tracing::error!(%error, suppressed, "no front-end can be let in");
+        }
+        self.device
+            .barred(format!("no front-end can be let in: {error}"));
+        self.reconnect.fail(now)
+    }
 }
 
 impl<D: Device> Reactor<D> {
@@ -312,11 +325,9 @@ impl<D: Device> Reactor<D> {
                 Err(Errno::AGAIN) => return,
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(error) => {
-                    // EMFILE and the like: the listener stays readable, so look away for a while.
-                    if let Some(suppressed) = port.log.pass(Instant::now()) {
-                        tracing::error!(%error, suppressed, "can't accept a front-end");
-                    }
-                    return self.rest(id, ACCEPT_PAUSE);
+                    // The listener stays readable, so look away for a while.
+                    let delay = port.bar(error);
+                    return self.rest(id, delay);
                 }
             }
         }
@@ -416,6 +427,10 @@ impl<D: Device> Reactor<D> {
                 port.budget.charge(Instant::now(), price::CONNECTION);
                 let connection = Connection::new(socket, port.closing.clone());
                 self.open_link(id, connection);
+            }
+            Err(error @ (Errno::MFILE | Errno::NFILE)) => {
+                let delay = port.bar(error);
+                self.rest(id, delay);
             }
             Err(error) => {
                 port.device.unreachable(port.endpoint.path(), error);

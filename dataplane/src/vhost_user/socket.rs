@@ -18,6 +18,7 @@ use super::message::{
     CodecError, HEADER_LEN, Header, MAX_BODY, MAX_FDS, MAX_REPLY_LEN, Reply, Request,
 };
 use super::relay::{Relays, Unfit};
+use crate::fd_limit;
 
 /// Most replies that wait for a front-end to read: it asks and waits, so even a few are odd. The
 /// socket's own buffer comes on top.
@@ -33,9 +34,12 @@ pub(crate) enum ConnectionError {
     /// The peer closed within a message.
     #[error("the connection ended within a message")]
     Truncated,
-    /// More than [`MAX_FDS`] fds came with one message, or this process can't have more.
-    #[error("more fds came with a message than can be received")]
+    /// More than [`MAX_FDS`] fds came with one message.
+    #[error("more fds came with a message than any has")]
     TooManyFds,
+    /// This process can't have the fds that came with a message.
+    #[error("can't take the fds of a message: {0}")]
+    NoFds(String),
     /// The peer does not read its replies.
     #[error("the front-end does not read its replies")]
     RepliesUnread,
@@ -259,10 +263,17 @@ impl Connection {
                 }
             }
         }
-        if received.flags.contains(ReturnFlags::CTRUNC) || self.fds.len() > MAX_FDS {
+        let is_cut = received.flags.contains(ReturnFlags::CTRUNC);
+        if is_cut || self.fds.len() > MAX_FDS {
             self.fds.clear();
             self.foreign = None;
-            return Err(ReadError::Fatal(ConnectionError::TooManyFds));
+            // There was room in the message for all that can come, so the limit was in the way
+            // (scm_detach_fds), of which the kernel says no more.
+            let reason = || fd_limit::explain(&io::Error::from_raw_os_error(libc::EMFILE));
+            return Err(ReadError::Fatal(match is_cut {
+                true => ConnectionError::NoFds(reason()),
+                false => ConnectionError::TooManyFds,
+            }));
         }
         Ok(received.bytes)
     }

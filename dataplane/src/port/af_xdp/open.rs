@@ -17,6 +17,7 @@ use super::receive::{Receiver, Receiving};
 use super::transmit::Transmitter;
 use super::umem::{ChunkLayout, SharedMemory, os_error};
 use super::{AfXdpPort, AfXdpQueue, Hold, MAX_MTU};
+use crate::fd_limit::out_of_fds;
 use crate::link::{Attachment, Opened as OpenedLink};
 use crate::port::{LinkBase, max_l2_bytes};
 use crate::wire::Offloads;
@@ -389,6 +390,9 @@ impl Plan<'_> {
 
     fn cannot_attach(&self, error: &io::Error) -> OpenRefusal {
         let config = self.config;
+        if let Some((reason, hint)) = out_of_fds(error) {
+            return OpenRefusal::Final(refuse(config, reason, hint));
+        }
         let ifname = &config.ifname;
         match error.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) => OpenRefusal::Final(not_permitted(config)),
@@ -422,6 +426,9 @@ impl Plan<'_> {
 
     fn cannot_bind(&self, index: u16, mode: XdpMode, error: &io::Error) -> OpenRefusal {
         let config = self.config;
+        if let Some((reason, hint)) = out_of_fds(error) {
+            return OpenRefusal::Final(refuse(config, reason, hint));
+        }
         let ifname = &config.ifname;
         match error.raw_os_error() {
             Some(libc::EBUSY) => OpenRefusal::Final(refuse(
@@ -552,6 +559,9 @@ fn not_promiscuous(config: &AfXdpConfig, error: &io::Error) -> SwitchError {
 }
 
 fn system(config: &AfXdpConfig, what: &str, error: &io::Error) -> SwitchError {
+    if let Some((reason, hint)) = out_of_fds(error) {
+        return refuse(config, reason, hint);
+    }
     refuse(
         config,
         format!("{what}: {error}"),

@@ -11,7 +11,7 @@ use ringway_bridge::MacAddr;
 use rustix::io::Errno;
 use tracing::{info, warn};
 
-use super::{StartedRing, VhostPort};
+use super::{Scope, StartedRing, VhostPort};
 use crate::burst_lock::lock;
 use crate::call::{Call, Verdict};
 use crate::memory::GuestMemory;
@@ -35,7 +35,19 @@ impl Device for VhostPort {
 
     fn refused(&self, ring: Option<u16>, reason: String) {
         let why = reason.clone();
-        self.set_last_error(ring, reason, true);
+        let scope = ring.map_or(Scope::Session, Scope::Ring);
+        self.set_last_error(scope, reason, true);
+        self.base
+            .tell(|port| Occurrence::PortError { port, reason: why });
+    }
+
+    fn barred(&self, reason: String) {
+        // It is tried again and again, and told once.
+        if self.last_error().as_ref() == Some(&reason) {
+            return;
+        }
+        let why = reason.clone();
+        self.set_last_error(Scope::Entry, reason, true);
         self.base
             .tell(|port| Occurrence::PortError { port, reason: why });
     }
@@ -47,6 +59,7 @@ impl Device for VhostPort {
     fn connected(&self) {
         lock(&self.unreachable).take();
         self.connections.fetch_add(1, Ordering::Relaxed);
+        self.forget_error_of(Scope::Entry);
         self.callee.begin(Instant::now());
         self.base
             .tell(|port| Occurrence::FrontEndConnected { port });
@@ -67,7 +80,7 @@ impl Device for VhostPort {
         self.base
             .tell(|port| Occurrence::FrontEndDisconnected { port, reason: why });
         match reason {
-            Some(reason) => self.set_last_error(None, reason, true),
+            Some(reason) => self.set_last_error(Scope::Session, reason, true),
             // A front-end that goes since it was refused goes without a word.
             None => self.forget_errors_before(self.connections()),
         }
@@ -147,7 +160,7 @@ impl Device for VhostPort {
         state.started = Some(started);
         self.show(queue, index, &state);
         drop(state);
-        self.forget_error_of(index);
+        self.forget_error_of(Scope::Ring(index));
         self.tell_whole_state();
         if let Some(suppressed) = self.log.pass(Instant::now()) {
             let port = &self.base.name;

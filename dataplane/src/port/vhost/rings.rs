@@ -16,7 +16,7 @@ use ringway_bridge::{DropReason, FrameSet, MAX_BURST};
 use tracing::warn;
 
 use super::allowance::Allowance;
-use super::{CUT_OFF, VhostPort};
+use super::{CUT_OFF, Scope, VhostPort};
 use crate::burst::{Buffers, Burst, Entry, Frame, Frames, MAX_CHAIN};
 use crate::burst_lock::BurstLock;
 use crate::call::{self, Call};
@@ -170,7 +170,7 @@ impl VhostPort {
             warn!(port = %self.base.name, ring = index, suppressed, "ring stopped: {why}");
         }
         let reason = format!("ring {index} stopped: {why}");
-        self.set_last_error(Some(index), reason, false);
+        self.set_last_error(Scope::Ring(index), reason, false);
         state.stopped_at = self.take_started(queue, index, state);
     }
 }
