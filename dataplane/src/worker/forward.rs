@@ -2,6 +2,7 @@
 //! are copied under one lock, published once and announced by at most one call.
 
 mod capture;
+mod parked;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,23 +12,16 @@ use ringway_bridge::{
     Station, Tick, Vlans,
 };
 
-use super::ledger::{Ledger, max_charge_ns};
+use super::ledger::Ledger;
 use super::pairs::{Pair, PairTable};
 use super::parking::{Leaving, Parking};
 use super::stalls::{Stall, Stalls};
-use crate::burst::{Burst, BurstStorage};
+use crate::burst::Burst;
 use crate::capture::Taps;
 use crate::clock::Clock;
 use crate::offload::Retags;
 use crate::port::{Job, Outcome, Port, Tools, deliver};
 use crate::wire::Offloads;
-use crate::wire::net_header::HEADER_BYTES;
-
-/// Frames are parked for so many times as long as a source waits.
-const PARKING_TIME: u64 = 10;
-
-/// Lots that are tried in a turn.
-const LOTS_PER_TURN: usize = 8;
 
 /// A destination that is full goes on taking frames as long as it takes so many, or bytes of as
 /// many frames of ordinary length, in the time that a source waits.
@@ -528,119 +522,6 @@ impl Forwarder {
             self.count_drop(round, to, outcome.refusal, left.len().into());
         }
         given_back
-    }
-
-    /// How long a frame may be parked, in nanoseconds.
-    fn parking_ns(&self) -> u64 {
-        self.backpressure_ns.saturating_mul(PARKING_TIME)
-    }
-
-    /// Whether frames are parked.
-    #[inline(always)]
-    pub(super) fn has_parked(&self) -> bool {
-        !self.parking.is_empty()
-    }
-
-    /// Tries to deliver what is parked, with `storage` for the bursts, and charges those whose frames
-    /// they are for the time that it takes by `clock`, in nanoseconds. Returns how many frames were
-    /// delivered; `None` if it was time to try none.
-    #[cold]
-    pub(super) fn deliver_parked(
-        &mut self,
-        storage: &mut BurstStorage,
-        pairs: &PairTable,
-        now: Now,
-        mut clock: impl FnMut() -> u64,
-    ) -> Option<u64> {
-        let tries = self.parking.lots().min(LOTS_PER_TURN);
-        let (mut sent, mut start_ns) = (None, now.ns);
-        for at in 0..tries {
-            self.expire_parked(at, pairs, now.ns);
-            let leaving = self.parking.leaving(at);
-            let (from, to) = (leaving.and_then(|l| l.from), leaving.map(|l| l.to));
-            let Some((frames, bytes)) = self.deliver_lot(at, storage, pairs, now.ns) else {
-                continue;
-            };
-            sent = Some(sent.unwrap_or(0) + frames);
-            let end_ns = clock();
-            let (by_calls, _) = self.take_work();
-            let most_ns = max_charge_ns(frames, bytes, by_calls.into());
-            let took_ns = end_ns.saturating_sub(start_ns);
-            if let Some(from) = from {
-                self.ledger.charge(from, took_ns.min(most_ns));
-            }
-            if let Some(to) = to.filter(|_| self.stalls.is_late(took_ns, most_ns)) {
-                self.charge_late(to, took_ns, most_ns, end_ns);
-            }
-            start_ns = end_ns;
-        }
-        self.parking.rotate(tries);
-        sent
-    }
-
-    /// Drops the frames of a lot that are there for too long, or for a port that was down since.
-    fn expire_parked(&mut self, at: usize, pairs: &PairTable, now_ns: u64) {
-        let Some(leaving) = self.parking.leaving(at) else {
-            return;
-        };
-        let (since_ns, reason) = if leaving.outages == self.outages(leaving.to) {
-            let since_ns = now_ns.saturating_sub(self.parking_ns());
-            (since_ns, DropReason::RingFull)
-        } else {
-            (now_ns, DropReason::PortDown)
-        };
-        while let Some(old) = self.parking.expire(at, since_ns) {
-            let round = Round::of_parked(old.from, pairs, now_ns);
-            self.count_drop(&round, old.to, reason, 1);
-        }
-    }
-
-    /// How often a port was seen down.
-    fn outages(&self, port: PortId) -> u64 {
-        let port = self.ports[port.index()].as_ref();
-        port.map_or(0, |port| port.base().outages.get())
-    }
-
-    /// Tries to deliver the first frames of a lot, if it is time. Returns how many were, with their
-    /// L2 bytes.
-    fn deliver_lot(
-        &mut self,
-        at: usize,
-        storage: &mut BurstStorage,
-        pairs: &PairTable,
-        now_ns: u64,
-    ) -> Option<(u64, u64)> {
-        let mut burst = storage.begin();
-        let leaving = self.parking.leave(at, now_ns, &mut burst)?;
-        let to = leaving.to;
-        // As when they came.
-        let allowed = Offloads::ALL.with(Offloads::VOUCHES);
-        burst.take_snapshots(HEADER_BYTES, allowed);
-        let job = Job {
-            burst: &burst,
-            frames: FrameSet::range(0, burst.len()),
-            no_wait: self.destinations[to.index()].no_wait(self.backpressure_ns, now_ns),
-            // They have the destination's already.
-            retags: None,
-            source_queue: leaving.source_queue,
-            owned: self.owned[to.index()],
-        };
-        let outcome = match &self.ports[to.index()] {
-            Some(port) if !self.ledger.waits(to, now_ns) => port.deliver(&job, &mut self.tools),
-            _ => Outcome::refused(&job, DropReason::RingFull),
-        };
-        if let Some(taps) = &mut self.taps {
-            capture::departures(taps, to, &job, &outcome, &self.tools.account);
-        }
-        let (count, is_full) = (burst.len(), !outcome.refused.is_empty());
-        let gone = count - outcome.refused.len() as usize;
-        self.parking.left(at, gone, is_full, now_ns);
-        let round = Round::of_parked(leaving.from, pairs, now_ns);
-        self.settle(&round, to, &outcome);
-        if is_full {
-            self.destinations[to.index()].note(&outcome, now_ns);
-        }
-        Some((outcome.sent.len().into(), outcome.sent_bytes))
     }
 
     /// Has the kernel send what it had no room for before.

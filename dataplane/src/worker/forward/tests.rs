@@ -5,11 +5,13 @@ use std::time::Instant;
 
 use ringway_bridge::BridgeConfig;
 
+use super::parked::PARKING_TIME;
 use super::*;
+use crate::burst::BurstStorage;
 use crate::events::EventHub;
 use crate::memory::GuestSlice;
 use crate::port::{PortBase, VhostPort};
-use crate::wire::net_header::HEADER_LEN;
+use crate::wire::net_header::{HEADER_BYTES, HEADER_LEN};
 
 const MS: u64 = 1_000_000;
 const BACKPRESSURE_NS: u64 = MS;
