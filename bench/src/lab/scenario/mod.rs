@@ -332,10 +332,12 @@ mod tests {
     #[test]
     fn all_means_each_once() {
         let all = Scenario::expand(&[Scenario::All, Scenario::Idle]);
-        assert_eq!(all.len(), 10);
+        // But for itself, and what takes a kernel of its own.
+        let expected = Scenario::value_variants().len() - 2;
+        assert_eq!(all.len(), expected);
         assert!(!all.contains(&Scenario::All) && !all.contains(&Scenario::ZeroCopy));
         let more = Scenario::expand(&[Scenario::ZeroCopy, Scenario::All]);
-        assert_eq!(more.len(), 11);
+        assert_eq!(more.len(), expected + 1);
         assert_eq!(
             Scenario::expand(&[Scenario::Rss, Scenario::Rss]),
             [Scenario::Rss]
