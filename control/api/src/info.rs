@@ -19,7 +19,7 @@ pub enum PortState {
     Down,
     /// At least one queue pair passes frames, and none one way only.
     Up,
-    /// A queue pair passes frames one way only, or its guest kicks and shows none, or another program
+    /// A queue pair passes frames one way only, the port is blocked since a loop was seen, or its guest kicks and shows none, or another program
     /// has the tap open as well and takes a part of its frames: `last_error` says which.
     Impaired,
 }

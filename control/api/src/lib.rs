@@ -46,8 +46,8 @@ pub use method::{
     WorkerUnpinResult, method_names,
 };
 pub use port::{
-    AfXdpConfig, Pins, PortConfig, PortKind, SocketSpec, TapConfig, VhostUserConfig, XdpMode,
-    kinds_with,
+    AfXdpConfig, OnLoop, Pins, PortConfig, PortKind, SocketSpec, TapConfig, VhostUserConfig,
+    XdpMode, kinds_with,
 };
 pub use refusal::SwitchError;
 pub use ringway_bridge::DropReason;

@@ -79,6 +79,8 @@ pub struct VhostUserConfig {
     pub fdb_limit: FdbLimit,
     /// Most copies per second that floods of the port's frames make.
     pub flood_limit: FloodLimit,
+    /// What happens where frames of others come back through the port.
+    pub on_loop: OnLoop,
     /// The VLANs that it is in.
     pub vlan: VlanConfig,
     /// Queue pairs that are polled by a given worker whatever their load.
@@ -128,6 +130,9 @@ struct VhostUserFields {
     /// queues; 0 for no limit. The first copy of a frame does not count.
     #[serde(default)]
     flood_limit: FloodLimit,
+    /// What happens where many frames from the port have addresses that are in use behind others.
+    #[serde(default, skip_serializing_if = "OnLoop::is_default")]
+    on_loop: OnLoop,
     /// The VLANs that it is in; absent is a trunk of all, whose untagged frames are in none.
     #[serde(default, skip_serializing_if = "VlanConfig::is_default")]
     vlan: VlanConfig,
@@ -151,6 +156,7 @@ impl VhostUserConfig {
             mtu: None,
             fdb_limit: FdbLimit::DEFAULT,
             flood_limit: FloodLimit::DEFAULT,
+            on_loop: OnLoop::Alarm,
             vlan: VlanConfig::default(),
             pins: Pins::default(),
         }
@@ -207,6 +213,7 @@ impl TryFrom<VhostUserFields> for VhostUserConfig {
             mtu: fields.mtu,
             fdb_limit: fields.fdb_limit,
             flood_limit: fields.flood_limit,
+            on_loop: fields.on_loop,
             vlan: fields.vlan,
             pins: fields.pins,
         };
@@ -234,6 +241,7 @@ impl From<VhostUserConfig> for VhostUserFields {
             mtu: config.mtu,
             fdb_limit: config.fdb_limit,
             flood_limit: config.flood_limit,
+            on_loop: config.on_loop,
             vlan: config.vlan,
             pins: config.pins,
         }
@@ -266,6 +274,9 @@ pub struct TapConfig {
     /// queues; 0 for no limit. The first copy of a frame does not count.
     #[serde(default)]
     pub flood_limit: FloodLimit,
+    /// What happens where many frames from the port have addresses that are in use behind others.
+    #[serde(default, skip_serializing_if = "OnLoop::is_default")]
+    pub on_loop: OnLoop,
     /// The VLANs that it is in; absent is a trunk of all, whose untagged frames are in none.
     #[serde(default, skip_serializing_if = "VlanConfig::is_default")]
     pub vlan: VlanConfig,
@@ -288,6 +299,7 @@ impl TapConfig {
             offload: true,
             fdb_limit: FdbLimit::DEFAULT,
             flood_limit: FloodLimit::DEFAULT,
+            on_loop: OnLoop::Alarm,
             vlan: VlanConfig::default(),
             pins: Pins::default(),
         }
@@ -332,6 +344,9 @@ pub struct AfXdpConfig {
     /// queues; 0 for no limit. The first copy of a frame does not count.
     #[serde(default)]
     pub flood_limit: FloodLimit,
+    /// What happens where many frames from the port have addresses that are in use behind others.
+    #[serde(default, skip_serializing_if = "OnLoop::is_default")]
+    pub on_loop: OnLoop,
     /// The VLANs that it is in; absent is a trunk of all, whose untagged frames are in none.
     #[serde(default, skip_serializing_if = "VlanConfig::is_default")]
     pub vlan: VlanConfig,
@@ -356,6 +371,7 @@ impl AfXdpConfig {
             gro: true,
             fdb_limit: FdbLimit::DEFAULT,
             flood_limit: FloodLimit::DEFAULT,
+            on_loop: OnLoop::Alarm,
             vlan: VlanConfig::default(),
             pins: Pins::default(),
         }
@@ -390,6 +406,35 @@ impl XdpMode {
             Self::ZeroCopy => "zero-copy",
             Self::Copy => "copy",
             Self::Skb => "skb",
+        }
+    }
+}
+
+/// What happens where many frames from a port have addresses that are in use behind others: a loop, or
+/// a guest that spoofs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
+#[serde(rename_all = "kebab-case")]
+pub enum OnLoop {
+    /// It is told
+    #[default]
+    Alarm,
+    /// It is told, and the port passes no frames for 5 s, for longer each time
+    Block,
+}
+
+impl OnLoop {
+    /// It is as it is when nothing is said.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+    fn is_default(&self) -> bool {
+        *self == Self::Alarm
+    }
+
+    /// As it is written.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Alarm => "alarm",
+            Self::Block => "block",
         }
     }
 }
@@ -490,6 +535,11 @@ impl PortConfig {
         of_any_kind!(self, config => &mut config.vlan)
     }
 
+    /// What happens where frames of others come back through the port.
+    pub const fn on_loop(&self) -> OnLoop {
+        of_any_kind!(self, config => config.on_loop)
+    }
+
     /// Queue pairs with a worker of their own choice.
     pub const fn pins(&self) -> &Pins {
         of_any_kind!(self, config => &config.pins)
@@ -553,7 +603,7 @@ mod tests {
     #[test]
     fn settings_survive_the_way_to_the_dataplane_and_back() {
         let vm = json!({
-            "owner": "root", "group": "64055", "mode": "0600", "queues": 2, "guest_offloads": false, "packed": false, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "vlan": { "tag": 10 }, "pins": { "0": 1, "1": 0 },
+            "owner": "root", "group": "64055", "mode": "0600", "queues": 2, "guest_offloads": false, "packed": false, "mtu": 9000, "fdb_limit": 4, "flood_limit": 0, "on_loop": "block", "vlan": { "tag": 10 }, "pins": { "0": 1, "1": 0 },
         });
         let tap = json!({
             "queues": 1, "persist": true, "offload": false, "fdb_limit": 4096, "flood_limit": 1_000_000,

@@ -9,7 +9,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 use super::units::Rate;
 use crate::api::{
     AccountName, AfXdpConfig, BadValue, BusyPoll, FdbAddParams, FdbDelParams, FdbFlushParams,
-    FdbLimit, FdbListParams, FloodLimit, IfName, Mtu, PortConfig, PortDelParams, PortName,
+    FdbLimit, FdbListParams, FloodLimit, IfName, Mtu, OnLoop, PortConfig, PortDelParams, PortName,
     PortSetParams, PortShowParams, QueuePairs, SocketAccess, SocketMode, SocketPath, SocketSpec,
     TapConfig, UmemFrames, VhostUserConfig, VlanConfig, VlanEthertype, VlanMode, VlanNumbers,
     VlanTag, WorkerPinParams, WorkerUnpinParams, XdpMode,
@@ -368,6 +368,9 @@ pub struct AddCommon {
     /// Most copies per second that floods of its frames make, 0 for no limit [default: 1000000]
     #[arg(long, value_name = "N")]
     pub flood_limit: Option<FloodLimit>,
+    /// What happens where many of its frames have addresses in use behind other ports [default: alarm]
+    #[arg(long, value_name = "WHAT")]
+    pub on_loop: Option<OnLoop>,
     #[command(flatten)]
     pub vlan: VlanArgs,
 }
@@ -406,6 +409,7 @@ impl AddKind {
                     mtu: common.mtu,
                     fdb_limit: common.fdb_limit.unwrap_or_default(),
                     flood_limit: common.flood_limit.unwrap_or_default(),
+                    on_loop: common.on_loop.unwrap_or_default(),
                     vlan: common.vlan.config()?,
                     ..default
                 })
@@ -425,6 +429,7 @@ impl AddKind {
                     offload: !no_offload,
                     fdb_limit: common.fdb_limit.unwrap_or_default(),
                     flood_limit: common.flood_limit.unwrap_or_default(),
+                    on_loop: common.on_loop.unwrap_or_default(),
                     vlan: common.vlan.config()?,
                     ..default
                 })
@@ -448,6 +453,7 @@ impl AddKind {
                     gro: !no_gro,
                     fdb_limit: common.fdb_limit.unwrap_or_default(),
                     flood_limit: common.flood_limit.unwrap_or_default(),
+                    on_loop: common.on_loop.unwrap_or_default(),
                     vlan: common.vlan.config()?,
                     ..default
                 })

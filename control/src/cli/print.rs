@@ -79,6 +79,7 @@ pub(super) fn port(out: &mut dyn Write, show: &PortDetail) -> fmt::Result {
         None => "none".to_owned(),
     };
     field(out, "flood limit", &flood_limit)?;
+    field(out, "on loop", port.config.on_loop().as_str())?;
     if matches!(port.config, PortConfig::VhostUser(_)) {
         field(out, "connections", &show.connections.to_string())?;
         let call_ms = show.call_ns as f64 / 1e6;

@@ -3,6 +3,7 @@
 #[cfg_attr(not(feature = "af-xdp"), path = "no_af_xdp.rs")]
 mod af_xdp;
 mod counters;
+mod loop_guard;
 mod queue;
 mod tap;
 mod vhost;
@@ -19,6 +20,7 @@ use ringway_bridge::{Bridge, FdbTally, PortId};
 
 pub(crate) use af_xdp::AfXdpPort;
 pub(crate) use counters::{Counter, DropCounters, OffloadCounters, QueueCounters};
+pub(crate) use loop_guard::LoopGuard;
 pub(crate) use queue::{
     Account, Completion, Gathered, Job, Limits, Outcome, Refusal, RxQueue, Tools, TxQueue,
     Unavailable, deliver, with_rx_queue,
@@ -55,6 +57,8 @@ pub(crate) struct PortBase {
     pub(crate) injected: QueueCounters,
     /// Of lines that tell what the port floods and teaches.
     pub(crate) watch_log: LogLimit,
+    /// Whether its own frames come back through it.
+    pub(crate) loop_guard: Mutex<LoopGuard>,
     /// How often it was seen down: what waits for it is for whoever was there before.
     pub(crate) outages: Counter,
     bridge: Arc<Bridge>,
@@ -142,6 +146,7 @@ impl PortBase {
             tx_offloads: OffloadCounters::default(),
             injected: QueueCounters::default(),
             watch_log: LogLimit::new(1),
+            loop_guard: Mutex::default(),
             outages: Counter::default(),
             bridge,
             events: events.clone(),

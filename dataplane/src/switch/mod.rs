@@ -8,6 +8,7 @@ mod fdb;
 mod inline;
 mod links;
 mod load;
+mod loops;
 mod port_table;
 mod vlans;
 mod watch;
@@ -29,6 +30,7 @@ pub use inline::InlineSwitch;
 pub use self::capture::CaptureReader;
 
 use self::links::Links;
+use self::loops::Loops;
 use self::port_table::{PortTable, State, check_pair};
 use self::watch::Watch;
 use crate::burst_lock::lock;
@@ -109,8 +111,10 @@ impl Switch {
         let look_at_ports = {
             let (table, bridge) = (Arc::clone(&table), Arc::clone(&bridge));
             let (events, watch) = (events.clone(), Arc::clone(&watch));
+            let mut loops = Loops::default();
             move || {
-                if let Some(state) = table.try_lock() {
+                if let Some(mut state) = table.try_lock() {
+                    loops.look(&table, &mut state, Instant::now());
                     state.forget_behind_down_interfaces();
                     lock(&watch).look(&state, &bridge, &events, Instant::now());
                 }
@@ -286,6 +290,7 @@ impl Switch {
             actions: header_actions(&state, port),
             af_xdp: None,
         };
+        let alarm = loops::alarm(port);
         Ok(match &**port {
             Port::VhostUser(guest) => {
                 let (features, protocol_features) = guest.features();
@@ -299,7 +304,7 @@ impl Switch {
                     closed_for_ms: closed_for.and_then(|time| time.as_millis().try_into().ok()),
                     mapped_bytes,
                     memory_regions,
-                    last_error: guest.last_error().or_else(|| guest.obstacle()),
+                    last_error: alarm.or_else(|| guest.last_error().or_else(|| guest.obstacle())),
                     mtu: guest.mtu(),
                     ..detail
                 }
@@ -309,7 +314,7 @@ impl Switch {
                 PortDetail {
                     features: owned(tap.feature_names()),
                     mtu: status.mtu,
-                    last_error: status.error,
+                    last_error: status.error.or(alarm),
                     ..detail
                 }
             }
@@ -320,7 +325,7 @@ impl Switch {
                 let in_effect = af_xdp.as_ref().filter(|_| status.state == PortState::Up);
                 PortDetail {
                     mtu: in_effect.map_or(status.mtu, |_| Some(xdp.mtu())),
-                    last_error: status.error,
+                    last_error: status.error.or(alarm),
                     af_xdp,
                     ..detail
                 }
@@ -463,7 +468,7 @@ impl Switch {
             name: name.clone(),
             id,
             config: entry.config.clone(),
-            state: port.state(),
+            state: loops::state(port),
             counters: port.counters(),
             fdb_entries: self.bridge.fdb().count(id),
         })
