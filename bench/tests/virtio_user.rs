@@ -118,12 +118,15 @@ fn wait_for_frames(switch: &Switch, enough: u64) {
     }
 }
 
-/// Both ports work, and nothing was refused to anybody.
+/// Both ports work, and nothing was refused to anybody. What testpmd forwards from one to the other is a
+/// loop, and may be told as one.
 fn assert_served(switch: &Switch) {
     for name in PORTS {
         let port = switch.port(name);
         assert_eq!(port["port"]["state"], "up", "{port}");
-        assert_eq!(port["last_error"], Value::Null, "{port}");
+        let error = port["last_error"].as_str().unwrap_or_default();
+        let is_loop = error.contains("a loop through another switch");
+        assert!(error.is_empty() || is_loop, "{port}");
     }
 }
 
