@@ -153,6 +153,23 @@ concrete_kernel() {
         sed -n 's/.*Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1
 }
 
+# A folder of its own in $1, $work, which goes with this program or with the next one.
+begin_work() {
+    mkdir -p "$1"
+    rm -rf "${work:-}"
+    work=$(mktemp -d "$1/.unpack.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    trap 'exit 130' INT TERM
+    chmod 755 "$work"
+}
+
+# Unpacks all packages in $work/debs into $work/root.
+unpack_debs() {
+    for deb in "$work"/debs/*.deb; do
+        dpkg-deb -x "$deb" "$work/root"
+    done
+}
+
 unpack_kernel() {
     refresh_lists
     package=$(concrete_kernel)
@@ -161,11 +178,7 @@ unpack_kernel() {
         package=$(concrete_kernel)
     fi
     [ -n "$package" ] || die "apt knows no linux-image-cloud-amd64; check this machine's apt sources"
-    mkdir -p "$kernels"
-    work=$(mktemp -d "$kernels/.unpack.XXXXXX")
-    trap 'rm -rf "$work"' EXIT
-    trap 'exit 130' INT TERM
-    chmod 755 "$work"
+    begin_work "$kernels"
     say "downloading $package, $(package_size "$package")"
     (cd "$work" && apt ${suite:+-t "$suite"} -o APT::Sandbox::User=root download "$package" >&2) ||
         die "downloading $package failed; check the network and run this again"
@@ -187,12 +200,7 @@ suite_apt() {
 
 # A folder in $work for suite_apt, with the suite's lists. $1 is the suite, $2 what to do without it.
 begin_suite() {
-    mkdir -p "$cache"
-    rm -rf "${work:-}"
-    work=$(mktemp -d "$cache/.unpack.XXXXXX")
-    trap 'rm -rf "$work"' EXIT
-    trap 'exit 130' INT TERM
-    chmod 755 "$work"
+    begin_work "$cache"
     mkdir -p "$work/sources" "$work/state/lists/partial" "$work/cache/archives/partial" "$work/debs"
     : >"$work/status"
     entry=$(own_entry_with_suite "$1")
@@ -212,9 +220,7 @@ unpack_from_suite() {
     say "downloading $* (unpacked into the cache, not installed)"
     (cd "$work/debs" && suite_apt apt-get download "$@" >&2) ||
         die "downloading $* failed; check the network and run this again"
-    for deb in "$work"/debs/*.deb; do
-        dpkg-deb -x "$deb" "$work/root"
-    done
+    unpack_debs
 }
 
 # Kernel, modules and what else makes one version: newer releases have them in packages of their own.
@@ -270,20 +276,13 @@ unpack_dpdk() {
     others=$(for name in $needed; do
         case $name in librte-*) ;; *) installed "$name" || echo "$name" ;; esac
     done)
-    mkdir -p "$cache"
-    rm -rf "${work:-}"
-    work=$(mktemp -d "$cache/.unpack.XXXXXX")
-    trap 'rm -rf "$work"' EXIT
-    trap 'exit 130' INT TERM
-    chmod 755 "$work"
+    begin_work "$cache"
     mkdir "$work/debs"
     say "downloading dpdk-dev and libraries of DPDK, 6 MB (unpacked into the cache, not installed)"
     # shellcheck disable=SC2086  # lists of names
     (cd "$work/debs" && apt -o APT::Sandbox::User=root download dpdk-dev $libraries $others >&2) ||
         die "downloading dpdk-dev failed; check the network and run this again"
-    for deb in "$work"/debs/*.deb; do
-        dpkg-deb -x "$deb" "$work/root"
-    done
+    unpack_debs
     ln -s usr/bin/dpdk-testpmd "$work/root/testpmd"
     (cd "$work/root" && ln -s usr/lib/*-linux-gnu* lib && ln -s lib/dpdk/pmds-* drivers)
     lacks=$(LD_LIBRARY_PATH=$work/root/lib ldd "$work/root/testpmd" | sed -n 's/ => not found//p' | sort -u)
@@ -300,11 +299,7 @@ have_dpdk() {
 # Prometheus itself would run as a service.
 unpack_promtool() {
     refresh_lists
-    mkdir -p "$cache"
-    work=$(mktemp -d "$cache/.unpack.XXXXXX")
-    trap 'rm -rf "$work"' EXIT
-    trap 'exit 130' INT TERM
-    chmod 755 "$work"
+    begin_work "$cache"
     say "downloading prometheus, $(package_size prometheus), for promtool"
     (cd "$work" && apt -o APT::Sandbox::User=root download prometheus >&2) ||
         die "downloading prometheus failed; check the network and run this again"
