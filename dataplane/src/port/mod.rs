@@ -284,11 +284,18 @@ impl Port {
         }
     }
 
+    /// A port that is blocked passes nothing, whatever it could.
     pub(crate) fn state(&self) -> PortState {
-        match self {
+        let state = match self {
             Self::VhostUser(port) => port.state(),
             Self::Tap(port) => port.link.status().state,
             Self::AfXdp(port) => port.link.status().state,
+        };
+        match state {
+            PortState::Up if lock(&self.base().loop_guard).is_blocked(Instant::now()) => {
+                PortState::Impaired
+            }
+            state => state,
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ringway_api::{OnLoop, PortName, PortState};
+use ringway_api::{OnLoop, PortName};
 use tracing::{info, warn};
 
 use super::port_table::{PortTable, State};
@@ -82,16 +82,6 @@ fn unblock(table: &PortTable, state: &mut State, port: &Port) {
         // It is tried again in the next look.
         warn!(port = %port.base().name, %error, "can't wait for its queues");
         table.remove_from_workers(state, id);
-    }
-}
-
-/// The state of a port: one that is blocked passes nothing.
-pub(super) fn state(port: &Port) -> PortState {
-    match port.state() {
-        PortState::Up if lock(&port.base().loop_guard).is_blocked(Instant::now()) => {
-            PortState::Impaired
-        }
-        state => state,
     }
 }
 

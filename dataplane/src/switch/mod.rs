@@ -468,7 +468,7 @@ impl Switch {
             name: name.clone(),
             id,
             config: entry.config.clone(),
-            state: loops::state(port),
+            state: port.state(),
             counters: port.counters(),
             fdb_entries: self.bridge.fdb().count(id),
         })
