@@ -6,7 +6,7 @@ mod common;
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use common::hostile::{BAD, PEER, RawConfig, RawGuest, plain};
+use common::hostile::{BAD, PEER, RawConfig, RawGuest, RawRing, plain};
 use common::innocents::{self, Innocents};
 use common::{Lab, eventually, frame, name};
 use ringway_api::PortState;
@@ -64,6 +64,16 @@ fn attacker(lab: &Lab, port: &str) -> RawGuest {
     RawGuest::connect(&lab.add_port(port), RawConfig::default())
 }
 
+/// Measures the innocents while `attack` runs again and again, and these rings never run dry.
+fn endure(innocents: &mut Innocents, what: &str, attack: impl FnMut() + Send, rings: &[&RawRing]) {
+    beside(attack, |go_on| {
+        innocents.endure(0.5, what, || {
+            go_on();
+            rings.iter().for_each(|ring| ring.recycle());
+        });
+    });
+}
+
 /// Has all entries of the transmit ring name a frame whose payload lies in a page of its own.
 fn transmit(guest: &RawGuest, sparse: &Sparse, head: &[u8], pages: u16) {
     let addr = guest.put(0, head);
@@ -88,16 +98,12 @@ fn frames_in_pages_that_were_never_touched_leave_others_their_rate() {
     peer.rx.name_heads(&[0]);
     let head = plain(&frame(PEER, BAD, 60, 1))[..26].to_vec();
     transmit(&bad, &sparse, &head, 128);
-    let (tx, rx) = (&bad.tx, &peer.rx);
-    beside(
+    let what = "transmit buffers in untouched pages";
+    endure(
+        &mut innocents,
+        what,
         || sparse.punch(),
-        |go_on| {
-            innocents.endure(0.5, "transmit buffers in untouched pages", || {
-                go_on();
-                tx.recycle();
-                rx.recycle();
-            });
-        },
+        &[&bad.tx, &peer.rx],
     );
 }
 
@@ -120,17 +126,9 @@ fn receive_buffers_in_pages_that_were_never_touched_leave_others_their_rate() {
         .tx
         .write_chain(0, &[(addr, u32::try_from(message.len()).unwrap())]);
     accomplice.tx.name_heads(&[0]);
-    let (rx, tx) = (&bad.rx, &accomplice.tx);
-    beside(
-        || sparse.punch(),
-        |go_on| {
-            innocents.endure(0.5, "receive buffers in untouched pages", || {
-                go_on();
-                rx.recycle();
-                tx.recycle();
-            });
-        },
-    );
+    let what = "receive buffers in untouched pages";
+    let rings = [&bad.rx, &accomplice.tx];
+    endure(&mut innocents, what, || sparse.punch(), &rings);
 }
 
 #[test]
@@ -171,17 +169,14 @@ fn memory_that_is_taken_away_in_large_pieces_leaves_others_their_rate() {
     let sparse = Sparse::new(&mut bad, 1 << 30);
     let head = plain(&frame(PEER, BAD, 60, 1))[..26].to_vec();
     transmit(&bad, &sparse, &head, 128);
-    let tx = &bad.tx;
-    beside(
-        || {
-            sparse.fill();
-            sparse.punch();
-        },
-        |go_on| {
-            innocents.endure(0.5, "a GiB that comes and goes", || {
-                go_on();
-                tx.recycle();
-            });
-        },
+    let come_and_go = || {
+        sparse.fill();
+        sparse.punch();
+    };
+    endure(
+        &mut innocents,
+        "a GiB that comes and goes",
+        come_and_go,
+        &[&bad.tx],
     );
 }
