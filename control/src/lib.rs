@@ -23,6 +23,7 @@ pub mod metrics;
 pub mod rpc;
 pub mod schema;
 mod suggest;
+mod thread;
 mod usage;
 
 pub use ringway_api as api;

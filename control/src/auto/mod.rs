@@ -13,7 +13,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ringway_api::{PortConfig, PortName, SocketPath, SocketSpec, VhostUserConfig};
@@ -24,6 +23,7 @@ use rustix::io::Errno;
 
 use self::plan::{Changed, FileId, Found, Plan, Plugged, is_candidate, plan};
 use crate::daemon::Service;
+use crate::thread::OwnedThread;
 
 /// How a profile's ports are, but for their sockets.
 pub type Profiles = BTreeMap<String, VhostUserConfig>;
@@ -48,8 +48,7 @@ const LOG_LINES: u32 = 1000;
 /// Watches until it is dropped.
 #[derive(Debug)]
 pub struct Watcher {
-    stop: Option<PipeWriter>,
-    thread: Option<JoinHandle<()>>,
+    _thread: OwnedThread<PipeWriter>,
 }
 
 impl Watcher {
@@ -69,22 +68,10 @@ impl Watcher {
             told: BTreeSet::new(),
             log: LogLimit::new(LOG_LINES),
         };
-        let thread = std::thread::Builder::new().name("ringway-auto".into());
-        let thread = thread.spawn(move || auto.run(&OwnedFd::from(stopped)))?;
+        let run = move || auto.run(&OwnedFd::from(stopped));
         Ok(Self {
-            stop: Some(stop),
-            thread: Some(thread),
+            _thread: OwnedThread::start("ringway-auto", stop, run)?,
         })
-    }
-}
-
-impl Drop for Watcher {
-    fn drop(&mut self) {
-        self.stop = None;
-        if let Some(thread) = self.thread.take() {
-            // A panic was told where it happened.
-            let _ = thread.join();
-        }
     }
 }
 

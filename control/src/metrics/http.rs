@@ -5,7 +5,6 @@ use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -16,6 +15,8 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::{Semaphore, oneshot};
+
+use crate::thread::OwnedThread;
 
 /// Where metrics are served if no address is given: on this host only.
 pub const DEFAULT_LISTEN: SocketAddr =
@@ -43,8 +44,7 @@ type Source = Arc<dyn Fn() -> String + Send + Sync>;
 pub struct Exporter {
     /// Where they are.
     address: SocketAddr,
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    _thread: OwnedThread<oneshot::Sender<()>>,
 }
 
 impl Exporter {
@@ -64,8 +64,7 @@ impl Exporter {
             .enable_time()
             .build()?;
         let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("ringway-metrics".into());
-        let thread = thread.spawn(move || {
+        let run = move || {
             let served = runtime.block_on(async {
                 tokio::select! {
                     served = serve(listener, Arc::new(source)) => served,
@@ -75,27 +74,16 @@ impl Exporter {
             if let Err(error) = served {
                 tracing::error!(%error, "metrics are no longer served");
             }
-        })?;
+        };
         Ok(Self {
             address,
-            stop: Some(stop),
-            thread: Some(thread),
+            _thread: OwnedThread::start("ringway-metrics", stop, run)?,
         })
     }
 
     /// Where they are served: with the port that the kernel chose, if it was 0.
     pub fn address(&self) -> SocketAddr {
         self.address
-    }
-}
-
-impl Drop for Exporter {
-    fn drop(&mut self) {
-        self.stop = None;
-        if let Some(thread) = self.thread.take() {
-            // A panic was told where it happened.
-            let _ = thread.join();
-        }
     }
 }
 
