@@ -3,12 +3,12 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::net::Shutdown;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-use common::{Place, Running};
+use common::{Place, Running, end_of, lines_of};
 use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
 use pcap_file::pcapng::blocks::interface_statistics::InterfaceStatisticsOption;
 use pcap_file::pcapng::{Block, PcapNgReader};
@@ -280,13 +280,7 @@ fn tshark_reads_from_a_pipe_while_it_runs() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let mut lines = BufReader::new(tshark.stdout.take().unwrap()).lines();
-    let (read, heard) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        while let Some(Ok(line)) = lines.next()
-            && read.send(line).is_ok()
-        {}
-    });
+    let heard = lines_of(tshark.stdout.take().unwrap());
     let mut seen = None;
     eventually("tshark prints a frame", || {
         bed.pass(&frame(9, 77));
@@ -299,12 +293,7 @@ fn tshark_reads_from_a_pipe_while_it_runs() {
     // It has a child of its own, dumpcap, which it ends for this signal.
     kill_process(Pid::from_child(&tshark), Signal::INT).unwrap();
     tshark.wait().unwrap();
-    let mut ended = None;
-    eventually("it ends", || {
-        ended = capture.try_wait().unwrap();
-        ended.is_some()
-    });
-    assert_eq!(ended.unwrap().code(), Some(0));
+    assert_eq!(end_of(&mut capture, "it ends").code(), Some(0));
 }
 
 #[test]
@@ -315,13 +304,7 @@ fn lines_tell_what_passes() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let (read, heard) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        while let Some(Ok(line)) = lines.next()
-            && read.send(line).is_ok()
-        {}
-    });
+    let heard = lines_of(child.stdout.take().unwrap());
     let mut told = Vec::new();
     eventually("it prints both", || {
         bed.pass(&frame(9, 77));

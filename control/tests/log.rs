@@ -10,10 +10,10 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use common::{Place, Running, fill};
+use common::{Place, Running, end_of, fill};
 use ringway_control::api::{NoParams, PortList};
 use ringway_guest::Guest;
-use ringway_testbed::{DEADLINE, eventually};
+use ringway_testbed::DEADLINE;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -94,13 +94,9 @@ fn assert_serves(place: &Place, running: &Running) {
 fn assert_ends(mut running: Running) {
     let start = Instant::now();
     kill_process(Pid::from_child(&running.child), Signal::TERM).unwrap();
-    let mut ended = None;
-    eventually("SIGTERM ends the daemon", || {
-        ended = running.child.try_wait().unwrap();
-        ended.is_some()
-    });
+    let ended = end_of(&mut running.child, "SIGTERM ends the daemon");
     let took = start.elapsed();
-    assert_eq!(ended.unwrap().code(), Some(0));
+    assert_eq!(ended.code(), Some(0));
     assert!(took < PROMPT, "{took:?} from SIGTERM to the end");
 }
 

@@ -3,12 +3,12 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Lines};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
-use common::{Place, Running};
+use common::{Place, Running, end_of, lines_of};
 use ringway_control::api::{
     Event, MonitorStart, NoParams, Occurrence as O, PortAdd, PortAddParams, PortConfig, PortDel,
     PortDelParams, PortKind, PortName, PortShow, PortShowParams, VhostUserConfig,
@@ -97,6 +97,15 @@ impl Reader {
     }
 }
 
+/// An operator who adds ports a and b, and what is told from before that on.
+fn with_ports(place: &Place, running: &Running) -> (Client, Reader) {
+    let mut client = running.client();
+    let events = Reader::new(running);
+    add(&mut client, place, "a");
+    add(&mut client, place, "b");
+    (client, events)
+}
+
 /// A broadcast from a station of this number.
 fn frame_from(station: u32) -> [u8; 60] {
     let mut frame = [0; 60];
@@ -115,10 +124,7 @@ fn mac(station: u32) -> ringway_bridge::MacAddr {
 fn a_ports_life_is_told_in_order() {
     let place = Place::new();
     let running = place.start(&[]);
-    let mut client = running.client();
-    let events = Reader::new(&running);
-    add(&mut client, &place, "a");
-    add(&mut client, &place, "b");
+    let (mut client, events) = with_ports(&place, &running);
     let mut a = connect(&place, "a");
     let told = events.until(|what| matches!(what, O::PortUp { .. }));
     let [a_added, b_added, connected, negotiated, up] = &*told else {
@@ -164,10 +170,7 @@ fn a_ports_life_is_told_in_order() {
 fn stolen_addresses_moves_and_a_stopped_ring_are_told() {
     let place = Place::new();
     let running = place.start(&[]);
-    let mut client = running.client();
-    let events = Reader::new(&running);
-    add(&mut client, &place, "a");
-    add(&mut client, &place, "b");
+    let (mut client, events) = with_ports(&place, &running);
     let (mut a, mut b) = (connect(&place, "a"), connect(&place, "b"));
     a.send_frame(&frame_from(1)).unwrap();
     let learned = |what: &O| matches!(what, O::AddressLearned { .. });
@@ -356,15 +359,7 @@ impl Tool {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut all: Lines<BufReader<ChildStdout>> =
-            BufReader::new(child.stdout.take().unwrap()).lines();
-        let (read, lines) = mpsc::channel();
-        // It ends, and closes the pipe, when nobody wants more lines.
-        std::thread::spawn(move || {
-            while let Some(Ok(line)) = all.next()
-                && read.send(line).is_ok()
-            {}
-        });
+        let lines = lines_of(child.stdout.take().unwrap());
         let tool = Self { child, lines };
         let mut first = None;
         eventually("it prints a line", || {
@@ -377,13 +372,9 @@ impl Tool {
     }
 
     fn exit_code(mut self) -> (Option<i32>, String) {
-        let mut ended = None;
-        eventually("it ends", || {
-            ended = self.child.try_wait().unwrap();
-            ended.is_some()
-        });
+        let ended = end_of(&mut self.child, "it ends");
         let stderr = std::io::read_to_string(self.child.stderr.take().unwrap()).unwrap();
-        (ended.unwrap().code(), stderr)
+        (ended.code(), stderr)
     }
 }
 
@@ -433,12 +424,8 @@ fn a_reader_that_goes_ends_it_though_nothing_happens_any_more() {
         first.is_some()
     });
     assert!(first.unwrap().ends_with(" added (vhost-user)\n"));
-    let mut ended = None;
-    eventually("the tool ends though nothing happens", || {
-        ended = child.try_wait().unwrap();
-        ended.is_some()
-    });
-    assert!(ended.unwrap().success());
+    let ended = end_of(&mut child, "the tool ends though nothing happens");
+    assert!(ended.success());
     // The daemon has nobody left to tell.
     eventually("its place is free", || {
         let all: Vec<_> = (0..16)

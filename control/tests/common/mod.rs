@@ -2,14 +2,16 @@
 #![allow(dead_code, reason = "no test uses all of it")]
 
 use std::fs::Permissions;
-use std::io::{BufRead, BufReader, ErrorKind, PipeWriter, Write};
+use std::io::{BufRead, BufReader, ErrorKind, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{self, Receiver};
 
 use ringway_control::rpc::Client;
+use ringway_testbed::eventually;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -113,6 +115,30 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Waits until a program has ended.
+#[track_caller]
+pub(crate) fn end_of(child: &mut Child, what: &str) -> ExitStatus {
+    let mut ended = None;
+    eventually(what, || {
+        ended = child.try_wait().unwrap();
+        ended.is_some()
+    });
+    ended.unwrap()
+}
+
+/// The lines of a program's output, as they come. The pipe is closed when nobody wants more of them.
+pub(crate) fn lines_of(output: impl Read + Send + 'static) -> Receiver<String> {
+    let (read, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            if read.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    lines
 }
 
 /// Fills the pipe to the last byte.
